@@ -1,0 +1,30 @@
+"""A torch.compile backend for mixture-of-experts models: `torch.compile(model, backend="moecompile")`.
+
+Importing the package registers the operators `torch.ops.moecompile.*` and does nothing else; the names below load their
+module when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moecompile.options import Options
+
+__version__ = "0.1.0"
+__all__ = ["Options", "__version__"]
+
+_HOME = {"Options": "moecompile.options"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moecompile' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,291 @@
+"""What the user may set: `Options`, a frozen record checked where it is written, and the environment variables.
+
+One more option is one more line in `Options`: its annotation is its check, its default and its text are its
+documentation. One more environment variable is one more row in `ENVIRONMENT`. docs/options.md is tested against both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# The passes over the captured graph, in the order in which they run; `Options.disable` takes these names.
+PASSES: dict[str, str] = {
+    "detect": "finds the mixture-of-experts blocks; without it nothing else has anything to do",
+    "fuse": "replaces each block found by moecompile's operators; without it blocks are only reported",
+}
+
+
+@dataclass(frozen=True)
+class EnvironmentVariable:
+    """A row of `ENVIRONMENT`: the values it takes, what holds when it is not set, and what it does."""
+
+    values: str
+    default: str
+    meaning: str
+
+
+ENVIRONMENT: dict[str, EnvironmentVariable] = {
+    "MOECOMPILE_DISABLE": EnvironmentVariable(
+        "0, 1", "0", "1: the backend hands every graph to Inductor untouched, to tell whether moecompile is to blame"
+    ),
+    "MOECOMPILE_DISABLE_PASSES": EnvironmentVariable(
+        "names, with commas between", "", "passes to leave out, besides those of the option `disable`"
+    ),
+    "MOECOMPILE_CACHE_DIR": EnvironmentVariable(
+        "a directory", "$XDG_CACHE_HOME/moecompile, or ~/.cache/moecompile", "where moecompile keeps what it may reuse"
+    ),
+}
+
+
+def _option(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of the backend: `torch.compile(model, backend="moecompile", options=Options(...).as_dict())`.
+
+    Every value is checked here, so that a mistake is reported on the line that makes it, not at the model's first call.
+    Instances are hashable and compare by value; `dataclasses.replace` makes changed copies.
+
+    Raises:
+        ValueError: an unknown option, or a value that the option does not take.
+    """
+
+    lowering: Literal["inductor", "eager"] = _option(
+        "inductor", 'what runs the rewritten graphs: Inductor, or PyTorch operator by operator ("eager")'
+    )
+    kernels: Literal["auto", "reference"] = _option(
+        "auto",
+        'what runs inside the operators: the fastest kernels the machine has, or only PyTorch\'s own ("reference")',
+    )
+    verify: Literal["first_call"] | None = _option(
+        None, "compares every rewritten block with the original region, outputs and gradients, at the first call"
+    )
+    disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
+    inductor: tuple[tuple[str, Any], ...] = dataclasses.field(
+        default=(),
+        hash=False,  # Inductor takes lists and dicts too; the other fields are enough for a hash
+        metadata={
+            "meaning": "options of Inductor, a mapping as in `torch.compile(options=...)`; needs Inductor's lowering"
+        },
+    )
+
+    def __new__(cls, **values: Any) -> Options:
+        """Refuses unknown names with a suggestion, which a dataclass's own message would not make."""
+        for name, value in values.items():
+            if name not in cls.__dataclass_fields__:
+                raise ValueError(_unknown_option(name, value))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        # Mappings, lists and generators are taken, and kept in the one form that compares and hashes by value.
+        object.__setattr__(self, "disable", _names("disable", self.disable))
+        object.__setattr__(self, "inductor", _pairs("inductor", self.inductor))
+        annotations = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check(field.name, annotations[field.name], getattr(self, field.name))
+        _check_passes(self.disable, "the option `disable`")
+        if self.lowering != "inductor" and self.inductor:
+            raise ValueError(
+                f"moecompile: options for Inductor ({', '.join(name for name, _ in self.inductor)}) came together with "
+                f"lowering={self.lowering!r}, which would drop them. Leave one of the two out."
+            )
+
+    @classmethod
+    def parse(cls, mode: str | None, options: Mapping[str, Any] | Options | None) -> Options:
+        """Reads what torch.compile hands to a backend, and adds what the environment says.
+
+        Args:
+            mode: as in `torch.compile(mode=...)`; stands for the options of Inductor that it stands for there.
+            options: as in `torch.compile(options=...)`: a mapping of this class's fields, or an instance.
+
+        Returns:
+            the options that hold, with the names and types of Inductor's options checked against this torch.
+
+        Raises:
+            ValueError: an unknown name, a value that an option does not take, or an unknown mode.
+        """
+        chosen = options if isinstance(options, Options) else cls._from_mapping(options)
+        inductor = {**_mode_options(mode), **_checked_inductor_options(dict(chosen.inductor))}
+        disable = dict.fromkeys((*chosen.disable, *environment_disabled_passes()))
+        return dataclasses.replace(chosen, inductor=tuple(inductor.items()), disable=tuple(disable))
+
+    @classmethod
+    def _from_mapping(cls, options: Mapping[str, Any] | None) -> Options:
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(
+                f"moecompile: expected options as a mapping or as moecompile.Options, got {options!r}. "
+                'Write options={"lowering": "inductor"}, say.'
+            )
+        return cls(**{str(name): value for name, value in (options or {}).items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field in a plain dict, which `torch.compile(options=...)` and `Options.parse(None, ...)` take."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "inductor": dict(self.inductor)
+        }
+
+
+def environment_disables_backend() -> bool:
+    """Whether MOECOMPILE_DISABLE asks to hand every graph to Inductor untouched.
+
+    Raises:
+        ValueError: it is set to something else than 0 or 1.
+    """
+    value = os.environ.get("MOECOMPILE_DISABLE", "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"MOECOMPILE_DISABLE: expected 0 or 1, got {value!r}. Unset it, or set it to one of the two.")
+    return value == "1"
+
+
+def environment_disabled_passes() -> tuple[str, ...]:
+    """The passes that MOECOMPILE_DISABLE_PASSES names.
+
+    Raises:
+        ValueError: a name that is no pass.
+    """
+    names = tuple(filter(None, (name.strip() for name in os.environ.get("MOECOMPILE_DISABLE_PASSES", "").split(","))))
+    _check_passes(names, "MOECOMPILE_DISABLE_PASSES")
+    return names
+
+
+def disabled_passes(options: Options) -> frozenset[str]:
+    """The passes to leave out: those of the option `disable` and those of MOECOMPILE_DISABLE_PASSES.
+
+    Raises:
+        ValueError: the environment variable names no pass.
+    """
+    return frozenset((*options.disable, *environment_disabled_passes()))
+
+
+def cache_directory() -> Path:
+    """Where moecompile keeps what it may reuse; not created by this call."""
+    chosen = os.environ.get("MOECOMPILE_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moecompile"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name that is nearest, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _unknown_option(name: str, value: Any) -> str:
+    from torch._inductor import config
+
+    if name.replace("-", "_") in config.get_config_copy():
+        return (
+            f"moecompile: {name!r} is an option of Inductor, not of moecompile. "
+            f'Write options={{"inductor": {{{name!r}: {value!r}}}}}.'
+        )
+    known = list(Options.__dataclass_fields__)
+    return f"moecompile: unknown option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+
+
+def _check(name: str, annotation: Any, value: Any) -> None:
+    """Checks a value against its field's annotation: literals, None, plain types, tuples, and unions of these."""
+    if not _matches(annotation, value):
+        choices = _spelled(annotation)
+        hint = did_you_mean(value, _literals(annotation)) if isinstance(value, str) else ""
+        raise ValueError(f"moecompile: option `{name}`: expected {choices}, got {value!r}.{hint}")
+
+
+def _matches(annotation: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is Any:
+        return True
+    if origin is Literal:
+        # `in` alone would take True for 1.
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return isinstance(value, tuple) and all(_matches(arguments[0], item) for item in value)
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_matches, arguments, value))
+    if origin is not None:
+        return any(_matches(choice, value) for choice in arguments)
+    if annotation is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+
+
+def _literals(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is Literal:
+        return [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
+    return [choice for part in typing.get_args(annotation) for choice in _literals(part)]
+
+
+def _spelled(annotation: Any) -> str:
+    if annotation is type(None):
+        return "None"
+    if typing.get_origin(annotation) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) is not None and typing.get_origin(annotation) is not tuple:
+        return " or ".join(_spelled(part) for part in typing.get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _names(option: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(
+            f"moecompile: option `{option}`: expected a tuple of names, got {value!r}. Write ({value!r},)."
+        )
+    return tuple(value)
+
+
+def _pairs(option: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(value, Mapping | tuple):
+        raise ValueError(
+            f'moecompile: option `{option}`: expected a mapping such as {{"max_autotune": True}}, got {value!r}.'
+        )
+    items = value.items() if isinstance(value, Mapping) else value
+    return tuple(sorted(((str(name).replace("-", "_"), setting) for name, setting in items), key=lambda pair: pair[0]))
+
+
+def _check_passes(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if name not in PASSES:
+            raise ValueError(
+                f"moecompile: {where} names the pass {name!r}, which does not exist.{did_you_mean(name, PASSES)} "
+                f"Passes: {', '.join(PASSES)}."
+            )
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise ValueError(f"moecompile: unknown mode {mode!r}.{did_you_mean(mode, known)} Modes: {', '.join(known)}.")
+    return dict(known[mode])
+
+
+def _checked_inductor_options(options: dict[str, Any]) -> dict[str, Any]:
+    if not options:
+        return options
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"moecompile: option `inductor`: Inductor has no option {name!r}.{did_you_mean(name, known)}"
+            )
+        expected = config.get_type(name)  # type: ignore[attr-defined]
+        # Inductor itself does not check subscripted types either.
+        if typing.get_origin(expected) is None and not isinstance(value, expected):
+            raise ValueError(f"moecompile: option `inductor`: {name!r} is of type {expected.__name__}, got {value!r}.")
+    return options
