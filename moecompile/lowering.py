@@ -1,0 +1,73 @@
+"""From the rewritten graph to something callable: AOTAutograd, then Inductor or plain PyTorch.
+
+Both lowerings show every graph that AOTAutograd makes to `seen(kind, graph_module)`, kind being "forward" or
+"backward", at the moment it is compiled. A backward graph is compiled when it first runs, or, with Inductor's static
+shapes, right after its forward graph; a graph that comes out of a cache is not seen at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import fx
+
+Compiled = Callable[..., Any]
+Seen = Callable[[str, fx.GraphModule], None]
+
+# the region's name reaches compile_fx since this release
+_NAMED_REGIONS = Version(torch.__version__) >= Version("2.13")
+
+
+def inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    patches: Mapping[str, Any],
+    seen: Seen,
+    name: str | None = None,
+) -> Compiled:
+    """Compiles with Inductor.
+
+    Args:
+        patches: changes to Inductor's config for this graph. They go in as an argument, not as a context around the
+            call, because the backward graph is compiled later and Inductor applies them again then.
+        seen: called with each graph after Inductor's joint passes, before its post-grad passes.
+        name: name of the compiled region, as in `torch.compile(name=...)`; used where torch supports it.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        seen("backward" if settings.get("is_backward") else "forward", graph_module)
+        return compile_fx_inner(graph_module, inputs, **settings)
+
+    region = {"compile_region_name": name} if name is not None and _NAMED_REGIONS else {}
+    return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
+
+
+def eager(gm: fx.GraphModule, example_inputs: Sequence[Any], *, seen: Seen) -> Compiled:
+    """Runs AOTAutograd's forward and backward graphs operator by operator with PyTorch: no decomposition, no Inductor.
+
+    It tells our work from Inductor's when numbers differ, and keeps tests quick.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    def compiler(kind: str) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+        def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            seen(kind, graph_module)
+            return boxed_nop(graph_module, list(inputs))
+
+        return compile_graph
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        inference_compiler=compiler("forward"),
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+    )
+    return backend(gm, example_inputs)

@@ -1,0 +1,108 @@
+"""The driver: runs the passes of one table, in order, over one captured graph, and writes down what each of them did.
+
+A captured graph is a tree: the bodies of higher-order operators (activation checkpointing, nested compile regions) are
+graph modules of their own below the main one. Every pass sees every body, one at a time; no rewrite crosses a border.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from moecompile.options import Options
+from moecompile.passes.detect import detect
+from moecompile.passes.fuse import fuse
+from moecompile.passes.printer import graph_text, op_counts
+from moecompile.passes.site import NearMiss, Site
+from moecompile.report import GraphReport, PassRecord
+
+log = logging.getLogger("moecompile")
+
+
+@dataclass
+class Piece:
+    """One body of the captured graph, and what is known of it so far.
+
+    Attributes:
+        path: where it hangs below the main graph module; empty for the main one.
+        changed: some pass rewrote it.
+    """
+
+    path: str
+    module: fx.GraphModule
+    sites: tuple[Site, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+    changed: bool = False
+
+
+def detect_sites(piece: Piece) -> None:
+    """Finds the mixture-of-experts blocks; changes nothing."""
+    detection = detect(piece.module.graph)
+    piece.sites, piece.near_misses = detection.sites, detection.near_misses
+
+
+def fuse_sites(piece: Piece) -> None:
+    """Replaces each block by our operators."""
+    piece.changed |= fuse(piece.module.graph, piece.sites) > 0
+
+
+# In the order in which they run, under the names of `moecompile.options.PASSES`, where each is described.
+PASSES: dict[str, Callable[[Piece], None]] = {
+    "detect": detect_sites,
+    "fuse": fuse_sites,
+}
+
+
+def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> None:
+    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
+    pieces = pieces_of(gm)
+    record.before = text_of(pieces)
+    for number, (name, run) in enumerate(PASSES.items(), start=1):
+        if name in options.disable:
+            record.notes.append(f"pass {name} is disabled")
+            continue
+        counts, started = _counts(pieces), time.perf_counter()
+        for piece in pieces:
+            run(piece)
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        changes = _changes(counts, _counts(pieces))
+        record.passes.append(PassRecord(name, milliseconds, changes))
+        log.info("%d %s: %.1f ms%s", number, name, milliseconds, _describe(changes))
+    for piece in pieces:
+        if piece.changed:
+            piece.module.graph.lint()
+            piece.module.recompile()
+    record.sites = tuple(site for piece in pieces for site in piece.sites)
+    record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
+    record.after = text_of(pieces)
+
+
+def pieces_of(gm: fx.GraphModule) -> list[Piece]:
+    """The main graph module and every body below it, each once."""
+    return [Piece(path, module) for path, module in gm.named_modules() if isinstance(module, fx.GraphModule)]
+
+
+def text_of(pieces: Iterable[Piece], *, collapse: bool = False) -> str:
+    """All bodies in our stable text, those below the main graph under a heading with their path."""
+    sections = []
+    for piece in pieces:
+        text = graph_text(piece.module.graph, collapse=collapse)
+        sections.append(f"{piece.path}:\n{text}" if piece.path else text)
+    return "\n\n".join(sections)
+
+
+def _counts(pieces: Iterable[Piece]) -> Counter[str]:
+    return sum((Counter(op_counts(piece.module.graph)) for piece in pieces), Counter())
+
+
+def _changes(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int]]:
+    return {op: (before[op], after[op]) for op in sorted(before | after) if before[op] != after[op]}
+
+
+def _describe(changes: dict[str, tuple[int, int]]) -> str:
+    return "".join(f", {op}: {was} -> {now} ({now - was:+d})" for op, (was, now) in changes.items())
