@@ -83,7 +83,8 @@ def readable_path(source: str) -> str:
     for match in _PIECE.finditer(re.sub(r"@\d+", "", source)):
         piece = next(group for group in match.groups() if group is not None)
         # the first piece is the frame's scope (L locals, G globals); a closure's cell number says nothing
-        scope = not previous and piece in ("L", "G")
+        # and torch's wrapper around a module calls it `fn`
+        scope = (not previous and piece in ("L", "G")) or (previous == "L" and piece == "fn")
         if not scope and piece not in _CONTAINERS and previous != "__closure__":
             pieces.extend(part for part in piece.split(".") if part)
         previous = piece
