@@ -36,7 +36,7 @@ ENVIRONMENT: dict[str, EnvironmentVariable] = {
         "0, 1", "0", "1: the backend hands every graph to Inductor untouched, to tell whether moecompile is to blame"
     ),
     "MOECOMPILE_DISABLE_PASSES": EnvironmentVariable(
-        "names, with commas between", "", "passes to leave out, besides those of the option `disable`"
+        "names, with commas between", "none", "passes to leave out, besides those of the option `disable`"
     ),
     "MOECOMPILE_CACHE_DIR": EnvironmentVariable(
         "a directory", "$XDG_CACHE_HOME/moecompile, or ~/.cache/moecompile", "where moecompile keeps what it may reuse"
@@ -70,7 +70,8 @@ class Options:
         None, "compares every rewritten block with the original region, outputs and gradients, at the first call"
     )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
-    inductor: tuple[tuple[str, Any], ...] = dataclasses.field(
+    # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.
+    inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = dataclasses.field(
         default=(),
         hash=False,  # Inductor takes lists and dicts too; the other fields are enough for a hash
         metadata={
@@ -95,7 +96,7 @@ class Options:
         _check_passes(self.disable, "the option `disable`")
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
-                f"moecompile: options for Inductor ({', '.join(name for name, _ in self.inductor)}) came together with "
+                f"moecompile: options for Inductor ({', '.join(dict(self.inductor))}) came together with "
                 f"lowering={self.lowering!r}, which would drop them. Leave one of the two out."
             )
 
@@ -213,6 +214,8 @@ def _matches(annotation: Any, value: Any) -> bool:
         if arguments[-1] is Ellipsis:
             return isinstance(value, tuple) and all(_matches(arguments[0], item) for item in value)
         return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_matches, arguments, value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
     if origin is not None:
         return any(_matches(choice, value) for choice in arguments)
     if annotation is float:

@@ -1,0 +1,10 @@
+"""`python -m moecompile explain|doctor|demo`."""
+
+from __future__ import annotations
+
+import sys
+
+from moecompile.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""`moecompile.Options`: every mistake is reported where it is made, and names what was expected and what to do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moecompile
+from moecompile import options as module
+from moecompile.options import ENVIRONMENT, PASSES, Options
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "options.md"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults():
+    assert Options().as_dict() == {
+        "lowering": "inductor",
+        "kernels": "auto",
+        "verify": None,
+        "disable": (),
+        "inductor": {},
+    }
+    assert moecompile.Options is Options
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lowerng": "eager"}, r"unknown option 'lowerng'\. Did you mean 'lowering'\? Known: lowering, kernels, "),
+        ({"qqq": 1}, r"unknown option 'qqq'\. Known: lowering, "),
+        (
+            {"max_autotune": True},
+            r"'max_autotune' is an option of Inductor.*Write .*\"inductor\": \{'max_autotune': True\}",
+        ),
+        ({"lowering": "egaer"}, r"`lowering`: expected 'inductor' or 'eager', got 'egaer'\. Did you mean 'eager'\?"),
+        ({"lowering": None}, r"`lowering`: expected 'inductor' or 'eager', got None"),
+        ({"kernels": True}, r"`kernels`: expected 'auto' or 'reference', got True"),
+        ({"verify": True}, r"`verify`: expected 'first_call' or None, got True"),
+        ({"disable": "fuse"}, r"`disable`: expected a tuple of names, got 'fuse'\. Write \('fuse',\)"),
+        ({"disable": 3}, r"`disable`: expected a tuple of names, got 3"),
+        ({"disable": (3,)}, r"`disable`: expected tuple\[str, \.\.\.\], got \(3,\)"),
+        ({"disable": ("fusee",)}, r"names the pass 'fusee'.*Did you mean 'fuse'\? Passes: detect, fuse"),
+        ({"inductor": ["max_autotune"]}, r"`inductor`: expected a mapping"),
+        ({"inductor": "max_autotune"}, r"`inductor`: expected a mapping"),
+        ({"lowering": "eager", "inductor": {"max_autotune": True}}, r"\(max_autotune\).*lowering='eager'.*Leave one"),
+    ],
+)
+def test_mistakes_are_reported_where_they_are_written(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Options(**values)
+    with pytest.raises(ValueError, match=message):
+        Options.parse(None, values)
+
+
+@pytest.mark.parametrize("given", [[("lowering", "eager")], "lowering", 3])
+def test_options_that_are_no_mapping(given: Any):
+    with pytest.raises(ValueError, match=r"expected options as a mapping or as moecompile\.Options, got"):
+        Options.parse(None, given)
+
+
+def test_frozen_hashable_and_compared_by_value():
+    names: Any = ["fuse"]
+    first = Options(disable=names, inductor={"epilogue_fusion": False, "cpp.threads": 1})
+    second = Options(disable=("fuse",), inductor={"cpp.threads": 1, "epilogue_fusion": False})
+    assert first == second and hash(first) == hash(second)
+    assert first != Options(disable=("fuse",))
+    hash(Options(inductor={"cpp.cxx": ["g++"]}))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.lowering = "eager"  # type: ignore[misc]
+
+
+def test_copies_round_trip():
+    chosen = Options(kernels="reference", inductor={"epilogue-fusion": False}, verify="first_call")
+    assert chosen.as_dict()["inductor"] == {"epilogue_fusion": False}
+    for same in (
+        Options.parse(None, chosen),
+        Options.parse(None, chosen.as_dict()),
+        Options(**chosen.as_dict()),
+        pickle.loads(pickle.dumps(chosen)),
+        copy.deepcopy(chosen),
+        dataclasses.replace(chosen),
+    ):
+        assert same == chosen
+    assert dataclasses.replace(chosen, kernels="auto").kernels == "auto"
+
+
+@pytest.mark.parametrize("mode", [None, "default"])
+def test_the_default_mode_stands_for_nothing(mode: str | None):
+    assert Options.parse(mode, None) == Options()
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_a_mode_stands_for_what_it_stands_for_in_inductor(mode: str):
+    expected = torch._inductor.list_mode_options(mode)
+    assert Options.parse(mode, None).as_dict()["inductor"] == expected
+
+
+def test_an_explicit_option_wins_over_the_mode():
+    chosen = Options.parse("max-autotune", {"inductor": {"max_autotune": False}})
+    assert dict(chosen.inductor)["max_autotune"] is False
+    assert dict(chosen.inductor)["triton.cudagraphs"] is True
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("max-autotun", None, r"unknown mode 'max-autotun'\. Did you mean 'max-autotune'\? Modes: default, "),
+        (
+            None,
+            {"inductor": {"max_autotun": True}},
+            r"Inductor has no option 'max_autotun'\. Did you mean 'max_autotune'\?",
+        ),
+        (None, {"inductor": {"max_autotune": "yes"}}, r"'max_autotune' is of type bool, got 'yes'"),
+        ("max-autotune", {"lowering": "eager"}, r"lowering='eager'"),
+    ],
+)
+def test_inductors_options_are_checked_against_this_torch(mode: str | None, options: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        Options.parse(mode, options)
+
+
+def test_the_environment_disables_passes(monkeypatch):
+    monkeypatch.setenv("MOECOMPILE_DISABLE_PASSES", " fuse, ,detect")
+    assert module.disabled_passes(Options()) == {"fuse", "detect"}
+    assert Options.parse(None, {"disable": ("detect",)}).disable == ("detect", "fuse")
+    assert Options().disable == ()  # the environment counts where a model is compiled, not where options are written
+    monkeypatch.setenv("MOECOMPILE_DISABLE_PASSES", "fus")
+    with pytest.raises(ValueError, match=r"MOECOMPILE_DISABLE_PASSES names the pass 'fus'.*Did you mean 'fuse'"):
+        Options.parse(None, None)
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_the_environment_disables_the_backend(monkeypatch, value: str | None, expected: bool):
+    if value is not None:
+        monkeypatch.setenv("MOECOMPILE_DISABLE", value)
+    assert module.environment_disables_backend() is expected
+
+
+def test_a_wrong_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv("MOECOMPILE_DISABLE", "yes")
+    with pytest.raises(ValueError, match="MOECOMPILE_DISABLE: expected 0 or 1, got 'yes'"):
+        module.environment_disables_backend()
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert module.cache_directory() == tmp_path / ".cache" / "moecompile"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert module.cache_directory() == tmp_path / "xdg" / "moecompile"
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "~/own")
+    assert module.cache_directory() == tmp_path / "own"
+    assert not (tmp_path / "own").exists()
+
+
+def test_every_kind_of_annotation_is_checked():
+    """Options that come later may be numbers, switches and pairs; each annotation must reject its neighbours."""
+    for annotation, good, bad in [
+        (bool, (True, False), (0, 1, None, "yes")),
+        (int, (0, 3), (True, 1.0, "1")),
+        (float, (1, 0.5), (True, "0.5")),
+        (typing.Literal[1, 2], (1, 2), (True, 1.0, 3)),
+        (int | None, (None, 3), (True, "3")),
+        (tuple[int, str], ((1, "a"),), ((1,), ("a", 1), [1, "a"])),
+        (tuple[str, ...], ((), ("a", "b")), (("a", 1), "ab")),
+    ]:
+        assert all(module._matches(annotation, value) for value in good), annotation
+        assert not any(module._matches(annotation, value) for value in bad), annotation
+
+
+def option_rows() -> list[str]:
+    annotations = typing.get_type_hints(Options) | {"inductor": dict[str, Any]}
+    return [
+        f"| `{field.name}` | {_spelled(annotations[field.name])} | `{Options().as_dict()[field.name]!r}` "
+        f"| {field.metadata['meaning']} |"
+        for field in dataclasses.fields(Options)
+    ]
+
+
+def _spelled(annotation: Any) -> str:
+    return {tuple[str, ...]: "tuple of names", dict[str, Any]: "mapping"}.get(annotation) or module._spelled(annotation)
+
+
+@pytest.mark.parametrize(
+    ("section", "header", "rows"),
+    [
+        ("options", ["| option | values | default | effect |", "|---|---|---|---|"], option_rows()),
+        (
+            "passes",
+            ["| pass | effect |", "|---|---|"],
+            [f"| `{name}` | {meaning} |" for name, meaning in PASSES.items()],
+        ),
+        (
+            "environment",
+            ["| variable | values | default | effect |", "|---|---|---|---|"],
+            [f"| `{name}` | {row.values} | {row.default} | {row.meaning} |" for name, row in ENVIRONMENT.items()],
+        ),
+    ],
+)
+def test_the_documentation_is_the_table(section: str, header: list[str], rows: list[str]):
+    found = re.search(rf"<!-- {section} -->\n(.*)<!-- /{section} -->", DOCUMENT.read_text(), flags=re.DOTALL)
+    assert found is not None
+    assert found[1] == "\n".join([*header, *rows]) + "\n"
