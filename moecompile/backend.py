@@ -2,8 +2,8 @@
 
     torch.compile(model, backend="moecompile")
 
-Dynamo captures the model's graph and calls `moecompile` with it, once for each graph and each recompilation. Nothing
-heavy is imported before that.
+Dynamo captures the model's graph and calls `moecompile` with it: once for each graph, and again for each recompilation.
+Nothing heavy is imported before that.
 """
 
 from __future__ import annotations
@@ -39,24 +39,17 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import cache, lowering, pipeline, report
+    from moecompile import lowering, pipeline, report
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
-    record = report.GraphReport.of(gm)
-    report.record(record)
+    record = report.record(report.GraphReport.of(gm))
 
-    # 2. Detect, fuse: the passes, over this graph and the bodies of its higher-order operators.
+    # 2. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse.
     if environment_disables_backend():
-        record.notes.append("MOECOMPILE_DISABLE is set: the graph went to the lowering untouched")
+        record.notes.append("MOECOMPILE_DISABLE is set: the graph was handed on untouched")
     else:
         pipeline.run_passes(gm, chosen, record)
 
-    # 3. AOTAutograd, then Inductor or PyTorch itself; the forward and backward graphs are noted as they appear.
-    def seen(kind: str, graph_module: fx.GraphModule) -> None:
-        setattr(record, kind, pipeline.text_of(pipeline.pieces_of(graph_module), collapse=True))
-
-    if chosen.lowering == "eager":
-        return lowering.eager(gm, example_inputs, seen=seen)
-    patches = cache.salted(dict(chosen.inductor), cache.salt(chosen))
-    return lowering.inductor(gm, example_inputs, patches=patches, seen=seen, name=name)
+    # 3. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
+    return lowering.lower(gm, example_inputs, chosen, record, name)

@@ -87,5 +87,78 @@ def salted(patches: Mapping[str, Any], text: str) -> dict[str, Any]:
     return {**patches, HOOK: Salt()}
 
 
+def graph_key(salt: str, graph: str, example_inputs: Sequence[Any], patches: Mapping[str, Any]) -> str:
+    """What decides how AOTAutograd's graphs of a rewritten Dynamo graph look.
+
+    Args:
+        salt: see `salt`.
+        graph: the rewritten graph as text, shapes, dtypes and bodies included.
+        example_inputs: its inputs; which of them require a gradient decides what goes into the backward graph.
+        patches: the changes to Inductor's config.
+    """
+    from torch._functorch import config as autograd_config
+    from torch._inductor import config as inductor_config
+
+    autocast = {
+        device: str(torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    }
+    return _digest(
+        salt,
+        graph,
+        repr([_input_facts(value) for value in example_inputs]),
+        repr((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)),
+        repr(sorted((name, _config_fact(value)) for name, value in patches.items())),
+        repr((autograd_config.get_hash(), inductor_config.get_hash())),
+    )
+
+
+def _input_facts(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), str(value.device), value.requires_grad
+    return type(value).__name__
+
+
+def _config_fact(value: Any) -> str:
+    # a pass of the user's is an object whose repr is its address
+    return repr(value) if isinstance(value, (bool, int, float, str, list, tuple, type(None))) else type(value).__name__
+
+
+class Sidecar:
+    """The forward and backward graph of one compiled graph as text, kept on disk under its key.
+
+    Writing is atomic and adds to what is there; several processes may share the directory. A directory that cannot
+    be used costs the texts in a later process's report, nothing else: one warning says so.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.path = cache_directory() / "graphs" / key[:2] / f"{key}.json"
+
+    def read(self) -> dict[str, str]:
+        """Kind ("forward", "backward") to text; empty if nothing usable is stored."""
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("moecompile cannot read %s (%s); the report will lack this graph's text", self.path, error)
+            return {}
+        return stored if isinstance(stored, dict) else {}
+
+    def write(self, kind: str, text: str) -> None:
+        """Adds one text."""
+        content = json.dumps({**self.read(), kind: text})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self.path.parent, suffix=".tmp", delete=False
+            ) as file:
+                file.write(content)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            log.warning("moecompile cannot write %s (%s); set MOECOMPILE_CACHE_DIR to a usable directory", self.path, error)
+
+
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """From the rewritten graph to something callable: AOTAutograd, then Inductor or plain PyTorch.
 
 Both lowerings show every graph that AOTAutograd makes to `seen(kind, graph_module)`, kind being "forward" or
-"backward", at the moment it is compiled. A backward graph is compiled when it first runs, or, with Inductor's static
-shapes, right after its forward graph; a graph that comes out of a cache is not seen at all.
+"backward", at the moment it is compiled. A backward graph may be compiled long after its forward graph, when it first
+runs; a graph that comes out of AOTAutograd's cache is not shown at all.
 """
 
 from __future__ import annotations
@@ -14,11 +14,51 @@ import torch
 from packaging.version import Version
 from torch import fx
 
+from moecompile import cache
+from moecompile.options import Options
+from moecompile.passes.printer import input_names
+from moecompile.pipeline import text_of
+from moecompile.report import GraphReport
+
 Compiled = Callable[..., Any]
 Seen = Callable[[str, fx.GraphModule], None]
 
 # the region's name reaches compile_fx since this release
 _NAMED_REGIONS = Version(torch.__version__) >= Version("2.13")
+
+
+def lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphReport, name: str | None = None
+) -> Compiled:
+    """Compiles a rewritten graph of Dynamo's as `options` say, and notes AOTAutograd's graphs in `record` as text.
+
+    The record never holds a graph itself: a graph holds fake tensors, and the record lives as long as the process.
+    """
+    inputs = input_names(gm.graph)
+
+    def note(kind: str, graph_module: fx.GraphModule) -> str:
+        text = text_of(graph_module, collapse=True, inputs=inputs)
+        setattr(record, kind, text)
+        return text
+
+    if options.lowering == "eager":
+        return eager(gm, example_inputs, seen=note)
+
+    patches = dict(options.inductor)
+    salt = cache.salt(options)
+    sidecar = cache.Sidecar(cache.graph_key(salt, text_of(gm), example_inputs, patches))
+    compiled = inductor(
+        gm,
+        example_inputs,
+        patches=cache.salted(patches, salt),
+        seen=lambda kind, graph_module: sidecar.write(kind, note(kind, graph_module)),
+        name=name,
+    )
+    if record.forward is None:
+        remembered = sidecar.read()
+        record.cached = "AOTAutograd"
+        record.forward, record.backward = remembered.get("forward"), remembered.get("backward")
+    return compiled
 
 
 def inductor(

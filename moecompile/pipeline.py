@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -17,7 +17,7 @@ from torch import fx
 from moecompile.options import Options
 from moecompile.passes.detect import detect
 from moecompile.passes.fuse import fuse
-from moecompile.passes.printer import graph_text, op_counts
+from moecompile.passes.printer import count_changes, graph_text, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
 
@@ -61,7 +61,7 @@ PASSES: dict[str, Callable[[Piece], None]] = {
 def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> None:
     """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
     pieces = pieces_of(gm)
-    record.before = text_of(pieces)
+    record.before = text_of(gm)
     for number, (name, run) in enumerate(PASSES.items(), start=1):
         if name in options.disable:
             record.notes.append(f"pass {name} is disabled")
@@ -70,7 +70,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Non
         for piece in pieces:
             run(piece)
         milliseconds = 1e3 * (time.perf_counter() - started)
-        changes = _changes(counts, _counts(pieces))
+        changes = count_changes(counts, _counts(pieces))
         record.passes.append(PassRecord(name, milliseconds, changes))
         log.info("%d %s: %.1f ms%s", number, name, milliseconds, _describe(changes))
     for piece in pieces:
@@ -79,7 +79,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Non
             piece.module.recompile()
     record.sites = tuple(site for piece in pieces for site in piece.sites)
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
-    record.after = text_of(pieces)
+    record.after = text_of(gm)
 
 
 def pieces_of(gm: fx.GraphModule) -> list[Piece]:
@@ -87,21 +87,23 @@ def pieces_of(gm: fx.GraphModule) -> list[Piece]:
     return [Piece(path, module) for path, module in gm.named_modules() if isinstance(module, fx.GraphModule)]
 
 
-def text_of(pieces: Iterable[Piece], *, collapse: bool = False) -> str:
-    """All bodies in our stable text, those below the main graph under a heading with their path."""
+def text_of(gm: fx.GraphModule, *, collapse: bool = False, inputs: Sequence[str] = ()) -> str:
+    """A graph and all bodies below it in our stable text, the bodies under a heading with their path.
+
+    Args:
+        gm: a graph of Dynamo's or AOTAutograd's.
+        collapse: as in `passes.printer.graph_text`.
+        inputs: names of the inputs of the main graph, where it does not know them itself.
+    """
     sections = []
-    for piece in pieces:
-        text = graph_text(piece.module.graph, collapse=collapse)
+    for piece in pieces_of(gm):
+        text = graph_text(piece.module.graph, collapse=collapse, counts=collapse, inputs=() if piece.path else inputs)
         sections.append(f"{piece.path}:\n{text}" if piece.path else text)
     return "\n\n".join(sections)
 
 
 def _counts(pieces: Iterable[Piece]) -> Counter[str]:
-    return sum((Counter(op_counts(piece.module.graph)) for piece in pieces), Counter())
-
-
-def _changes(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int]]:
-    return {op: (before[op], after[op]) for op in sorted(before | after) if before[op] != after[op]}
+    return sum((op_counts(piece.module.graph) for piece in pieces), Counter())
 
 
 def _describe(changes: dict[str, tuple[int, int]]) -> str:
