@@ -1,0 +1,275 @@
+"""One call for every way to write an operation.
+
+A Dynamo graph spells one operation many ways: `torch.mul`, `operator.mul`, `x.mul(...)`, `x *= ...`, `aten.mul.Tensor`. This table maps each
+spelling to one canonical name and binds its arguments to one signature, so that rules are written once.
+
+    call = bind(node)   ->  Call(name="mul", arguments={"input": n1, "other": n2}, inplace=False), or None for an operation the table lacks
+
+Nothing here decides what an operation means; that is the rules' work. (`passes/spelling.py` names operations for people to read; here they are
+bound for rules to reason about.)
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+# canonical name -> (signature, spellings). A spelling is a function, "torch.x.y" looked up when used (it may not exist in every version),
+# or ".method". A signature entry "name=default" has a default; "*name" takes the remaining positional arguments.
+_F = "torch.nn.functional."
+_NN = "torch._C._nn."
+TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
+    # views and copies
+    "view": ("input *shape", (".view", ".reshape", "torch.reshape")),
+    "view_as": ("input other", (".view_as", ".reshape_as")),
+    "flatten": ("input start_dim=0 end_dim=-1", ("torch.flatten", ".flatten", ".ravel", "torch.ravel")),
+    "unflatten": ("input dim sizes", ("torch.unflatten", ".unflatten")),
+    "unsqueeze": ("input dim", ("torch.unsqueeze", ".unsqueeze")),
+    "squeeze": ("input dim=None", ("torch.squeeze", ".squeeze")),
+    "transpose": ("input dim0 dim1", ("torch.transpose", ".transpose", "torch.swapaxes", ".swapaxes", ".swapdims")),
+    "t": ("input", ("torch.t", ".t")),
+    "permute": ("input *dims", ("torch.permute", ".permute")),
+    "expand": ("input *sizes", (".expand",)),
+    "expand_as": ("input other", (".expand_as",)),
+    "repeat": ("input *sizes", (".repeat",)),
+    "repeat_interleave": ("input repeats dim=None output_size=None", ("torch.repeat_interleave", ".repeat_interleave")),
+    "contiguous": ("input memory_format=None", (".contiguous",)),
+    "clone": ("input memory_format=None", ("torch.clone", ".clone")),
+    "chunk": ("input chunks dim=0", ("torch.chunk", ".chunk")),
+    "split": ("tensor split_size_or_sections dim=0", ("torch.split", ".split", "torch.functional.split")),
+    "tensor_split": ("input indices_or_sections dim=0", ("torch.tensor_split", ".tensor_split")),
+    "unbind": ("input dim=0", ("torch.unbind", ".unbind")),
+    "select": ("input dim index", ("torch.select", ".select")),
+    "narrow": ("input dim start length", ("torch.narrow", ".narrow")),
+    "getattr": ("input name", ("builtins.getattr",)),
+    "getitem": ("input index", ("operator.getitem", ".__getitem__")),
+    "cat": ("tensors dim=0", ("torch.cat", "torch.concat", "torch.concatenate")),
+    "stack": ("tensors dim=0", ("torch.stack",)),
+    # casts: one canonical operation, the target read off the result
+    "cast": ("input *target", (".to", ".float", ".half", ".bfloat16", ".double", ".int", ".long", ".bool", ".type", ".type_as", ".cpu", ".cuda")),
+    # making tensors
+    "zeros": ("*size", ("torch.zeros", "torch.zeros_like", ".new_zeros")),
+    "ones": ("*size", ("torch.ones", "torch.ones_like", ".new_ones")),
+    "empty": ("*size", ("torch.empty", "torch.empty_like", ".new_empty")),
+    "full": ("size fill_value", ("torch.full", ".new_full")),
+    "full_like": ("input fill_value", ("torch.full_like",)),
+    "arange": ("*bounds", ("torch.arange",)),
+    # indexing
+    "index_select": ("input dim index", ("torch.index_select", ".index_select")),
+    "gather": ("input dim index sparse_grad=False", ("torch.gather", ".gather")),
+    "take_along_dim": ("input indices dim=None", ("torch.take_along_dim", ".take_along_dim")),
+    "embedding": ("input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False", (_F + "embedding",)),
+    "setitem": ("input index value", ("operator.setitem", ".__setitem__")),
+    "index_put": ("input indices values accumulate=False", ("torch.index_put", ".index_put")),
+    "index_copy": ("input dim index source", ("torch.index_copy", ".index_copy")),
+    "index_add": ("input dim index source alpha=1", ("torch.index_add", ".index_add")),
+    "scatter": ("input dim index src reduce=None", ("torch.scatter", ".scatter")),
+    "scatter_add": ("input dim index src", ("torch.scatter_add", ".scatter_add")),
+    "index_fill": ("input dim index value", ("torch.index_fill", ".index_fill")),
+    "masked_fill": ("input mask value", ("torch.masked_fill", ".masked_fill")),
+    "where": ("condition input=None other=None", ("torch.where", ".where")),
+    "nonzero": ("input as_tuple=False", ("torch.nonzero", ".nonzero")),
+    "copy": ("input src non_blocking=False", (".copy",)),
+    "zero": ("input", (".zero", "torch.zero")),
+    "fill": ("input fill_value", (".fill", "torch.fill")),
+    # routing
+    "topk": ("input k dim=-1 largest=True sorted=True", ("torch.topk", ".topk")),
+    "sort": ("input dim=-1 descending=False stable=False", ("torch.sort", ".sort")),
+    "argsort": ("input dim=-1 descending=False stable=False", ("torch.argsort", ".argsort")),
+    "max": ("input dim=None keepdim=False", ("torch.max", ".max")),
+    "argmax": ("input dim=None keepdim=False", ("torch.argmax", ".argmax")),
+    "histc": ("input bins=100 min=0 max=0", ("torch.histc", ".histc")),
+    "bincount": ("input weights=None minlength=0", ("torch.bincount", ".bincount")),
+    "one_hot": ("input num_classes=-1", (_F + "one_hot", _NN + "one_hot")),
+    "cumsum": ("input dim dtype=None", ("torch.cumsum", ".cumsum")),
+    "softmax": ("input dim=None _stacklevel=3 dtype=None", (_F + "softmax", "torch.softmax", ".softmax")),
+    "floor_divide": ("input other", ("torch.floor_divide", ".floor_divide", "operator.floordiv", ".__floordiv__")),
+    "remainder": ("input other", ("torch.remainder", ".remainder", "operator.mod", ".__mod__")),
+    # matrix products
+    "grouped_mm": ("input mat2 offs=None bias=None out_dtype=None", ("torch._grouped_mm", _F + "grouped_mm", "torch.ops.aten._grouped_mm")),
+    "grouped_mm_fallback": ("input weight offs", ("torch.ops.transformers.grouped_mm_fallback",)),
+    "linear": ("input weight bias=None", (_F + "linear", _NN + "linear")),
+    "mm": ("input mat2", ("torch.mm", ".mm")),
+    "bmm": ("input mat2", ("torch.bmm", ".bmm")),
+    "matmul": ("input other", ("torch.matmul", ".matmul", "operator.matmul", ".__matmul__")),
+    "baddbmm": ("input batch1 batch2 beta=1 alpha=1", ("torch.baddbmm", ".baddbmm")),
+    "einsum": ("equation *operands", ("torch.einsum", "torch.functional.einsum")),
+    # reductions
+    "sum": ("input dim=None keepdim=False dtype=None", ("torch.sum", ".sum")),
+    # comparisons, used on routing values
+    **{name: ("input other", (f"torch.{name}", f".{name}", f"operator.{name}", f".__{name}__")) for name in ("eq", "ne", "lt", "gt", "le", "ge")},
+    # elementwise arithmetic
+    "add": ("input other alpha=1", ("torch.add", ".add", "operator.add", ".__add__", ".__radd__")),
+    "sub": ("input other alpha=1", ("torch.sub", "torch.subtract", ".sub", "operator.sub", ".__sub__")),
+    "rsub": ("input other alpha=1", ("torch.rsub", ".rsub", ".__rsub__")),
+    "mul": ("input other", ("torch.mul", "torch.multiply", ".mul", ".multiply", "operator.mul", ".__mul__", ".__rmul__")),
+    "div": ("input other rounding_mode=None", ("torch.div", "torch.divide", "torch.true_divide", ".div", "operator.truediv", ".__truediv__")),
+    "pow": ("input exponent", ("torch.pow", ".pow", "operator.pow", ".__pow__")),
+    "neg": ("input", ("torch.neg", "torch.negative", ".neg", "operator.neg")),
+    "clamp": ("input min=None max=None", ("torch.clamp", "torch.clip", ".clamp", ".clip")),
+    "clamp_min": ("input min", ("torch.clamp_min", ".clamp_min")),
+    "clamp_max": ("input max", ("torch.clamp_max", ".clamp_max")),
+    "minimum": ("input other", ("torch.minimum", ".minimum")),
+    "maximum": ("input other", ("torch.maximum", ".maximum")),
+    "gelu": ("input approximate='none'", (_F + "gelu", _NN + "gelu")),
+    "softplus": ("input beta=1.0 threshold=20.0", (_F + "softplus", _NN + "softplus")),
+    "leaky_relu": ("input negative_slope=0.01 inplace=False", (_F + "leaky_relu", _NN + "leaky_relu")),
+    "elu": ("input alpha=1.0 inplace=False", (_F + "elu", _NN + "elu")),
+    "celu": ("input alpha=1.0 inplace=False", (_F + "celu", "torch.celu")),
+    "logsigmoid": ("input", (_F + "logsigmoid", _NN + "log_sigmoid")),
+    **{name: ("input", (f"torch.{name}", f".{name}", f"{_F}{name}")) for name in "sigmoid tanh exp log log1p sqrt rsqrt reciprocal abs sign square erf".split()},
+    "relu": ("input inplace=False", ("torch.relu", ".relu", _F + "relu")),
+    **{name: ("input inplace=False", (f"{_F}{name}", f"{_NN}{name}")) for name in "silu relu6 selu mish hardswish hardsigmoid".split()},
+}
+# Python's augmented assignments write into their left operand
+_AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floor_divide", "ipow": "pow"}
+# calls that write into their first argument although the name does not end in "_"
+_WRITES = frozenset({"setitem"})
+# keyword arguments that place or lay out a result without changing its values
+_HARMLESS = frozenset({"device", "pin_memory", "layout", "memory_format", "requires_grad", "non_blocking", "copy"})
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node under its canonical name. `arguments` holds every parameter of the signature, defaults filled in."""
+
+    name: str
+    arguments: dict[str, Any]
+    inplace: bool
+    node: fx.Node
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument of that name."""
+        return self.arguments[name]
+
+
+@cache
+def _signature(name: str) -> tuple[tuple[tuple[str, Any], ...], str | None]:
+    """The parameters as (name, default or _REQUIRED), and the name that takes the rest."""
+    parameters: list[tuple[str, Any]] = []
+    rest = None
+    for word in TABLE[name][0].split():
+        if word.startswith("*"):
+            rest = word[1:]
+        else:
+            key, _, default = word.partition("=")
+            parameters.append((key, ast.literal_eval(default) if default else _REQUIRED))
+    return tuple(parameters), rest
+
+
+def _look_up(path: str) -> Any:
+    """The object at a dotted path, or None where this version of PyTorch has none."""
+    root, *rest = path.split(".")
+    if root == "builtins":
+        return getattr
+    value: Any = {"torch": torch, "operator": operator}[root]
+    for part in rest:
+        value = getattr(value, part, None)
+    return value
+
+
+@cache
+def _functions() -> dict[Any, tuple[str, bool]]:
+    """Function -> (canonical name, writes into its first argument)."""
+    table: dict[Any, tuple[str, bool]] = {}
+    for name, (_, spellings) in TABLE.items():
+        for spelling in spellings:
+            if spelling.startswith((".", "torch.ops.")):
+                continue
+            for path, inplace in ((spelling, name in _WRITES), (spelling + "_", True)):
+                function = _look_up(path) if path == spelling or path.startswith("torch.") else None
+                if function is not None:
+                    table.setdefault(function, (name, inplace))
+    table.update({getattr(operator, augmented): (name, True) for augmented, name in _AUGMENTED.items()})
+    return table
+
+
+@cache
+def _methods() -> dict[str, tuple[str, bool]]:
+    """Method name -> (canonical name, writes into self)."""
+    table: dict[str, tuple[str, bool]] = {f"__{augmented}__": (name, True) for augmented, name in _AUGMENTED.items()}
+    for name, (_, spellings) in TABLE.items():
+        for spelling in spellings:
+            if spelling.startswith("."):
+                table[spelling[1:]] = (name, name in _WRITES)
+                table[spelling[1:] + "_"] = (name, True)
+    return table
+
+
+@cache
+def _operators() -> dict[str, str]:
+    """Qualified name of an operator -> canonical name; compared by name because an operator may be registered later than this table is made."""
+    return {
+        spelling.removeprefix("torch.ops.").replace(".", "::"): name
+        for name, (_, spellings) in TABLE.items()
+        for spelling in spellings
+        if spelling.startswith("torch.ops.")
+    }
+
+
+def _canonical(node: fx.Node) -> tuple[str, bool] | None:
+    if node.op == "call_method":
+        return _methods().get(str(node.target))
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        name = _operators().get(packet._qualified_op_name)
+        return None if name is None else (name, False)
+    try:
+        return _functions().get(target)
+    except TypeError:  # an unhashable callable cannot be in the table
+        return None
+
+
+def bind(node: fx.Node) -> Call | None:
+    """The node's canonical name and bound arguments, or None if the table lacks it or its arguments do not fit the signature."""
+    found = _canonical(node)
+    if found is None:
+        return None
+    name, inplace = found
+    parameters, rest = _signature(name)
+    arguments: dict[str, Any] = {}
+    positional = list(node.args)
+    for key, default in parameters:
+        if positional:
+            arguments[key] = positional.pop(0)
+        elif key in node.kwargs or default is not _REQUIRED:
+            arguments[key] = node.kwargs.get(key, default)
+        else:
+            return None
+    if rest is not None:
+        arguments[rest] = tuple(positional)
+    elif positional:
+        return None
+    extra = {key: value for key, value in node.kwargs.items() if key not in arguments and value is not None}
+    if rest is None and set(extra) - _HARMLESS:
+        return None
+    return Call(name, {**extra, **arguments}, inplace or arguments.get("inplace") is True, node)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the node may write into one of its arguments: by spelling, by schema, or by a name that ends in an underscore."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    found = _canonical(node)
+    if found is not None:
+        call = bind(node)
+        return found[1] or (call is not None and call.inplace)
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name.endswith("_") and not name.startswith("_")

@@ -1,0 +1,273 @@
+"""Walk a graph once, in order, and give every tensor its meaning.
+
+Contract
+- Every rule is exact: it says what its result is, or refuses. Nothing is guessed; a tensor without a rule is a leaf, which means only itself.
+- Mutations happen in program order. A write through one name changes the meaning of every name of the same elements; any other alias of the
+  written memory becomes a new leaf, so that no stale meaning survives.
+- The graph is not changed. The result is one `Interpretation`.
+
+    for node in graph:                       # program order
+        call  = bind(node)                  # canonical name, or none
+        value = RULES[call.name](call)       # a meaning, or a reason why there is none
+        if the node writes: give every alias its new meaning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.calls import Call, bind, writes
+from moecompile.passes.terms import Atom, Constant, Content, Element, Size, Value, Variable
+
+
+class Refused(Exception):
+    """A rule looked at an operation and found that it is not what the rule is about. The message says why."""
+
+
+@dataclass(frozen=True)
+class Combine:
+    """A node where expert outputs are summed into tokens: what detection builds Sites from."""
+
+    node: fx.Node
+    value: Value  # content is a Total, or a Special sum of partial results
+    base: fx.Node | None  # what the sum was added to, None for zeros
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A leaf of shape (tokens, experts) that holds `outside` wherever a token's `ids` do not name the expert."""
+
+    ids: Value  # dims (token), (choice); content: the expert id
+    outside: float | int
+
+
+Rule = Callable[[Call, "Interpretation"], "Value | tuple[Value | None, ...] | None"]
+
+
+def fake_of(node: fx.Node) -> Any:
+    """The example value Dynamo or AOTAutograd left on the node."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+@dataclass
+class Interpretation:
+    """Meanings of all tensors of one graph after a walk through it."""
+
+    graph: fx.Graph
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    results: dict[fx.Node, tuple[Value | None, ...]] = field(default_factory=dict)
+    refusals: dict[fx.Node, str] = field(default_factory=dict)  # operations on routed rows that no rule explains, in program order
+    combines: list[Combine] = field(default_factory=list)
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
+    sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
+
+    def shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """The shape of the tensor at a node."""
+        fake = fake_of(node)
+        if not isinstance(fake, torch.Tensor):
+            raise Refused(f"{node} is not a tensor")
+        return tuple(terms.size_of(size) for size in fake.shape)
+
+    def dtype(self, node: fx.Node) -> torch.dtype:
+        """The dtype of the tensor at a node."""
+        fake = fake_of(node)
+        if not isinstance(fake, torch.Tensor):
+            raise Refused(f"{node} is not a tensor")
+        return fake.dtype
+
+    def value(self, node: Any) -> Value:
+        """The meaning of a tensor or number: its value, or itself as a leaf."""
+        if isinstance(node, fx.Node):
+            if node not in self.values:
+                fake = fake_of(node)
+                if not isinstance(fake, torch.Tensor):
+                    raise Refused(f"{node} is not a tensor")
+                self.values[node] = self.leaf(node)
+            return self.values[node]
+        if isinstance(node, (int, float, bool)):
+            return Value((), Constant(node))
+        raise Refused(f"{node!r} is neither a tensor nor a number")
+
+    def leaf(self, node: fx.Node) -> Value:
+        """The tensor as itself."""
+        shape = self.shape(node)
+        integral = not (self.dtype(node).is_floating_point or self.dtype(node).is_complex)
+        atom = Atom(Variable("ids" if integral else "leaf", node), 1, terms.product(shape))
+        groups = terms.regroup([atom], shape)
+        if groups is None or any(size == 0 for size in shape):
+            raise Refused(f"{node} has dimensions this interpretation cannot index")
+        return Value(groups, Element(node, terms.merge([atom])))
+
+    def number(self, argument: Any) -> Size:
+        """An integer argument that may be a symbolic size."""
+        if isinstance(argument, fx.Node):
+            argument = fake_of(argument)
+        if isinstance(argument, (int, torch.SymInt)):
+            return terms.size_of(argument)
+        raise Refused(f"expected a number, got {argument!r}")
+
+
+def is_plain(value: Value) -> bool:
+    """Whether the value is a leaf or a view of one."""
+    content = value.content
+    return isinstance(content, Element) and all(isinstance(part, Atom) and part.variable.key is content.root for part in content.index)
+
+
+def walk(content: Content) -> Iterator[Content]:
+    """The content and all contents inside it, indices included."""
+    yield content
+    if isinstance(content, Element):
+        for part in content.index:
+            if isinstance(part, terms.Looked):
+                yield from walk(part.content)
+    elif isinstance(content, terms.Apply):
+        for argument in content.args:
+            yield from walk(argument)
+    elif isinstance(content, terms.Contract):
+        yield from walk(content.left)
+        yield from walk(content.right)
+    elif isinstance(content, (terms.Total, terms.Equals)):
+        yield from walk(content.content)
+
+
+def is_routed(value: Value | None) -> bool:
+    """Whether the value holds rows of assignments: gathered by routing, or the result of an expert's GEMM."""
+    if value is None:
+        return False
+    return any(isinstance(group_atom.variable.kind, str) and group_atom.variable.rank >= 3 for group in value.dims for group_atom in group) or any(
+        isinstance(inner, (terms.Contract, terms.Total)) or (isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index))
+        for inner in walk(value.content)
+    )
+
+
+def interpret(graph: fx.Graph) -> Interpretation:
+    """Give every tensor of the graph its meaning. Reads meta["example_value"] (or "val"); changes nothing."""
+    from moecompile.passes.rules import RULES
+
+    state = Interpretation(graph)
+    aliases = Aliases(graph)
+    for node in graph.nodes:
+        call = bind(node) if node.op in ("call_function", "call_method") else None
+        if call is not None:
+            state.calls[node] = call
+        outcome = _outcome(call, state, RULES)
+        mutates = writes(node)
+        if isinstance(outcome, tuple):
+            state.results[node] = outcome
+        elif outcome is not None:
+            state.values[node] = outcome
+        elif not mutates and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes):
+            state.refusals.setdefault(node, f"{node.target} is not an operation that detection understands")
+        if mutates:
+            _write(state, aliases, node, outcome if isinstance(outcome, Value) else None)
+    return state
+
+
+def _outcome(call: Call | None, state: Interpretation, rules: dict[str, Rule]) -> Value | tuple[Value | None, ...] | None:
+    rule = rules.get(call.name) if call is not None else None
+    if call is None or rule is None:
+        return None
+    try:
+        return rule(call, state)
+    except Refused as reason:
+        if any(is_routed(state.values.get(argument)) for argument in call.node.all_input_nodes):
+            state.refusals[call.node] = str(reason)
+        return None
+
+
+def _write(state: Interpretation, aliases: Aliases, node: fx.Node, value: Value | None) -> None:
+    """Give the written tensor, and all names of the same elements, the new meaning; every other alias becomes a new leaf."""
+    for target in aliases.written(node):
+        for alias in aliases.of(target):
+            if alias not in state.values and alias not in state.results:
+                continue
+            if value is not None and aliases.same_elements(alias, target):
+                state.values[alias] = value
+            else:
+                state.values[alias] = _written_leaf(state, alias, node)
+                state.results.pop(alias, None)
+        state.values[target] = value if value is not None else _written_leaf(state, target, node)
+
+
+def _written_leaf(state: Interpretation, node: fx.Node, writer: fx.Node) -> Value:
+    """The tensor as it is after the write: not the same leaf as before it."""
+    fake = fake_of(node)
+    if not isinstance(fake, torch.Tensor):
+        return Value((), terms.Special("written", (node, writer)))
+    atom = Atom(Variable("leaf", (node, writer)), 1, terms.product(terms.size_of(size) for size in fake.shape))
+    groups = terms.regroup([atom], [terms.size_of(size) for size in fake.shape])
+    return Value(groups or (), terms.Special("written", (node, writer, atom)))
+
+
+class Aliases:
+    """Which tensors of a graph may share memory, and which names stand for exactly the same elements.
+
+    Views share the storage of their FakeTensor, which Dynamo's own tracing kept true; operations that may or may not copy (reshape, to, contiguous)
+    are told apart by it as well. What has no FakeTensor is taken to alias nothing.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._by_storage: dict[int, list[fx.Node]] = {}
+        self._storage: dict[fx.Node, tuple[int, ...]] = {}
+        for node in graph.nodes:
+            keys = tuple(sorted({tensor.untyped_storage()._cdata for tensor in tensors_in(fake_of(node))}))
+            self._storage[node] = keys
+            for key in keys:
+                self._by_storage.setdefault(key, []).append(node)
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that may share memory with the node, itself included."""
+        found = {alias: None for key in self._storage.get(node, ()) for alias in self._by_storage[key]}
+        return list(found) or [node]
+
+    def share(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether two nodes may share memory."""
+        return first is second or bool(set(self._storage.get(first, ())) & set(self._storage.get(second, ())))
+
+    def same_elements(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether two nodes name exactly the same elements in the same shape."""
+        a, b = fake_of(first), fake_of(second)
+        if first is second:
+            return True
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or not self.share(first, second):
+            return False
+        return _layout(a) == _layout(b)
+
+    def written(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a mutating node writes."""
+        out = node.kwargs.get("out")
+        if isinstance(out, fx.Node):
+            return [out]
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            found = []
+            for position, argument in enumerate(target._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                    found += [value] if isinstance(value, fx.Node) else []
+            return found
+        if node.args and isinstance(node.args[0], fx.Node):
+            return [node.args[0]]
+        first = node.kwargs.get("input")
+        return [first] if isinstance(first, fx.Node) else list(node.all_input_nodes)
+
+
+def tensors_in(fake: Any) -> list[torch.Tensor]:
+    """The tensors in an example value, which may be a tuple."""
+    if isinstance(fake, torch.Tensor):
+        return [fake]
+    if isinstance(fake, (tuple, list)):
+        return [tensor for part in fake for tensor in tensors_in(part)]
+    return []
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    sizes = tuple(terms.size_of(size) for size in tensor.shape)
+    strides = tuple(terms.size_of(stride) for stride in tensor.stride())
+    return sizes, strides, terms.size_of(tensor.storage_offset()), tensor.dtype

@@ -1,0 +1,166 @@
+"""Rules for elementwise arithmetic: operands meet at common indices, the content is the operation as the model wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain
+from moecompile.passes.rules_views import constant
+from moecompile.passes.calls import Call
+from moecompile.passes.terms import Apply, Constant, Content, Element, Equals, Index, Special, Value
+from moecompile.passes.unify import unify
+
+# canonical name -> (names of tensor or number operands, names of parameters)
+ELEMENTWISE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **{name: (("input", "other"), ()) for name in ("add", "sub", "mul", "div", "minimum", "maximum")},
+    "pow": (("input", "exponent"), ()),
+    **{
+        name: (("input",), ())
+        for name in (
+            "neg exp log log1p sqrt rsqrt reciprocal abs sign square sigmoid logsigmoid silu tanh relu relu6 selu erf mish hardswish hardsigmoid".split()
+        )
+    },
+    "leaky_relu": (("input",), ("negative_slope",)),
+    "elu": (("input",), ("alpha",)),
+    "celu": (("input",), ("alpha",)),
+    "gelu": (("input",), ("approximate",)),
+    "softplus": (("input",), ("beta", "threshold")),
+    "clamp": (("input",), ("min", "max")),
+}
+
+# outside value of a sparse leaf -> the operation's value there, where its derivative vanishes as well
+_OUTSIDE: dict[tuple[str, float], float] = {
+    ("sigmoid", float("-inf")): 0.0,
+    ("exp", float("-inf")): 0.0,
+    ("relu", 0.0): 0.0,
+    ("softmax", float("-inf")): 0.0,
+}
+
+
+def elementwise(call: Call, state: Interpretation) -> Value | None:
+    """The operation on its operands' contents; None (a new leaf) where nothing routed is involved."""
+    operands, parameters = ELEMENTWISE[call.name]
+    if call.arguments.get("alpha", 1) != 1 and call.name in ("add", "sub"):
+        raise Refused("an addition with alpha")
+    values = [_operand(state, call[name]) for name in operands]
+    params = tuple(call[name] for name in parameters)
+    if any(isinstance(param, fx.Node) for param in params):
+        raise Refused(f"{call.name} with a tensor or symbolic bound")
+    if all(is_plain(value) or isinstance(value.content, Constant) for value in values):
+        if not _spreads(call, state, values):
+            _propagate_sparsity(call, state)
+            return None
+    if all(isinstance(value.content, (Index, Equals, Special, Constant)) or is_plain(value) for value in values):
+        return _masks(call, values)
+    if any(isinstance(value.content, (Index, Equals, Special)) for value in values):
+        raise Refused("arithmetic of rows with indices or masks")
+    expected = _promoted(call, state, [call[name] for name in operands])
+    if expected is not None and expected != state.dtype(call.node):
+        raise Refused(f"{call.name} gives {state.dtype(call.node)} where its operands give {expected}: autocast changes it")
+    dims, contents = unify(values)
+    if call.name == "sub" and call.node.target == "__rsub__":
+        contents.reverse()
+    return Value(dims, Apply(call.name, tuple(contents), params))
+
+
+def _operand(state: Interpretation, argument: Any) -> Value:
+    if isinstance(argument, fx.Node) and not isinstance(fake_of(argument), torch.Tensor):
+        raise Refused("arithmetic with a symbolic number")
+    return state.value(argument)
+
+
+def _spreads(call: Call, state: Interpretation, values: list[Value]) -> bool:
+    """Whether a sparse leaf is spread over a further dimension: gates on tokens, the beginning of a dense mixture."""
+    sparse = [value for value in values if isinstance(value.content, Element) and value.content.root in state.sparse]
+    extent = terms.product(state.shape(call.node))
+    return any(terms.product(terms.group_size(group) for group in value.dims) != extent for value in sparse)
+
+
+def _propagate_sparsity(call: Call, state: Interpretation) -> None:
+    """A function of a sparse leaf is sparse, with its outside value at the function; a product with one that is 0 outside is 0 outside."""
+    first = call.arguments.get("input")
+    sources = [argument for argument in call.arguments.values() if isinstance(argument, fx.Node)]
+    roots = [state.sparse.get(_root(state, source)) for source in sources]
+    known = [sparse for sparse in roots if sparse is not None]
+    if not known or len(state.shape(call.node)) != 2 or not all(_unmoved(state, source) for source in sources):
+        return
+    if call.name in ("mul", "div") and (roots[0] is not None or call.name == "mul") and known[0].outside == 0:
+        state.sparse[call.node] = Sparse(known[0].ids, 0)
+    elif isinstance(first, fx.Node) and roots[0] is not None and (outside := _OUTSIDE.get((call.name, float(roots[0].outside)))) is not None:
+        state.sparse[call.node] = Sparse(roots[0].ids, outside)
+
+
+def _root(state: Interpretation, node: fx.Node) -> fx.Node:
+    content = state.value(node).content
+    return content.root if isinstance(content, Element) else node
+
+
+def _unmoved(state: Interpretation, node: fx.Node) -> bool:
+    """Whether the node is its leaf in the leaf's own layout (or broadcasts over it)."""
+    value = state.value(node)
+    return not isinstance(value.content, Element) or value.dims == state.leaf(value.content.root).dims
+
+
+def _masks(call: Call, values: list[Value]) -> Value | None:
+    return None
+
+
+def _promoted(call: Call, state: Interpretation, arguments: list[Any]) -> torch.dtype | None:
+    """What PyTorch's promotion gives for these operands without autocast; None if it cannot be told simply."""
+    tensors = [fake_of(argument) for argument in arguments if isinstance(argument, fx.Node)]
+    if not all(tensor.dtype.is_floating_point for tensor in tensors):
+        return None
+    dimensioned = [tensor.dtype for tensor in tensors if tensor.dim() > 0] or [tensor.dtype for tensor in tensors]
+    result = dimensioned[0]
+    for dtype in dimensioned[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def _rsub(call: Call, state: Interpretation) -> Value | None:
+    """rsub(input, other) is other - input."""
+    turned = Call("sub", {"input": call["other"], "other": call["input"], "alpha": call["alpha"]}, call.inplace, call.node)
+    return elementwise(turned, state)
+
+
+def _clamp_one(call: Call, state: Interpretation) -> Value | None:
+    bounds = {"min": call.arguments.get("min"), "max": call.arguments.get("max")}
+    return elementwise(Call("clamp", {"input": call["input"], **bounds}, call.inplace, call.node), state)
+
+
+def _made(call: Call, state: Interpretation) -> Value | None:
+    """zeros, ones, full: a tensor of one number."""
+    number: Any = {"zeros": 0, "ones": 1}.get(call.name)
+    if number is None:
+        number = call["fill_value"]
+    if not isinstance(number, (int, float)):
+        return None
+    return constant(Constant(number), state.shape(call.node), call.node)
+
+
+def _softmax(call: Call, state: Interpretation) -> Value | None:
+    """softmax along experts keeps a leaf sparse: -inf outside becomes 0."""
+    source = call["input"]
+    value = state.value(source)
+    if is_plain(value) and len(value.dims) == 2 and call["dim"] in (-1, 1):
+        _propagate_sparsity(Call("softmax", {"input": source}, False, call.node), state)
+    return None
+
+
+RULES: dict[str, Rule] = {
+    **{name: elementwise for name in ELEMENTWISE if name != "div"},
+    "rsub": _rsub,
+    "clamp_min": _clamp_one,
+    "clamp_max": _clamp_one,
+    "zeros": _made,
+    "ones": _made,
+    "full": _made,
+    "full_like": _made,
+    "softmax": _softmax,
+}
+
+__all__ = ["ELEMENTWISE", "RULES", "Content", "elementwise"]

@@ -1,0 +1,233 @@
+"""Rules for indexing: rows looked up by routing, permutations and their inverses, and what is written through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.rules_views import free, reshaped, selected, sliced
+from moecompile.passes.calls import Call
+from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Special, Value, Variable
+from moecompile.passes.unify import enumerates, look_up, unify
+
+
+def _getitem(call: Call, state: Interpretation) -> Value | None:
+    source, index = call["input"], call["index"]
+    if source in state.results and isinstance(index, int):
+        pieces = state.results[source]
+        return pieces[index] if -len(pieces) <= index < len(pieces) else None
+    if isinstance(fake_of(source), (tuple, list)):
+        return None
+    return indexed(state, source, index, call.node)
+
+
+def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) -> Value | None:
+    """source[index] by Python's rules: integers, slices, None, Ellipsis, tensors, and tuples of them."""
+    value = state.value(source)
+    items = list(index) if isinstance(index, tuple) else [index]
+    consumed = sum(1 for item in items if item is not None and item is not Ellipsis)
+    if Ellipsis in [item for item in items if not isinstance(item, fx.Node)]:
+        position = next(number for number, item in enumerate(items) if item is Ellipsis)
+        items[position : position + 1] = [slice(None)] * (len(value.dims) - consumed)
+    lookups: list[tuple[int, Value]] = []
+    dim = 0
+    for number, item in enumerate(items):
+        if item is None:
+            value = Value((*value.dims[:dim], (), *value.dims[dim:]), value.content)
+            lookups = [(at, found) for at, found in lookups]
+            dim += 1
+        elif isinstance(item, slice):
+            value = _slice(state, value, dim, item, (key, number))
+            dim += 1
+        elif isinstance(item, fx.Node):
+            if _is_mask(item):
+                raise Refused("indexing by a mask selects a number of rows that depends on data")
+            lookups.append((dim, state.value(item)))
+            dim += 1
+        elif isinstance(item, int) and not lookups and not any(isinstance(other, fx.Node) for other in items):
+            if is_plain(value) and len(value.dims) != 3 and not _integral(source):
+                return None
+            value = selected(value, dim, item)
+        elif isinstance(item, int):
+            lookups.append((dim, Value((), Constant(item))))
+            dim += 1
+        else:
+            raise Refused(f"indexing by {item!r}")
+    if not lookups:
+        return None if is_plain(value) and any(isinstance(item, slice) and item != slice(None) for item in items) else value
+    at = [dim for dim, _ in lookups]
+    adjacent = at == list(range(at[0], at[0] + len(at)))
+    return look_up(value, at, [found for _, found in lookups], at[0] if adjacent else 0)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    fake = fake_of(node)
+    return getattr(fake, "dtype", None) is not None and str(fake.dtype) in ("torch.bool", "torch.uint8")
+
+
+def _integral(node: fx.Node) -> bool:
+    return not fake_of(node).dtype.is_floating_point
+
+
+def _slice(state: Interpretation, value: Value, dim: int, item: slice, key: Any) -> Value:
+    if item == slice(None):
+        return value
+    extent = terms.group_size(value.dims[dim])
+    if not isinstance(extent, int):
+        raise Refused("a slice of a dimension of symbolic size")
+    bounds = [state.number(bound) if bound is not None else None for bound in (item.start, item.stop, item.step)]
+    if any(bound is not None and not isinstance(bound, int) for bound in bounds):
+        raise Refused("a slice with symbolic bounds")
+    start, stop, step = slice(*bounds).indices(extent)
+    return sliced(value, dim, start, len(range(start, stop, step)), step, key)
+
+
+def _index_select(call: Call, state: Interpretation) -> Value:
+    value = state.value(call["input"])
+    dim = call["dim"] % len(value.dims)
+    return look_up(value, [dim], [state.value(call["index"])], dim)
+
+
+def _embedding(call: Call, state: Interpretation) -> Value | None:
+    if call["max_norm"] is not None or call["scale_grad_by_freq"] or call["sparse"] or call["padding_idx"] is not None:
+        return None
+    return look_up(state.value(call["weight"]), [0], [state.value(call["input"])], 0)
+
+
+def _gather(call: Call, state: Interpretation) -> Value | None:
+    """gather along one dimension, where the index repeats along all the others (which is then a lookup of whole rows)."""
+    value, index = state.value(call["input"]), state.value(call.arguments.get("index", call.arguments.get("indices")))
+    if is_plain(value) and len(value.dims) < 3 and not any(atom.variable.rank >= 3 for group in index.dims for atom in group):
+        return None
+    dim = (call["dim"] or 0) % len(value.dims)
+    along = rows_index(index, dim)
+    return look_up(value, [dim], [along], dim)
+
+
+def rows_index(index: Value, dim: int) -> Value:
+    """A full-rank index that is the same along every dimension but `dim`, as the one-dimensional index it repeats."""
+    for number, group in enumerate(index.dims):
+        if number != dim and any(atom.variable.kind != "free" for atom in group):
+            raise Refused("an index that differs along the features")
+    return Value((index.dims[dim],), index.content)
+
+
+def _arange(call: Call, state: Interpretation) -> Value | None:
+    bounds = list(call["bounds"])
+    keywords = [call.arguments.get(name) for name in ("start", "end", "step")]
+    start = keywords[0] if keywords[0] is not None else (bounds[0] if len(bounds) > 1 else 0)
+    step = keywords[2] if keywords[2] is not None else (bounds[2] if len(bounds) > 2 else 1)
+    if start != 0 or step != 1 or fake_of(call.node).dtype.is_floating_point:
+        return None
+    (size,) = state.shape(call.node)
+    atoms: Group = free(size, (call.node, "arange"))
+    return Value((atoms,), Index(atoms))
+
+
+# ---- writes through a permutation: target[index] = source
+
+
+def _setitem(call: Call, state: Interpretation) -> Value | None:
+    index = call["index"]
+    if isinstance(index, tuple) and len(index) == 1:
+        index = index[0]
+    if not isinstance(index, fx.Node) or _is_mask(index):
+        raise Refused("an assignment into part of a tensor")
+    return permuted_write(state, call["input"], state.value(index), call["value"])
+
+
+def _index_put(call: Call, state: Interpretation) -> Value | None:
+    indices = call["indices"]
+    if call["accumulate"] is not False or len(indices) != 1 or not isinstance(indices[0], fx.Node):
+        raise Refused("an assignment into part of a tensor")
+    return permuted_write(state, call["input"], state.value(indices[0]), call["values"])
+
+
+def _index_copy(call: Call, state: Interpretation) -> Value | None:
+    if call["dim"] != 0:
+        raise Refused("an assignment into part of a tensor")
+    return permuted_write(state, call["input"], state.value(call["index"]), call["source"])
+
+
+def permuted_write(state: Interpretation, target: fx.Node, index: Value, source: Any) -> Value:
+    """target[index] = source along dimension 0, where index is a permutation of all its rows: the source's rows in the other order."""
+    rows = state.value(source)
+    if len(index.dims) != 1 or not isinstance(index.content, Index) or len(rows.dims) != len(state.shape(target)):
+        raise Refused("an assignment through an index that is not a permutation")
+    covered = enumerates(index.dims[0])
+    if covered is None or covered != index.content.atoms and index.dims[0] != index.content.atoms:
+        if not _is_inverse(index):
+            raise Refused("an assignment through an index that is not a permutation")
+    if state.shape(target)[0] != terms.group_size(index.content.atoms):
+        raise Refused("an assignment that leaves rows unwritten")
+    dims, contents = unify([Value((index.dims[0],) + ((),) * (len(rows.dims) - 1), index.content), rows])
+    if dims[0] != index.dims[0]:
+        raise Refused("an assignment of rows in another order than its index")
+    return Value((index.content.atoms, *dims[1:]), contents[1])
+
+
+def _is_inverse(index: Value) -> bool:
+    """dims (j), content Index(order) where the order enumerates exactly j: the inverse permutation."""
+    content = index.content
+    return isinstance(content, Index) and len(content.atoms) == 1 and enumerates(content.atoms) == index.dims[0] and content.atoms[0].variable.kind == "order"
+
+
+# ---- scatters
+
+
+def _scatter(call: Call, state: Interpretation) -> Value | None:
+    """scatter along one dimension: a one-dimensional permutation, or marks at a token's experts."""
+    target, index = state.value(call["input"]), state.value(call["index"])
+    source = call.arguments.get("src", call.arguments.get("value"))
+    if call["reduce"] is not None:
+        raise Refused("scatter with a reduction")
+    if len(index.dims) == 1:
+        return permuted_write(state, call["input"], index, source)
+    dim = call["dim"] % len(index.dims)
+    if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant) and not isinstance(target.content.value, bool | None):
+        return _marks(call, state, target.content.value, index, source)
+    if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant):
+        return _marks(call, state, int(target.content.value), index, source)
+    along = rows_index(index, dim)
+    return permuted_write(state, call["input"], along, source) if dim == 0 else None
+
+
+def _marks(call: Call, state: Interpretation, outside: float | int, index: Value, source: Any) -> Value | None:
+    """full(outside).scatter(1, ids, source): a (tokens, experts) leaf that is `outside` away from each token's experts; a mask if 0 and 1."""
+    from moecompile.passes.interpret import Sparse
+
+    tokens, experts = state.shape(call.node)
+    if terms.group_size(index.dims[0]) != tokens:
+        raise Refused("marks for some of the tokens only")
+    if outside == 0 and source in (1, True, 1.0) and not isinstance(source, fx.Node):
+        atom = Atom(Variable("free", (call.node, "expert")), 1, experts)
+        return Value((index.dims[0], (atom,)), Special("chosen", (index, atom)))
+    state.sparse[call.node] = Sparse(index, outside)
+    return state.leaf(call.node)
+
+
+def _one_hot(call: Call, state: Interpretation) -> Value | None:
+    value = state.value(call["input"])
+    classes = call["num_classes"]
+    if not isinstance(classes, int) or classes < 1:
+        return None
+    atom = Atom(Variable("free", (call.node, "expert")), 1, classes)
+    return Value((*value.dims, (atom,)), Equals(value.content, atom))
+
+
+RULES: dict[str, Rule] = {
+    "getitem": _getitem,
+    "index_select": _index_select,
+    "embedding": _embedding,
+    "gather": _gather,
+    "take_along_dim": _gather,
+    "arange": _arange,
+    "setitem": _setitem,
+    "index_put": _index_put,
+    "index_copy": _index_copy,
+    "scatter": _scatter,
+    "one_hot": _one_hot,
+}

@@ -1,0 +1,202 @@
+"""Rules for matrix products: everything is an einsum over named dimensions; grouped GEMMs look their expert up by the rows' sorted ids."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.calls import Call
+from moecompile.passes.terms import Apply, Atom, Constant, Content, Contract, Element, Group, Index, Looked, Offsets, Total, Value, Variable
+from moecompile.passes.unify import _choose, _deduplicated, _renaming
+
+
+def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
+    """A product of two tensors by a two-operand equation in single letters, e.g. "sf,fn->sn"."""
+    inputs, output = equation.split("->")
+    first, second = inputs.split(",")
+    if not _expert_like(state, left) and not _expert_like(state, right) and is_plain(left) and is_plain(right):
+        return None
+    if len(first) != len(left.dims) or len(second) != len(right.dims) or len(set(first)) != len(first) or len(set(second)) != len(second):
+        raise Refused(f"a product {equation} of tensors with other dimensions")
+    if any(isinstance(value.content, (Index, Constant, terms.Count, Offsets)) for value in (left, right)):
+        raise Refused("a product of indices")
+    groups: dict[str, Group] = {}
+    for label in dict.fromkeys(first + second):
+        held = [value.dims[labels.index(label)] for value, labels in ((left, first), (right, second)) if label in labels]
+        groups[label] = _choose(held)
+    contracted = [label for label in groups if label not in output]
+    if any(label not in first or label not in second for label in contracted):
+        raise Refused(f"a product {equation} that sums one operand alone")
+    bound: list[Atom] = []
+    summed: list[Atom] = []
+    for label in contracted:
+        if all(atom.variable.kind == "ids" for atom in groups[label]) and groups[label]:
+            summed += groups[label]
+        elif any(atom.variable.rank >= 3 for atom in groups[label]):
+            raise Refused("a product that sums over rows in an order of their own")
+        else:
+            size = terms.group_size(groups[label])
+            groups[label] = (Atom(Variable("bound", (node, label)), 1, size),) if size != 1 else ()
+            bound += groups[label]
+    contents = [_named(value, labels, groups) for value, labels in ((left, first), (right, second))]
+    content: Content = _summed(contents, bound, tuple(summed), state.dtype(node))
+    return Value(tuple(groups[label] for label in output), content)
+
+
+def _named(value: Value, labels: str, groups: dict[str, Group]) -> Content:
+    pairs: list[tuple[Atom, Atom]] = []
+    for label, group in zip(labels, value.dims, strict=True):
+        target = groups[label]
+        if group and target and target[0].variable.kind == "bound":
+            aligned = terms.align(group, target)
+            if aligned is None or any(old.variable.rank >= 3 for old, _ in aligned):
+                raise Refused("a product over dimensions of different extents")
+            pairs += aligned
+        elif group:
+            pairs += _renaming(group, target)
+    return terms.rename(value, _deduplicated(pairs)).content
+
+
+def _summed(contents: list[Content], bound: list[Atom], summed: Group, dtype: torch.dtype) -> Content:
+    left, right = contents
+    content: Content
+    if len(bound) == 1:
+        content = Contract(left, right, bound[0], dtype)
+    elif not bound:
+        content = Apply("mul", (left, right))
+    else:
+        raise Refused("a product over several feature dimensions at once")
+    return Total(content, summed, dtype) if summed else content
+
+
+def _expert_like(state: Interpretation, value: Value) -> bool:
+    """Whether a plain value may be stacked expert weights: a parameter of three dimensions, casts and views aside."""
+    if not is_plain(value) or len(value.dims) != 3:
+        return False
+    assert isinstance(value.content, Element)
+    root = value.content.root
+    while (call := state.calls.get(root)) is not None and call.name in ("cast", "contiguous", "clone"):
+        root = call["input"]
+    return root.op in ("placeholder", "get_attr")
+
+
+def _check_dtypes(state: Interpretation, call: Call, first: str, second: str) -> None:
+    """Both operands in the dtype of the result; autocast would cast them unseen."""
+    found = {state.dtype(call[first]), state.dtype(call[second]), state.dtype(call.node)}
+    if len(found) != 1:
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+        raise Refused(f"a product of mixed dtypes {names}")
+
+
+def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
+    if call.arguments.get("bias") is not None or call["offs"] is None:
+        raise Refused("a grouped GEMM with a bias or without offsets")
+    rows, weights, offsets = state.value(call["input"]), state.value(call.arguments.get("mat2", call.arguments.get("weight"))), state.value(call["offs"])
+    if len(rows.dims) != 2 or len(weights.dims) != 3:
+        raise Refused("a grouped GEMM that is not rows by stacked weights")
+    return grouped(state, call.node, rows, weights, offsets.content)
+
+
+def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, ends: Content) -> Value:
+    """Rows sorted by expert times their expert's matrix: row s of assignment j meets weights[ids[j]]."""
+    order = rows.dims[0][0] if len(rows.dims[0]) == 1 else None
+    if order is None or order.variable.kind != "order" or order.size != terms.group_size(order.variable.group):
+        raise Refused("a grouped GEMM whose rows are not in a sorted order of all assignments")
+    if not isinstance(ends, Offsets):
+        raise Refused("a grouped GEMM whose offsets are not the running sum of the experts' counts")
+    if order.variable.by != ends.key:
+        raise Refused("a grouped GEMM whose rows are sorted by other ids than its offsets count")
+    if terms.group_size(weights.dims[0]) != ends.num_experts or len(weights.dims[0]) > 1:
+        raise Refused(f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with offsets of {ends.num_experts}")
+    content = weights.content
+    if weights.dims[0]:
+        content = terms.substitute(content, weights.dims[0][0], Looked(ends.key, ends.num_experts))
+    result = einsum(state, node, rows, Value(weights.dims[1:], content), "sf,fn->sn")
+    assert result is not None
+    return result
+
+
+def _fallback(call: Call, state: Interpretation) -> Value | None:
+    arguments = {"input": call["input"], "mat2": call["weight"], "offs": call["offs"], "bias": None}
+    return _grouped_mm(Call("grouped_mm", arguments, False, call.node), state)
+
+
+def _linear(call: Call, state: Interpretation) -> Value | None:
+    value, weight = state.value(call["input"]), state.value(call["weight"])
+    if is_plain(value) and is_plain(weight):
+        return None
+    _check_dtypes(state, call, "input", "weight")
+    batch = "abcdefgh"[: len(value.dims) - 1]
+    result = einsum(state, call.node, value, weight, f"{batch}y,zy->{batch}z")
+    if result is None or call["bias"] is None:
+        return result
+    from moecompile.passes.unify import unify
+
+    dims, contents = unify([result, state.value(call["bias"])])
+    return Value(dims, Apply("add", tuple(contents)))
+
+
+def _matmul(call: Call, state: Interpretation) -> Value | None:
+    second = "mat2" if "mat2" in call.arguments else "other"
+    left, right = state.value(call["input"]), state.value(call[second])
+    if len(left.dims) < 1 or len(right.dims) < 1 or (is_plain(left) and is_plain(right) and len(right.dims) != 3):
+        return None
+    result = _matrix_product(state, call, left, right)
+    if result is not None:
+        _check_dtypes(state, call, "input", second)
+    return result
+
+
+def _matrix_product(state: Interpretation, call: Call, left: Value, right: Value) -> Value | None:
+    if len(right.dims) == 1 or len(left.dims) == 1:
+        raise Refused("a product with a vector")
+    batch = max(len(left.dims), len(right.dims)) - 2
+    letters = "abcdefgh"[:batch]
+    # a batch dimension of size one on one side is broadcast: leave it out there
+    spans = [letters[batch - (len(value.dims) - 2) :] for value in (left, right)]
+    kept = [[label for label, group in zip(span, value.dims, strict=False) if group or len(span) == 1] for span, value in zip(spans, (left, right), strict=True)]
+    trimmed = [
+        Value(tuple(group for label, group in zip(span, value.dims, strict=False) if label in keep) + value.dims[-2:], value.content)
+        for span, keep, value in zip(spans, kept, (left, right), strict=True)
+    ]
+    present = [label for label in letters if label in kept[0] or label in kept[1]]
+    equation = f"{''.join(kept[0])}xy,{''.join(kept[1])}yz->{''.join(present)}xz"
+    result = einsum(state, call.node, trimmed[0], trimmed[1], equation)
+    if result is None:
+        return None
+    dims = list(result.dims)
+    for number, label in enumerate(letters):
+        if label not in present:
+            dims.insert(number, ())
+    return Value(tuple(dims), result.content)
+
+
+def _baddbmm(call: Call, state: Interpretation) -> Value | None:
+    raise Refused("baddbmm")
+
+
+def _einsum(call: Call, state: Interpretation) -> Value | None:
+    operands = call["operands"]
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = operands[0]
+    equation = str(call["equation"]).replace(" ", "")
+    values = [state.value(operand) for operand in operands]
+    if len(values) != 2 or "..." in equation or "->" not in equation:
+        raise Refused(f"einsum {equation!r}")
+    if {fake_of(operand).dtype for operand in operands} != {state.dtype(call.node)} and not all(is_plain(value) for value in values):
+        raise Refused("a product of mixed dtypes")
+    return einsum(state, call.node, values[0], values[1], equation)
+
+
+RULES: dict[str, Rule] = {
+    "grouped_mm": _grouped_mm,
+    "grouped_mm_fallback": _fallback,
+    "linear": _linear,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "matmul": _matmul,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+}

@@ -1,0 +1,200 @@
+"""Rules for the routing layout: sorts, counts, offsets, and the arithmetic on assignment numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
+from moecompile.passes.calls import Call
+from moecompile.passes.terms import Atom, Constant, Content, Count, Element, Equals, Group, Index, Offsets, Size, Special, Value, Variable
+from moecompile.passes.unify import enumerates, rows_covered
+
+
+def _sort(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
+    """sort of a one-dimensional key: its values in a new order, and the assignment each row came from. Any order within equal keys is fine."""
+    key = state.value(call["input"])
+    if len(key.dims) != 1 or not key.dims[0]:
+        return None
+    group = key.dims[0]
+    if isinstance(key.content, Index):
+        return _sorted_permutation(key, call)
+    if call["descending"]:
+        raise Refused("a descending sort")
+    if any(atom.variable.rank >= 3 for atom in group):
+        raise Refused("a sort of rows that are already in an order of their own")
+    if fake_of(call["input"]).dtype.is_floating_point:
+        return None
+    order = Atom(Variable("order", call.node, group, key.content), 1, terms.group_size(group))
+    return Value(((order,),), key.content), Value(((order,),), Index(group))
+
+
+def _sorted_permutation(key: Value, call: Call) -> tuple[Value | None, ...]:
+    """Sorting a permutation gives 0, 1, 2, ... and, as indices, the inverse permutation."""
+    assert isinstance(key.content, Index)
+    if call["descending"] or enumerates(key.dims[0]) != key.content.atoms:
+        raise Refused("a sort of assignment numbers that are not a permutation")
+    return Value((key.content.atoms,), key.content), Value((key.content.atoms,), Index(key.dims[0]))
+
+
+def _argsort(call: Call, state: Interpretation) -> Value | None:
+    outcome = _sort(call, state)
+    return outcome[1] if outcome is not None else None
+
+
+# ---- arithmetic on indices
+
+
+def _floor_divide(call: Call, state: Interpretation) -> Value | None:
+    parts = _digits(call, state)
+    return None if parts is None else Value(parts[0].dims, Index(parts[1]))
+
+
+def _remainder(call: Call, state: Interpretation) -> Value | None:
+    parts = _digits(call, state)
+    return None if parts is None else Value(parts[0].dims, Index(parts[2]))
+
+
+def _digits(call: Call, state: Interpretation) -> tuple[Value, Group, Group] | None:
+    """An index by a whole number: its value, and the digits above and below."""
+    if call.arguments.get("rounding_mode", "floor") not in ("floor", "trunc"):
+        return None
+    value = state.value(call["input"])
+    if not isinstance(value.content, Index) or isinstance(call["input"], int):
+        return None
+    number = state.number(call["other"])
+    groups = terms.regroup(value.content.atoms, (terms.divide(terms.group_size(value.content.atoms), number) or 0, number))
+    if groups is None:
+        raise Refused(f"assignment numbers divided by {number}, which is not a digit of theirs")
+    return value, groups[0], groups[1]
+
+
+def _div(call: Call, state: Interpretation) -> Value | None:
+    if call["rounding_mode"] in ("floor", "trunc"):
+        return _floor_divide(call, state)
+    from moecompile.passes.rules_arithmetic import elementwise
+
+    if call["rounding_mode"] is not None:
+        return None
+    return elementwise(call, state)
+
+
+# ---- counts and offsets
+
+
+def counted(state: Interpretation, key: Value, num_experts: Size, node: fx.Node) -> Value:
+    """How many assignments each expert has; `key` must run over all assignments once."""
+    if not isinstance(key.content, Element) or not all(rows_covered(group) for group in key.dims):
+        raise Refused("counts of something that is not all of the expert ids")
+    atom = Atom(Variable("free", (node, "expert")), 1, num_experts)
+    return Value((() if num_experts == 1 else (atom,),), Count(key.content, num_experts))
+
+
+def _histc(call: Call, state: Interpretation) -> Value | None:
+    """histc(ids, bins=E, min=0, max=E-1) (or max=E with bins=E): one bin an expert."""
+    bins, low, high = call["bins"], call["min"], call["max"]
+    if not isinstance(bins, int) or low != 0 or high not in (bins - 1, bins) or (bins == 1):
+        raise Refused(f"a histogram of {bins} bins from {low} to {high}, which is not one bin an expert")
+    return counted(state, state.value(call["input"]), bins, call.node)
+
+
+def _bincount(call: Call, state: Interpretation) -> Value | None:
+    if call["weights"] is not None or not isinstance(call["minlength"], int) or call["minlength"] < 1:
+        return None
+    return counted(state, state.value(call["input"]), call["minlength"], call.node)
+
+
+def _cumsum(call: Call, state: Interpretation) -> Value | None:
+    value = state.value(call["input"])
+    if isinstance(value.content, Count) and len(value.dims) == 1:
+        return Value(value.dims, Offsets(value.content.key, value.content.num_experts))
+    return None
+
+
+def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretation) -> Value | None:
+    """A one-hot mask summed over all assignments, or marks of distinct experts summed over tokens: counts."""
+    content = value.content
+    if isinstance(content, Equals) and isinstance(content.atom, Atom):
+        rest = [group for number, group in enumerate(value.dims) if number not in dims]
+        if rest == [(content.atom,)]:
+            key = Value(tuple(value.dims[number] for number in dims), content.content)
+            return counted(state, key, content.atom.size, call.node)
+    if isinstance(content, Special) and content.kind == "chosen":
+        ids, atom = content.about
+        if len(value.dims) == 2 and dims == [0] and value.dims[1] == (atom,):
+            if not distinct(ids, state):
+                raise Refused("marks of experts count a token once where it may name an expert twice")
+            return counted(state, ids, atom.size, call.node)
+    return None
+
+
+def scattered_counts(call: Call, state: Interpretation) -> Value | None:
+    """zeros(E).scatter_add(0, ids, ones): counts."""
+    target, index, source = state.value(call["input"]), state.value(call["index"]), state.value(call.arguments.get("src", call.arguments.get("source")))
+    if target.content != Constant(0) or source.content != Constant(1) or len(target.dims) != 1 or len(index.dims) != 1:
+        return None
+    if not isinstance(index.content, Element) or state.shape(call["index"]) != state.shape(call.arguments.get("src", call.arguments.get("source"))):
+        return None
+    return counted(state, index, state.shape(call["input"])[0], call.node)
+
+
+def distinct(ids: Value, state: Interpretation) -> bool:
+    """Whether no token can name one expert twice: the ids are indices of a topk or sort along experts, or one a token."""
+    if len(ids.dims) < 2 or terms.group_size(ids.dims[-1]) == 1:
+        return True
+    content = ids.content
+    return isinstance(content, Element) and origin(content.root, state) in ("topk", "sort", "argsort")
+
+
+def origin(node: fx.Node, state: Interpretation) -> str | None:
+    """The routing operation that a tensor of ids is the indices of, casts and slices aside."""
+    call = state.calls.get(node)
+    if call is None:
+        return None
+    if call.name in ("cast", "contiguous", "clone"):
+        return origin(call["input"], state)
+    if call.name == "getitem" and isinstance(call["input"], fx.Node) and call["index"] == 1:
+        inner = state.calls.get(call["input"])
+        return inner.name if inner is not None and inner.name in ("topk", "sort", "max") else None
+    if call.name == "getitem" and isinstance(call["input"], fx.Node) and isinstance(call["index"], tuple):
+        if all(item is Ellipsis or isinstance(item, (slice, int)) for item in call["index"]):
+            return origin(call["input"], state)
+    if call.name == "getattr" and call["name"] == "indices":
+        inner = state.calls.get(call["input"])
+        return inner.name if inner is not None and inner.name in ("topk", "sort", "max") else None
+    return call.name if call.name in ("argmax", "argsort") else None
+
+
+def compare(call: Call, state: Interpretation) -> Value | None:
+    """ids == e, or ids.unsqueeze(-1) == arange(E): a one-hot mask."""
+    value = state.value(call["input"])
+    other: Any = call["other"]
+    if isinstance(other, bool) or not isinstance(value.content, Element):
+        return None
+    if isinstance(other, int):
+        return Value(value.dims, Equals(value.content, terms.Fixed(other, 0)))
+    second = state.value(other)
+    if isinstance(second.content, Index) and len(second.content.atoms) == 1 and second.content.atoms[0].variable.kind == "free":
+        from moecompile.passes.unify import unify
+
+        dims, contents = unify([value, second])
+        if isinstance(contents[1], Index) and len(contents[1].atoms) == 1:
+            return Value(dims, Equals(contents[0], contents[1].atoms[0]))
+    return None
+
+
+RULES: dict[str, Rule] = {
+    "sort": _sort,
+    "argsort": _argsort,
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    "div": _div,
+    "histc": _histc,
+    "bincount": _bincount,
+    "cumsum": _cumsum,
+    "eq": compare,
+}
+
+__all__ = ["RULES", "Content", "Sparse", "compare", "counted", "distinct", "origin", "scattered_counts", "summed_counts"]

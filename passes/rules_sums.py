@@ -1,0 +1,103 @@
+"""Rules for sums over assignments: where expert outputs come together into tokens, and counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of, is_plain, is_routed
+from moecompile.passes.rules_index import rows_index
+from moecompile.passes.rules_routing import scattered_counts, summed_counts
+from moecompile.passes.calls import Call
+from moecompile.passes.terms import Constant, Group, Index, Total, Value
+from moecompile.passes.unify import enumerates, unify, without
+
+
+def _sum(call: Call, state: Interpretation) -> Value | None:
+    value = state.value(call["input"])
+    dims = call["dim"]
+    if dims is None:
+        dims = list(range(len(value.dims)))
+    dims = [dim % len(value.dims) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])] if value.dims else []
+    counts = summed_counts(call, value, dims, state)
+    if counts is not None:
+        return counts
+    if is_plain(value) or not is_routed(value):
+        return None
+    if call["keepdim"]:
+        raise Refused("a sum that keeps its dimension")
+    over: Group = tuple(atom for dim in dims for atom in value.dims[dim])
+    if len(dims) != 1 or any(atom.variable.rank >= 3 for atom in over):
+        raise Refused("a sum over rows in an order of their own")
+    rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
+    result = Value(rest, Total(value.content, over, state.dtype(call.node)))
+    state.combines.append(Combine(call.node, result, None))
+    return result
+
+
+def _index_add(call: Call, state: Interpretation) -> Value | None:
+    counts = scattered_counts(call, state)
+    if counts is not None:
+        return counts
+    if call["alpha"] != 1 or call["dim"] not in (0, -2) or len(state.shape(call["input"])) != 2:
+        raise Refused("index_add along another dimension, or scaled")
+    return _added_rows(call, state, state.value(call["index"]), call["source"])
+
+
+def _scatter_add(call: Call, state: Interpretation) -> Value | None:
+    counts = scattered_counts(call, state)
+    if counts is not None:
+        return counts
+    index = state.value(call["index"])
+    if len(index.dims) != 2 or call["dim"] not in (0, -2):
+        raise Refused("scatter_add along another dimension")
+    if state.shape(call["index"]) != state.shape(call["src"]):
+        raise Refused("scatter_add of a part of its source")
+    return _added_rows(call, state, rows_index(index, 0), call["src"])
+
+
+def _index_put(call: Call, state: Interpretation) -> Value | None:
+    """index_put with accumulate=True adds rows; without it, it is a write through a permutation."""
+    if call["accumulate"] is True and len(call["indices"]) == 1:
+        return _added_rows(call, state, state.value(call["indices"][0]), call["values"])
+    from moecompile.passes.rules_index import RULES as INDEX_RULES
+
+    return INDEX_RULES["index_put"](call, state)  # type: ignore[return-value]
+
+
+def _added_rows(call: Call, state: Interpretation, index: Value, source: Any) -> Value | None:
+    """base[token of row] += row, for every assignment once: a sum over each token's choices, added to the base."""
+    rows = state.value(source)
+    if not is_routed(rows):
+        return None
+    if not isinstance(index.content, Index) or len(index.dims) != 1 or len(rows.dims) != 2:
+        raise Refused("rows added at an index that is not their token's number")
+    dims, contents = unify([Value((index.dims[0], ()), index.content), rows])
+    if dims[0] != rows.dims[0] and dims[0] != index.dims[0]:
+        raise Refused("rows added in another order than their index")
+    covered = enumerates(dims[0])
+    token = contents[0]
+    if covered is None or not isinstance(token, Index):
+        raise Refused("rows of only some assignments are added")
+    over = without(covered, token.atoms)
+    if over is None or state.shape(call["input"])[0] != terms.group_size(token.atoms):
+        raise Refused("rows added at an index that is not their token's number")
+    if state.dtype(source) != state.dtype(call.node):
+        raise Refused("rows added in another dtype")
+    result = Value((token.atoms, dims[1]), Total(contents[1], over, state.dtype(call.node)))
+    base = state.value(call["input"])
+    fresh = base.content == Constant(0)
+    state.combines.append(Combine(call.node, result, None if fresh else call["input"]))
+    return result if fresh else None
+
+
+RULES: dict[str, Rule] = {
+    "sum": _sum,
+    "index_add": _index_add,
+    "scatter_add": _scatter_add,
+    "index_put": _index_put,
+}
+
+__all__ = ["RULES", "fx", "fake_of"]

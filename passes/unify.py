@@ -1,0 +1,121 @@
+"""Bring values to common indices: broadcasting, and looking up one value at the indices another one holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Refused
+from moecompile.passes.terms import Atom, Constant, Content, Element, Fixed, Group, Index, Looked, Value
+
+
+def _rank(group: Group) -> int:
+    return max((atom.variable.rank for atom in group), default=-1)
+
+
+def _choose(groups: Sequence[Group]) -> Group:
+    """The group the others give way to: the one of highest rank, the first among equals."""
+    return max(groups, key=_rank, default=())
+
+
+def _renaming(group: Group, target: Group) -> list[tuple[Atom, Atom]]:
+    if group == target:
+        return []
+    pairs = terms.align(group, target)
+    if pairs is None:
+        raise Refused("dimensions of different extents meet")
+    for old, new in pairs:
+        if old != new and old.variable.rank >= 3:
+            raise Refused("rows in different orders meet")
+    return pairs
+
+
+def unify(values: Sequence[Value]) -> tuple[tuple[Group, ...], list[Content]]:
+    """Right-aligned broadcasting: the common dims, and each value's content at them.
+
+    Raises Refused if two dimensions enumerate different things: rows sorted differently, or extents that do not divide.
+    """
+    rank = max(len(value.dims) for value in values)
+    padded = [Value(((),) * (rank - len(value.dims)) + value.dims, value.content) for value in values]
+    dims = tuple(_choose([value.dims[number] for value in padded if value.dims[number]]) for number in range(rank))
+    contents = []
+    for value in padded:
+        pairs: list[tuple[Atom, Atom]] = []
+        for group, target in zip(value.dims, dims, strict=True):
+            if group:
+                pairs += _renaming(group, target)
+        contents.append(terms.rename(value, _deduplicated(pairs)).content)
+    return dims, contents
+
+
+def _deduplicated(pairs: list[tuple[Atom, Atom]]) -> list[tuple[Atom, Atom]]:
+    seen: dict[Atom, Atom] = {}
+    for old, new in pairs:
+        if seen.setdefault(old, new) != new:
+            raise Refused("one index would have to be two")
+    return list(seen.items())
+
+
+def look_up(value: Value, dims: Sequence[int], indices: Sequence[Value], place: int) -> Value:
+    """value[..., index, ...]: dimension dims[i] read at indices[i]; the indices' common dims stand at `place` of the result.
+
+    A lookup along exactly the index a dimension enumerates (rows in an order, at that order's inverse) leaves the content as it is.
+    """
+    common, contents = unify(indices)
+    content = value.content
+    for dim, index in zip(dims, contents, strict=True):
+        content = _at(content, value.dims[dim], index)
+    rest = [group for number, group in enumerate(value.dims) if number not in dims]
+    before = sum(1 for number in range(place) if number not in dims)
+    return Value((*rest[:before], *common, *rest[before:]), content)
+
+
+def _at(content: Content, group: Group, index: Content) -> Content:
+    if isinstance(index, Index):
+        if index.atoms == group:
+            return content
+        pairs = terms.align(group, index.atoms)
+        if pairs is None or any(old != new and old.variable.rank >= 3 for old, new in pairs):
+            raise Refused("an index that does not run over the rows it is used on")
+        return terms.rename(Value((), content), _deduplicated(pairs)).content
+    if isinstance(index, Constant) and isinstance(index.value, int):
+        if len(group) != 1:
+            raise Refused("one index of a dimension that holds several indices")
+        extent = terms.group_size(group)
+        position = index.value % extent if isinstance(extent, int) else index.value
+        return terms.substitute(content, group[0], Fixed(position, extent))
+    if isinstance(index, (Element, terms.Special)) and len(group) == 1 and group[0].variable.rank < 3:
+        return terms.substitute(content, group[0], Looked(index, group[0].size))
+    raise Refused("an index that detection does not understand")
+
+
+def enumerates(group: Group) -> Group | None:
+    """The assignments' digits a dimension runs through, each combination once: its own atoms, or those of the order it stands for."""
+    if len(group) == 1 and group[0].variable.kind == "order" and group[0].size == terms.group_size(group[0].variable.group):
+        return group[0].variable.group
+    if any(atom.variable.rank >= 3 for atom in group):
+        return None
+    return group
+
+
+def without(group: Group, digits: Group) -> Group | None:
+    """The digits of `group` that are left when `digits` are taken out; None if they are not all in it."""
+    rest: list[Any] = list(group)
+    for digit in digits:
+        cut: list[Atom] = []
+        found = False
+        for atom in rest:
+            pieces = terms._replace_atom(atom, digit, digit)
+            found = found or digit in pieces
+            cut += [piece for piece in pieces if isinstance(piece, Atom)]
+        if not found:
+            return None
+        rest = [atom for atom in cut if atom != digit]
+    return terms.merge(rest)
+
+
+def rows_covered(group: Group) -> bool:
+    """Whether a dimension runs through assignments (or a permutation of all of them), each once: no repeats, no subsets."""
+    covered = enumerates(group)
+    return covered is not None and all(atom.variable.kind in ("ids", "leaf") for atom in covered)
