@@ -17,7 +17,8 @@ from torch import fx
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _FOREIGN = (_TORCH, _PACKAGE, "<")
-_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+)')
+_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')
+_WRAPPERS = frozenset({"wrapper", "wrapped", "inner", "decorator", "decorated", "_fn", None})
 
 # Pieces of a Dynamo source that say how a value is stored, not what it is.
 _CONTAINERS = {
@@ -57,6 +58,16 @@ def source_of(node: fx.Node) -> str:
     return ""
 
 
+def frame_of(node: fx.Node) -> tuple[str, str]:
+    """Function and file of the frame that was captured: the node's outermost frame of the user's.
+
+    A decorator's wrapper is passed over for the function it wraps. Two empty strings if the node has no stack trace.
+    """
+    frames = [frame for frame in _FRAME.finditer(node.stack_trace or "") if not frame["path"].startswith(_FOREIGN)]
+    chosen = next((frame for frame in frames if frame["function"] not in _WRAPPERS), frames[0] if frames else None)
+    return (chosen["function"], os.path.basename(chosen["path"])) if chosen else ("", "")
+
+
 def input_name(node: fx.Node) -> str:
     """What a graph input or a stored attribute is called in the model, e.g. ``layers.0.mlp.experts.gate_up_proj``.
 
@@ -82,9 +93,9 @@ def readable_path(source: str) -> str:
     previous = ""
     for match in _PIECE.finditer(re.sub(r"@\d+", "", source)):
         piece = next(group for group in match.groups() if group is not None)
-        # the first piece is the frame's scope (L locals, G globals); a closure's cell number says nothing
-        # and torch's wrapper around a module calls it `fn`
-        scope = (not previous and piece in ("L", "G")) or (previous == "L" and piece == "fn")
+        # First comes the frame's scope (L locals, G globals), then perhaps a name Dynamo made for the root: `fn` where
+        # torch wraps a module, `___stack0` in a frame resumed after a graph break. A closure's cell number is no name.
+        scope = (not previous and piece in ("L", "G")) or (previous == "L" and re.fullmatch(r"fn|___stack\d+", piece))
         if not scope and piece not in _CONTAINERS and previous != "__closure__":
             pieces.extend(part for part in piece.split(".") if part)
         previous = piece

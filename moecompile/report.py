@@ -1,0 +1,281 @@
+"""What moecompile did with a model: records, filled in while it compiles, and the report made of them.
+
+    print(moecompile.last_report())          # since the last moecompile.reset()
+    moecompile.last_report().html("report.html")
+
+A backend call records one `GraphReport` as soon as it starts, so that a compilation that fails has one too, and fills
+it in from then on; the backward graph may come much later. `last_report` takes a snapshot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import fx
+
+JSON_VERSION = 1
+_EXPERTS = re.compile(r"expert|router|routing|\bmoe\b|_moe|moe_|sparse_?mlp", re.IGNORECASE)
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<name>.+)_at_(?P<line>\d+)")
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One run of one pass over one captured graph.
+
+    Attributes:
+        name: the pass, as in ``Options.disable``.
+        milliseconds: wall time.
+        changes: operation to (count before, count after), only where the two differ.
+    """
+
+    name: str
+    milliseconds: float
+    changes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A place where Dynamo stopped capturing.
+
+    Attributes:
+        reason: Dynamo's, its first line.
+        source: the user's file and line, e.g. ``modeling_mixtral.py:80``.
+        moe: whether it looks as if it lay inside MoE code (a guess from names: what lies behind the break is captured
+            apart or not at all, so that the block cannot be recognised).
+        cure: what to change, in one line; None if that is not known.
+        stack: the user's frames, outermost first.
+    """
+
+    reason: str
+    source: str = ""
+    moe: bool = False
+    cure: str | None = None
+    stack: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, reason: str, frames: Any) -> GraphBreak:
+        """From Dynamo's reason and frames (``traceback.FrameSummary``), as in ``gm.compile_subgraph_reason``."""
+        frames = list(frames)
+        places = [f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in frames]
+        moe = any(_EXPERTS.search(f"{frame.name} {frame.line or ''}") for frame in frames[-2:])
+        cure = None
+        if moe and any(f"{os.sep}transformers{os.sep}models{os.sep}" in frame.filename for frame in frames):
+            cure = 'before compiling: model.set_experts_implementation("grouped_mm")'
+        first_line = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
+        return cls(first_line, places[-1] if places else "", moe, cure, tuple(places))
+
+
+@dataclass
+class GraphReport:
+    """One captured graph: what was found in it, what was done to it. Filled in while it is compiled.
+
+    Attributes:
+        index: its number since the last reset; given by `record`.
+        name: the frame it was captured from, e.g. ``forward in modeling_mixtral.py``.
+        module: the module it belongs to, where the graph tells.
+        compile_id: Dynamo's, ``frame/recompilation``.
+        sites: what was rewritten (or, with the pass ``fuse`` disabled, only found).
+        near_misses: what looked like an MoE block and was left alone.
+        passes: in the order in which they ran.
+        before: the graph as text (`moecompile.passes.printer`) as it came.
+        after: the graph as text after all passes.
+        forward: AOTAutograd's forward graph as text, once it is there.
+        backward: AOTAutograd's backward graph as text, once it is there.
+        cached: "hit" or "miss" of the compilation caches; None if not known.
+        verify: results of ``verify="first_call"``, one line each.
+        notes: anything else the user should know, one line each.
+        ended_by: the graph break at which the captured graph ends, if any.
+    """
+
+    index: int = -1
+    name: str = ""
+    module: str = ""
+    compile_id: str = ""
+    sites: tuple[Any, ...] = ()
+    near_misses: tuple[Any, ...] = ()
+    passes: list[PassRecord] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
+    forward: str | None = None
+    backward: str | None = None
+    cached: str | None = None
+    verify: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ended_by: GraphBreak | None = None
+    _logged: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> GraphReport:
+        """A record for a graph Dynamo just captured; the name and the graph break come from the graph module."""
+        from moecompile.passes.provenance import frame_of, module_of
+
+        calls = [node for node in gm.graph.nodes if node.op.startswith("call") and node.stack_trace]
+        reason: Any = getattr(gm, "compile_subgraph_reason", None)
+        broken = reason is not None and reason.graph_break
+        return cls(
+            name=_frame_name(*frame_of(calls[0])) if calls else "",
+            module=_common_path({module_of(node) for node in calls} - {""}),
+            compile_id=str(torch._guards.CompileContext.current_compile_id() or ""),
+            ended_by=GraphBreak.of(reason.reason, reason.user_stack) if broken else None,
+        )
+
+    def log_artifacts(self) -> None:
+        """Writes the graphs and the report to torch's structured trace, where ``tlparse`` shows them.
+
+        Each artifact is written once: call again when the forward or backward graph has come. Does nothing unless
+        tracing is on (``TORCH_TRACE``).
+        """
+        for name in ("before", "after", "forward", "backward"):
+            if text := getattr(self, name):
+                self._log(name, "string", functools.partial(str, text))
+        if self.before:
+            report = Report((self,), (self.ended_by,) if self.ended_by else ())
+            self._log("report", "string", lambda: report.text(width=100))
+            self._log("report_json", "json", report.json)
+
+    def _log(self, name: str, encoding: str, payload: Callable[[], str]) -> None:
+        if name not in self._logged:
+            self._logged.add(name)
+            metadata = {"name": f"moecompile_{name}", "encoding": encoding}
+            torch._logging.trace_structured("artifact", metadata_fn=lambda: metadata, payload_fn=payload)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot of everything compiled since the last `reset`: ``print(report)``, ``.html(path)``, ``.json()``.
+
+    Attributes:
+        graphs: one for each captured graph and each recompilation, in order.
+        graph_breaks: each place once, those inside MoE code first.
+    """
+
+    graphs: tuple[GraphReport, ...] = ()
+    graph_breaks: tuple[GraphBreak, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Any, ...]:
+        """Every MoE block rewritten, over all graphs (a recompiled graph counts again)."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def near_misses(self) -> tuple[Any, ...]:
+        """Every block that looked like MoE and was left alone, over all graphs."""
+        return tuple(miss for graph in self.graphs for miss in graph.near_misses)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, graphs: bool | Literal["diff", "full"] = False, width: int | None = None) -> str:
+        """The report for a terminal.
+
+        Args:
+            graphs: True or "diff" adds what changed in each graph, "full" the whole graphs, before and after.
+            width: columns; None is the terminal's width, between 80 and 120, or 100 where there is none.
+        """
+        from moecompile import report_text
+
+        return report_text.render(self, graphs="diff" if graphs is True else graphs, width=width)
+
+    def html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the report as one page that needs nothing beside itself; returns its path."""
+        from moecompile import report_html
+
+        target = Path(path)
+        target.write_text(report_html.render(self), encoding="utf-8")
+        return target
+
+    def json(self) -> str:
+        """The report as JSON text; ``version`` rises when a field changes its meaning or goes away."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `json` writes: plain dicts, lists, strings and numbers."""
+        return {
+            "version": JSON_VERSION,
+            "torch": str(torch.__version__),
+            "graphs": [_plain(graph) for graph in self.graphs],
+            "graph_breaks": [_plain(graph_break) for graph_break in self.graph_breaks],
+        }
+
+
+_lock = threading.Lock()
+_graphs: list[GraphReport] = []
+_breaks: list[GraphBreak] = []
+
+
+def record(graph_report: GraphReport) -> None:
+    """Adds a graph's record and gives it its number; it may be filled in afterwards."""
+    with _lock:
+        graph_report.index = len(_graphs)
+        _graphs.append(graph_report)
+
+
+def record_graph_break(graph_break: GraphBreak) -> None:
+    """Adds a graph break that no captured graph tells of (a skipped frame, for example)."""
+    with _lock:
+        _breaks.append(graph_break)
+
+
+def last_report() -> Report:
+    """Everything compiled since the last `reset`, as it stands now: all graphs, recompilations, parts and stages."""
+    with _lock:
+        graphs = tuple(
+            dataclasses.replace(graph, passes=[*graph.passes], verify=[*graph.verify], notes=[*graph.notes])
+            for graph in _graphs
+        )
+        breaks = [*_breaks, *(graph.ended_by for graph in graphs if graph.ended_by)]
+    unique = {(each.source, each.reason): each for each in breaks}
+    return Report(graphs, tuple(sorted(unique.values(), key=lambda each: not each.moe)))
+
+
+def reset() -> None:
+    """Forgets everything recorded so far; graphs compiled already stay compiled."""
+    with _lock:
+        _graphs.clear()
+        _breaks.clear()
+
+
+def public_fields(entry: Any) -> dict[str, Any]:
+    """The fields of a record that are for the user: those of its repr, without a leading underscore."""
+    return {
+        item.name: getattr(entry, item.name)
+        for item in dataclasses.fields(entry)
+        if item.repr and not item.name.startswith("_")
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {name: _plain(part) for name, part in public_fields(value).items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _common_path(paths: set[str]) -> str:
+    """The dotted path that all paths start with."""
+    shared = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _frame_name(function: str, file: str) -> str:
+    resumed = _RESUMED.fullmatch(function)
+    return f"{resumed['name']} in {file}, resumed at line {resumed['line']}" if resumed else f"{function} in {file}"

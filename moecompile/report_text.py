@@ -1,0 +1,229 @@
+"""The report as text for a terminal: what was rewritten, what was not and why, what each pass did."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from moecompile.graph_diff import unified
+from moecompile.report import GraphBreak, GraphReport, PassRecord, Report, public_fields
+
+SITE_COLUMNS = ("module", "form", "E", "K", "H", "I", "dtype", "activation", "source")
+LEGEND = "E experts, K of them for each token, H hidden size, I intermediate size"
+_CHANGES_SHOWN = 5
+
+
+def render(report: Report, *, graphs: Literal["diff", "full", False] = False, width: int | None = None) -> str:
+    """The whole report; see `Report.text`."""
+    columns = width or min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
+    lines = [summary(report), f"torch {torch.__version__}, {counted(len(report.graphs), 'captured graph')}"]
+    lines += _sites(report, columns) + _near_misses(report, columns) + _graph_breaks(report, columns)
+    for graph in report.graphs:
+        lines += ["", *_graph(graph, columns)]
+        if graphs:
+            lines += _graph_texts(graph, full=graphs == "full")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(report: Report) -> str:
+    """One line: how many blocks were rewritten, how many nearly, how often capturing broke off."""
+    if not report.graphs and not report.graph_breaks:
+        return 'moecompile: nothing was compiled with backend="moecompile" since the last reset'
+    inside = sum(graph_break.moe for graph_break in report.graph_breaks)
+    parts = [f"{counted(len(report.sites), 'MoE block')} {'found' if not rewritten(report) else 'rewritten'}"]
+    parts.append(counted(len(report.near_misses), "near miss"))
+    parts.append(counted(len(report.graph_breaks), "graph break") + (f" ({inside} in MoE code)" if inside else ""))
+    return f"moecompile: {', '.join(parts)}"
+
+
+def rewritten(report: Report) -> bool:
+    """Whether the blocks found were replaced too: not so with the pass ``fuse`` disabled."""
+    return not report.sites or any(record.name == "fuse" for graph in report.graphs for record in graph.passes)
+
+
+def site_rows(sites: Iterable[Any]) -> list[tuple[tuple[str, ...], str]]:
+    """For each group of like sites its row of `SITE_COLUMNS` and, where there is more to say, a line of details."""
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for site in sites:
+        alike = {name: value for name, value in public_fields(site).items() if name != "module"}
+        groups.setdefault(tuple(alike.items()), []).append(site)
+    rows = []
+    for group in groups.values():
+        site = group[0]
+        modules = merged_paths([each.module for each in group])
+        name = f"{modules} ({len(group)})" if len(group) > 1 else modules
+        sizes = (site.num_experts, site.top_k, site.hidden, site.intermediate)
+        row = (name or "(no module)", site.form, *map(str, sizes), site.dtype, site.activation, site.source)
+        rows.append((row, site_details(site)))
+    return rows
+
+
+def site_details(site: Any) -> str:
+    """What differs from the plainest block, in words."""
+    details = []
+    if site.gate_up in ("interleaved", "separate"):
+        details.append(f"gate and up {site.gate_up}")
+    if site.gate_up == "single":
+        details.append("no gate")
+    if site.biases:
+        details.append(f"biases {', '.join(site.biases)}")
+    if site.input != "x":
+        details.append(f"input {site.input}")
+    if site.output != "mul(out, weight)":
+        details.append(f"output {site.output}")
+    return "; ".join(details)
+
+
+def merged_paths(paths: Sequence[str]) -> str:
+    """Module paths as one: ``layers.0.mlp`` and ``layers.1.mlp`` give ``layers.[0-1].mlp``; others are listed."""
+    distinct = sorted(set(paths), key=_natural)
+    split = [path.split(".") for path in distinct]
+    if len(distinct) > 1 and len({len(parts) for parts in split}) == 1:
+        differing = [place for place, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1]
+        if len(differing) == 1 and all(parts[differing[0]].isdigit() for parts in split):
+            numbers = [int(parts[differing[0]]) for parts in split]
+            return ".".join([*split[0][: differing[0]], f"[{_ranges(numbers)}]", *split[0][differing[0] + 1 :]])
+    return ", ".join(distinct)
+
+
+def changes_of(record: PassRecord, shown: int = _CHANGES_SHOWN) -> str:
+    """A pass's op-count changes, the largest first: ``linear 4 -> 0, moecompile.experts 0 -> 2, 3 more``."""
+    changes = sorted(record.changes.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
+    # our own operators always, however few they are
+    changes.sort(key=lambda item: not item[0].startswith("moecompile."))
+    parts = [f"{name} {before} -> {after}" for name, (before, after) in changes[:shown]]
+    return ", ".join(parts + [f"{len(changes) - shown} more"] * (len(changes) > shown))
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 graph``, ``2 graphs``, ``no graphs``."""
+    plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{number or 'no'} {thing if number == 1 else plural}"
+
+
+def graph_title(graph: GraphReport) -> str:
+    """A graph's name, its module and Dynamo's compile id."""
+    frame, _, again = graph.compile_id.partition("/")
+    identity = f"compile {graph.compile_id}" if frame else ""
+    if again and again != "0":
+        identity += f", recompilation {again}"
+    parts = [graph.name, graph.module, identity]
+    return ", ".join(part for part in parts if part)
+
+
+def _sites(report: Report, width: int) -> list[str]:
+    rows = site_rows(report.sites)
+    if not rows:
+        return []
+    title = "MoE blocks rewritten" if rewritten(report) else "MoE blocks found, not rewritten (pass fuse disabled)"
+    return ["", title, *_table(SITE_COLUMNS, rows, width), f"  {LEGEND}"]
+
+
+def _near_misses(report: Report, width: int) -> list[str]:
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for miss in report.near_misses:
+        groups.setdefault((miss.form, miss.reason, miss.node, miss.source, miss.cure), []).append(miss)
+    lines = ["", "Near misses: left as they were"] if groups else []
+    for (form, reason, node, source, cure), misses in groups.items():
+        modules = merged_paths([miss.module for miss in misses]) or "(no module)"
+        times = f" ({len(misses)})" if len(misses) > 1 else ""
+        lines.append(f"  {modules}{times}  resembles {form}")
+        lines += _labelled("why", reason, width)
+        lines += _labelled("first", "  ".join(part for part in (node, source) if part), width)
+        lines += _labelled("cure", cure, width)
+    return lines
+
+
+def _graph_breaks(report: Report, width: int) -> list[str]:
+    lines = ["", "Graph breaks"] if report.graph_breaks else []
+    for graph_break in report.graph_breaks:
+        lines += _graph_break(graph_break, width)
+    return lines
+
+
+def _graph_break(graph_break: GraphBreak, width: int) -> list[str]:
+    where = graph_break.source or "(no source line)"
+    lines = [f"  {where}{'  inside MoE code: the block cannot be recognised' if graph_break.moe else ''}"]
+    return [*lines, *_labelled("why", graph_break.reason, width), *_labelled("cure", graph_break.cure, width)]
+
+
+def _graph(graph: GraphReport, width: int) -> list[str]:
+    lines = [f"Graph {graph.index}: {graph_title(graph)}" if graph.index >= 0 else f"Graph: {graph_title(graph)}"]
+    rows = [((each.name, f"{each.milliseconds:.1f}", changes_of(each) or "no change"), "") for each in graph.passes]
+    lines += _table(("pass", "ms", "operations"), rows, width) if rows else []
+    if graph.cached:
+        lines += _labelled("cache", graph.cached, width)
+    for label, texts in (("verify", graph.verify), ("note", graph.notes)):
+        for text in texts:
+            lines += _labelled(label, text, width)
+    return lines
+
+
+def _graph_texts(graph: GraphReport, full: bool) -> list[str]:
+    lines: list[str] = []
+    if full:
+        lines += ["", "  before", *_indented(graph.before), "", "  after", *_indented(graph.after)]
+    else:
+        lines += ["", "  changes", *_indented("\n".join(unified(graph.before, graph.after)))]
+    for name, text in (("forward", graph.forward), ("backward", graph.backward)):
+        lines += ["", f"  {name}", *_indented(text)] if text else []
+    return lines
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()]
+
+
+def _labelled(label: str, text: str | None, width: int) -> list[str]:
+    if not text:
+        return []
+    wrapped = textwrap.wrap(text, width - 13, break_long_words=False, break_on_hyphens=False)
+    return [f"    {label if number == 0 else '':<8} {line}" for number, line in enumerate(wrapped)]
+
+
+def _table(headers: Sequence[str], rows: Sequence[tuple[tuple[str, ...], str]], width: int) -> list[str]:
+    """Columns as wide as needed; the widest give way, and wrap, where the table would be wider than `width`."""
+    columns = [[header, *(row[place] for row, _ in rows)] for place, header in enumerate(headers)]
+    widths = [max(map(len, column)) for column in columns]
+    while sum(widths) + 2 * len(widths) > width and max(widths) > 12:
+        widths[widths.index(max(widths))] -= 1
+    lines: list[str] = []
+    for cells, details in [(tuple(headers), ""), *rows]:
+        wrapped = [_wrapped(cell, size) for cell, size in zip(cells, widths, strict=True)]
+        for number in range(max(map(len, wrapped))):
+            parts = [part[number] if number < len(part) else "" for part in wrapped]
+            lines.append("  " + "  ".join(f"{part:<{size}}" for part, size in zip(parts, widths, strict=True)))
+        lines += [f"      {line}" for line in textwrap.wrap(details, width - 6)]
+    return lines
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    """A cell's lines: broken at spaces, else after a dot or comma, else anywhere."""
+    lines: list[str] = []
+    for word in textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) or [""]:
+        rest = word
+        while len(rest) > width:
+            cut = max(rest.rfind(mark, 0, width) for mark in ".,(") + 1 or width
+            lines.append(rest[:cut])
+            rest = rest[cut:]
+        lines.append(rest)
+    return lines
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3,5`` for 0, 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs)
