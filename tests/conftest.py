@@ -1,0 +1,109 @@
+"""Fixtures every test file shares: golden files, and a clean compiler around each test."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDENS = Path(__file__).parent / "goldens"
+Golden = Callable[[str, str], None]
+
+_USED = pytest.StashKey[set[str]]()
+_OUTCOMES = pytest.StashKey[dict[str, bool]]()
+_PARTIAL = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="write what the tests produced to tests/goldens")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+    config.stash[_USED] = set()
+    config.stash[_OUTCOMES] = {}
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """`golden("name", text)` compares text with tests/goldens/name.txt; `pytest --accept` writes the file."""
+    used = request.config.stash[_USED]
+
+    def check(name: str, text: str) -> None:
+        if not re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)*", name):
+            raise ValueError(f"a golden is named by lower-case letters, digits, _ and /, not {name!r}")
+        if name in used:
+            raise ValueError(f"golden {name!r} is compared twice in one run: give each text its own name")
+        used.add(name)
+        path = GOLDENS / f"{name}.txt"
+        produced = text.rstrip("\n") + "\n"
+        if request.config.getoption("--accept"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(produced, encoding="utf-8")
+            return
+        again = f"pytest --accept {request.node.nodeid.partition('[')[0]}"
+        if not path.exists():
+            pytest.fail(f"no golden file {path.relative_to(GOLDENS.parent)}; read this, then run `{again}`:\n{produced}")
+        expected = path.read_text(encoding="utf-8")
+        if produced != expected:
+            lines = difflib.unified_diff(expected.splitlines(), produced.splitlines(), "golden", "produced", lineterm="")
+            diff = "\n".join(lines)
+            pytest.fail(f"{path.relative_to(GOLDENS.parent)} differs; if it should, run `{again}`\n{diff}", pytrace=False)
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def clean_compiler() -> Iterator[None]:
+    """No test sees what another compiled: Dynamo and moecompile's reports start empty."""
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if "moecompile.report" in sys.modules:
+        sys.modules["moecompile.report"].reset()
+
+
+# Unused goldens are found by the last test of a whole run: only then is it known which were compared.
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.name == "test_every_golden_is_used")
+    collected = {item.path.name for item in items}
+    missing = {path.name for path in Path(__file__).parent.glob("test_*.py")} - collected
+    if missing:
+        config.stash[_PARTIAL] = f"{len(missing)} test files were not collected"
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items and any("golden" in getattr(item, "fixturenames", ()) for item in items):
+        items[0].config.stash[_PARTIAL] = "some tests with goldens were deselected"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if "golden" in getattr(item, "fixturenames", ()):
+        outcomes = item.config.stash[_OUTCOMES]
+        outcomes[item.nodeid] = outcomes.get(item.nodeid, True) and report.passed
+    return report
+
+
+@pytest.fixture
+def unused_goldens(request: pytest.FixtureRequest) -> list[str]:
+    """Files in tests/goldens that no test of this run compared; skips unless every test with goldens ran."""
+    if reason := request.config.stash.get(_PARTIAL, ""):
+        pytest.skip(f"needs the whole suite: {reason}")
+    if failed := [nodeid for nodeid, passed in request.config.stash[_OUTCOMES].items() if not passed]:
+        pytest.skip(f"needs every test with a golden to pass; {len(failed)} did not, {failed[0]} first")
+    there = {str(path.relative_to(GOLDENS).with_suffix("")) for path in GOLDENS.rglob("*.txt")}
+    return sorted(there - request.config.stash[_USED])
