@@ -73,7 +73,9 @@ def table(findings: Sequence[Finding]) -> str:
     lines = []
     for finding in findings:
         cure = f"; cure: {finding.cure}" if finding.cure else ""
-        lines.append(f"{finding.item:<{width}}  {finding.state:<7}  {finding.found}{cure}")
+        # What an exception says may run over several lines.
+        found = " ".join(finding.found.split())
+        lines.append(f"{finding.item:<{width}}  {finding.state:<7}  {found}{cure}")
     errors = sum(finding.state == "error" for finding in findings)
     verdict = f"no, {errors} error{'s' if errors != 1 else ''} above" if errors else "yes"
     return "\n".join([*lines, "", f"models can be compiled and run on this machine's CPU: {verdict}"])
@@ -165,7 +167,7 @@ def _nvrtc(item: str) -> Finding:
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:
-        return Finding(item, "missing", f"the library does not load ({error}); GPU kernels need it", cure)
+        return Finding(item, "missing", f"libnvrtc does not load ({type(error).__name__}); GPU kernels need it", cure)
     return Finding(item, "ok", f"{major}.{minor}")
 
 

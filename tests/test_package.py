@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+import moecompile
+
 ROOT = Path(__file__).parent.parent
 HOUSE = ("moecompile", "passes", "runtime", "codegen")
 
@@ -93,6 +95,16 @@ def test_the_source_archive_holds_no_tests_and_no_second_copy(built: tuple[Path,
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "Makefile", "constraints.txt", "passes/__init__.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "moecompile/passes", "moecompile/codegen"))]
+
+
+def test_every_public_name_resolves_and_no_module_bears_it():
+    for name in moecompile.__all__:
+        assert getattr(moecompile, name) is not None
+        assert name in dir(moecompile)
+        # Importing moecompile/explain.py, say, would put that module in the place of the function `moecompile.explain`.
+        assert not (ROOT / "moecompile" / f"{name}.py").exists()
+    with pytest.raises(AttributeError, match="module 'moecompile' has no attribute 'explian'; it has Options"):
+        _ = moecompile.explian
 
 
 def test_the_links_are_tracked_links():
