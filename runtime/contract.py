@@ -1,0 +1,273 @@
+"""What `moecompile::plan` and `moecompile::experts` accept, and the dtypes that follow from it.
+
+One frozen record, `Arguments`, holds the arguments of `experts`; its checks serve the fake kernels and the real ones,
+so that a wrong call is refused at trace time with the words it would get at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen.expression import Apply, Expression, Leaf, leaves, parse
+from moecompile.runtime.elementwise import dtype_named, result_dtype
+
+GATE_UP = ("halves", "interleaved", "separate", "single")
+DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+"""The order of `needs` and of the gradients that `experts_backward` returns."""
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_plan(expert_ids: Tensor, num_experts: int) -> None:
+    """Raises for anything but a (T, K) integer tensor and at least one expert."""
+    if expert_ids.dtype not in INTEGERS:
+        raise TypeError(f"moecompile::plan: expert_ids must hold integers, got dtype {expert_ids.dtype}")
+    if expert_ids.dim() != 2:
+        raise ValueError(
+            f"moecompile::plan: expert_ids must have shape (tokens, experts per token), got {tuple(expert_ids.shape)}"
+        )
+    if num_experts < 1:
+        raise ValueError(f"moecompile::plan: num_experts must be at least 1, got {num_experts}")
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Dtype of every value between the gather and the combine."""
+
+    row: torch.dtype
+    """What GEMM1 multiplies: the value of `input`."""
+    hidden: torch.dtype
+    """GEMM1's result after its bias."""
+    activation: torch.dtype
+    """What GEMM2 multiplies."""
+    out: torch.dtype
+    """GEMM2's result after its bias."""
+    weighted: torch.dtype
+    """The value of `output`."""
+    result: torch.dtype
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """An output expression of the form cast(mul(cast(out), cast(weight))), any of the casts and the weight absent.
+
+    Its gradient needs no value of `out`: that of `out` is a product with the weight, and that of the weight follows
+    from what the backward of GEMM2 computes anyway. Casts are listed in the order they are applied.
+    """
+
+    of_out: tuple[torch.dtype, ...]
+    of_weight: tuple[torch.dtype, ...] | None
+    after: tuple[torch.dtype, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def expression_leaves(text: str) -> frozenset[str]:
+    """Names of the leaves of the expression that `text` spells."""
+    return leaves(parse(text))
+
+
+@functools.lru_cache(maxsize=256)
+def weighting(output: str) -> Weighting | None:
+    """The output expression as a Weighting, None if it has another form."""
+    tree, after = _strip_casts(parse(output))
+    if tree == Leaf("out"):
+        return Weighting((), None, after)
+    if not isinstance(tree, Apply) or tree.op != "mul":
+        return None
+    stripped = dict(_strip_casts(arg) for arg in tree.args)
+    if stripped.keys() != {Leaf("out"), Leaf("weight")}:
+        return None
+    return Weighting(stripped[Leaf("out")], stripped[Leaf("weight")], after)
+
+
+def _strip_casts(tree: Expression) -> tuple[Expression, tuple[torch.dtype, ...]]:
+    casts: list[torch.dtype] = []
+    while isinstance(tree, Apply) and tree.op == "cast":
+        casts.insert(0, dtype_named(str(tree.params[0])))
+        tree = tree.args[0]
+    return tree, tuple(casts)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of `moecompile::experts`, by the names of its schema (see `moecompile.runtime.operators`)."""
+
+    x: Tensor
+    weights: Tensor | None
+    offsets: Tensor
+    slots: Tensor
+    order: Tensor
+    w_in: Tensor
+    w_out: Tensor
+    w_up: Tensor | None = None
+    b_in: Tensor | None = None
+    b_up: Tensor | None = None
+    b_out: Tensor | None = None
+    _: KW_ONLY
+    activation: str
+    gate_up: str
+    input: str = "x"
+    output: str = "mul(out, weight)"
+    w_in_transposed: bool = False
+    w_out_transposed: bool = False
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of experts."""
+        return self.w_in.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """T*K, the number of assignments of a token to an expert."""
+        return self.order.shape[0]
+
+    @property
+    def intermediate(self) -> int:
+        """I, what GEMM2 contracts over."""
+        return self.w_out.shape[1 if self.w_out_transposed else 2]
+
+    @property
+    def width(self) -> int:
+        """Features of a hidden row: 2I with a gate, I without."""
+        return self.intermediate if self.gate_up == "single" else 2 * self.intermediate
+
+    @property
+    def out_features(self) -> int:
+        """H2, features of the result."""
+        return self.w_out.shape[2 if self.w_out_transposed else 1]
+
+    @functools.cached_property
+    def dtypes(self) -> Dtypes:
+        """Dtypes of the values inside; raises TypeError where a GEMM would get two different ones."""
+        tensors = (self.x, self.weights, self.w_in, self.w_out, self.w_up, self.b_in, self.b_up, self.b_out)
+        found = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+        return _dtypes(found, self.activation, self.gate_up, self.input, self.output, self.out_dtype)
+
+    def check(self) -> Arguments:
+        """Itself; raises ValueError or TypeError naming the argument, what was expected and what came."""
+        self._check_attributes()
+        self._check_shapes()
+        for name in ("offsets", "slots", "order"):
+            if getattr(self, name).dtype != torch.int32:
+                raise _error(TypeError, f"{name} must be int32 as `plan` gives it, got {getattr(self, name).dtype}")
+        _ = self.dtypes
+        return self
+
+    def check_backward(self, grad: Tensor, hidden: Tensor) -> None:
+        """Raises ValueError unless the result's gradient and the saved rows fit these arguments."""
+        _expect(grad, "grad", (self.x.shape[0], self.out_features), "(tokens, features)")
+        _expect(hidden, "hidden", (self.rows, self.width), "(tokens * experts per token, features)")
+
+    def _check_attributes(self) -> None:
+        if self.gate_up not in GATE_UP:
+            raise _error(ValueError, f"gate_up must be one of {', '.join(GATE_UP)}; got {self.gate_up!r}")
+        hidden = {"hidden"} if self.gate_up == "single" else {"gate", "up"}
+        for name, allowed in (("input", {"x"}), ("activation", hidden), ("output", {"out"})):
+            found = expression_leaves(getattr(self, name))
+            if found - allowed - {"weight"} or not found & allowed:
+                words = f"{name} must read {' or '.join(sorted(allowed))}, may read weight, and nothing else"
+                raise _error(ValueError, f"{words}; {getattr(self, name)!r} reads {', '.join(sorted(found))}")
+            if self.weights is None and "weight" in expression_leaves(getattr(self, name)):
+                hint = "pass weights, or output='out' if the experts' results are summed unweighted"
+                raise _error(ValueError, f"{name} {getattr(self, name)!r} reads weight but weights is None; {hint}")
+
+    def _check_shapes(self) -> None:
+        for name, rank, words in _RANKS:
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dim() != rank:
+                raise _error(ValueError, f"{name} must have shape {words}, got {tuple(tensor.shape)}")
+        (tokens, features), experts, inner = self.x.shape, self.num_experts, self.intermediate
+        top_k = self.slots.shape[1]
+        first = inner if self.gate_up in ("separate", "single") else self.width
+        _expect(self.slots, "slots", (tokens, top_k), "(tokens, experts per token)")
+        _expect(self.order, "order", (tokens * top_k,), "(tokens * experts per token,)")
+        _expect(self.offsets, "offsets", (experts,), "(experts,)")
+        if self.weights is not None:
+            _expect(self.weights, "weights", (tokens, top_k), "(tokens, experts per token)")
+        matrix = (experts, features, first) if self.w_in_transposed else (experts, first, features)
+        words = "(experts, in, out)" if self.w_in_transposed else "(experts, out, in)"
+        _expect(self.w_in, "w_in", matrix, f"{words} for gate_up={self.gate_up!r}")
+        _expect(self.w_out, "w_out", (experts, self.w_out.shape[1], self.w_out.shape[2]), "(experts, ., .)")
+        if (self.w_up is not None) != (self.gate_up == "separate"):
+            came = "None" if self.w_up is None else f"shape {tuple(self.w_up.shape)}"
+            raise _error(ValueError, f"w_up goes with gate_up='separate' alone; got {came}, gate_up={self.gate_up!r}")
+        if self.w_up is not None:
+            _expect(self.w_up, "w_up", matrix, words)
+        if self.b_up is not None and self.w_up is None:
+            raise _error(ValueError, f"b_up goes with w_up alone, got shape {tuple(self.b_up.shape)}; use b_in")
+        for name, bias, size in (("b_in", self.b_in, first), ("b_up", self.b_up, inner)):
+            if bias is not None:
+                _expect(bias, name, (experts, size), "(experts, features)")
+        if self.b_out is not None:
+            _expect(self.b_out, "b_out", (experts, self.out_features), "(experts, features)")
+
+
+_RANKS = (
+    ("x", 2, "(tokens, features)"),
+    ("slots", 2, "(tokens, experts per token)"),
+    ("w_in", 3, "(experts, out, in) or, transposed, (experts, in, out)"),
+    ("w_out", 3, "(experts, out, in) or, transposed, (experts, in, out)"),
+)
+
+
+def _error(kind: type[Exception], message: str) -> Exception:
+    return kind(f"moecompile::experts: {message}")
+
+
+def _expect(tensor: Tensor, name: str, shape: Sequence[int], words: str) -> None:
+    def message() -> str:
+        return f"moecompile::experts: {name} must have shape {words} = {tuple(shape)}, got {tuple(tensor.shape)}"
+
+    if tensor.dim() != len(shape):
+        raise ValueError(message())
+    for actual, expected in zip(tensor.shape, shape, strict=True):
+        if isinstance(actual, int) and isinstance(expected, int):
+            if actual != expected:
+                raise ValueError(message())
+        else:  # a symbolic size: let the shape environment prove it, guard on it or check it at run time
+            torch._check_value(actual == expected, message)
+
+
+@functools.lru_cache(maxsize=256)
+def _dtypes(
+    tensors: tuple[torch.dtype | None, ...],
+    activation: str,
+    gate_up: str,
+    input: str,
+    output: str,
+    out_dtype: torch.dtype | None,
+) -> Dtypes:
+    for name, dtype in zip((*DIFFERENTIABLE, "out_dtype"), (*tensors, out_dtype), strict=True):
+        if dtype is not None and not dtype.is_floating_point:
+            raise _error(TypeError, f"{name} must have a floating-point dtype, got {dtype}")
+    x, weight, w_in, w_out, w_up, b_in, b_up, b_out = tensors
+
+    def value(expression: str, **leaf_dtypes: torch.dtype | None) -> torch.dtype:
+        leaf_dtypes["weight"] = weight
+        return result_dtype(expression, {name: dtype for name, dtype in leaf_dtypes.items() if dtype is not None})
+
+    row = value(input, x=x)
+    for name, dtype in (("w_in", w_in), ("w_up", w_up)):
+        if dtype is not None and dtype != row:
+            raise _error(TypeError, f"GEMM1 multiplies input {input!r} of {row} by {name} of {dtype}; write the cast")
+    hidden = _promoted(row, b_in, b_up)
+    activated = value(activation, gate=hidden, up=hidden, hidden=hidden)
+    if w_out != activated:
+        raise _error(
+            TypeError, f"GEMM2 multiplies activation {activation!r} of {activated} by w_out of {w_out}; write the cast"
+        )
+    out = _promoted(activated, b_out)
+    weighted = value(output, out=out)
+    return Dtypes(row, hidden, activated, out, weighted, out_dtype or weighted)
+
+
+def _promoted(dtype: torch.dtype, *others: torch.dtype | None) -> torch.dtype:
+    for other in others:
+        dtype = dtype if other is None else torch.promote_types(dtype, other)
+    return dtype

@@ -1,0 +1,223 @@
+"""Walks over rows sorted by expert: one expert at a time on the CPU, all in grouped GEMMs elsewhere.
+
+Both walks yield groups with the same methods, so that `moecompile.runtime.reference` is written once:
+
+    OneExpert    a slice of rows and the views of one expert's weights; `torch.mm` writes into its destination
+    AllExperts   every row at once; `torch._grouped_mm` or `moecompile.runtime.blocked`, the host never waits
+
+No walk copies a whole weight tensor, and neither reads rows beyond the last expert's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime.blocked import blocked_mm, blocked_outer
+
+Gradients = dict[str, Tensor]
+
+
+class OneExpert:
+    """The rows of one expert on the CPU."""
+
+    def __init__(self, walk: OneByOne, expert: int, rows: slice) -> None:
+        self.walk = walk
+        self.expert = expert
+        self.rows = rows
+
+    def leaves(self, x: Tensor, weight_of: Tensor | None) -> dict[str, Tensor]:
+        """`x` (n, H) of these rows and, if there are weights, `weight` (n, 1)."""
+        found = {"x": self.gather(x)}
+        if weight_of is not None:
+            found["weight"] = weight_of.index_select(0, self.walk.assignments[self.rows]).unsqueeze(1)
+        return found
+
+    def gather(self, per_token: Tensor) -> Tensor:
+        """The rows' entries of a tensor (T, F), shape (n, F)."""
+        return per_token.index_select(0, self.walk.tokens[self.rows])
+
+    def linear(
+        self, a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None = None, into: Tensor | None = None
+    ) -> Tensor:
+        """Rows a (n, in) times the expert's matrix, plus its bias, (n, out); written to `into` if given."""
+        matrix = weight[self.expert] if transposed else weight[self.expert].t()
+        if bias is None or bias.dtype == a.dtype:
+            product = torch.mm(a, matrix) if into is None else torch.mm(a, matrix, out=into)
+            return product if bias is None else product.add_(bias[self.expert])
+        return torch.add(torch.mm(a, matrix), bias[self.expert], out=into)
+
+    def weight_gradient(self, grads: Gradients, name: str, a: Tensor, grad: Tensor, transposed: bool) -> None:
+        """Stores the gradient of the expert's matrix for a (n, in) and the product's gradient (n, out)."""
+        left, right = (a, grad) if transposed else (grad, a)
+        torch.mm(left.t(), right, out=grads[name][self.expert])
+
+    def bias_gradient(self, grads: Gradients, name: str, grad: Tensor) -> None:
+        """Stores the gradient of the expert's bias for the sum's gradient (n, out)."""
+        grads[name][self.expert] = grad.sum(0)
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """The expert's bias of (E, F), shape (F,)."""
+        return bias[self.expert]
+
+
+class OneByOne:
+    """The walk over experts that have rows, for the CPU, where reading the offsets costs nothing."""
+
+    def __init__(self, offsets: Tensor, order: Tensor, top_k: int) -> None:
+        self.ends = offsets.tolist()
+        self.total = self.ends[-1]
+        self.complete = self.total == order.shape[0]
+        self.assignments = order[: self.total]
+        self.tokens = self.assignments if top_k == 1 else self.assignments // top_k
+
+    def __iter__(self) -> Iterator[OneExpert]:
+        start = 0
+        for expert, end in enumerate(self.ends):
+            if end > start:
+                yield OneExpert(self, expert, slice(start, end))
+                start = end
+
+    def gradient_like(self, parameter: Tensor) -> Tensor:
+        """Room for a parameter's gradient (E, ...): experts without rows are 0, the others unwritten."""
+        grad = torch.empty_like(parameter)
+        start = 0
+        for expert, end in enumerate(self.ends):
+            if end == start:
+                grad[expert].zero_()
+            start = end
+        return grad
+
+    def clear_rest(self, rows: Tensor) -> None:
+        """Zeroes the rows (T*K, ...) that belong to no expert."""
+        rows[self.total :].zero_()
+
+    def combine(self, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums the rows (T*K, F) of each token's slots (T, K), shape (T, F); slots of -1 add nothing."""
+        self.clear_rest(rows)
+        flat = slots.reshape(-1)
+        if not self.complete:  # then the last row belongs to no expert and is 0
+            flat = torch.where(flat < 0, rows.shape[0] - 1, flat)
+        return sum_over_experts(rows.index_select(0, flat), slots.shape, dtype)
+
+
+def sum_over_experts(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Rows (T*K, F) in token order summed over K: in float32 or better inside, rounded once, (T, F)."""
+    (tokens, top_k), features = shape, rows.shape[1]
+    if top_k == 1:
+        return rows.to(dtype)
+    parts = rows.view(tokens, top_k, features)
+    inner = torch.promote_types(rows.dtype, dtype)
+    if top_k == 2 and inner == rows.dtype:  # one addition rounds once, and is several times faster than sum
+        return (parts[:, 0] + parts[:, 1]).to(dtype)
+    return parts.sum(1, dtype=inner).to(dtype)
+
+
+class AllExperts:
+    """Every row at once, on a device. Rows beyond the last expert's hold anything and are masked by `combine`."""
+
+    def __init__(self, offsets: Tensor, order: Tensor, top_k: int) -> None:
+        self.offsets = offsets
+        self.rows = slice(None)
+        self.valid = (order >= 0).unsqueeze(1)
+        self.assignments = order.clamp(min=0)
+        self.tokens = self.assignments if top_k == 1 else self.assignments // top_k
+        row = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
+        self.expert = torch.searchsorted(offsets, row, right=True, out_int32=True)  # E beyond the last expert
+
+    def __iter__(self) -> Iterator[AllExperts]:
+        yield self
+
+    def leaves(self, x: Tensor, weight_of: Tensor | None) -> dict[str, Tensor]:
+        """`x` (T*K, H) of the rows and, if there are weights, `weight` (T*K, 1)."""
+        found = {"x": self.gather(x)}
+        if weight_of is not None:
+            found["weight"] = weight_of.index_select(0, self.assignments).unsqueeze(1)
+        return found
+
+    def gather(self, per_token: Tensor) -> Tensor:
+        """The rows' entries of a tensor (T, F), shape (T*K, F)."""
+        return per_token.index_select(0, self.tokens)
+
+    def linear(
+        self, a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None = None, into: Tensor | None = None
+    ) -> Tensor:
+        """Each row of a (T*K, in) times its expert's matrix, plus its bias, (T*K, out); written to `into` if given."""
+        matrices = weight if transposed else weight.transpose(1, 2)
+        a = a.contiguous()
+        if takes_grouped_mm(a, matrices):
+            product = torch._grouped_mm(a, matrices, offs=self.offsets)
+        else:
+            product = blocked_mm(a, matrices, self.offsets)
+        if bias is not None:
+            product = product + self.bias(bias)
+        return product if into is None else into.copy_(product)
+
+    def weight_gradient(self, grads: Gradients, name: str, a: Tensor, grad: Tensor, transposed: bool) -> None:
+        """Stores the gradient of the matrices for a (T*K, in) and the products' gradient (T*K, out)."""
+        left, right = (a.contiguous(), grad.contiguous()) if transposed else (grad.contiguous(), a.contiguous())
+        if takes_grouped_mm(left.t(), right):
+            found = torch._grouped_mm(left.t(), right, offs=self.offsets)
+        else:
+            found = blocked_outer(left, right, self.offsets)
+        like = grads[name]
+        grads[name] = found if found.stride() == like.stride() else like.copy_(found)
+
+    def bias_gradient(self, grads: Gradients, name: str, grad: Tensor) -> None:
+        """Stores the gradient of the biases for the sums' gradient (T*K, out)."""
+        like = grads[name]
+        member = self.expert == torch.arange(like.shape[0], device=grad.device).unsqueeze(1)
+        inner = torch.promote_types(grad.dtype, torch.float32)
+        grads[name] = torch.mm(member.to(inner), torch.where(self.valid, grad, 0).to(inner)).to(like.dtype)
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """Each row's bias of (E, F), shape (T*K, F)."""
+        return bias.index_select(0, self.expert.clamp(max=bias.shape[0] - 1))
+
+    def gradient_like(self, parameter: Tensor) -> Tensor:
+        """A tensor of the layout that the parameter's gradient (E, ...) has, its values unwritten."""
+        return torch.empty_like(parameter)
+
+    def clear_rest(self, rows: Tensor) -> None:
+        """Zeroes the rows (T*K, ...) that belong to no expert."""
+        rows.masked_fill_(~self.valid, 0)
+
+    def combine(self, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums the rows (T*K, F) of each token's slots (T, K), shape (T, F); slots of -1 add nothing."""
+        flat = slots.reshape(-1)
+        picked = rows.index_select(0, flat.clamp(min=0)).masked_fill_((flat < 0).unsqueeze(1), 0)
+        return sum_over_experts(picked, slots.shape, dtype)
+
+
+Group = OneExpert | AllExperts
+Walk = OneByOne | AllExperts
+
+
+def groups(offsets: Tensor, order: Tensor, top_k: int) -> Walk:
+    """The walk for the device of `offsets` (E,); order (T*K,) as `plan` gives them."""
+    if offsets.device.type == "cpu":
+        return OneByOne(offsets, order, top_k)
+    return AllExperts(offsets, order, top_k)
+
+
+def takes_grouped_mm(left: Tensor, right: Tensor) -> bool:
+    """Whether `torch._grouped_mm` multiplies these without asking the host.
+
+    It does for bfloat16 with strides of whole 16 bytes on compute capability 9 and 10 (GroupedBlas.cpp, torch 2.9 to
+    2.13); for anything else it copies the offsets to the host and loops, or refuses.
+    """
+    if left.dtype != torch.bfloat16 or left.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(left.device)[0] not in (9, 10):
+        return False
+    return all(_aligned(matrix) for matrix in (left, right))
+
+
+def _aligned(matrix: Tensor) -> bool:
+    rows, columns = matrix.stride()[-2:]
+    if matrix.data_ptr() % 16 or min(rows, columns) != 1 or 0 in matrix.shape[-2:]:
+        return False
+    elements = 16 // matrix.element_size()
+    return max(rows, columns) % elements == 0 and all(stride % elements == 0 for stride in matrix.stride()[:-2])
