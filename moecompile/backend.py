@@ -39,17 +39,24 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import lowering, pipeline, report
+    from moecompile import advice, lowering, pipeline, report
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
-    record = report.record(report.GraphReport.of(gm))
+    record = report.GraphReport.of(gm)
+    report.record(record)
 
-    # 2. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse.
+    # 2. On request, nothing: to tell whether moecompile is to blame.
     if environment_disables_backend():
         record.notes.append("MOECOMPILE_DISABLE is set: the graph was handed on untouched")
-    else:
-        pipeline.run_passes(gm, chosen, record)
+        return lowering.lower(gm, example_inputs, chosen, record, name)
 
-    # 3. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    return lowering.lower(gm, example_inputs, chosen, record, name)
+    # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse.
+    pipeline.run_passes(gm, chosen, record)
+    obstacle = advice.obstacle_of(gm, record)
+
+    # 4. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
+    compiled = lowering.lower(gm, example_inputs, chosen, record, name)
+
+    # 5. A model that was not rewritten at all is worth one warning, with the reason and the cure.
+    return advice.warn_if_nothing_matched(compiled, record, obstacle)

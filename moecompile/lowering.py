@@ -39,6 +39,7 @@ def lower(
     def note(kind: str, graph_module: fx.GraphModule) -> str:
         text = text_of(graph_module, collapse=True, inputs=inputs)
         setattr(record, kind, text)
+        record.log_artifacts()
         return text
 
     if options.lowering == "eager":
@@ -54,10 +55,11 @@ def lower(
         seen=lambda kind, graph_module: sidecar.write(kind, note(kind, graph_module)),
         name=name,
     )
-    if record.forward is None:
+    record.cached = "miss" if record.forward else "hit"
+    if record.cached == "hit":
         remembered = sidecar.read()
-        record.cached = "AOTAutograd"
         record.forward, record.backward = remembered.get("forward"), remembered.get("backward")
+        record.log_artifacts()
     return compiled
 
 

@@ -1,0 +1,147 @@
+"""What to tell a user whose model was not rewritten: the one warning, and the cures it names.
+
+Names of modules, classes and files serve as hints here, as everywhere: they choose words, never a rewrite.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from moecompile.passes.provenance import source_of
+from moecompile.passes.spelling import operation_name
+from moecompile.report import GraphReport, last_report
+
+log = logging.getLogger("moecompile")
+
+SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
+ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
+COMMAND = "python -m moecompile explain FILE.py:FUNCTION"
+# The note a record carries when the warning went out with it: once, until the records are reset.
+WARNED = "the user was warned that nothing was rewritten"
+_FILE = re.compile(r'File "([^"]+)"')
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a graph holds no block: what was seen, where, and the change of one line that helps, if one is known."""
+
+    reason: str
+    source: str
+    cure: str | None
+
+    def __str__(self) -> str:
+        where = f", at {self.source}" if self.source else ""
+        return f"{self.reason}{where}." + (f" Cure: {self.cure}" if self.cure else "")
+
+
+def obstacle_of(gm: fx.GraphModule, record: GraphReport) -> Obstacle | None:
+    """The best reason why nothing in a captured graph was rewritten; None if it shows no trace of MoE."""
+    if record.near_misses:
+        miss = record.near_misses[0]
+        return Obstacle(f"The nearest was form {miss.form}, refused because {miss.reason}", miss.source, miss.cure)
+    if record.ended_by is None:
+        return None
+    if source := experts_loop(gm):
+        files = [file for node in gm.graph.nodes for file in _FILE.findall(node.stack_trace or "")]
+        cure = SWITCH_EXPERTS if any(map(has_switchable_experts, files)) else ONE_PRODUCT
+        reason = "The experts run in a Python loop over those that were hit: Dynamo cannot capture it, no backend sees it"
+        return Obstacle(reason, source, cure)
+    if record.ended_by.moe:
+        reason = f"Dynamo stopped capturing inside MoE code: {record.ended_by.reason}"
+        return Obstacle(reason, record.ended_by.source, record.ended_by.cure)
+    return None
+
+
+def experts_loop(gm: fx.GraphModule) -> str | None:
+    """Source line of the loop over the experts that were hit, if a graph ends where such a loop begins.
+
+    The sign is the data flow that such a loop starts with, whoever wrote it: the chosen experts as a one-hot mask,
+    summed over tokens and choices, compared with zero, and handed out of the graph.
+    """
+    for node in gm.graph.nodes:
+        if operation_name(node) == "gt" and any(user.op == "output" for user in node.users):
+            ancestor = node
+            while ancestor.all_input_nodes and operation_name(ancestor) in ("gt", "sum", "permute", "transpose"):
+                ancestor = ancestor.all_input_nodes[0]
+            if operation_name(ancestor) == "one_hot":
+                return source_of(node)
+    return None
+
+
+@functools.cache
+def has_switchable_experts(file: str) -> bool:
+    """Whether a source file defines experts whose implementation transformers lets the user choose."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == file:
+            # the mark that transformers' decorator `use_experts_implementation` leaves on a class
+            return any(isinstance(value, type) and hasattr(value, "_apply_gate") for value in vars(module).values())
+    return False
+
+
+def warn_if_nothing_matched(
+    compiled: Callable[..., Any], record: GraphReport, obstacle: Obstacle | None
+) -> Callable[..., Any]:
+    """Warns, once until `moecompile.reset()`, that the graphs compiled so far hold no block to rewrite.
+
+    A graph that shows an obstacle is warned about at once, and so is a whole model without any block. A part of
+    a model (a layer compiled apart, a graph that ends at a break) proves nothing yet: it is judged when it is called
+    again, for by then the other parts have been compiled.
+
+    Args:
+        compiled: what came out of the lowering of the graph.
+        record: the graph's.
+        obstacle: see `obstacle_of`.
+
+    Returns:
+        `compiled`, or a callable that does the same.
+    """
+    if record.sites:
+        return compiled
+    if obstacle or (record.ended_by is None and not _inside_another_module()):
+        _warn(record, obstacle)
+        return compiled
+
+    calls = 0
+
+    @functools.wraps(compiled)
+    def judged(*inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            _warn(record, None)
+        return compiled(*inputs)
+
+    return judged
+
+
+def _warn(record: GraphReport, obstacle: Obstacle | None) -> None:
+    graphs = last_report().graphs
+    if any(graph.sites or WARNED in graph.notes for graph in graphs):
+        return
+    record.notes.append(WARNED)
+    log.warning(
+        "moecompile rewrote nothing: %s no mixture-of-experts block that it knows.\n%s`%s` shows what stands in the way.",
+        f"{record.name} holds" if len(graphs) == 1 else f"the {len(graphs)} graphs captured so far hold",
+        f"{obstacle}\n" if obstacle else "",
+        COMMAND,
+    )
+
+
+def _inside_another_module() -> bool:
+    """Whether the module being compiled was called by another one, which runs it as a part of itself."""
+    frame = sys._getframe()
+    modules: set[int] = set()
+    while frame is not None and len(modules) < 2:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and type(owner).__name__ != "OptimizedModule":
+            modules.add(id(owner))
+        frame = frame.f_back  # type: ignore[assignment]
+    return len(modules) > 1
