@@ -9,13 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from moecompile.runtime import operators as _operators  # noqa: F401 - the import registers
+
 if TYPE_CHECKING:
     from moecompile.options import Options
+    from moecompile.report import last_report, reset
 
 __version__ = "0.1.0"
-__all__ = ["Options", "__version__"]
+__all__ = ["Options", "__version__", "last_report", "reset"]
 
-_HOME = {"Options": "moecompile.options"}
+# Where each name lives. No module may bear one of these names: importing it would put the module in the name's place.
+_HOME = {
+    "Options": "moecompile.options",
+    "last_report": "moecompile.report",
+    "reset": "moecompile.report",
+}
 
 
 def __getattr__(name: str) -> object:
