@@ -74,14 +74,16 @@ class Lines:
             return element if name == "getitem" else f"setitem({element}, {self._argument(node.args[2])})"
         if name == "to":  # how a cast says its dtype differs most of all; the result's type says it too
             return f"to({', '.join(self._argument(value) for value in node.args if isinstance(value, fx.Node))})"
-        parts = [self._argument(value) for value in node.args if not isinstance(value, torch.device)]
+        arguments = node.args[:1] if name == "assert_scalar" else node.args  # its message quotes torch's node names
+        parts = [self._argument(value) for value in arguments if not isinstance(value, torch.device)]
         keywords = {key: value for key, value in node.kwargs.items() if key not in _SILENT_KEYWORDS}
         parts += [f"{key}={self._argument(value)}" for key, value in keywords.items()]
         return f"{name}({', '.join(parts)})"
 
     def _operator_arguments(self, node: fx.Node) -> list[str]:
         """Arguments of moecompile's operators by name: tensors, strings (defaults too), and what is not a default."""
-        schema = node.target._schema  # type: ignore[union-attr]
+        target: Any = node.target
+        schema = getattr(target, "default", target)._schema  # Dynamo calls an operator without naming the overload
         given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
         parts = []
         for argument in schema.arguments:

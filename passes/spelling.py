@@ -18,7 +18,8 @@ from torch import fx
 
 from moecompile.passes.provenance import tensor_of
 
-CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "int", "long", "short", "type", "type_as"})
+# Methods that only convert.
+_CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "int", "long", "short", "bool", "type", "type_as"})
 
 # Python's operators and torch's own aliases, by the name ATen uses.
 _ALIASES = {
@@ -44,7 +45,7 @@ def operation_name(node: fx.Node) -> str:
     """
     if node.op == "call_method":
         name = str(node.target)
-        return "to" if name in CASTS else _canonical("torch", name)
+        return "to" if name in _CASTS else _canonical("torch", name)
     if node.op == "call_function":
         return _canonical(*_namespace_and_name(node.target))
     return str(node.target) if node.op == "call_module" else node.op

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under every failure otherwise
     config.stash[_USED] = set()
     config.stash[_OUTCOMES] = {}
 
@@ -48,12 +50,18 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             return
         again = f"pytest --accept {request.node.nodeid.partition('[')[0]}"
         if not path.exists():
-            pytest.fail(f"no golden file {path.relative_to(GOLDENS.parent)}; read this, then run `{again}`:\n{produced}")
+            pytest.fail(
+                f"no golden file {path.relative_to(GOLDENS.parent)}; read this, then run `{again}`:\n{produced}"
+            )
         expected = path.read_text(encoding="utf-8")
         if produced != expected:
-            lines = difflib.unified_diff(expected.splitlines(), produced.splitlines(), "golden", "produced", lineterm="")
+            lines = difflib.unified_diff(
+                expected.splitlines(), produced.splitlines(), "golden", "produced", lineterm=""
+            )
             diff = "\n".join(lines)
-            pytest.fail(f"{path.relative_to(GOLDENS.parent)} differs; if it should, run `{again}`\n{diff}", pytrace=False)
+            pytest.fail(
+                f"{path.relative_to(GOLDENS.parent)} differs; if it should, run `{again}`\n{diff}", pytrace=False
+            )
 
     return check
 
@@ -90,7 +98,9 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if "golden" in getattr(item, "fixturenames", ()):
         outcomes = item.config.stash[_OUTCOMES]
@@ -106,4 +116,5 @@ def unused_goldens(request: pytest.FixtureRequest) -> list[str]:
     if failed := [nodeid for nodeid, passed in request.config.stash[_OUTCOMES].items() if not passed]:
         pytest.skip(f"needs every test with a golden to pass; {len(failed)} did not, {failed[0]} first")
     there = {str(path.relative_to(GOLDENS).with_suffix("")) for path in GOLDENS.rglob("*.txt")}
-    return sorted(there - request.config.stash[_USED])
+    used = request.config.stash[_USED]
+    return sorted(there - used)
