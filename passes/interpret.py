@@ -36,7 +36,8 @@ class Combine:
 
     node: fx.Node
     value: Value  # content is a Total, or a Special sum of partial results
-    base: fx.Node | None  # what the sum was added to, None for zeros
+    base: fx.Node | None = None  # what the sum was added to, None for zeros
+    out_dtype: torch.dtype | None = None  # the sum's dtype where it is not that of its terms
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,16 @@ class Interpretation:
             return Value((), Constant(node))
         raise Refused(f"{node!r} is neither a tensor nor a number")
 
-    def leaf(self, node: fx.Node) -> Value:
-        """The tensor as itself."""
+    def leaf(self, node: fx.Node, written: fx.Node | None = None) -> Value:
+        """The tensor as itself, or as it is after a write."""
         shape = self.shape(node)
         integral = not (self.dtype(node).is_floating_point or self.dtype(node).is_complex)
-        atom = Atom(Variable("ids" if integral else "leaf", node), 1, terms.product(shape))
+        key = node if written is None else (node, written)
+        atom = Atom(Variable("ids" if integral else "leaf", key), 1, terms.product(shape))
         groups = terms.regroup([atom], shape)
         if groups is None or any(size == 0 for size in shape):
             raise Refused(f"{node} has dimensions this interpretation cannot index")
-        return Value(groups, Element(node, terms.merge([atom])))
+        return Value(groups, Element(node, terms.merge([atom]), written))
 
     def number(self, argument: Any) -> Size:
         """An integer argument that may be a symbolic size."""
@@ -116,7 +118,10 @@ class Interpretation:
 def is_plain(value: Value) -> bool:
     """Whether the value is a leaf or a view of one."""
     content = value.content
-    return isinstance(content, Element) and all(isinstance(part, Atom) and part.variable.key is content.root for part in content.index)
+    if not isinstance(content, Element):
+        return False
+    key = content.root if content.written is None else (content.root, content.written)
+    return all(isinstance(part, Atom) and part.variable.key == key for part in content.index)
 
 
 def walk(content: Content) -> Iterator[Content]:
@@ -162,7 +167,7 @@ def interpret(graph: fx.Graph) -> Interpretation:
             state.results[node] = outcome
         elif outcome is not None:
             state.values[node] = outcome
-        elif not mutates and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes):
+        elif not mutates and node.op != "output" and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes):
             state.refusals.setdefault(node, f"{node.target} is not an operation that detection understands")
         if mutates:
             _write(state, aliases, node, outcome if isinstance(outcome, Value) else None)
@@ -197,12 +202,10 @@ def _write(state: Interpretation, aliases: Aliases, node: fx.Node, value: Value 
 
 def _written_leaf(state: Interpretation, node: fx.Node, writer: fx.Node) -> Value:
     """The tensor as it is after the write: not the same leaf as before it."""
-    fake = fake_of(node)
-    if not isinstance(fake, torch.Tensor):
+    try:
+        return state.leaf(node, writer)
+    except Refused:
         return Value((), terms.Special("written", (node, writer)))
-    atom = Atom(Variable("leaf", (node, writer)), 1, terms.product(terms.size_of(size) for size in fake.shape))
-    groups = terms.regroup([atom], [terms.size_of(size) for size in fake.shape])
-    return Value(groups or (), terms.Special("written", (node, writer, atom)))
 
 
 class Aliases:

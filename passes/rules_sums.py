@@ -33,8 +33,9 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
         raise Refused("a sum over rows in an order of their own")
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
     result = Value(rest, Total(value.content, over, state.dtype(call.node)))
-    state.combines.append(Combine(call.node, result, None))
-    return result
+    source = state.dtype(call["input"])
+    state.combines.append(Combine(call.node, result, None, None if source == state.dtype(call.node) else state.dtype(call.node)))
+    return None
 
 
 def _index_add(call: Call, state: Interpretation) -> Value | None:
@@ -90,7 +91,7 @@ def _added_rows(call: Call, state: Interpretation, index: Value, source: Any) ->
     base = state.value(call["input"])
     fresh = base.content == Constant(0)
     state.combines.append(Combine(call.node, result, None if fresh else call["input"]))
-    return result if fresh else None
+    return None
 
 
 RULES: dict[str, Rule] = {

@@ -84,10 +84,11 @@ Part: TypeAlias = "Atom | Affine | Fixed | Looked"
 
 @dataclass(frozen=True)
 class Element:
-    """An element of the leaf `root`, at a flat index in mixed radix, most significant digit first."""
+    """An element of the leaf `root`, at a flat index in mixed radix, most significant digit first; as it is after `written`, if that is a node."""
 
     root: fx.Node
     index: tuple[Part, ...]
+    written: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
                 index.append(Looked(substitute(part.content, old, new), part.extent))
             else:
                 index.append(part)
-        return Element(content.root, _merge_parts(index))
+        return Element(content.root, _merge_parts(index), content.written)
     if isinstance(content, Index):
         parts = [piece for atom in content.atoms for piece in _replace_atom(atom, old, new)]
         if all(isinstance(part, Atom) for part in parts):

@@ -1,0 +1,165 @@
+"""Find every mixture-of-experts block of a graph.
+
+Contract
+- Reads a Dynamo graph (meta["example_value"]); changes nothing.
+- A `Site` is proven: the tensor at its node equals the fused operator on its operands for all inputs, gradients included, and the nodes between can be
+  taken out without anyone outside noticing.
+- A block that shows experts' products but is not proven is a `NearMiss`, with the first thing that differed.
+
+    state = interpret(graph)                         # what every tensor means
+    for each sum over assignments:
+        block  = read(its term)                      # experts, activation, weights; or why not
+        region = region_of(block)                    # what can be taken out; or why not
+        -> Site
+    for each expert product in no Site -> NearMiss
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.forms import FORMS, Traits, form_of
+from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret
+from moecompile.passes.provenance import module_of, source_of
+from moecompile.passes.recognise import Block, read
+from moecompile.passes.region import Layout, region_of
+from moecompile.passes.site import Detection, NearMiss, Operand, Site
+from moecompile.passes.terms import Element, Total
+
+
+def detect(graph: fx.Graph) -> Detection:
+    """All Sites and near misses of the graph, in program order."""
+    if not any(_may_be_product(node) for node in graph.nodes):
+        return Detection((), ())
+    state = interpret(graph)
+    layout = Layout(graph)
+    sites: list[Site] = []
+    refused: list[tuple[Combine, str]] = []
+    for combine in state.combines:
+        try:
+            sites.append(_site(combine, state, layout))
+        except Refused as reason:
+            refused.append((combine, str(reason)))
+    return Detection(tuple(sites), tuple(_near_misses(state, layout, sites, refused)))
+
+
+def _may_be_product(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and not isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
+    content = combine.value.content
+    assert isinstance(content, Total)
+    block = read(content, combine.value.dims[0], state)
+    operands = _operands(block)
+    roots = frozenset(operand.node for operand in operands.values()) | ({combine.base} if combine.base is not None else set())
+    region = region_of(combine.node, roots, state, layout)
+    _check_result(combine, block, state)
+    return _described(combine, block, operands, region, state)
+
+
+def _operands(block: Block) -> dict[str, Operand]:
+    """The fused operator's tensors, as the graph's own nodes and the reshapes that bring them to the operator's shapes."""
+    assert block.x is not None and block.key is not None and block.out is not None
+    top_k = terms.group_size(block.choices)
+    if not isinstance(top_k, int) or not isinstance(block.num_experts, int):
+        raise Refused("a symbolic number of experts or choices")
+    operands = {
+        "x": Operand(block.x.root, (("reshape", (-1, terms.group_size((block.inner[0].over,)))),)),
+        "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)),)),
+    }
+    if block.weight is not None:
+        from moecompile.passes.recognise import _weight_steps
+
+        steps = _weight_steps(block.weight, block)
+        assert steps is not None
+        operands["weights"] = Operand(block.weight.root, steps)
+    gate, *up = block.inner
+    operands["w_in"] = Operand(gate.weight)
+    operands["w_out"] = Operand(block.out.weight)
+    if block.gate_up == "separate":
+        operands["w_up"] = Operand(up[0].weight)
+        if gate.transposed != up[0].transposed:
+            raise Refused("the gate's and the up projection's weights lie in different orientations")
+    for name, bias in (("b_in", gate.bias), ("b_up", up[0].bias if block.gate_up == "separate" else None), ("b_out", block.out.bias)):
+        if bias is not None:
+            operands[name] = Operand(bias)
+    return operands
+
+
+def _check_result(combine: Combine, block: Block, state: Interpretation) -> None:
+    """Weights have the shapes the operator takes, and the result's features are the second GEMM's, in order."""
+    assert block.out is not None
+    from moecompile.passes.recognise import _feature_atoms
+
+    if combine.value.dims[1:] != (terms.merge(_feature_atoms(block.out)),):
+        raise Refused("the summed rows are not the second GEMM's output features in order")
+    for product in (*block.inner, block.out):
+        matrix = (product.over.size, product.extent) if product.transposed else (product.extent, product.over.size)
+        if state.shape(product.weight) != (block.num_experts, *matrix):
+            raise Refused(f"{product.weight} is not one matrix for each expert")
+        if product.bias is not None and state.shape(product.bias) != (block.num_experts, product.extent):
+            raise Refused(f"{product.bias} is not one vector for each expert")
+
+
+def _described(combine: Combine, block: Block, operands: dict[str, Operand], region: frozenset[fx.Node], state: Interpretation) -> Site:
+    assert block.out is not None and isinstance(block.num_experts, int)
+    names = frozenset(state.calls[node].name for node in region if node in state.calls)
+    if "weights" in operands and any(step == "gather" for step, _ in operands["weights"].steps):
+        names |= {"dense"}
+    traits = Traits(names, block.gate_up, state.calls[combine.node].name)
+    inner = block.inner[0]
+    anchor = next((node for node in region if state.calls.get(node) is not None and state.calls[node].name in _PRODUCTS), combine.node)
+    width, hidden = terms.group_size((block.out.over,)), terms.group_size((inner.over,))
+    assert isinstance(width, int) and isinstance(hidden, int)
+    return Site(
+        form=form_of(traits),
+        tokens=str(terms.group_size(block.tokens)),
+        top_k=str(terms.group_size(block.choices)),
+        num_experts=block.num_experts,
+        hidden=hidden,
+        intermediate=width,
+        activation=block.activation,
+        input=block.input,
+        output=block.output,
+        gate_up=block.gate_up,
+        dtype=str(fake_of(inner.weight).dtype).removeprefix("torch."),
+        biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
+        module=module_of(anchor),
+        source=source_of(anchor),
+        w_in_transposed=inner.transposed,
+        w_out_transposed=block.out.transposed,
+        out_dtype=combine.out_dtype,
+        node=combine.node,
+        base=combine.base,
+        operands=operands,
+        region=region,
+    )
+
+
+_PRODUCTS = frozenset(name for form in FORMS for name in form.anchors)
+
+
+def _near_misses(state: Interpretation, layout: Layout, sites: list[Site], refused: list[tuple[Combine, str]]) -> list[NearMiss]:
+    """One near miss for each connected group of expert products that no Site covers."""
+    covered = {node for site in sites for node in site.region}
+    misses: list[NearMiss] = []
+    for combine, reason in refused:
+        if not combine.node.users and combine.node.op == "output":
+            continue
+        content = combine.value.content
+        if isinstance(content, Total) and _uses_experts(content):
+            misses.append(_miss(combine.node, reason, state))
+    return misses
+
+
+def _uses_experts(content: Total) -> bool:
+    from moecompile.passes.interpret import walk
+
+    return any(isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index) for inner in walk(content))
+
+
+def _miss(node: fx.Node, reason: str, state: Interpretation) -> NearMiss:
+    return NearMiss("grouped_mm", reason, str(node), module_of(node), source_of(node))

@@ -1,0 +1,106 @@
+"""The forms of mixture-of-experts code that detection knows: one row each, shared by detection, near misses, docs and tests.
+
+A form is not a template to match: what a block computes is read off its meaning (passes/recognise.py), whatever its spelling. A row says which
+operations run the experts' matrix products in this form (its anchors: where a block of this form must show, so that one which was refused can be
+named), and how a block that was read is told from other forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What tells forms apart, of one block."""
+
+    operations: frozenset[str]  # canonical names of the operations in the block
+    gate_up: str
+    combine: str  # canonical name of the operation that sums
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of writing a MoE block."""
+
+    name: str
+    title: str
+    anchors: frozenset[str]  # operations that run experts' products in this form
+    is_like: Callable[[Traits], bool]
+    example: str  # the core of such code, for docs
+
+
+_GROUPED = frozenset({"grouped_mm", "grouped_mm_fallback"})
+_BATCHED = frozenset({"bmm", "matmul", "baddbmm"})
+_ADDS = frozenset({"index_add", "scatter_add", "index_put"})
+
+
+def _has(traits: Traits, operations: frozenset[str]) -> bool:
+    return bool(traits.operations & operations)
+
+
+# in order: the first row that fits names the block
+FORMS: tuple[Form, ...] = (
+    Form(
+        "padded_bins",
+        "sort, bins padded to a block, grouped GEMM (MegaBlocks)",
+        _GROUPED,
+        lambda traits: _has(traits, _GROUPED) and "padded" in traits.operations,
+        "bins = round_up(histogram(ids), 128).cumsum(0); y = grouped_mm(padded_gather(x, ids.argsort(), bins), w, offs=bins)",
+    ),
+    Form(
+        "torchtitan",
+        "three grouped GEMMs, outputs added back by token (torchtitan)",
+        _GROUPED,
+        lambda traits: _has(traits, _GROUPED) and (traits.gate_up == "separate" or traits.combine in _ADDS),
+        "h = silu(grouped_mm(x[order // k], w1, offs=offs)) * grouped_mm(x[order // k], w3, offs=offs); out.scatter_add_(0, token, grouped_mm(h, w2, offs=offs) * w)",
+    ),
+    Form(
+        "grouped_mm",
+        "sort, grouped GEMM, un-permute, sum (transformers grouped_mm)",
+        _GROUPED,
+        lambda traits: _has(traits, _GROUPED),
+        "y = grouped_mm(act(grouped_mm(x[order // k], w_in, offs=offs)), w_out, offs=offs); (y * w[order])[inverse].view(t, k, h).sum(1)",
+    ),
+    Form(
+        "expert_loop",
+        "a loop over all experts, each on the rows that chose it (Mixtral 4.x)",
+        frozenset({"linear", "mm", "matmul"}),
+        lambda traits: "rows" in traits.operations,
+        "for e in range(E): k, t = torch.where(mask[e]); out.index_add_(0, t, expert[e](x[t]) * w[t, k, None])",
+    ),
+    Form(
+        "capacity",
+        "one-hot einsum with capacity (GShard, Switch)",
+        frozenset({"einsum", "bmm", "matmul"}),
+        lambda traits: "capacity" in traits.operations,
+        "einsum('tec,ech->th', combine, experts(einsum('tec,th->ech', dispatch, x)))",
+    ),
+    Form(
+        "dense",
+        "every expert on every token, weighted by gates that vanish away from the top k (llama4)",
+        _BATCHED | {"einsum", "linear"},
+        lambda traits: "dense" in traits.operations,
+        "gates = sigmoid(full(-inf).scatter(1, ids, logits)); (bmm(act(bmm(x.expand(E, T, H), w_in)), w_out) * gates.T.unsqueeze(-1)).sum(0)",
+    ),
+    Form(
+        "gather_einsum",
+        "each token's expert weights gathered, products by einsum (gpt-fast)",
+        frozenset({"einsum"}),
+        lambda traits: "einsum" in traits.operations,
+        "einsum('tai,taoi->tao', act(einsum('ti,taoi->tao', x, w1[ids])), w2[ids])",
+    ),
+    Form(
+        "batched_mm",
+        "each assignment's expert weights gathered, batched products (transformers batched_mm)",
+        _BATCHED,
+        lambda traits: _has(traits, _BATCHED),
+        "y = bmm(w_out[ids], act(bmm(w_in[ids], x.repeat_interleave(k, 0).unsqueeze(-1)))); (y.squeeze(-1) * w).view(t, k, h).sum(1)",
+    ),
+)
+
+
+def form_of(traits: Traits) -> str:
+    """The name of the first form that fits."""
+    return next((form.name for form in FORMS if form.is_like(traits)), "other")

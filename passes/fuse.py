@@ -1,0 +1,122 @@
+"""Replace each Site by moecompile's operators.
+
+Contract
+- The graph computes the same, gradients included; only the Sites' own nodes are taken out, and only those that nobody else uses.
+- The router stays: its ids and weights become operands. Routing values with users outside the Site stay alive.
+
+    plan   = moecompile.plan(expert_ids, num_experts)
+    result = moecompile.experts(x, weights, *plan, w_in, w_out, ..., activation=...)
+    result = base + result                       # where the model adds into something, in place if it did
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.interpret import fake_of
+from moecompile.passes.region import Layout, removable
+from moecompile.passes.site import Operand, Site
+
+_TENSORS = ("w_up", "b_in", "b_up", "b_out")
+
+
+def fuse(graph: fx.Graph, sites: Iterable[Site]) -> int:
+    """Rewrite the graph in place; returns how many Sites were replaced. The caller recompiles the GraphModule."""
+    count = 0
+    layout = Layout(graph)
+    for site in sites:
+        gone = removable(site.node, site.region, layout)
+        with graph.inserting_before(site.node):
+            result = emit(graph, site)
+            _replace(graph, site, result)
+        for node in gone:
+            graph.erase_node(node)
+        count += 1
+    if count:
+        graph.lint()
+    return count
+
+
+def emit(graph: fx.Graph, site: Site) -> fx.Node:
+    """Insert the operators that compute the Site's sum (without its base) at the graph's insertion point."""
+    made = _Emitter(graph, site)
+    ids = made.operand("expert_ids")
+    plan = made.call(torch.ops.moecompile.plan.default, (ids, site.num_experts))
+    counts, offsets, slots, order = (made.call(operator.getitem, (plan, number)) for number in range(4))
+    graph.erase_node(counts)
+    weights = made.operand("weights", ids) if "weights" in site.operands else None
+    keywords: dict[str, Any] = {name: made.operand(name) for name in _TENSORS if name in site.operands}
+    keywords |= {"activation": site.activation, "gate_up": site.gate_up}
+    for name, default in (("input", "x"), ("output", "mul(out, weight)"), ("w_in_transposed", False), ("w_out_transposed", False), ("out_dtype", None)):
+        if getattr(site, name) != default:
+            keywords[name] = getattr(site, name)
+    arguments = (made.operand("x"), weights, offsets, slots, order, made.operand("w_in"), made.operand("w_out"))
+    return made.call(torch.ops.moecompile.experts.default, arguments, keywords)
+
+
+class _Emitter:
+    """Inserts nodes with example values and the Site's provenance."""
+
+    def __init__(self, graph: fx.Graph, site: Site) -> None:
+        self._graph, self._site = graph, site
+        self._key = "example_value" if "example_value" in site.node.meta else "val"
+        self._meta = {name: site.node.meta[name] for name in ("stack_trace", "nn_module_stack", "source_fn_stack") if name in site.node.meta}
+
+    def call(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> fx.Node:
+        """A function call with its example value computed."""
+        node = self._graph.call_function(target, arguments, keywords or {})
+        return self._with_meta(node, lambda args, kwargs: target(*args, **kwargs))
+
+    def method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
+        """A method call with its example value computed."""
+        node = self._graph.call_method(name, arguments)
+        return self._with_meta(node, lambda args, kwargs: getattr(args[0], name)(*args[1:], **kwargs))
+
+    def _with_meta(self, node: fx.Node, run: Any) -> fx.Node:
+        node.meta.update(self._meta)
+        arguments = fx.node.map_arg((node.args, node.kwargs), fake_of)
+        mode = next(tensor.fake_mode for tensor in fx.node.map_arg(node.args, fake_of) if isinstance(tensor, torch._subclasses.FakeTensor)) if _fakes(node) else None
+        if mode is not None:
+            with mode:
+                node.meta[self._key] = run(*arguments)
+        else:
+            node.meta[self._key] = run(*arguments)
+        return node
+
+    def operand(self, name: str, ids: fx.Node | None = None) -> fx.Node:
+        """The operand's node, brought to the shape the operator takes."""
+        operand: Operand = self._site.operands[name]
+        node = operand.node
+        for step, arguments in operand.steps:
+            if step == "gather":
+                assert ids is not None
+                node = self.call(torch.gather, (node, 1, ids))
+            elif step != "reshape" or not _has_shape(node, arguments):
+                node = self.method(step, (node, *arguments))
+        return node
+
+
+def _fakes(node: fx.Node) -> bool:
+    return any(isinstance(fake_of(argument), torch._subclasses.FakeTensor) for argument in node.all_input_nodes)
+
+
+def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:
+    """Whether a reshape to (-1, size) would change nothing."""
+    fake = fake_of(node)
+    return fake.dim() == 2 and shape[0] == -1 and isinstance(fake.shape[1], int) and fake.shape[1] == shape[1]
+
+
+def _replace(graph: fx.Graph, site: Site, result: fx.Node) -> None:
+    """Give the Site's users the new result, added into the base the way the model did."""
+    node, final = site.node, result
+    if site.base is not None:
+        made = _Emitter(graph, site)
+        inplace = node.op == "call_method" and str(node.target).endswith("_")
+        final = made.method("add_", (site.base, result)) if inplace else made.call(torch.add, (site.base, result))
+    node.replace_all_uses_with(final)
+    graph.erase_node(node)

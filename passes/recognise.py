@@ -1,0 +1,326 @@
+"""Read a MoE block off the meaning of a sum.
+
+A combine's content is one term, whatever the model's code looked like:
+
+    sum over k of   output( activation( input(x[t], w[t,k]) @ W_in[ids[t,k]] + b_in, ... ) @ W_out[ids[t,k]] + b_out,  w[t,k] )
+
+This room takes such a term apart from the outside in: the second GEMM, what happens to its result, the activation, the first GEMM, what happens to
+the token before it. Every leaf must be one of x, routing weight, expert weight or bias, at exactly the index that the fused operator assumes; anything
+else is a `Refused` that says what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import fx
+
+from moecompile.codegen import expression
+from moecompile.passes import terms
+from moecompile.passes.interpret import Interpretation, Refused, walk
+from moecompile.passes.site import Operand
+from moecompile.passes.terms import Affine, Apply, Atom, Constant, Content, Contract, Element, Fixed, Group, Looked, Part, Size, Total
+
+Match: TypeAlias = "Callable[[Content], str | None]"
+
+
+@dataclass
+class Block:
+    """The parts of one block, filled in while its term is read."""
+
+    tokens: Group
+    choices: Group
+    key: Element | None = None  # the expert id of an assignment
+    num_experts: Size = 0
+    x: Element | None = None
+    weight: Element | None = None
+    out: _Product | None = None
+    inner: list[_Product] = field(default_factory=list)  # gate then up, or hidden
+    input: str = ""
+    activation: str = ""
+    output: str = ""
+    gate_up: str = ""
+    operands: dict[str, Operand] = field(default_factory=dict)
+
+    @property
+    def flat(self) -> tuple[Atom, ...]:
+        """The assignment's digits, token first."""
+        return terms.merge((*self.tokens, *self.choices))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """rows @ weight[expert] (+ bias[expert]); `start`, `step`, `width` say which of the weight's `extent` output features these are."""
+
+    content: Content
+    rows: Content
+    over: Atom
+    weight: fx.Node
+    transposed: bool
+    start: int
+    step: int
+    width: Size
+    extent: Size
+    bias: fx.Node | None
+
+
+def read(total: Total, tokens: Group, state: Interpretation) -> Block:
+    """Take the term of a combine apart. Raises Refused with the first thing that is not as it must be."""
+    block = Block(tokens, total.over)
+    _find_key(block, total.content)
+    block.output = _text(total.content, block, lambda content: _out_leaf(content, block))
+    if block.out is None:
+        raise Refused("a sum over a token's choices that holds no expert GEMM")
+    block.activation = _text(block.out.rows, block, lambda content: _inner_leaf(content, block))
+    _name_gate_and_up(block)
+    rows = {product.rows for product in block.inner}
+    if len(rows) != 1:
+        raise Refused("gate and up are computed from different rows")
+    block.input = _text(rows.pop(), block, lambda content: _x_leaf(content, block))
+    if block.x is None:
+        raise Refused("the first expert GEMM does not read a token's row")
+    return block
+
+
+def _find_key(block: Block, content: Content) -> None:
+    """The one expert id by which all expert weights are looked up."""
+    keys = {
+        (part.content, part.extent)
+        for inner in walk(content)
+        if isinstance(inner, Element)
+        for part in inner.index
+        if isinstance(part, Looked) and isinstance(inner.root, fx.Node) and _is_weight(inner)
+    }
+    if not keys:
+        raise Refused("a sum over assignments that uses no expert weights")
+    if len(keys) > 1:
+        raise Refused("expert weights are looked up by different ids, or hold different numbers of experts")
+    ((key, num_experts),) = keys
+    if not isinstance(key, Element) or key.index != block.flat:
+        raise Refused("expert ids that are not one for each assignment, in the assignments' own order")
+    block.key, block.num_experts = key, num_experts
+
+
+def _is_weight(content: Element) -> bool:
+    return any(isinstance(part, Looked) for part in content.index) and any(isinstance(part, (Atom, Affine)) and _is_feature(part) for part in content.index)
+
+
+def _is_feature(part: Part) -> bool:
+    atom = part.atom if isinstance(part, Affine) else part
+    return isinstance(atom, Atom) and atom.variable.kind in ("bound", "leaf", "slice", "free")
+
+
+def _text(content: Content, block: Block, match: Match) -> str:
+    return expression.to_text(_expression(content, block, match))
+
+
+def _expression(content: Content, block: Block, match: Match) -> expression.Expression:
+    name = match(content) or _weight_leaf(content, block)
+    if name is not None:
+        return expression.Leaf(name)
+    if isinstance(content, Constant):
+        return expression.Constant(content.value)
+    if isinstance(content, Apply):
+        if content.op not in expression.OPERATIONS:
+            raise Refused(f"{content.op} is not an operation that activations are written in")
+        return expression.Apply(content.op, tuple(_expression(argument, block, match) for argument in content.args), content.params)
+    raise Refused(_describe(content))
+
+
+def _describe(content: Content) -> str:
+    if isinstance(content, Element):
+        return f"the tensor {content.root} takes part in the expert computation, at an index that is neither a token's, an assignment's nor an expert's"
+    if isinstance(content, Contract):
+        return "a further matrix product inside the expert computation"
+    return f"{type(content).__name__} inside the expert computation"
+
+
+def _weight_leaf(content: Content, block: Block) -> str | None:
+    """The routing weight: one number for each assignment."""
+    if not isinstance(content, Element) or any(isinstance(part, (Affine, Fixed)) for part in content.index):
+        return None
+    if _weight_steps(content, block) is None:
+        return None
+    if block.weight is not None and block.weight != content:
+        raise Refused(f"two routing weights, {block.weight.root} and {content.root}, in one block")
+    block.weight = content
+    return "weight"
+
+
+def _weight_steps(content: Element, block: Block) -> tuple[tuple[str, tuple[object, ...]], ...] | None:
+    """The operations that bring a routing weight to (tokens, choices), or None if its index is not an assignment's."""
+    top_k = terms.group_size(block.choices)
+    token_major, choice_major = block.flat, terms.merge((*block.choices, *block.tokens))
+    index = content.index
+    if index == token_major:
+        return (("reshape", (-1, top_k)),)
+    if index == choice_major:
+        return (("reshape", (top_k, -1)), ("transpose", (0, 1)))
+    if index == block.tokens:
+        return (("reshape", (-1, 1)), ("expand", (-1, top_k)))
+    if block.key is not None and index == (*block.tokens, Looked(block.key, block.num_experts)):
+        return (("reshape", (-1, block.num_experts)), ("gather", ("expert_ids",)))
+    if block.key is not None and index == (Looked(block.key, block.num_experts), *block.tokens):
+        return (("reshape", (block.num_experts, -1)), ("transpose", (0, 1)), ("gather", ("expert_ids",)))
+    return None
+
+
+# ---- GEMMs
+
+
+def _product(content: Content, block: Block) -> _Product | None:
+    """content as rows @ weight[expert], with a bias if one is added; None if it is something else."""
+    if isinstance(content, Contract):
+        for weight, rows in ((content.right, content.left), (content.left, content.right)):
+            if isinstance(weight, Element) and _by_expert(weight, block):
+                return _weight_product(content, rows, weight, block)
+        return None
+    if isinstance(content, Apply) and content.op == "add" and len(content.args) == 2:
+        for product, bias in (content.args, content.args[::-1]):
+            found = _product(product, block) if isinstance(product, Contract) else None
+            if found is not None and isinstance(bias, Element) and _by_expert(bias, block):
+                return _with_bias(content, found, bias, block)
+    return None
+
+
+def _by_expert(content: Element, block: Block) -> bool:
+    return Looked(block.key, block.num_experts) in content.index if block.key is not None else False
+
+
+def _weight_product(content: Contract, rows: Content, weight: Element, block: Block) -> _Product:
+    assert block.key is not None
+    expert, *rest = weight.index
+    if expert != Looked(block.key, block.num_experts):
+        raise Refused(f"the experts are not the first dimension of {weight.root}")
+    if content.over not in rest:
+        raise Refused(f"a product that does not sum over a whole dimension of {weight.root}")
+    place = rest.index(content.over)
+    features = rest[:place] + rest[place + 1 :]
+    if place not in (0, len(rest) - 1) or weight.written is not None:
+        raise Refused(f"the weight {weight.root} does not hold one matrix for each expert")
+    start, step, width, extent = _affine(features, weight.root)
+    return _Product(content, rows, content.over, weight.root, place == 0, start, step, width, extent, None)
+
+
+def _with_bias(content: Content, product: _Product, bias: Element, block: Block) -> _Product:
+    assert isinstance(product.content, Contract) and block.key is not None
+    expert, *features = bias.index
+    if expert != Looked(block.key, block.num_experts) or bias.written is not None:
+        raise Refused(f"the experts are not the first dimension of {bias.root}")
+    if _affine(features, bias.root) != (product.start, product.step, product.width, product.extent) or features != _features(product):
+        raise Refused(f"the bias {bias.root} is added to other features than its own")
+    return _Product(content, product.rows, product.over, product.weight, product.transposed, product.start, product.step, product.width, product.extent, bias.root)
+
+
+def _features(product: _Product) -> list[Part]:
+    assert isinstance(product.content, Contract)
+    for side in (product.content.right, product.content.left):
+        if isinstance(side, Element) and side.root is product.weight:
+            return [part for part in side.index[1:] if part != product.over]
+    raise Refused("a product without its weight")
+
+
+def _affine(parts: list[Part], root: fx.Node) -> tuple[int, int, Size, Size]:
+    """Output features start + step * i of `extent`, i < width."""
+    start, step, width, extent = 0, 1, 1, 1  # type: tuple[int, int, Size, Size]
+    for part in reversed(parts):  # least significant first
+        size = terms.extent_of(part)
+        if isinstance(part, Fixed):
+            start += part.index * _number(extent)
+        elif width == 1 and isinstance(part, Atom):
+            step, width = _number(extent), part.size
+        elif width == 1 and isinstance(part, Affine):
+            start, step, width = start + part.start * _number(extent), part.step * _number(extent), part.atom.size
+        else:
+            raise Refused(f"output features of {root} in an order that is neither halves nor interleaved")
+        extent = extent * size
+    return start, step, width, extent
+
+
+def _number(size: Size) -> int:
+    if not isinstance(size, int):
+        raise Refused("expert features of symbolic number")
+    return size
+
+
+def _feature_atoms(product: _Product) -> list[Atom]:
+    return [part.atom if isinstance(part, Affine) else part for part in _features(product) if isinstance(part, (Atom, Affine))]
+
+
+# ---- leaves at the three levels
+
+
+def _out_leaf(content: Content, block: Block) -> str | None:
+    product = _product(content, block)
+    if product is None:
+        return None
+    if block.out is not None and block.out != product:
+        raise Refused("the results of two different expert GEMMs are mixed")
+    if (product.start, product.step) != (0, 1) or product.width != product.extent:
+        raise Refused("only a part of the second GEMM's output is used")
+    block.out = product
+    return "out"
+
+
+def _inner_leaf(content: Content, block: Block) -> str | None:
+    product = _product(content, block)
+    if product is None:
+        return None
+    assert block.out is not None
+    atoms = _feature_atoms(product)
+    if terms.merge(atoms) != (block.out.over,):
+        raise Refused("the activation's features are not those that the second GEMM sums over")
+    if product not in block.inner:
+        block.inner.append(product)
+    return f"leaf{block.inner.index(product)}"
+
+
+def _x_leaf(content: Content, block: Block) -> str | None:
+    over = block.inner[0].over
+    if not isinstance(content, Element) or content.index != terms.merge((*block.tokens, over)):
+        return None
+    if block.x is not None and block.x != content:
+        raise Refused("two different tokens' tensors in one block")
+    block.x = content
+    return "x"
+
+
+def _name_gate_and_up(block: Block) -> None:
+    """Decide from the features they cover which product is the gate's; write the activation in these names."""
+    if len({product.over for product in block.inner}) > 1:
+        raise Refused("gate and up sum over different dimensions")
+    layouts = [(product.weight, product.start, product.step, product.width, product.extent) for product in block.inner]
+    if len(layouts) == 1 and layouts[0][1:3] == (0, 1) and layouts[0][3] == layouts[0][4]:
+        block.gate_up = "single"
+    elif len(layouts) == 2 and layouts[0][0] is layouts[1][0] and block.inner[0].bias is block.inner[1].bias:
+        width, extent = layouts[0][3], layouts[0][4]
+        spans = {layouts[0][1:3], layouts[1][1:3]}
+        if extent != width * 2 or spans not in ({(0, 1), (width, 1)}, {(0, 2), (1, 2)}):
+            raise Refused("gate and up are neither the halves nor the even and odd features of the first GEMM")
+        block.gate_up = "interleaved" if (0, 2) in spans else "halves"
+    elif len(layouts) == 2 and all(layout[1:3] == (0, 1) and layout[3] == layout[4] for layout in layouts):
+        block.gate_up = "separate"
+    else:
+        raise Refused(f"{len(layouts)} parts of first GEMMs, or only some of their features, enter the activation")
+    _rename_leaves(block)
+
+
+def _rename_leaves(block: Block) -> None:
+    names = {"leaf0": "hidden"}
+    if block.gate_up != "single":
+        swapped = block.gate_up != "separate" and block.inner[0].start != 0
+        names = {"leaf0": "up", "leaf1": "gate"} if swapped else {"leaf0": "gate", "leaf1": "up"}
+        if swapped:
+            block.inner.reverse()
+    parsed = expression.parse(block.activation)
+    block.activation = expression.to_text(_renamed(parsed, names))
+
+
+def _renamed(parsed: expression.Expression, names: dict[str, str]) -> expression.Expression:
+    if isinstance(parsed, expression.Leaf):
+        return expression.Leaf(names.get(parsed.name, parsed.name))
+    if isinstance(parsed, expression.Apply):
+        return expression.Apply(parsed.op, tuple(_renamed(argument, names) for argument in parsed.args), parsed.params)
+    return parsed

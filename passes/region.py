@@ -1,0 +1,167 @@
+"""The nodes of one block, and the proof that they can be taken out.
+
+Contract: `region_of` returns the nodes between the operands (tokens, ids, routing weights, expert weights, biases) and the combine, or raises Refused
+if replacing them could change anything outside:
+- a row value (from the first token gather to the combine) that someone outside uses; routing values may be used outside and then stay alive,
+- a write to an operand's memory between the operand and the combine: the fused operator reads it at the combine,
+- a write to a row's memory that the combine does not account for,
+- a border of no_grad, autocast or another global mode inside the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from moecompile.passes.calls import bind, writes
+from moecompile.passes.interpret import Aliases, Interpretation, Refused, fake_of, is_plain
+from moecompile.passes.terms import Element
+
+_MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "arange"})
+_BORDERS = ("torch._C", "torch.amp", "torch.autograd", "torch._functorch", "torch.cuda", "torch.utils")
+
+
+@dataclass
+class Layout:
+    """A graph's order, aliases, writers and mode borders, computed once for all its blocks."""
+
+    graph: fx.Graph
+
+    @cached_property
+    def position(self) -> dict[fx.Node, int]:
+        """Each node's place in program order."""
+        return {node: number for number, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def aliases(self) -> Aliases:
+        """Which nodes share memory."""
+        return Aliases(self.graph)
+
+    @cached_property
+    def writers(self) -> dict[fx.Node, list[fx.Node]]:
+        """Writing node -> the nodes it writes into."""
+        return {node: self.aliases.written(node) for node in self.graph.nodes if writes(node)}
+
+    @cached_property
+    def segment(self) -> dict[fx.Node, int]:
+        """A number for each node that changes at every switch of a global mode (no_grad, autocast, ...)."""
+        found, current = {}, 0
+        for node in self.graph.nodes:
+            current += _is_border(node)
+            found[node] = current
+        return found
+
+
+def _is_border(node: fx.Node) -> bool:
+    """A call that changes a global mode: from the modules that hold such switches, and with no tensor in or out."""
+    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
+        return False
+    module = getattr(node.target, "__module__", "") or ""
+    if not module.startswith(_BORDERS) or bind(node) is not None:
+        return False
+    tensors = isinstance(fake_of(node), torch.Tensor) or any(isinstance(fake_of(argument), torch.Tensor) for argument in node.all_input_nodes)
+    return not tensors
+
+
+def region_of(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> frozenset[fx.Node]:
+    """The nodes between `roots` and `end`, `end` included. Raises Refused as the contract above says."""
+    region = _between(end, roots, layout)
+    _check_rows(end, region, state)
+    _check_roots(end, region, roots, state, layout)
+    _check_modes(end, region, layout)
+    return frozenset(region)
+
+
+def _between(end: fx.Node, roots: frozenset[fx.Node], layout: Layout) -> set[fx.Node]:
+    """Backward from the end to the roots, with every write on the way into memory that is not a root's."""
+    region: set[fx.Node] = set()
+    waiting = [end]
+    position = layout.position
+    written: dict[fx.Node, list[fx.Node]] = {}
+    for writer, targets in layout.writers.items():
+        for target in targets:
+            for alias in layout.aliases.of(target):
+                written.setdefault(alias, []).append(writer)
+    while waiting:
+        node = waiting.pop()
+        if node in region or node in roots or node.op in ("placeholder", "get_attr"):
+            continue
+        region.add(node)
+        waiting += [writer for writer in written.get(node, ()) if position[node] < position[writer] < position[end] and not _of_root(node, roots, layout)]
+        call = bind(node)
+        if call is not None and call.name in _MAKERS:
+            continue
+        waiting += [argument for argument in node.all_input_nodes if _holds_tensor(argument)]
+    return region
+
+
+def _of_root(node: fx.Node, roots: frozenset[fx.Node], layout: Layout) -> bool:
+    return any(layout.aliases.share(node, root) for root in roots)
+
+
+def _holds_tensor(node: fx.Node) -> bool:
+    fake = fake_of(node)
+    return isinstance(fake, (torch.Tensor, tuple, list)) or fake is None
+
+
+def is_row(node: fx.Node, state: Interpretation) -> bool:
+    """Whether the node holds floating-point rows of assignments: what must not be seen from outside a block."""
+    fake, value = fake_of(node), state.values.get(node)
+    if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or value is None or is_plain(value):
+        return False
+    return fake.dim() > 1 or not isinstance(value.content, Element)
+
+
+def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> None:
+    for node in sorted(region):
+        if node is end or not is_row(node, state):
+            continue
+        outside = next((user for user in node.users if user not in region), None)
+        if outside is not None:
+            place = "the graph's result" if outside.op == "output" else f"{outside}"
+            raise Refused(f"{node}, a value inside the block, is also used by {place}")
+
+
+def _check_roots(end: fx.Node, region: set[fx.Node], roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> None:
+    position = layout.position
+    for root in roots:
+        value = state.values.get(root)
+        born = position[root]
+        if value is not None and isinstance(value.content, Element) and value.content.written is not None and value.content.written in position:
+            born = position[value.content.written]
+        for writer, targets in layout.writers.items():
+            if born < position[writer] < position[end] and any(layout.aliases.share(target, root) for target in targets):
+                raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
+    for writer in region & layout.writers.keys():
+        for target in layout.writers[writer]:
+            if _of_root(target, roots, layout):
+                raise Refused(f"{writer}, inside the block, writes into one of its operands")
+            foreign = next((alias for alias in layout.aliases.of(target) if alias not in region and position[alias] < position[end]), None)
+            if foreign is not None and foreign.op in ("placeholder", "get_attr") and writer is not end:
+                raise Refused(f"{writer}, inside the block, writes into the graph's input {foreign}")
+
+
+def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
+    for node in sorted(region):
+        fake = fake_of(node)
+        if isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point and layout.segment[node] != layout.segment[end]:
+            raise Refused(f"no_grad, autocast or another mode begins or ends between {node} and {end}")
+
+
+def removable(end: fx.Node, region: frozenset[fx.Node], layout: Layout) -> list[fx.Node]:
+    """The region's nodes that nobody outside needs once `end` is replaced, last first; writes go only with all names of what they write."""
+    gone = set(region) - {end}
+    changed = True
+    while changed:
+        kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
+        kept |= {node for node in gone & layout.writers.keys() if any(alias not in gone and alias is not end for target in layout.writers[node] for alias in layout.aliases.of(target))}
+        # a kept value keeps the writes that made it
+        kept |= {writer for writer in gone & layout.writers.keys() for target in layout.writers[writer] if target in kept or target not in gone}
+        changed = bool(kept)
+        gone -= kept
+        for node in kept:
+            gone -= set(node.all_input_nodes)
+    return sorted(gone, key=lambda node: layout.position[node], reverse=True)

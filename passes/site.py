@@ -1,0 +1,68 @@
+"""What detection found: a mixture-of-experts block (Site), or what looked like one and was refused (NearMiss)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How to make one operand of the fused operator from a node of the graph: `steps` are (operation, arguments), applied in order."""
+
+    node: fx.Node
+    steps: tuple[tuple[str, tuple[object, ...]], ...] = ()
+    parts: tuple[fx.Node, ...] = ()  # for "stack": one node an expert
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MoE block: tokens (T, H), top_k experts of num_experts a token, and everything the fused operator needs.
+
+    `input`, `activation` and `output` are expressions as text (codegen/expression.py): of `x` and `weight` before the first GEMM; of `gate` and `up`
+    (or `hidden`) between the GEMMs; of `out` and `weight` after the second. Private fields hold graph nodes.
+    """
+
+    form: str
+    tokens: str
+    top_k: str
+    num_experts: int
+    hidden: int
+    intermediate: int
+    activation: str
+    input: str
+    output: str
+    gate_up: str
+    dtype: str
+    biases: tuple[str, ...]
+    module: str
+    source: str
+    w_in_transposed: bool = False
+    w_out_transposed: bool = False
+    out_dtype: torch.dtype | None = None
+    node: fx.Node = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    base: fx.Node | None = field(repr=False, compare=False, default=None)
+    operands: dict[str, Operand] = field(repr=False, compare=False, default_factory=dict)
+    region: frozenset[fx.Node] = field(repr=False, compare=False, default=frozenset())
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A block that resembled a form and was left alone: why, at which operation, and the cure if there is one."""
+
+    form: str
+    reason: str
+    node: str
+    module: str
+    source: str
+    cure: str | None = None
+
+
+@dataclass(frozen=True)
+class Detection:
+    """All Sites and near misses of one graph, in program order."""
+
+    sites: tuple[Site, ...]
+    near_misses: tuple[NearMiss, ...]
