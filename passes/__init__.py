@@ -1,0 +1,1 @@
+"""Graph in, graph out: one pass, one file, one public function. Knows FX, not CUDA."""

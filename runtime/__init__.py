@@ -1,0 +1,1 @@
+"""What runs: the operators `torch.ops.moecompile.*`, their torch reference and their autograd."""
