@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,8 @@ class Refusal:
         fullgraph: as in `Case`.
         allowed: a correct rewrite is fine too; only numbers are compared.
         same_numbers: for these inputs the defect does not show in outputs, gradients or mutations.
+        undefined: eager itself reads memory that nothing wrote; numbers are not compared.
+        backward: False where eager autograd itself refuses the module, which then runs without gradients only.
     """
 
     name: str
@@ -60,6 +64,31 @@ class Refusal:
     fullgraph: bool = False
     allowed: bool = False
     same_numbers: bool = False
+    undefined: bool = False
+    backward: bool = True
+
+
+class Refused:
+    """Collects the refusals of one control; an instance decorates their classes.
+
+    Args:
+        control: name of the control's `Case`.
+        inputs: the control's inputs, for refusals that bring none of their own.
+        fullgraph: as in `Case`.
+    """
+
+    def __init__(self, control: str, inputs: Inputs, fullgraph: bool = False) -> None:
+        self.control, self.inputs, self.fullgraph = control, inputs, fullgraph
+        self.refusals: list[Refusal] = []
+
+    def __call__(self, why: str, **changes: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+        def register(module: type[nn.Module]) -> type[nn.Module]:
+            name = self.control.removesuffix("control") + re.sub(r"(?<!^)(?=[A-Z])", "_", module.__name__).lower()
+            given = {"inputs": self.inputs, "fullgraph": self.fullgraph, **changes}
+            self.refusals.append(Refusal(name=name, build=module, why=why, control=self.control, **given))
+            return module
+
+        return register
 
 
 def make(case: Case | Refusal, seed: int = 0) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zoo_batched_mm
 import zoo_capacity
+import zoo_controls
+import zoo_controls_static
 import zoo_dense
 import zoo_expert_loop
 import zoo_gather_einsum
@@ -21,6 +23,8 @@ CASES: list[Case] = [
     *zoo_gather_einsum.CASES,
     *zoo_expert_loop.CASES,
     *zoo_padded_bins.CASES,
+    *zoo_controls.CASES,
+    *zoo_controls_static.CASES,
 ]
 
 
