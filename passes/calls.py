@@ -86,6 +86,8 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "argmax": ("input dim=None keepdim=False", ("torch.argmax", ".argmax")),
     "histc": ("input bins=100 min=0 max=0", ("torch.histc", ".histc")),
     "bincount": ("input weights=None minlength=0", ("torch.bincount", ".bincount")),
+    "searchsorted": ("sorted_sequence input out_int32=False right=False side=None sorter=None", ("torch.searchsorted",)),
+    "bucketize": ("input boundaries out_int32=False right=False", ("torch.bucketize",)),
     "one_hot": ("input num_classes=-1", (_F + "one_hot", _NN + "one_hot")),
     "cumsum": ("input dim dtype=None", ("torch.cumsum", ".cumsum")),
     "softmax": ("input dim=None _stacklevel=3 dtype=None", (_F + "softmax", "torch.softmax", ".softmax")),

@@ -16,17 +16,20 @@ Contract
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.forms import FORMS, Traits, form_of
-from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret
+from moecompile.passes.calls import writes
+from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
 from moecompile.passes.provenance import module_of, source_of
-from moecompile.passes.recognise import Block, read
+from moecompile.passes.recognise import Block, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.site import Detection, NearMiss, Operand, Site
-from moecompile.passes.terms import Element, Total
+from moecompile.passes.terms import Content, Contract, Element, Total, Value
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -37,7 +40,7 @@ def detect(graph: fx.Graph) -> Detection:
     layout = Layout(graph)
     sites: list[Site] = []
     refused: list[tuple[Combine, str]] = []
-    for combine in state.combines:
+    for combine in sorted([*state.combines, *_single_choices(state)], key=lambda combine: layout.position[combine.node]):
         try:
             sites.append(_site(combine, state, layout))
         except Refused as reason:
@@ -54,10 +57,33 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     assert isinstance(content, Total)
     block = read(content, combine.value.dims[0], state)
     operands = _operands(block)
-    roots = frozenset(operand.node for operand in operands.values()) | ({combine.base} if combine.base is not None else set())
+    roots = frozenset(operand.node for operand in operands.values()) | ({combine.base} if combine.base is not None and not combine.fresh else set())
     region = region_of(combine.node, roots, state, layout)
     _check_result(combine, block, state)
     return _described(combine, block, operands, region, state)
+
+
+def _single_choices(state: Interpretation) -> Iterator[Combine]:
+    """Rows of one expert a token need no sum: where such rows, back in the tokens' order, meet the rest of the graph."""
+    for node, value in state.values.items():
+        fake = fake_of(node)
+        if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or len(value.dims) != 2 or not _is_expert_output(value):
+            continue
+        tokens = value.dims[0]
+        rows = {user for user in node.users if user in state.values and _is_expert_output(state.values[user]) and user not in state.refusals}
+        if tokens and all(atom.variable.kind == "ids" for atom in tokens) and not rows and not writes(node):
+            yield Combine(node, Value(value.dims, Total(value.content, (), fake.dtype)))
+
+
+def _is_expert_output(value: Value) -> bool:
+    """Whether an expert product of an expert product is in the value."""
+    return any(isinstance(inner, Contract) and _holds_expert_product(inner.left, inner.right) for inner in walk(value.content))
+
+
+def _holds_expert_product(*contents: Content) -> bool:
+    return any(isinstance(inner, Contract) for content in contents for inner in walk(content)) and any(
+        isinstance(content, Element) and any(isinstance(part, terms.Looked) for part in content.index) for content in contents
+    )
 
 
 def _operands(block: Block) -> dict[str, Operand]:
@@ -71,9 +97,7 @@ def _operands(block: Block) -> dict[str, Operand]:
         "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)),)),
     }
     if block.weight is not None:
-        from moecompile.passes.recognise import _weight_steps
-
-        steps = _weight_steps(block.weight, block)
+        steps = weight_steps(block.weight, block)
         assert steps is not None
         operands["weights"] = Operand(block.weight.root, steps)
     gate, *up = block.inner
@@ -92,9 +116,7 @@ def _operands(block: Block) -> dict[str, Operand]:
 def _check_result(combine: Combine, block: Block, state: Interpretation) -> None:
     """Weights have the shapes the operator takes, and the result's features are the second GEMM's, in order."""
     assert block.out is not None
-    from moecompile.passes.recognise import _feature_atoms
-
-    if combine.value.dims[1:] != (terms.merge(_feature_atoms(block.out)),):
+    if combine.value.dims[1:] != (terms.merge(feature_atoms(block.out)),):
         raise Refused("the summed rows are not the second GEMM's output features in order")
     for product in (*block.inner, block.out):
         matrix = (product.over.size, product.extent) if product.transposed else (product.extent, product.over.size)
@@ -134,6 +156,7 @@ def _described(combine: Combine, block: Block, operands: dict[str, Operand], reg
         out_dtype=combine.out_dtype,
         node=combine.node,
         base=combine.base,
+        fresh=combine.fresh,
         operands=operands,
         region=region,
     )
@@ -156,8 +179,6 @@ def _near_misses(state: Interpretation, layout: Layout, sites: list[Site], refus
 
 
 def _uses_experts(content: Total) -> bool:
-    from moecompile.passes.interpret import walk
-
     return any(isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index) for inner in walk(content))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moecompile.passes.calls import writes
 from moecompile.passes.interpret import fake_of
 from moecompile.passes.region import Layout, removable
 from moecompile.passes.site import Operand, Site
@@ -33,7 +34,7 @@ def fuse(graph: fx.Graph, sites: Iterable[Site]) -> int:
         gone = removable(site.node, site.region, layout)
         with graph.inserting_before(site.node):
             result = emit(graph, site)
-            _replace(graph, site, result)
+            _replace(graph, site, result, layout)
         for node in gone:
             graph.erase_node(node)
         count += 1
@@ -111,12 +112,19 @@ def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:
     return fake.dim() == 2 and shape[0] == -1 and isinstance(fake.shape[1], int) and fake.shape[1] == shape[1]
 
 
-def _replace(graph: fx.Graph, site: Site, result: fx.Node) -> None:
+def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> None:
     """Give the Site's users the new result, added into the base the way the model did."""
-    node, final = site.node, result
-    if site.base is not None:
-        made = _Emitter(graph, site)
-        inplace = node.op == "call_method" and str(node.target).endswith("_")
-        final = made.method("add_", (site.base, result)) if inplace else made.call(torch.add, (site.base, result))
+    node, base = site.node, site.base
+    made = _Emitter(graph, site)
+    final = result
+    if base is not None and writes(node):
+        position = layout.position
+        earlier = [alias for alias in layout.aliases.of(base) if alias is not base and position[alias] < position[node]]
+        if site.fresh and not earlier:
+            base.replace_all_uses_with(result, delete_user_cb=lambda user: position.get(user, -1) > position[node])
+        else:
+            final = made.method("add_", (base, result))
+    elif base is not None and not site.fresh:
+        final = made.call(torch.add, (base, result))
     node.replace_all_uses_with(final)
     graph.erase_node(node)

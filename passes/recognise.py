@@ -12,7 +12,7 @@ else is a `Refused` that says what was found.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import fx
@@ -63,7 +63,8 @@ class _Product:
     step: int
     width: Size
     extent: Size
-    bias: fx.Node | None
+    features: tuple[Part, ...]  # the weight's index of its output features
+    bias: fx.Node | None = None
 
 
 def read(total: Total, tokens: Group, state: Interpretation) -> Block:
@@ -75,7 +76,8 @@ def read(total: Total, tokens: Group, state: Interpretation) -> Block:
         raise Refused("a sum over a token's choices that holds no expert GEMM")
     block.activation = _text(block.out.rows, block, lambda content: _inner_leaf(content, block))
     _name_gate_and_up(block)
-    rows = {product.rows for product in block.inner}
+    over = block.inner[0].over
+    rows = {terms.substitute(product.rows, product.over, over) for product in block.inner if product.over.size == over.size}
     if len(rows) != 1:
         raise Refused("gate and up are computed from different rows")
     block.input = _text(rows.pop(), block, lambda content: _x_leaf(content, block))
@@ -141,7 +143,7 @@ def _weight_leaf(content: Content, block: Block) -> str | None:
     """The routing weight: one number for each assignment."""
     if not isinstance(content, Element) or any(isinstance(part, (Affine, Fixed)) for part in content.index):
         return None
-    if _weight_steps(content, block) is None:
+    if weight_steps(content, block) is None:
         return None
     if block.weight is not None and block.weight != content:
         raise Refused(f"two routing weights, {block.weight.root} and {content.root}, in one block")
@@ -149,7 +151,7 @@ def _weight_leaf(content: Content, block: Block) -> str | None:
     return "weight"
 
 
-def _weight_steps(content: Element, block: Block) -> tuple[tuple[str, tuple[object, ...]], ...] | None:
+def weight_steps(content: Element, block: Block) -> tuple[tuple[str, tuple[object, ...]], ...] | None:
     """The operations that bring a routing weight to (tokens, choices), or None if its index is not an assignment's."""
     top_k = terms.group_size(block.choices)
     token_major, choice_major = block.flat, terms.merge((*block.choices, *block.tokens))
@@ -201,25 +203,17 @@ def _weight_product(content: Contract, rows: Content, weight: Element, block: Bl
     if place not in (0, len(rest) - 1) or weight.written is not None:
         raise Refused(f"the weight {weight.root} does not hold one matrix for each expert")
     start, step, width, extent = _affine(features, weight.root)
-    return _Product(content, rows, content.over, weight.root, place == 0, start, step, width, extent, None)
+    return _Product(content, rows, content.over, weight.root, place == 0, start, step, width, extent, tuple(features))
 
 
 def _with_bias(content: Content, product: _Product, bias: Element, block: Block) -> _Product:
-    assert isinstance(product.content, Contract) and block.key is not None
+    assert block.key is not None
     expert, *features = bias.index
     if expert != Looked(block.key, block.num_experts) or bias.written is not None:
         raise Refused(f"the experts are not the first dimension of {bias.root}")
-    if _affine(features, bias.root) != (product.start, product.step, product.width, product.extent) or features != _features(product):
+    if tuple(features) != product.features:
         raise Refused(f"the bias {bias.root} is added to other features than its own")
-    return _Product(content, product.rows, product.over, product.weight, product.transposed, product.start, product.step, product.width, product.extent, bias.root)
-
-
-def _features(product: _Product) -> list[Part]:
-    assert isinstance(product.content, Contract)
-    for side in (product.content.right, product.content.left):
-        if isinstance(side, Element) and side.root is product.weight:
-            return [part for part in side.index[1:] if part != product.over]
-    raise Refused("a product without its weight")
+    return replace(product, content=content, bias=bias.root)
 
 
 def _affine(parts: list[Part], root: fx.Node) -> tuple[int, int, Size, Size]:
@@ -245,8 +239,9 @@ def _number(size: Size) -> int:
     return size
 
 
-def _feature_atoms(product: _Product) -> list[Atom]:
-    return [part.atom if isinstance(part, Affine) else part for part in _features(product) if isinstance(part, (Atom, Affine))]
+def feature_atoms(product: _Product) -> list[Atom]:
+    """The atoms that run over the product's output features, without the fixed digits."""
+    return [part.atom if isinstance(part, Affine) else part for part in product.features if isinstance(part, (Atom, Affine))]
 
 
 # ---- leaves at the three levels
@@ -269,7 +264,7 @@ def _inner_leaf(content: Content, block: Block) -> str | None:
     if product is None:
         return None
     assert block.out is not None
-    atoms = _feature_atoms(product)
+    atoms = feature_atoms(product)
     if terms.merge(atoms) != (block.out.over,):
         raise Refused("the activation's features are not those that the second GEMM sums over")
     if product not in block.inner:
@@ -289,7 +284,9 @@ def _x_leaf(content: Content, block: Block) -> str | None:
 
 def _name_gate_and_up(block: Block) -> None:
     """Decide from the features they cover which product is the gate's; write the activation in these names."""
-    if len({product.over for product in block.inner}) > 1:
+    if not block.inner:
+        raise Refused("the rows of the second expert GEMM do not come from a first one")
+    if len({product.over.size for product in block.inner}) > 1:
         raise Refused("gate and up sum over different dimensions")
     layouts = [(product.weight, product.start, product.step, product.width, product.extent) for product in block.inner]
     if len(layouts) == 1 and layouts[0][1:3] == (0, 1) and layouts[0][3] == layouts[0][4]:

@@ -106,6 +106,20 @@ def _bincount(call: Call, state: Interpretation) -> Value | None:
     return counted(state, state.value(call["input"]), call["minlength"], call.node)
 
 
+def _searchsorted(call: Call, state: Interpretation) -> Value | None:
+    """searchsorted(sorted ids, arange(E), right=True): where each expert's rows end."""
+    rows, experts = state.value(call["sorted_sequence"]), state.value(call["input"])
+    order = rows.dims[0][0] if len(rows.dims) == 1 and len(rows.dims[0]) == 1 else None
+    right = call["right"] is True or call["side"] == "right"
+    if order is None or order.variable.kind != "order" or call["sorter"] is not None or not isinstance(experts.content, Index):
+        return None
+    if not right or order.variable.by != rows.content or experts.dims != (experts.content.atoms,):
+        raise Refused("searchsorted that does not give the end of each expert's rows")
+    if not isinstance(rows.content, Element) or not rows_covered(rows.dims[0]):
+        raise Refused("offsets of something that is not all of the expert ids")
+    return Value(experts.dims, Offsets(rows.content, terms.group_size(experts.content.atoms)))
+
+
 def _cumsum(call: Call, state: Interpretation) -> Value | None:
     value = state.value(call["input"])
     if isinstance(value.content, Count) and len(value.dims) == 1:
@@ -194,6 +208,7 @@ RULES: dict[str, Rule] = {
     "histc": _histc,
     "bincount": _bincount,
     "cumsum": _cumsum,
+    "searchsorted": _searchsorted,
     "eq": compare,
 }
 

@@ -34,7 +34,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
     result = Value(rest, Total(value.content, over, state.dtype(call.node)))
     source = state.dtype(call["input"])
-    state.combines.append(Combine(call.node, result, None, None if source == state.dtype(call.node) else state.dtype(call.node)))
+    state.combines.append(Combine(call.node, result, out_dtype=None if source == state.dtype(call.node) else state.dtype(call.node)))
     return None
 
 
@@ -90,7 +90,7 @@ def _added_rows(call: Call, state: Interpretation, index: Value, source: Any) ->
     result = Value((token.atoms, dims[1]), Total(contents[1], over, state.dtype(call.node)))
     base = state.value(call["input"])
     fresh = base.content == Constant(0)
-    state.combines.append(Combine(call.node, result, None if fresh else call["input"]))
+    state.combines.append(Combine(call.node, result, call["input"], fresh))
     return None
 
 

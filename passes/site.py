@@ -44,6 +44,7 @@ class Site:
     out_dtype: torch.dtype | None = None
     node: fx.Node = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
     base: fx.Node | None = field(repr=False, compare=False, default=None)
+    fresh: bool = field(repr=False, compare=False, default=True)
     operands: dict[str, Operand] = field(repr=False, compare=False, default_factory=dict)
     region: frozenset[fx.Node] = field(repr=False, compare=False, default=frozenset())
 
