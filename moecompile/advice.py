@@ -5,11 +5,14 @@ Names of modules, classes and files serve as hints here, as everywhere: they cho
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import linecache
 import logging
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import fx, nn
 
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
-from moecompile.report import GraphReport, last_report
+from moecompile.report import GraphBreak, GraphReport, last_report
 
 log = logging.getLogger("moecompile")
 
@@ -26,7 +29,10 @@ ONE_PRODUCT = "compute all experts in one grouped or batched matrix product inst
 COMMAND = "python -m moecompile explain FILE.py:FUNCTION"
 # The note a record carries when the warning went out with it: once, until the records are reset.
 WARNED = "the user was warned that nothing was rewritten"
-_FILE = re.compile(r'File "([^"]+)"')
+# A function that chooses experts or runs them says one of these somewhere.
+_MOE_WORDS = re.compile(r"expert|router|routing|top_?k|one_hot|\bmoe\b|_moe|moe_|sparse_?mlp", re.IGNORECASE)
+_LOOP_WORDS = re.compile(r"Dynamic shape operator|data-dependent|Data dependent|graph break in loop")
+_HINT = re.compile(r"Hint: (.+?)(?=\n\s*Hint:|\n\s*\n|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,21 +49,53 @@ class Obstacle:
 
 
 def obstacle_of(gm: fx.GraphModule, record: GraphReport) -> Obstacle | None:
-    """The best reason why nothing in a captured graph was rewritten; None if it shows no trace of MoE."""
+    """The best reason why nothing in a captured graph was rewritten; None if it shows no trace of MoE.
+
+    What is known of the graph break at its end, if there is one, goes into the record.
+    """
+    if record.ended_by is not None:
+        record.ended_by = graph_break(gm.compile_subgraph_reason.reason, gm.compile_subgraph_reason.user_stack)
     if record.near_misses:
         miss = record.near_misses[0]
         return Obstacle(f"The nearest was form {miss.form}, refused because {miss.reason}", miss.source, miss.cure)
     if record.ended_by is None:
         return None
     if source := experts_loop(gm):
-        files = [file for node in gm.graph.nodes for file in _FILE.findall(node.stack_trace or "")]
-        cure = SWITCH_EXPERTS if any(map(has_switchable_experts, files)) else ONE_PRODUCT
         reason = "The experts run in a Python loop over those that were hit: Dynamo cannot capture it, no backend sees it"
-        return Obstacle(reason, source, cure)
+        return Obstacle(reason, source, record.ended_by.cure)
     if record.ended_by.moe:
         reason = f"Dynamo stopped capturing inside MoE code: {record.ended_by.reason}"
         return Obstacle(reason, record.ended_by.source, record.ended_by.cure)
     return None
+
+
+def graph_break(reason: str, frames: Iterable[traceback.FrameSummary]) -> GraphBreak:
+    """Dynamo's graph break as a record: whether it lies in MoE code, and what can be done about it.
+
+    Args:
+        reason: Dynamo's, as long as it is.
+        frames: the user's, outermost first.
+    """
+    frames = list(frames)
+    found = GraphBreak.of(reason, frames)
+    innermost = frames[-1:]
+    words = " ".join(f"{frame.name} {frame.filename} {_function_around(frame)}" for frame in innermost)
+    moe = found.moe or bool(_MOE_WORDS.search(words))
+    cure = _HINT.search(reason)
+    if moe and any(has_switchable_experts(frame.filename) for frame in frames):
+        return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
+    if moe and _LOOP_WORDS.search(reason):
+        return dataclasses.replace(found, moe=moe, cure=ONE_PRODUCT)
+    return dataclasses.replace(found, moe=moe, cure=" ".join(cure[1].split()) if cure else None)
+
+
+def _function_around(frame: traceback.FrameSummary) -> str:
+    """Source of the function that a frame stands in, without what follows it."""
+    lines = linecache.getlines(frame.filename)[: frame.lineno]
+    for start in range(len(lines) - 1, -1, -1):
+        if lines[start].lstrip().startswith(("def ", "async def ")):
+            return "".join(lines[start:])
+    return ""
 
 
 def experts_loop(gm: fx.GraphModule) -> str | None:

@@ -15,9 +15,9 @@ from packaging.version import Version
 from torch import fx
 
 from moecompile import cache
+from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes.printer import input_names
-from moecompile.pipeline import text_of
 from moecompile.report import GraphReport
 
 Compiled = Callable[..., Any]

@@ -1,7 +1,6 @@
 """The driver: runs the passes of one table, in order, over one captured graph, and writes down what each of them did.
 
-A captured graph is a tree: the bodies of higher-order operators (activation checkpointing, nested compile regions) are
-graph modules of their own below the main one. Every pass sees every body, one at a time; no rewrite crosses a border.
+Every pass sees every body of the captured graph (`moecompile.bodies`), one at a time; no rewrite crosses a border.
 """
 
 from __future__ import annotations
@@ -9,15 +8,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import fx
 
+from moecompile.bodies import bodies_of, text_of
 from moecompile.options import Options
 from moecompile.passes.detect import detect
 from moecompile.passes.fuse import fuse
-from moecompile.passes.printer import count_changes, graph_text, op_counts
+from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
 
@@ -26,14 +26,8 @@ log = logging.getLogger("moecompile")
 
 @dataclass
 class Piece:
-    """One body of the captured graph, and what is known of it so far.
+    """One body of the captured graph, and what is known of it so far; `changed`: some pass rewrote it."""
 
-    Attributes:
-        path: where it hangs below the main graph module; empty for the main one.
-        changed: some pass rewrote it.
-    """
-
-    path: str
     module: fx.GraphModule
     sites: tuple[Site, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
@@ -60,7 +54,7 @@ PASSES: dict[str, Callable[[Piece], None]] = {
 
 def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> None:
     """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
-    pieces = pieces_of(gm)
+    pieces = [Piece(module) for module in bodies_of(gm).values()]
     record.before = text_of(gm)
     for number, (name, run) in enumerate(PASSES.items(), start=1):
         if name in options.disable:
@@ -80,26 +74,6 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Non
     record.sites = tuple(site for piece in pieces for site in piece.sites)
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.after = text_of(gm)
-
-
-def pieces_of(gm: fx.GraphModule) -> list[Piece]:
-    """The main graph module and every body below it, each once."""
-    return [Piece(path, module) for path, module in gm.named_modules() if isinstance(module, fx.GraphModule)]
-
-
-def text_of(gm: fx.GraphModule, *, collapse: bool = False, inputs: Sequence[str] = ()) -> str:
-    """A graph and all bodies below it in our stable text, the bodies under a heading with their path.
-
-    Args:
-        gm: a graph of Dynamo's or AOTAutograd's.
-        collapse: as in `passes.printer.graph_text`.
-        inputs: names of the inputs of the main graph, where it does not know them itself.
-    """
-    sections = []
-    for piece in pieces_of(gm):
-        text = graph_text(piece.module.graph, collapse=collapse, counts=collapse, inputs=() if piece.path else inputs)
-        sections.append(f"{piece.path}:\n{text}" if piece.path else text)
-    return "\n\n".join(sections)
 
 
 def _counts(pieces: Iterable[Piece]) -> Counter[str]:

@@ -1,0 +1,54 @@
+"""A captured graph is a tree: the bodies of higher-order operators (activation checkpointing, nested compile regions)
+are graph modules of their own below the main one. This room walks, prints and copies such trees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import fx
+
+from moecompile.passes.printer import graph_text
+
+
+def bodies_of(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """Path to graph module, for the main one (its path is empty) and every body below it, each once."""
+    return {path: module for path, module in gm.named_modules() if isinstance(module, fx.GraphModule)}
+
+
+def text_of(gm: fx.GraphModule, *, collapse: bool = False, inputs: Sequence[str] = ()) -> str:
+    """A graph and all bodies below it in our stable text, the bodies under a heading with their path.
+
+    Args:
+        gm: a graph of Dynamo's or AOTAutograd's.
+        collapse: as in `passes.printer.graph_text`.
+        inputs: names of the inputs of the main graph, where it does not know them itself.
+    """
+    sections = []
+    for path, module in bodies_of(gm).items():
+        text = graph_text(module.graph, collapse=collapse, counts=collapse, inputs=() if path else inputs)
+        sections.append(f"{path}:\n{text}" if path else text)
+    return "\n\n".join(sections)
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, fit to stand in for it in its graph module, and where each node went."""
+    duplicate = copy.deepcopy(graph)
+    places = dict(zip(graph.nodes, duplicate.nodes, strict=True))
+    for node, place in places.items():
+        # AOTAutograd reads where an input comes from here; it is no part of what fx copies
+        if hasattr(node, "_dynamo_source"):
+            place._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    return duplicate, places
+
+
+def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a captured graph and of the bodies below it, to be run; tensors they hold are shared."""
+    copies: dict[fx.GraphModule, fx.GraphModule] = {}
+    for path, module in reversed(bodies_of(gm).items()):
+        copies[module] = duplicate = fx.GraphModule(module, copy_graph(module.graph)[0], module.__class__.__name__)
+        duplicate.meta.update(module.meta)
+        for name, child in module.named_children():
+            if child in copies:
+                setattr(duplicate, name, copies[child])
+    return copies[gm]

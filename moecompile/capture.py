@@ -1,0 +1,153 @@
+"""Capturing a model with Dynamo alone: every graph, and every place where capturing stopped.
+
+The model is run once, for real, because what happens behind a graph break depends on data; the graphs are run by PyTorch
+itself. What the run and the capture would leave behind is put back: the state of the random generators, buffers, and
+Dynamo's caches and memories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from moecompile.bodies import copy_tree
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A frame that Dynamo gave up and left to Python: its reason, and the user's frames, outermost first."""
+
+    reason: str
+    frames: Sequence[traceback.FrameSummary]
+
+
+def capture(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    look: Callable[[fx.GraphModule], None],
+    *,
+    fullgraph: bool = False,
+) -> list[Stop]:
+    """Runs `model(*args, **kwargs)` once under Dynamo and shows every captured graph to `look`, which may change it.
+
+    Args:
+        model: a module or a function. Whatever of it is compiled already is captured anew, as one whole.
+        args, kwargs: what it is called with. Tensors are copied first, so that a call that writes into them does no harm.
+        look: called with each graph as it is captured.
+        fullgraph: raise at the first graph break instead of going on behind it.
+
+    Returns:
+        the frames that Dynamo gave up. A break that ends a graph is told by that graph (`gm.compile_subgraph_reason`).
+    """
+    from torch import _dynamo as dynamo
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        original = copy_tree(gm)
+        look(gm)
+        return original.forward
+
+    stops: list[Stop] = []
+    context = dynamo.optimize(backend, nopython=fullgraph)
+    converter = context.callback._torchdynamo_orig_backend
+    if not fullgraph:
+        converter._inner_convert = _Listener(converter._inner_convert, stops)
+    module = getattr(model, "_orig_mod", model)
+    args, kwargs = pytree.tree_map_only(Tensor, _own_copy, (args, kwargs))
+    with _dynamo_left_alone(backend), _module_left_alone(module), torch.random.fork_rng(_gpus_in_use()):
+        context(module)(*args, **kwargs)
+    return stops
+
+
+class _Listener:
+    """Dynamo's converter of one frame, with an ear for the exceptions by which it gives a frame up."""
+
+    def __init__(self, convert: Any, stops: list[Stop]) -> None:
+        self._convert = convert
+        self._stops = stops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._convert, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._convert(*args, **kwargs)
+        except Exception as error:
+            if frames := getattr(error, "real_stack", None):
+                self._stops.append(Stop(str(error), list(frames)))
+            raise
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _gpus_in_use() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
+@contextlib.contextmanager
+def _module_left_alone(module: Any) -> Iterator[None]:
+    """Within: parts compiled in place run uncompiled. After: that is undone, and buffers are as they were."""
+    if not isinstance(module, nn.Module):
+        yield
+        return
+    parts = list(module.modules())
+    compiled = [(part, part._compiled_call_impl) for part in parts if part._compiled_call_impl is not None]
+    buffers = [(part, dict(part._buffers)) for part in parts if part._buffers]
+    values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        for part, _ in compiled:
+            part._compiled_call_impl = None
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call
+        for part, named in buffers:
+            part._buffers.clear()
+            part._buffers.update(named)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _dynamo_left_alone(backend: Callable[..., Any]) -> Iterator[None]:
+    """Within: Dynamo tries every frame, even those it gave up before. After: it remembers nothing of `backend`.
+
+    What is compiled by other backends stays compiled. Sizes seen within do not count as seen, so that they make no later
+    compilation dynamic, in this process or, through the file that Dynamo keeps of them, in the next.
+    """
+    from torch._dynamo import config, pgo
+
+    sizes = pgo.get_code_state()
+    remembered = copy.deepcopy(dict(sizes))
+    sizes.clear()
+    _forget_frames(backend)
+    try:
+        with config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False):
+            yield
+    finally:
+        _forget_frames(backend)
+        sizes.clear()
+        sizes.update(remembered)
+
+
+def _forget_frames(backend: Callable[..., Any]) -> None:
+    """Makes Dynamo forget the code that it gave up or compiled with `backend`, where it has compiled nothing else."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo.convert_frame import input_codes
+
+    for reference in list(input_codes.seen):
+        code = reference()
+        if code is not None and all(entry.backend is backend for entry in _debug_get_cache_entry_list(code)):
+            reset_code(code)
