@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 EXPLAIN_HELP = """\
-Compiles a model once and says what moecompile rewrote, what it did not, and why.
+Captures a model in one run of it and says what moecompile rewrites, what it does not, and why. Needs no GPU.
 
 TARGET is MODULE:CALLABLE (my_package.my_module:make_model) or FILE:CALLABLE (examples/plain_moe.py:make_model). The
 callable takes nothing and returns (model, args) or (model, args, kwargs): the model, and the tuple of positional and

@@ -86,6 +86,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]):
     for folder in HOUSE:
         home = "moecompile" if folder == "moecompile" else f"moecompile/{folder}"
         expected |= {f"{home}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    expected |= {
+        f"moecompile/{path.name}" for pattern in ("*.css", "*.js") for path in (ROOT / "moecompile").glob(pattern)
+    }
     expected |= {f"moecompile/codegen/kernels/{path.name}" for path in (ROOT / "codegen" / "kernels").glob("*")}
     assert names == expected
 
