@@ -25,6 +25,8 @@ import torch
 if TYPE_CHECKING:
     from torch import fx
 
+    from moecompile.passes.site import NearMiss, Site
+
 JSON_VERSION = 1
 _EXPERTS = re.compile(r"expert|router|routing|\bmoe\b|_moe|moe_|sparse_?mlp", re.IGNORECASE)
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<name>.+)_at_(?P<line>\d+)")
@@ -103,8 +105,8 @@ class GraphReport:
     name: str = ""
     module: str = ""
     compile_id: str = ""
-    sites: tuple[Any, ...] = ()
-    near_misses: tuple[Any, ...] = ()
+    sites: tuple[Site, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
     passes: list[PassRecord] = field(default_factory=list)
     before: str = ""
     after: str = ""
@@ -165,12 +167,12 @@ class Report:
     graph_breaks: tuple[GraphBreak, ...] = ()
 
     @property
-    def sites(self) -> tuple[Any, ...]:
+    def sites(self) -> tuple[Site, ...]:
         """Every MoE block rewritten, over all graphs (a recompiled graph counts again)."""
         return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
-    def near_misses(self) -> tuple[Any, ...]:
+    def near_misses(self) -> tuple[NearMiss, ...]:
         """Every block that looked like MoE and was left alone, over all graphs."""
         return tuple(miss for graph in self.graphs for miss in graph.near_misses)
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
 from moecompile.graph_diff import unified
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report, public_fields
 
+if TYPE_CHECKING:
+    from moecompile.passes.site import NearMiss, Site
+
+Entry = TypeVar("Entry")
 SITE_COLUMNS = ("module", "form", "E", "K", "H", "I", "dtype", "activation", "source")
 LEGEND = "E experts, K of them for each token, H hidden size, I intermediate size"
 _CHANGES_SHOWN = 5
+_LONG_ACTIVATION = 24
+_GLUE = "\N{NO-BREAK SPACE}"  # keeps words on one line while text is wrapped
+_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
 def render(report: Report, *, graphs: Literal["diff", "full", False] = False, width: int | None = None) -> str:
@@ -26,7 +33,7 @@ def render(report: Report, *, graphs: Literal["diff", "full", False] = False, wi
         lines += ["", *_graph(graph, columns)]
         if graphs:
             lines += _graph_texts(graph, full=graphs == "full")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip().replace(_GLUE, " ") for line in lines)
 
 
 def summary(report: Report) -> str:
@@ -45,24 +52,32 @@ def rewritten(report: Report) -> bool:
     return not report.sites or any(record.name == "fuse" for graph in report.graphs for record in graph.passes)
 
 
-def site_rows(sites: Iterable[Any]) -> list[tuple[tuple[str, ...], str]]:
-    """For each group of like sites its row of `SITE_COLUMNS` and, where there is more to say, a line of details."""
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for site in sites:
-        alike = {name: value for name, value in public_fields(site).items() if name != "module"}
-        groups.setdefault(tuple(alike.items()), []).append(site)
-    rows = []
-    for group in groups.values():
-        site = group[0]
-        modules = merged_paths([each.module for each in group])
-        name = f"{modules} ({len(group)})" if len(group) > 1 else modules
-        sizes = (site.num_experts, site.top_k, site.hidden, site.intermediate)
-        row = (name or "(no module)", site.form, *map(str, sizes), site.dtype, site.activation, site.source)
-        rows.append((row, site_details(site)))
-    return rows
+def like_sites(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites that differ in nothing but their module, together."""
+    return _grouped(sites, lambda site: tuple(value for name, value in public_fields(site).items() if name != "module"))
 
 
-def site_details(site: Any) -> str:
+def like_misses(near_misses: Iterable[NearMiss]) -> list[list[NearMiss]]:
+    """Near misses of the same form, for the same reason, at the same line, together."""
+    return _grouped(near_misses, lambda miss: (miss.form, miss.reason, miss.node, miss.source, miss.cure))
+
+
+def site_cells(group: Sequence[Site]) -> tuple[str, ...]:
+    """The cells of `SITE_COLUMNS` for sites that differ in their module only."""
+    site = group[0]
+    modules = merged_paths([each.module for each in group]) or "(no module)"
+    sizes = (site.num_experts, site.top_k, site.hidden, site.intermediate)
+    return (
+        modules,
+        site.form,
+        *map(str, sizes),
+        _SHORT_DTYPES.get(site.dtype, site.dtype),
+        site.activation,
+        site.source,
+    )
+
+
+def site_details(site: Site) -> str:
     """What differs from the plainest block, in words."""
     details = []
     if site.gate_up in ("interleaved", "separate"):
@@ -75,6 +90,8 @@ def site_details(site: Any) -> str:
         details.append(f"input {site.input}")
     if site.output != "mul(out, weight)":
         details.append(f"output {site.output}")
+    if site.w_in_transposed or site.w_out_transposed:
+        details.append("weights (experts, in, out)")
     return "; ".join(details)
 
 
@@ -90,13 +107,12 @@ def merged_paths(paths: Sequence[str]) -> str:
     return ", ".join(distinct)
 
 
-def changes_of(record: PassRecord, shown: int = _CHANGES_SHOWN) -> str:
-    """A pass's op-count changes, the largest first: ``linear 4 -> 0, moecompile.experts 0 -> 2, 3 more``."""
-    changes = sorted(record.changes.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
-    # our own operators always, however few they are
-    changes.sort(key=lambda item: not item[0].startswith("moecompile."))
-    parts = [f"{name} {before} -> {after}" for name, (before, after) in changes[:shown]]
-    return ", ".join(parts + [f"{len(changes) - shown} more"] * (len(changes) > shown))
+def changed_operations(record: PassRecord) -> list[tuple[str, tuple[int, int]]]:
+    """A pass's op-count changes: our own operators, then the largest change first."""
+    changes = record.changes.items()
+    return sorted(
+        changes, key=lambda item: (not item[0].startswith("moecompile."), -abs(item[1][1] - item[1][0]), item)
+    )
 
 
 def counted(number: int, thing: str) -> str:
@@ -116,25 +132,31 @@ def graph_title(graph: GraphReport) -> str:
 
 
 def _sites(report: Report, width: int) -> list[str]:
-    rows = site_rows(report.sites)
+    rows = []
+    for group in like_sites(report.sites):
+        cells = [str(len(group)), *site_cells(group)]
+        details = site_details(group[0])
+        if len(group[0].activation) > _LONG_ACTIVATION:
+            cells[1 + SITE_COLUMNS.index("activation")] = "(below)"
+            details = "; ".join(part for part in (group[0].activation, details) if part)
+        rows.append((tuple(cells), details))
     if not rows:
         return []
     title = "MoE blocks rewritten" if rewritten(report) else "MoE blocks found, not rewritten (pass fuse disabled)"
-    return ["", title, *_table(SITE_COLUMNS, rows, width), f"  {LEGEND}"]
+    return ["", title, *_table(("#", *SITE_COLUMNS), rows, width), f"  {LEGEND}"]
 
 
 def _near_misses(report: Report, width: int) -> list[str]:
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for miss in report.near_misses:
-        groups.setdefault((miss.form, miss.reason, miss.node, miss.source, miss.cure), []).append(miss)
+    groups = like_misses(report.near_misses)
     lines = ["", "Near misses: left as they were"] if groups else []
-    for (form, reason, node, source, cure), misses in groups.items():
-        modules = merged_paths([miss.module for miss in misses]) or "(no module)"
+    for misses in groups:
+        miss = misses[0]
+        modules = merged_paths([each.module for each in misses]) or "(no module)"
         times = f" ({len(misses)})" if len(misses) > 1 else ""
-        lines.append(f"  {modules}{times}  resembles {form}")
-        lines += _labelled("why", reason, width)
-        lines += _labelled("first", "  ".join(part for part in (node, source) if part), width)
-        lines += _labelled("cure", cure, width)
+        lines.append(f"  {modules}{times}  resembles {miss.form}")
+        lines += _labelled("why", miss.reason, width)
+        lines += _labelled("first", "  ".join(part for part in (miss.node, miss.source) if part), width)
+        lines += _labelled("cure", miss.cure, width)
     return lines
 
 
@@ -153,7 +175,7 @@ def _graph_break(graph_break: GraphBreak, width: int) -> list[str]:
 
 def _graph(graph: GraphReport, width: int) -> list[str]:
     lines = [f"Graph {graph.index}: {graph_title(graph)}" if graph.index >= 0 else f"Graph: {graph_title(graph)}"]
-    rows = [((each.name, f"{each.milliseconds:.1f}", changes_of(each) or "no change"), "") for each in graph.passes]
+    rows = [((each.name, f"{each.milliseconds:.1f}", _changes(each) or "no change"), "") for each in graph.passes]
     lines += _table(("pass", "ms", "operations"), rows, width) if rows else []
     if graph.cached:
         lines += _labelled("cache", graph.cached, width)
@@ -161,6 +183,13 @@ def _graph(graph: GraphReport, width: int) -> list[str]:
         for text in texts:
             lines += _labelled(label, text, width)
     return lines
+
+
+def _changes(record: PassRecord) -> str:
+    """``moecompile.experts 0 -> 2, linear 4 -> 0, 3 more``."""
+    changes = changed_operations(record)
+    parts = [f"{name} {before} -> {after}".replace(" ", _GLUE) for name, (before, after) in changes[:_CHANGES_SHOWN]]
+    return ", ".join(parts + [f"{len(changes) - _CHANGES_SHOWN} more"] * (len(changes) > _CHANGES_SHOWN))
 
 
 def _graph_texts(graph: GraphReport, full: bool) -> list[str]:
@@ -212,6 +241,14 @@ def _wrapped(cell: str, width: int) -> list[str]:
             rest = rest[cut:]
         lines.append(rest)
     return lines
+
+
+def _grouped(entries: Iterable[Entry], key: Callable[[Entry], Hashable]) -> list[list[Entry]]:
+    """Entries of equal key together, in the order in which each key first appears."""
+    groups: dict[Hashable, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(key(entry), []).append(entry)
+    return list(groups.values())
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
