@@ -100,10 +100,14 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "mm": ("input mat2", ("torch.mm", ".mm")),
     "bmm": ("input mat2", ("torch.bmm", ".bmm")),
     "matmul": ("input other", ("torch.matmul", ".matmul", "operator.matmul", ".__matmul__")),
+    "addmm": ("input mat1 mat2 beta=1 alpha=1", ("torch.addmm", ".addmm")),
     "baddbmm": ("input batch1 batch2 beta=1 alpha=1", ("torch.baddbmm", ".baddbmm")),
     "einsum": ("equation *operands", ("torch.einsum", "torch.functional.einsum")),
     # reductions
     "sum": ("input dim=None keepdim=False dtype=None", ("torch.sum", ".sum")),
+    "any": ("input dim=None keepdim=False", ("torch.any", ".any")),
+    "tolist": ("input", (".tolist",)),
+    "invert": ("input", ("operator.invert", "torch.logical_not", ".logical_not", "torch.bitwise_not", ".bitwise_not")),
     # comparisons, used on routing values
     **{name: ("input other", (f"torch.{name}", f".{name}", f"operator.{name}", f".__{name}__")) for name in ("eq", "ne", "lt", "gt", "le", "ge")},
     # elementwise arithmetic

@@ -168,7 +168,7 @@ def interpret(graph: fx.Graph) -> Interpretation:
             state.results[node] = outcome
         elif outcome is not None:
             state.values[node] = outcome
-        elif not mutates and node.op != "output" and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes):
+        elif not mutates and node.op != "output" and (call is None or call.name not in RULES) and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes):
             state.refusals.setdefault(node, f"{node.target} is not an operation that detection understands")
         if mutates:
             _write(state, aliases, node, outcome if isinstance(outcome, Value) else None)

@@ -18,7 +18,7 @@ from torch import fx
 
 from moecompile.passes.calls import bind, writes
 from moecompile.passes.interpret import Aliases, Interpretation, Refused, fake_of, is_plain
-from moecompile.passes.terms import Element
+from moecompile.passes.terms import Apply, Contract, Element, Total
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "arange"})
 _BORDERS = ("torch._C", "torch.amp", "torch.autograd", "torch._functorch", "torch.cuda", "torch.utils")
@@ -46,13 +46,27 @@ class Layout:
         return {node: self.aliases.written(node) for node in self.graph.nodes if writes(node)}
 
     @cached_property
-    def segment(self) -> dict[fx.Node, int]:
-        """A number for each node that changes at every switch of a global mode (no_grad, autocast, ...)."""
-        found, current = {}, 0
+    def mode(self) -> dict[fx.Node, tuple[object, ...]]:
+        """The global modes (no_grad, autocast, ...) that hold at each node."""
+        found: dict[fx.Node, tuple[object, ...]] = {}
+        grad: object = None
+        entered: dict[fx.Node, object] = {}
+        others = 0
         for node in self.graph.nodes:
-            current += _is_border(node)
-            found[node] = current
-        return found
+            if _is_border(node):
+                name = getattr(node.target, "__name__", "")
+                if name == "_set_grad_enabled":
+                    grad = node.args[0]
+                elif name.startswith("_enter_"):
+                    entered[node] = (name, *node.args)
+                elif name.startswith("_exit_") and node.args and isinstance(node.args[0], fx.Node) and node.args[0] in entered:
+                    del entered[node.args[0]]
+                else:
+                    others += 1
+            found[node] = (grad, tuple(entered.values()), others)
+        initial = next((node.args[0] for node in self.graph.nodes if _is_border(node) and getattr(node.target, "__name__", "") == "_set_grad_enabled"), None)
+        # before the first switch, gradients are as they are after it is undone
+        return {node: (initial is False if mode[0] is None and initial is not None else mode[0], *mode[1:]) for node, mode in found.items()}
 
 
 def _is_border(node: fx.Node) -> bool:
@@ -108,11 +122,11 @@ def _holds_tensor(node: fx.Node) -> bool:
 
 
 def is_row(node: fx.Node, state: Interpretation) -> bool:
-    """Whether the node holds floating-point rows of assignments: what must not be seen from outside a block."""
+    """Whether the node holds rows of assignments: what must not be seen from outside a block."""
     fake, value = fake_of(node), state.values.get(node)
     if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or value is None or is_plain(value):
         return False
-    return fake.dim() > 1 or not isinstance(value.content, Element)
+    return fake.dim() > 1 and bool(value.dims[-1]) and isinstance(value.content, (Element, Apply, Contract, Total))
 
 
 def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> None:
@@ -133,21 +147,21 @@ def _check_roots(end: fx.Node, region: set[fx.Node], roots: frozenset[fx.Node], 
         if value is not None and isinstance(value.content, Element) and value.content.written is not None and value.content.written in position:
             born = position[value.content.written]
         for writer, targets in layout.writers.items():
-            if born < position[writer] < position[end] and any(layout.aliases.share(target, root) for target in targets):
+            if born < position[writer] < position[end] and writer not in region and any(layout.aliases.share(target, root) for target in targets):
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
-    for writer in region & layout.writers.keys():
+    for writer in (region & layout.writers.keys()) - {end}:
         for target in layout.writers[writer]:
             if _of_root(target, roots, layout):
                 raise Refused(f"{writer}, inside the block, writes into one of its operands")
             foreign = next((alias for alias in layout.aliases.of(target) if alias not in region and position[alias] < position[end]), None)
-            if foreign is not None and foreign.op in ("placeholder", "get_attr") and writer is not end:
+            if foreign is not None and foreign.op in ("placeholder", "get_attr"):
                 raise Refused(f"{writer}, inside the block, writes into the graph's input {foreign}")
 
 
 def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
     for node in sorted(region):
         fake = fake_of(node)
-        if isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point and layout.segment[node] != layout.segment[end]:
+        if isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point and layout.mode[node] != layout.mode[end]:
             raise Refused(f"no_grad, autocast or another mode begins or ends between {node} and {end}")
 
 

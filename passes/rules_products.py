@@ -6,10 +6,10 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of, is_plain, is_routed
 from moecompile.passes.calls import Call
 from moecompile.passes.terms import Apply, Atom, Constant, Content, Contract, Element, Group, Index, Looked, Offsets, Total, Value, Variable
-from moecompile.passes.unify import _choose, _deduplicated, _renaming
+from moecompile.passes.unify import _choose, _deduplicated, _renaming, unify
 
 
 def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
@@ -32,7 +32,7 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     bound: list[Atom] = []
     summed: list[Atom] = []
     for label in contracted:
-        if all(atom.variable.kind == "ids" for atom in groups[label]) and groups[label]:
+        if groups[label] and (all(atom.variable.kind == "ids" for atom in groups[label]) or _is_gate(state, left, right)):
             summed += groups[label]
         elif any(atom.variable.rank >= 3 for atom in groups[label]):
             raise Refused("a product that sums over rows in an order of their own")
@@ -42,7 +42,17 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
             bound += groups[label]
     contents = [_named(value, labels, groups) for value, labels in ((left, first), (right, second))]
     content: Content = _summed(contents, bound, tuple(summed), state.dtype(node))
-    return Value(tuple(groups[label] for label in output), content)
+    result = Value(tuple(groups[label] for label in output), content)
+    if isinstance(content, Total):
+        state.combines.append(Combine(node, result))
+        return state.leaf(node)
+    return result
+
+
+def _is_gate(state: Interpretation, left: Value, right: Value) -> bool:
+    """Whether one operand is a sparse leaf of gates and the other the experts' outputs: their product sums over experts."""
+    gates = [isinstance(value.content, Element) and value.content.root in state.sparse for value in (left, right)]
+    return gates in ([True, False], [False, True]) and is_routed(right if gates[0] else left)
 
 
 def _named(value: Value, labels: str, groups: dict[str, Group]) -> Content:
@@ -132,10 +142,7 @@ def _linear(call: Call, state: Interpretation) -> Value | None:
     result = einsum(state, call.node, value, weight, f"{batch}y,zy->{batch}z")
     if result is None or call["bias"] is None:
         return result
-    from moecompile.passes.unify import unify
-
-    dims, contents = unify([result, state.value(call["bias"])])
-    return Value(dims, Apply("add", tuple(contents)))
+    return with_bias(result, state.value(call["bias"]))
 
 
 def _matmul(call: Call, state: Interpretation) -> Value | None:
@@ -173,8 +180,23 @@ def _matrix_product(state: Interpretation, call: Call, left: Value, right: Value
     return Value(tuple(dims), result.content)
 
 
-def _baddbmm(call: Call, state: Interpretation) -> Value | None:
-    raise Refused("baddbmm")
+def _add_product(call: Call, state: Interpretation) -> Value | None:
+    """addmm, baddbmm: input + first @ second."""
+    first, second = ("mat1", "mat2") if call.name == "addmm" else ("batch1", "batch2")
+    left, right = state.value(call[first]), state.value(call[second])
+    if is_plain(left) and is_plain(right):
+        return None
+    if call["beta"] != 1 or call["alpha"] != 1:
+        raise Refused(f"{call.name} with a scale")
+    _check_dtypes(state, call, first, second)
+    product = _matrix_product(state, call, left, right)
+    return None if product is None else with_bias(product, state.value(call["input"]))
+
+
+def with_bias(product: Value, bias: Value) -> Value:
+    """product + bias."""
+    dims, contents = unify([product, bias])
+    return Value(dims, Apply("add", tuple(contents)))
 
 
 def _einsum(call: Call, state: Interpretation) -> Value | None:
@@ -197,6 +219,7 @@ RULES: dict[str, Rule] = {
     "mm": _matmul,
     "bmm": _matmul,
     "matmul": _matmul,
-    "baddbmm": _baddbmm,
+    "addmm": _add_product,
+    "baddbmm": _add_product,
     "einsum": _einsum,
 }
