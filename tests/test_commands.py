@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,18 @@ def test_explain_writes_a_page_and_json(models, capsys):
     assert main(["explain", "some_models:pair", "--html", str(page), "--json"]) == 0
     assert capsys.readouterr().out == '{"result": [2.0, 2.0, 2.0]}\n'
     assert page.read_text() == "<p>[2.0, 2.0, 2.0]</p>"
+
+
+def test_explain_with_the_real_report(monkeypatch, tmp_path, capsys):
+    (tmp_path / "toy_model.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Linear(3, 4), (torch.ones(2, 3),)\n"
+    )
+    page = tmp_path / "report.html"
+    assert main(["explain", f"{tmp_path}/toy_model.py:make", "--html", str(page)]) == 0
+    assert "no MoE blocks rewritten" in capsys.readouterr().out
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+    assert main(["explain", f"{tmp_path}/toy_model.py:make", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["graphs"]) == 1
 
 
 @pytest.mark.parametrize(

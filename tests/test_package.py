@@ -11,7 +11,7 @@ import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -37,9 +37,17 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+class Built(NamedTuple):
+    """A copy of the tree, its sdist, and the wheel made from that sdist alone."""
+
+    tree: Path
+    sdist: Path
+    wheel: Path
+
+
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> tuple[Path, Path]:
-    """The sdist of a copy of the tree, and the wheel made from that sdist alone."""
+def built(tmp_path_factory) -> Built:
+    """Builds in a copy, which nobody edits while the tests run and which keeps build products out of the checkout."""
     folder = tmp_path_factory.mktemp("build")
     copy = folder / "checkout"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "shared")
@@ -51,11 +59,11 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
     run(*pip, "--wheel-dir", folder, source, cwd=folder)
     (wheel,) = folder.glob("*.whl")
-    return folder / name, wheel
+    return Built(copy, folder / name, wheel)
 
 
 @pytest.fixture(scope="module")
-def installed(built: tuple[Path, Path], tmp_path_factory) -> Path:
+def installed(built: Built, tmp_path_factory) -> Path:
     """The Python of an environment that holds our wheel, and where this environment's torch can be found."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
@@ -70,7 +78,7 @@ def installed(built: tuple[Path, Path], tmp_path_factory) -> Path:
         "--quiet",
         "--no-deps",
         "--no-index",
-        built[1],
+        built.wheel,
         cwd=folder,
     )
     # A folder named in a .pth file is searched, but the .pth files inside it are not run: an editable install of this
@@ -80,21 +88,21 @@ def installed(built: tuple[Path, Path], tmp_path_factory) -> Path:
     return python
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]):
-    names = {name for name in zipfile.ZipFile(built[1]).namelist() if ".dist-info/" not in name}
+def test_the_wheel_holds_the_package_and_nothing_else(built: Built):
+    names = {name for name in zipfile.ZipFile(built.wheel).namelist() if ".dist-info/" not in name}
     expected = {"moecompile/py.typed"}
     for folder in HOUSE:
         home = "moecompile" if folder == "moecompile" else f"moecompile/{folder}"
-        expected |= {f"{home}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+        expected |= {f"{home}/{path.name}" for path in (built.tree / folder).glob("*.py")}
     expected |= {
-        f"moecompile/{path.name}" for pattern in ("*.css", "*.js") for path in (ROOT / "moecompile").glob(pattern)
+        f"moecompile/{path.name}" for pattern in ("*.css", "*.js") for path in (built.tree / "moecompile").glob(pattern)
     }
-    expected |= {f"moecompile/codegen/kernels/{path.name}" for path in (ROOT / "codegen" / "kernels").glob("*")}
+    expected |= {f"moecompile/codegen/kernels/{path.name}" for path in (built.tree / "codegen" / "kernels").glob("*")}
     assert names == expected
 
 
-def test_the_source_archive_holds_no_tests_and_no_second_copy(built: tuple[Path, Path]):
-    with tarfile.open(built[0]) as archive:
+def test_the_source_archive_holds_no_tests_and_no_second_copy(built: Built):
+    with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "Makefile", "constraints.txt", "passes/__init__.py"} <= names
     assert not [name for name in names if name.startswith(("tests/", "moecompile/passes", "moecompile/codegen"))]
@@ -104,7 +112,7 @@ def test_every_public_name_resolves_and_no_module_bears_it():
     for name in moecompile.__all__:
         assert getattr(moecompile, name) is not None
         assert name in dir(moecompile)
-        # Importing moecompile/explain.py, say, would put that module in the place of the function `moecompile.explain`.
+        # A module moecompile/explain.py would, once imported, stand in the place of the function `moecompile.explain`.
         assert not (ROOT / "moecompile" / f"{name}.py").exists()
     with pytest.raises(AttributeError, match="module 'moecompile' has no attribute 'explian'; it has Options"):
         _ = moecompile.explian
