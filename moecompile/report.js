@@ -2,6 +2,7 @@
 "use strict";
 
 const GRAPHS = JSON.parse(document.getElementById("graphs").textContent);
+const search = document.querySelector(".bar input");
 const CONTEXT = 3; // unchanged lines kept around a change
 const TOKEN = /(#.*$)|("(?:[^"\\]|\\.)*")|(%\d+)|(moecompile\.\w+)|(\b(?:b?f\d+\w*|[iuc]\d+|bool)\[[^\]]*\])/g;
 const CLASSES = ["c", "s", "v", "o", "t"];
@@ -100,7 +101,6 @@ document.addEventListener("click", (event) => {
   if (event.target.matches(".pane .v")) places(event.target)[0].scrollIntoView({ block: "center", behavior: "smooth" });
 });
 
-const search = document.querySelector(".bar input");
 function filter() {
   const wanted = search.value.trim().toLowerCase();
   let hits = 0;

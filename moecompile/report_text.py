@@ -218,7 +218,7 @@ def _table(headers: Sequence[str], rows: Sequence[tuple[tuple[str, ...], str]], 
     """Columns as wide as needed; the widest give way, and wrap, where the table would be wider than `width`."""
     columns = [[header, *(row[place] for row, _ in rows)] for place, header in enumerate(headers)]
     widths = [max(map(len, column)) for column in columns]
-    while sum(widths) + 2 * len(widths) > width and max(widths) > 12:
+    while sum(widths) + 2 * len(widths) > width and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
     lines: list[str] = []
     for cells, details in [(tuple(headers), ""), *rows]:
