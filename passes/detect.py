@@ -26,10 +26,11 @@ from moecompile.passes.forms import FORMS, Traits, form_of
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
 from moecompile.passes.provenance import module_of, source_of
-from moecompile.passes.recognise import Block, feature_atoms, read, weight_steps
+from moecompile.passes.dense import as_assignments, check_vanishing, uses_gates
+from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.site import Detection, NearMiss, Operand, Site
-from moecompile.passes.terms import Content, Contract, Element, Total, Value
+from moecompile.passes.terms import Content, Contract, Element, Size, Total, Value
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -53,13 +54,24 @@ def _may_be_product(node: fx.Node) -> bool:
 
 
 def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
-    content = combine.value.content
+    content, dims = combine.value.content, combine.value.dims
     assert isinstance(content, Total)
-    block = read(content, combine.value.dims[0], state)
-    operands = _operands(block)
-    roots = frozenset(operand.node for operand in operands.values()) | ({combine.base} if combine.base is not None and not combine.fresh else set())
+    tokens = terms.merge(atom for group in dims[:-1] for atom in group)
+    if any(atom.variable.kind != "ids" for atom in content.over):
+        content, tokens = as_assignments(content, tokens, state)
+    block = read(content, tokens)
+    if uses_gates(block):
+        check_vanishing(block)
+    operands = _operands(block, state)
+    roots = frozenset(node for operand in operands.values() for node in (operand.node, *operand.parts))
+    if combine.base is not None and not combine.fresh:
+        roots |= {combine.base}
     region = region_of(combine.node, roots, state, layout)
-    _check_result(combine, block, state)
+    assert block.out is not None
+    if dims[-1:] != (terms.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
+        raise Refused("the summed rows are not the second GEMM's output features in order")
+    if sum(not isinstance(size, int) for size in state.shape(combine.node)) > 1:
+        raise Refused("a result of several symbolic dimensions")
     return _described(combine, block, operands, region, state)
 
 
@@ -86,14 +98,14 @@ def _holds_expert_product(*contents: Content) -> bool:
     )
 
 
-def _operands(block: Block) -> dict[str, Operand]:
+def _operands(block: Block, state: Interpretation) -> dict[str, Operand]:
     """The fused operator's tensors, as the graph's own nodes and the reshapes that bring them to the operator's shapes."""
     assert block.x is not None and block.key is not None and block.out is not None
     top_k = terms.group_size(block.choices)
     if not isinstance(top_k, int) or not isinstance(block.num_experts, int):
         raise Refused("a symbolic number of experts or choices")
     operands = {
-        "x": Operand(block.x.root, (("reshape", (-1, terms.group_size((block.inner[0].over,)))),)),
+        "x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)),
         "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)),)),
     }
     if block.weight is not None:
@@ -101,29 +113,32 @@ def _operands(block: Block) -> dict[str, Operand]:
         assert steps is not None
         operands["weights"] = Operand(block.weight.root, steps)
     gate, *up = block.inner
-    operands["w_in"] = Operand(gate.weight)
-    operands["w_out"] = Operand(block.out.weight)
     if block.gate_up == "separate":
-        operands["w_up"] = Operand(up[0].weight)
         if gate.transposed != up[0].transposed:
             raise Refused("the gate's and the up projection's weights lie in different orientations")
-    for name, bias in (("b_in", gate.bias), ("b_up", up[0].bias if block.gate_up == "separate" else None), ("b_out", block.out.bias)):
-        if bias is not None:
-            operands[name] = Operand(bias)
+        operands |= _matrices("w_up", "b_up", up[0], block.num_experts, state)
+    operands |= _matrices("w_in", "b_in", gate, block.num_experts, state)
+    operands |= _matrices("w_out", "b_out", block.out, block.num_experts, state)
     return operands
 
 
-def _check_result(combine: Combine, block: Block, state: Interpretation) -> None:
-    """Weights have the shapes the operator takes, and the result's features are the second GEMM's, in order."""
-    assert block.out is not None
-    if combine.value.dims[1:] != (terms.merge(feature_atoms(block.out)),):
-        raise Refused("the summed rows are not the second GEMM's output features in order")
-    for product in (*block.inner, block.out):
-        matrix = (product.over.size, product.extent) if product.transposed else (product.extent, product.over.size)
-        if state.shape(product.weight) != (block.num_experts, *matrix):
-            raise Refused(f"{product.weight} is not one matrix for each expert")
-        if product.bias is not None and state.shape(product.bias) != (block.num_experts, product.extent):
-            raise Refused(f"{product.bias} is not one vector for each expert")
+def _matrices(weight: str, bias: str, product: Product, num_experts: int, state: Interpretation) -> dict[str, Operand]:
+    """One matrix, and one bias vector if there is one, for each expert."""
+    inner, outer = product.over.size, product.extent
+    shape = (num_experts, inner, outer) if product.transposed else (num_experts, outer, inner)
+    found = {weight: _shaped(product.weight, shape, state)}
+    if product.bias is not None:
+        found[bias] = _shaped(product.bias, (num_experts, outer), state)
+    return found
+
+
+def _shaped(node: fx.Node, shape: tuple[Size, ...], state: Interpretation) -> Operand:
+    present = state.shape(node)
+    if present == shape:
+        return Operand(node)
+    if terms.product(present) != terms.product(shape) or not all(isinstance(size, int) for size in shape):
+        raise Refused(f"{node} of shape {present} does not hold one {shape[1:]} for each of {shape[0]} experts")
+    return Operand(node, (("reshape", shape),))
 
 
 def _described(combine: Combine, block: Block, operands: dict[str, Operand], region: frozenset[fx.Node], state: Interpretation) -> Site:

@@ -12,7 +12,7 @@ Contract
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,16 +20,18 @@ from torch import fx
 
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import fake_of
-from moecompile.passes.region import Layout, removable
+from moecompile.passes.region import Layout, only_reads_dtype, removable
 from moecompile.passes.site import Operand, Site
 
 _TENSORS = ("w_up", "b_in", "b_up", "b_out")
 
 
-def fuse(graph: fx.Graph, sites: Iterable[Site]) -> int:
+def fuse(graph: fx.Graph, sites: Sequence[Site]) -> int:
     """Rewrite the graph in place; returns how many Sites were replaced. The caller recompiles the GraphModule."""
     count = 0
     layout = Layout(graph)
+    for site in sites:
+        _free_from_metadata(graph, site)
     for site in sites:
         gone = removable(site.node, site.region, layout)
         with graph.inserting_before(site.node):
@@ -41,6 +43,13 @@ def fuse(graph: fx.Graph, sites: Iterable[Site]) -> int:
     if count:
         graph.lint()
     return count
+
+
+def _free_from_metadata(graph: fx.Graph, site: Site) -> None:
+    """Casts outside that read only the dtype of a row get it as a dtype."""
+    for node in site.region:
+        for user in [user for user in node.users if user not in site.region and only_reads_dtype(user, node)]:
+            user.target, user.args, user.kwargs = "to", (user.args[0], fake_of(user).dtype), {}
 
 
 def emit(graph: fx.Graph, site: Site) -> fx.Node:
@@ -116,6 +125,9 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> No
     """Give the Site's users the new result, added into the base the way the model did."""
     node, base = site.node, site.base
     made = _Emitter(graph, site)
+    shape = fake_of(node).shape
+    if len(shape) != 2:
+        result = made.method("reshape", (result, *(size if isinstance(size, int) else -1 for size in shape)))
     final = result
     if base is not None and writes(node):
         position = layout.position

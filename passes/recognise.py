@@ -36,8 +36,8 @@ class Block:
     num_experts: Size = 0
     x: Element | None = None
     weight: Element | None = None
-    out: _Product | None = None
-    inner: list[_Product] = field(default_factory=list)  # gate then up, or hidden
+    out: Product | None = None
+    inner: list[Product] = field(default_factory=list)  # gate then up, or hidden
     input: str = ""
     activation: str = ""
     output: str = ""
@@ -51,7 +51,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """rows @ weight[expert] (+ bias[expert]); `start`, `step`, `width` say which of the weight's `extent` output features these are."""
 
     content: Content
@@ -67,7 +67,7 @@ class _Product:
     bias: fx.Node | None = None
 
 
-def read(total: Total, tokens: Group, state: Interpretation) -> Block:
+def read(total: Total, tokens: Group) -> Block:
     """Take the term of a combine apart. Raises Refused with the first thing that is not as it must be."""
     block = Block(tokens, total.over)
     _find_key(block, total.content)
@@ -172,7 +172,7 @@ def weight_steps(content: Element, block: Block) -> tuple[tuple[str, tuple[objec
 # ---- GEMMs
 
 
-def _product(content: Content, block: Block) -> _Product | None:
+def _product(content: Content, block: Block) -> Product | None:
     """content as rows @ weight[expert], with a bias if one is added; None if it is something else."""
     if isinstance(content, Contract):
         for weight, rows in ((content.right, content.left), (content.left, content.right)):
@@ -191,7 +191,7 @@ def _by_expert(content: Element, block: Block) -> bool:
     return Looked(block.key, block.num_experts) in content.index if block.key is not None else False
 
 
-def _weight_product(content: Contract, rows: Content, weight: Element, block: Block) -> _Product:
+def _weight_product(content: Contract, rows: Content, weight: Element, block: Block) -> Product:
     assert block.key is not None
     expert, *rest = weight.index
     if expert != Looked(block.key, block.num_experts):
@@ -203,10 +203,22 @@ def _weight_product(content: Contract, rows: Content, weight: Element, block: Bl
     if place not in (0, len(rest) - 1) or weight.written is not None:
         raise Refused(f"the weight {weight.root} does not hold one matrix for each expert")
     start, step, width, extent = _affine(features, weight.root)
-    return _Product(content, rows, content.over, weight.root, place == 0, start, step, width, extent, tuple(features))
+    return Product(content, rows, content.over, weight.root, place == 0 and bool(features), start, step, width, extent, tuple(features))
 
 
-def _with_bias(content: Content, product: _Product, bias: Element, block: Block) -> _Product:
+def _unit_product(content: Content, block: Block) -> Product | None:
+    """An expert of one unit: its output is a number times a row of the second weight, a product without a sum."""
+    if not isinstance(content, Apply) or content.op != "mul":
+        return None
+    for rows, weight in (content.args, content.args[::-1]):
+        if isinstance(weight, Element) and _by_expert(weight, block) and len(weight.index) > 1 and weight.written is None:
+            unit = Atom(terms.Variable("bound", "unit"), 1, 1)
+            features = tuple(weight.index[1:])
+            return Product(content, rows, unit, weight.root, False, *_affine(list(features), weight.root), features)
+    return None
+
+
+def _with_bias(content: Content, product: Product, bias: Element, block: Block) -> Product:
     assert block.key is not None
     expert, *features = bias.index
     if expert != Looked(block.key, block.num_experts) or bias.written is not None:
@@ -239,7 +251,7 @@ def _number(size: Size) -> int:
     return size
 
 
-def feature_atoms(product: _Product) -> list[Atom]:
+def feature_atoms(product: Product) -> list[Atom]:
     """The atoms that run over the product's output features, without the fixed digits."""
     return [part.atom if isinstance(part, Affine) else part for part in product.features if isinstance(part, (Atom, Affine))]
 
@@ -248,7 +260,7 @@ def feature_atoms(product: _Product) -> list[Atom]:
 
 
 def _out_leaf(content: Content, block: Block) -> str | None:
-    product = _product(content, block)
+    product = _product(content, block) or _unit_product(content, block)
     if product is None:
         return None
     if block.out is not None and block.out != product:
@@ -265,7 +277,7 @@ def _inner_leaf(content: Content, block: Block) -> str | None:
         return None
     assert block.out is not None
     atoms = feature_atoms(product)
-    if terms.merge(atoms) != (block.out.over,):
+    if terms.merge(atoms) != terms.merge((block.out.over,)):
         raise Refused("the activation's features are not those that the second GEMM sums over")
     if product not in block.inner:
         block.inner.append(product)

@@ -82,14 +82,14 @@ def _is_border(node: fx.Node) -> bool:
 
 def region_of(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> frozenset[fx.Node]:
     """The nodes between `roots` and `end`, `end` included. Raises Refused as the contract above says."""
-    region = _between(end, roots, layout)
+    region = _between(end, roots, state, layout)
     _check_rows(end, region, state)
     _check_roots(end, region, roots, state, layout)
     _check_modes(end, region, layout)
     return frozenset(region)
 
 
-def _between(end: fx.Node, roots: frozenset[fx.Node], layout: Layout) -> set[fx.Node]:
+def _between(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> set[fx.Node]:
     """Backward from the end to the roots, with every write on the way into memory that is not a root's."""
     region: set[fx.Node] = set()
     waiting = [end]
@@ -108,7 +108,8 @@ def _between(end: fx.Node, roots: frozenset[fx.Node], layout: Layout) -> set[fx.
         call = bind(node)
         if call is not None and call.name in _MAKERS:
             continue
-        waiting += [argument for argument in node.all_input_nodes if _holds_tensor(argument)]
+        # a size read off a tensor depends on the tensor only if that is one of the block's rows
+        waiting += [argument for argument in node.all_input_nodes if _holds_tensor(node) or is_row(argument, state)]
     return region
 
 
@@ -129,11 +130,17 @@ def is_row(node: fx.Node, state: Interpretation) -> bool:
     return fake.dim() > 1 and bool(value.dims[-1]) and isinstance(value.content, (Element, Apply, Contract, Total))
 
 
+def only_reads_dtype(user: fx.Node, node: fx.Node) -> bool:
+    """Whether the user casts another tensor to the node's dtype: x.type_as(node), x.to(node)."""
+    call = bind(user)
+    return call is not None and call.name == "cast" and user.op == "call_method" and call["input"] is not node
+
+
 def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> None:
     for node in sorted(region):
         if node is end or not is_row(node, state):
             continue
-        outside = next((user for user in node.users if user not in region), None)
+        outside = next((user for user in node.users if user not in region and not only_reads_dtype(user, node)), None)
         if outside is not None:
             place = "the graph's result" if outside.op == "output" else f"{outside}"
             raise Refused(f"{node}, a value inside the block, is also used by {place}")

@@ -9,6 +9,7 @@ from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain
+from moecompile.passes.rules_routing import distinct
 from moecompile.passes.rules_views import constant
 from moecompile.passes.calls import Call
 from moecompile.passes.terms import Apply, Constant, Content, Element, Equals, Index, Special, Value
@@ -55,7 +56,7 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
             _propagate_sparsity(call, state)
             return None
     if all(isinstance(value.content, (Index, Equals, Special, Constant)) or is_plain(value) for value in values):
-        return _masks(call, values)
+        return _masks(call, state, values)
     if any(isinstance(value.content, (Index, Equals, Special)) for value in values):
         raise Refused("arithmetic of rows with indices or masks")
     expected = _promoted(call, state, [call[name] for name in operands])
@@ -105,7 +106,36 @@ def _unmoved(state: Interpretation, node: fx.Node) -> bool:
     return not isinstance(value.content, Element) or value.dims == state.leaf(value.content.root).dims
 
 
-def _masks(call: Call, values: list[Value]) -> Value | None:
+def _masks(call: Call, state: Interpretation, values: list[Value]) -> Value | None:
+    """A number for each assignment spread over a one-hot mask of its expert: gates, once summed over the choices."""
+    equals = [value for value in values if isinstance(value.content, Equals)]
+    others = [value for value in values if not isinstance(value.content, Equals)]
+    if call.name != "mul" or len(equals) != 1 or len(others) != 1 or not is_plain(others[0]):
+        return None
+    dims, contents = unify(values)
+    mask = next(content for content in contents if isinstance(content, Equals))
+    number = next(content for content in contents if not isinstance(content, Equals))
+    return Value(dims, Special("spread", (mask, number)))
+
+
+def _invert(call: Call, state: Interpretation) -> Value | None:
+    """~mask of the chosen experts."""
+    value = state.value(call["input"])
+    opposite = {"chosen": "not chosen", "not chosen": "chosen"}
+    if isinstance(value.content, Special) and value.content.kind in opposite and fake_of(call["input"]).dtype is torch.bool:
+        return Value(value.dims, Special(opposite[value.content.kind], value.content.about))
+    return None
+
+
+def _masked_fill(call: Call, state: Interpretation) -> Value | None:
+    """logits.masked_fill(~chosen, number): a leaf that holds the number away from each token's experts."""
+    value, mask = state.value(call["input"]), call["mask"]
+    content = state.value(mask).content
+    if not is_plain(value) or not isinstance(content, Special) or content.kind != "not chosen" or not isinstance(call["value"], (int, float)):
+        return None
+    if state.shape(call["input"]) != state.shape(mask) or not distinct(content.about[0], state):
+        return None
+    state.sparse[call.node] = Sparse(content.about[0], call["value"])
     return None
 
 
@@ -161,6 +191,8 @@ RULES: dict[str, Rule] = {
     "full": _made,
     "full_like": _made,
     "softmax": _softmax,
+    "invert": _invert,
+    "masked_fill": _masked_fill,
 }
 
 __all__ = ["ELEMENTWISE", "RULES", "Content", "elementwise"]

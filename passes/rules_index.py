@@ -48,7 +48,7 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
             lookups.append((dim, state.value(item)))
             dim += 1
         elif isinstance(item, int) and not lookups and not any(isinstance(other, fx.Node) for other in items):
-            if is_plain(value) and len(value.dims) != 3 and not _integral(source):
+            if is_plain(value) and len(value.dims) != 3 and not _integral(source) and not _is_sparse(state, value):
                 return None
             value = selected(value, dim, item)
         elif isinstance(item, int):
@@ -57,10 +57,15 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
         else:
             raise Refused(f"indexing by {item!r}")
     if not lookups:
-        return None if is_plain(value) and any(isinstance(item, slice) and item != slice(None) for item in items) else value
+        cut = any(isinstance(item, slice) and item != slice(None) for item in items)
+        return None if cut and is_plain(state.value(source)) and not _is_sparse(state, state.value(source)) else value
     at = [dim for dim, _ in lookups]
     adjacent = at == list(range(at[0], at[0] + len(at)))
     return look_up(value, at, [found for _, found in lookups], at[0] if adjacent else 0)
+
+
+def _is_sparse(state: Interpretation, value: Value) -> bool:
+    return isinstance(value.content, terms.Element) and value.content.root in state.sparse
 
 
 def _is_mask(node: fx.Node) -> bool:

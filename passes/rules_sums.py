@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx
-
 from moecompile.passes import terms
-from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of, is_plain, is_routed
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, Sparse, is_plain, is_routed
 from moecompile.passes.rules_index import rows_index
-from moecompile.passes.rules_routing import scattered_counts, summed_counts
+from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Constant, Group, Index, Total, Value
+from moecompile.passes.terms import Constant, Group, Index, Special, Total, Value
 from moecompile.passes.unify import enumerates, unify, without
 
 
@@ -24,6 +22,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     counts = summed_counts(call, value, dims, state)
     if counts is not None:
         return counts
+    _gates(call, state, value, dims)
     if is_plain(value) or not is_routed(value):
         return None
     if call["keepdim"]:
@@ -36,6 +35,19 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     source = state.dtype(call["input"])
     state.combines.append(Combine(call.node, result, out_dtype=None if source == state.dtype(call.node) else state.dtype(call.node)))
     return None
+
+
+def _gates(call: Call, state: Interpretation, value: Value, dims: list[int]) -> None:
+    """(one_hot(ids) * weights).sum(choices): a sparse leaf of gates, zero away from each token's experts."""
+    content = value.content
+    if not isinstance(content, Special) or content.kind != "spread" or len(dims) != 1 or call["keepdim"]:
+        return
+    mask, _ = content.about
+    rest = [group for dim, group in enumerate(value.dims) if dim not in dims]
+    if len(rest) == 2 and rest[1] == (mask.atom,):
+        ids = Value((rest[0], value.dims[dims[0]]), mask.content)
+        if distinct(ids, state):
+            state.sparse[call.node] = Sparse(ids, 0)
 
 
 def _index_add(call: Call, state: Interpretation) -> Value | None:
@@ -100,5 +112,3 @@ RULES: dict[str, Rule] = {
     "scatter_add": _scatter_add,
     "index_put": _index_put,
 }
-
-__all__ = ["RULES", "fx", "fake_of"]

@@ -10,7 +10,7 @@ from torch import fx
 from moecompile.passes import terms
 from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Affine, Apply, Atom, Constant, Element, Fixed, Group, Index, Size, Value, Variable
+from moecompile.passes.terms import Affine, Apply, Atom, Constant, Element, Fixed, Group, Index, Size, Special, Value, Variable
 
 
 def reshaped(value: Value, shape: tuple[Size, ...]) -> Value:
@@ -138,9 +138,12 @@ def sliced(value: Value, dim: int, start: int, length: Size, step: int, key: Any
         raise Refused("a slice of a dimension that holds several indices")
     if group[0].variable.rank >= 2:
         raise Refused("a slice takes only some of the assignments")
+    if length == 1:
+        content = terms.substitute(value.content, group[0], Fixed(start, extent))
+        return Value((*value.dims[:dim], (), *value.dims[dim + 1 :]), content)
     atom = Atom(Variable("slice", key), 1, length)
     content = terms.substitute(value.content, group[0], Affine(atom, start, step, extent))
-    return Value((*value.dims[:dim], (atom,) if length != 1 else (), *value.dims[dim + 1 :]), content)
+    return Value((*value.dims[:dim], (atom,), *value.dims[dim + 1 :]), content)
 
 
 def selected(value: Value, dim: int, index: int) -> Value:
@@ -218,9 +221,19 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
         return value
     if isinstance(value.content, terms.Equals):  # zero or one in every dtype
         return value
-    if is_plain(value) or isinstance(value.content, Index):
+    if isinstance(value.content, Special) and value.content.kind in ("chosen", "not chosen"):  # a mask in every dtype
+        return value
+    if is_plain(value) or isinstance(value.content, (Index, Special)):
+        keep_sparse(call, state)
         return None
     return Value(value.dims, Apply("cast", (value.content,), (str(after).removeprefix("torch."),)))
+
+
+def keep_sparse(call: Call, state: Interpretation) -> None:
+    """A cast of a sparse leaf is one."""
+    value = state.value(call["input"])
+    if isinstance(value.content, Element) and value.content.root in state.sparse and value.dims == state.leaf(value.content.root).dims:
+        state.sparse[call.node] = state.sparse[value.content.root]
 
 
 def _holds_integers(dtype: torch.dtype) -> bool:

@@ -1,0 +1,91 @@
+"""Dense mixtures: every expert sees every token, weighted by gates that are zero away from each token's chosen experts.
+
+    sum over e of  F_e(x[t], G[t, e])      with  G[t, e] = 0  wherever e is not in ids[t]
+  = sum over k of  F_ids[t,k](x[t], G[t, ids[t, k]])      if  F_e(x, 0) = 0  and the ids of a token are distinct
+
+Where G vanishes its derivative must vanish as well, or the router's gradient would differ: `Interpretation.sparse` holds only such leaves (a scatter
+into a constant, and functions of it that are flat there).
+"""
+
+from __future__ import annotations
+
+from moecompile.codegen import expression
+from moecompile.passes import terms
+from moecompile.passes.interpret import Interpretation, Refused, Sparse, walk
+from moecompile.passes.recognise import Block
+from moecompile.passes.rules_routing import distinct
+from moecompile.passes.terms import Atom, Element, Group, Looked, Total, Value
+
+
+def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[Total, Group]:
+    """The sum over all experts as a sum over each token's choices: (sum, the assignments' token digits)."""
+    if len(total.over) != 1:
+        raise Refused("a sum over something that is neither a token's choices nor all experts")
+    expert = total.over[0]
+    gates = {inner.root: inner for inner in walk(total.content) if isinstance(inner, Element) and inner.root in state.sparse and expert in inner.index}
+    if not gates:
+        raise Refused("a sum over all experts without gates that vanish away from each token's choices")
+    if len(gates) > 1:
+        raise Refused("a sum over all experts with several gates")
+    ((root, gate),) = gates.items()
+    sparse = state.sparse[root]
+    if sparse.outside != 0:
+        raise Refused(f"the gates {root} are {sparse.outside} and not 0 away from each token's choices")
+    if tuple(part for part in gate.index if part != expert) != tokens:
+        raise Refused(f"the gates {root} are not applied to their own tokens")
+    return _by_choice(total, tokens, expert, sparse, state)
+
+
+def _by_choice(total: Total, tokens: Group, expert: Atom, sparse: Sparse, state: Interpretation) -> tuple[Total, Group]:
+    ids = sparse.ids
+    if len(ids.dims) != 2 or not isinstance(ids.content, Element) or not distinct(ids, state):
+        raise Refused("a token may name an expert twice, which a sum over all experts counts once")
+    pairs = terms.align(tokens, ids.dims[0])
+    if pairs is None:
+        raise Refused("the gates' ids are of other tokens")
+    content = terms.substitute(total.content, expert, Looked(ids.content, expert.size))
+    content = terms.rename(Value((), content), pairs).content
+    return Total(content, ids.dims[1], total.dtype), ids.dims[0]
+
+
+def uses_gates(block: Block) -> bool:
+    """Whether the routing weight is looked up in a table of (tokens, experts)."""
+    return block.weight is not None and any(isinstance(part, Looked) for part in block.weight.index)
+
+
+def check_vanishing(block: Block) -> None:
+    """Raises Refused unless an expert whose gate is 0 adds exactly 0 to the sum."""
+    zeros = {"weight"}
+    if _is_zero(block.input, zeros) and all(product.bias is None for product in block.inner):
+        zeros |= {"gate", "up", "hidden"}
+    assert block.out is not None
+    if _is_zero(block.activation, zeros) and block.out.bias is None:
+        zeros |= {"out"}
+    if not _is_zero(block.output, zeros):
+        raise Refused("experts that are not chosen add something to the sum although their gate is 0")
+
+
+# functions that are 0 at 0
+_ZERO_AT_ZERO = frozenset("neg abs sign square sqrt silu tanh relu relu6 leaky_relu elu celu selu gelu erf mish hardswish cast log1p".split())
+
+
+def _is_zero(text: str, zeros: set[str]) -> bool:
+    return _vanishes(expression.parse(text), zeros)
+
+
+def _vanishes(parsed: expression.Expression, zeros: set[str]) -> bool:
+    if isinstance(parsed, expression.Leaf):
+        return parsed.name in zeros
+    if isinstance(parsed, expression.Constant):
+        return parsed.value == 0
+    values = [_vanishes(argument, zeros) for argument in parsed.args]
+    if parsed.op == "mul":
+        return any(values)
+    if parsed.op in ("add", "sub", "minimum", "maximum"):
+        return all(values)
+    if parsed.op == "div":
+        return values[0] and isinstance(parsed.args[1], expression.Constant)
+    if parsed.op == "clamp":
+        low, high = (*parsed.params, None, None)[:2]
+        return values[0] and not (isinstance(low, (int, float)) and low > 0) and not (isinstance(high, (int, float)) and high < 0)
+    return parsed.op in _ZERO_AT_ZERO and values[0]
