@@ -39,7 +39,7 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import advice, lowering, pipeline, report
+    from moecompile import advice, lowering, pipeline, report, verify
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
@@ -51,8 +51,12 @@ def moecompile(
         record.notes.append("MOECOMPILE_DISABLE is set: the graph was handed on untouched")
         return lowering.lower(gm, example_inputs, chosen, record, name)
 
-    # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse.
-    pipeline.run_passes(gm, chosen, record)
+    # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse. On request, the
+    #    rewritten blocks are compared with the original ones, and the original graph is used where they differ.
+    untouched = verify.Untouched(gm) if chosen.verify else None
+    sites = pipeline.run_passes(gm, chosen, record)
+    if untouched:
+        verify.verify(untouched, sites, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record)
 
     # 4. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.

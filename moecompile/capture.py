@@ -62,7 +62,7 @@ def capture(
         converter._inner_convert = _Listener(converter._inner_convert, stops)
     module = getattr(model, "_orig_mod", model)
     args, kwargs = pytree.tree_map_only(Tensor, _own_copy, (args, kwargs))
-    with _dynamo_left_alone(backend), _module_left_alone(module), torch.random.fork_rng(_gpus_in_use()):
+    with _dynamo_left_alone(backend), _module_left_alone(module), torch.random.fork_rng(gpus_in_use()):
         context(module)(*args, **kwargs)
     return stops
 
@@ -90,7 +90,8 @@ def _own_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _gpus_in_use() -> list[int]:
+def gpus_in_use() -> list[int]:
+    """The GPUs whose random generators may have been used by this process."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 

@@ -5,6 +5,7 @@ Every pass sees every body of the captured graph (`moecompile.bodies`), one at a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -52,8 +53,12 @@ PASSES: dict[str, Callable[[Piece], None]] = {
 }
 
 
-def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> None:
-    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
+def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tuple[Site, ...]:
+    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after.
+
+    Returns:
+        the sites with their graph nodes, which the record's sites are without: it lives as long as the process.
+    """
     pieces = [Piece(module) for module in bodies_of(gm).values()]
     record.before = text_of(gm)
     for number, (name, run) in enumerate(PASSES.items(), start=1):
@@ -71,9 +76,21 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Non
         if piece.changed:
             piece.module.graph.lint()
             piece.module.recompile()
-    record.sites = tuple(site for piece in pieces for site in piece.sites)
+    sites = tuple(site for piece in pieces for site in piece.sites)
+    record.sites = tuple(map(without_graph, sites))
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.after = text_of(gm)
+    return sites
+
+
+def without_graph(site: Site) -> Site:
+    """What is known of a block, without the nodes that hold its graph and fake tensors alive."""
+    private = {
+        entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        for entry in dataclasses.fields(site)
+        if not entry.repr
+    }
+    return dataclasses.replace(site, **private)
 
 
 def _counts(pieces: Iterable[Piece]) -> Counter[str]:
