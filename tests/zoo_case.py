@@ -97,6 +97,12 @@ def make(case: Case | Refusal, seed: int = 0) -> nn.Module:
     return case.build()
 
 
+def arguments(case: Case | Refusal, tokens: int = TOKENS, seed: int = 1) -> tuple[Tensor, ...]:
+    """The arguments of a case, which depend on `seed` only."""
+    torch.manual_seed(seed)
+    return case.inputs(tokens)
+
+
 def weight(*shape: int, fan_in: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """A random parameter of `shape` whose product with a unit-variance vector of `fan_in` entries has variance 2."""
     return nn.Parameter((torch.randn(*shape) * (2.0 / fan_in) ** 0.5).to(dtype))

@@ -140,7 +140,7 @@ class Overwritten(Loop):
 @refused("the largest contribution wins")
 class MaximumWins(Loop):
     def add(self, out: Tensor, token: Tensor, y: Tensor) -> Tensor:
-        return out.index_reduce(0, token, y, "amax")
+        return out.scatter_reduce(0, token[:, None].expand_as(y), y, "amax")
 
 
 class Sequential(Loop):
