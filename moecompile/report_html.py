@@ -78,11 +78,12 @@ def _file(name: str) -> str:
 
 def _tiles(report: Report) -> str:
     inside = sum(graph_break.moe for graph_break in report.graph_breaks)
-    breaks = "graph breaks" + (f", {inside} in MoE code" if inside else "")
+    breaks = _plural(len(report.graph_breaks), "graph break") + (f", {inside} in MoE code" if inside else "")
+    blocks = _plural(len(report.sites), "MoE block")
     milliseconds = sum(record.milliseconds for graph in report.graphs for record in graph.passes)
     tiles = [
-        ("good" * bool(report.sites), len(report.sites), f"MoE blocks {'rewritten' if rewritten(report) else 'found'}"),
-        ("warn" * bool(report.near_misses), len(report.near_misses), "near misses"),
+        ("good" * bool(report.sites), len(report.sites), f"{blocks} {'rewritten' if rewritten(report) else 'found'}"),
+        ("warn" * bool(report.near_misses), len(report.near_misses), _plural(len(report.near_misses), "near miss")),
         ("bad" if inside else "warn" * bool(report.graph_breaks), len(report.graph_breaks), breaks),
         ("", f"{milliseconds:.1f} ms", "in our passes"),
     ]
@@ -90,6 +91,11 @@ def _tiles(report: Report) -> str:
         f'<div class="tile {kind}"><b>{value}</b><span>{label}</span></div>' for kind, value, label in tiles
     )
     return f'<div class="tiles">{boxes}</div>'
+
+
+def _plural(number: int, thing: str) -> str:
+    """The thing alone, for a number that stands apart."""
+    return counted(number, thing).partition(" ")[2]
 
 
 def _sites(report: Report) -> str:

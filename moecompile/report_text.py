@@ -197,7 +197,8 @@ def _graph_texts(graph: GraphReport, full: bool) -> list[str]:
     if full:
         lines += ["", "  before", *_indented(graph.before), "", "  after", *_indented(graph.after)]
     else:
-        lines += ["", "  changes", *_indented("\n".join(unified(graph.before, graph.after)))]
+        changed = graph.before != graph.after
+        lines += ["", "  changes", *_indented("\n".join(unified(graph.before, graph.after)))] if changed else []
     for name, text in (("forward", graph.forward), ("backward", graph.backward)):
         lines += ["", f"  {name}", *_indented(text)] if text else []
     return lines
