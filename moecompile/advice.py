@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
+from moecompile.pipeline import TRANSFORMED
 from moecompile.report import GraphBreak, GraphReport, last_report
 
 log = logging.getLogger("moecompile")
@@ -54,14 +55,19 @@ def obstacle_of(gm: fx.GraphModule, record: GraphReport) -> Obstacle | None:
     What is known of the graph break at its end, if there is one, goes into the record.
     """
     if record.ended_by is not None:
-        record.ended_by = graph_break(gm.compile_subgraph_reason.reason, gm.compile_subgraph_reason.user_stack)
+        end: Any = gm.compile_subgraph_reason
+        record.ended_by = graph_break(end.reason, end.user_stack)
     if record.near_misses:
         miss = record.near_misses[0]
-        return Obstacle(f"The nearest was form {miss.form}, refused because {miss.reason}", miss.source, miss.cure)
+        return Obstacle(f"Nearest is the form {miss.form}, refused: {miss.reason}", miss.source, miss.cure)
+    if TRANSFORMED in record.notes:
+        return Obstacle(TRANSFORMED, "", None)
     if record.ended_by is None:
         return None
     if source := experts_loop(gm):
-        reason = "The experts run in a Python loop over those that were hit: Dynamo cannot capture it, no backend sees it"
+        reason = (
+            "The experts run in a Python loop over those that were hit: Dynamo cannot capture it, no backend sees it"
+        )
         return Obstacle(reason, source, record.ended_by.cure)
     if record.ended_by.moe:
         reason = f"Dynamo stopped capturing inside MoE code: {record.ended_by.reason}"
@@ -166,7 +172,7 @@ def _warn(record: GraphReport, obstacle: Obstacle | None) -> None:
         return
     record.notes.append(WARNED)
     log.warning(
-        "moecompile rewrote nothing: %s no mixture-of-experts block that it knows.\n%s`%s` shows what stands in the way.",
+        "moecompile rewrote nothing: %s no mixture-of-experts block that it knows.\n%s`%s` shows more.",
         f"{record.name} holds" if len(graphs) == 1 else f"the {len(graphs)} graphs captured so far hold",
         f"{obstacle}\n" if obstacle else "",
         COMMAND,

@@ -1,5 +1,8 @@
-"""A captured graph is a tree: the bodies of higher-order operators (activation checkpointing, nested compile regions)
-are graph modules of their own below the main one. This room walks, prints and copies such trees."""
+"""A captured graph is a tree; this room walks, prints and copies it.
+
+The bodies of higher-order operators (activation checkpointing, nested compile regions) are graph modules of their own
+below the main one.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +41,14 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     for node, place in places.items():
         # AOTAutograd reads where an input comes from here; it is no part of what fx copies
         if hasattr(node, "_dynamo_source"):
-            place._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            place._dynamo_source = node._dynamo_source
     return duplicate, places
 
 
 def copy_tree(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a captured graph and of the bodies below it, to be run; tensors they hold are shared."""
     copies: dict[fx.GraphModule, fx.GraphModule] = {}
-    for path, module in reversed(bodies_of(gm).items()):
+    for module in reversed(bodies_of(gm).values()):
         copies[module] = duplicate = fx.GraphModule(module, copy_graph(module.graph)[0], module.__class__.__name__)
         duplicate.meta.update(module.meta)
         for name, child in module.named_children():

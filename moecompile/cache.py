@@ -100,9 +100,7 @@ def graph_key(salt: str, graph: str, example_inputs: Sequence[Any], patches: Map
     from torch._inductor import config as inductor_config
 
     autocast = {
-        device: str(torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
+        device: str(torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     }
     return _digest(
         salt,
@@ -157,7 +155,9 @@ class Sidecar:
                 file.write(content)
             os.replace(file.name, self.path)
         except OSError as error:
-            log.warning("moecompile cannot write %s (%s); set MOECOMPILE_CACHE_DIR to a usable directory", self.path, error)
+            log.warning(
+                "moecompile cannot write %s (%s); set MOECOMPILE_CACHE_DIR to a usable directory", self.path, error
+            )
 
 
 def _digest(*parts: str) -> str:

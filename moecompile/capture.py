@@ -1,8 +1,8 @@
 """Capturing a model with Dynamo alone: every graph, and every place where capturing stopped.
 
-The model is run once, for real, because what happens behind a graph break depends on data; the graphs are run by PyTorch
-itself. What the run and the capture would leave behind is put back: the state of the random generators, buffers, and
-Dynamo's caches and memories.
+The model is run once, for real, because what happens behind a graph break depends on data; the graphs are run by
+PyTorch itself. What the run and the capture would leave behind is put back: the state of the random generators,
+buffers, and Dynamo's caches and memories.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def capture(
 
     Args:
         model: a module or a function. Whatever of it is compiled already is captured anew, as one whole.
-        args, kwargs: what it is called with. Tensors are copied first, so that a call that writes into them does no harm.
+        args: what it is called with. Tensors are copied first, so that a call that writes into them does no harm.
+        kwargs: the same.
         look: called with each graph as it is captured.
         fullgraph: raise at the first graph break instead of going on behind it.
 
@@ -56,9 +57,9 @@ def capture(
         return original.forward
 
     stops: list[Stop] = []
-    context = dynamo.optimize(backend, nopython=fullgraph)
-    converter = context.callback._torchdynamo_orig_backend
+    context: Any = dynamo.optimize(backend, nopython=fullgraph)
     if not fullgraph:
+        converter = context.callback._torchdynamo_orig_backend
         converter._inner_convert = _Listener(converter._inner_convert, stops)
     module = getattr(model, "_orig_mod", model)
     args, kwargs = pytree.tree_map_only(Tensor, _own_copy, (args, kwargs))
@@ -125,8 +126,8 @@ def _module_left_alone(module: Any) -> Iterator[None]:
 def _dynamo_left_alone(backend: Callable[..., Any]) -> Iterator[None]:
     """Within: Dynamo tries every frame, even those it gave up before. After: it remembers nothing of `backend`.
 
-    What is compiled by other backends stays compiled. Sizes seen within do not count as seen, so that they make no later
-    compilation dynamic, in this process or, through the file that Dynamo keeps of them, in the next.
+    What is compiled by other backends stays compiled. Sizes seen within do not count as seen, so that they make no
+    later compilation dynamic, in this process or, through the file that Dynamo keeps of them, in the next.
     """
     from torch._dynamo import config, pgo
 

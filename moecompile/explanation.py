@@ -17,14 +17,15 @@ from moecompile.report import GraphBreak, GraphReport, Report
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Captures `model(*args, **kwargs)` with Dynamo, runs detection and rewriting, and reports.
 
-    The model runs once, for real, as captured graphs run by PyTorch itself: Inductor is not needed, nor is a GPU. It runs
-    with gradients or without as the caller's `torch.no_grad` says; no backward is run. Parameters, gradients, buffers,
-    arguments (tensors), random generators, compiled code and Dynamo's memory of sizes are as before afterwards; what a
-    forward does to other Python objects (a cache it is given, a counter it keeps) stays done.
+    The model runs once, for real, as captured graphs run by PyTorch itself: Inductor is not needed, nor is a GPU. It
+    runs with gradients or without as the caller's `torch.no_grad` says; no backward is run. Gradients, buffers, tensor
+    arguments, random generators, compiled code and Dynamo's memory of sizes are as before afterwards; what a forward
+    does to its parameters or to other Python objects (a cache it is given, a counter it keeps) stays done.
 
     Args:
         model: a module or a function. Compiled, whole or in parts, it is looked at as if it were compiled as one whole.
-        *args, **kwargs: what it is called with.
+        *args: what it is called with.
+        **kwargs: the same.
 
     Returns:
         the report of this call alone (`moecompile.last_report` is not touched): blocks, near misses, the graphs before
@@ -59,12 +60,12 @@ def _examine(gm: fx.GraphModule, index: int) -> GraphReport:
 
 
 def _fullgraph_cure(model: Callable[..., Any], args: Any, kwargs: Any, blocks: int) -> str | None:
-    """The cure `fullgraph=True`, if it is one: it lets Dynamo capture what it otherwise breaks at. Tried, not guessed."""
+    """The cure `fullgraph=True`, if it is one: it lets Dynamo capture some of what it otherwise breaks at."""
     found: list[GraphReport] = []
     try:
         capture(model, args, kwargs, lambda gm: found.append(_examine(gm, len(found))), fullgraph=True)
-    except Exception:  # noqa: BLE001  whatever stands in the way, this is no cure then
-        return None
+    except Exception:
+        return None  # whatever stands in the way: it is no cure then
     more = sum(len(record.sites) for record in found)
     return f"torch.compile(..., fullgraph=True): tried, {more} blocks are found then" if more > blocks else None
 

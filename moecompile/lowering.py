@@ -36,11 +36,9 @@ def lower(
     """
     inputs = input_names(gm.graph)
 
-    def note(kind: str, graph_module: fx.GraphModule) -> str:
-        text = text_of(graph_module, collapse=True, inputs=inputs)
-        setattr(record, kind, text)
+    def note(kind: str, graph_module: fx.GraphModule) -> None:
+        setattr(record, kind, text_of(graph_module, collapse=True, inputs=inputs))
         record.log_artifacts()
-        return text
 
     if options.lowering == "eager":
         return eager(gm, example_inputs, seen=note)
@@ -48,13 +46,12 @@ def lower(
     patches = dict(options.inductor)
     salt = cache.salt(options)
     sidecar = cache.Sidecar(cache.graph_key(salt, text_of(gm), example_inputs, patches))
-    compiled = inductor(
-        gm,
-        example_inputs,
-        patches=cache.salted(patches, salt),
-        seen=lambda kind, graph_module: sidecar.write(kind, note(kind, graph_module)),
-        name=name,
-    )
+
+    def note_and_store(kind: str, graph_module: fx.GraphModule) -> None:
+        note(kind, graph_module)
+        sidecar.write(kind, getattr(record, kind))
+
+    compiled = inductor(gm, example_inputs, patches=cache.salted(patches, salt), seen=note_and_store, name=name)
     record.cached = "miss" if record.forward else "hit"
     if record.cached == "hit":
         remembered = sidecar.read()
@@ -74,6 +71,8 @@ def inductor(
     """Compiles with Inductor.
 
     Args:
+        gm: a graph of Dynamo's, after all our passes.
+        example_inputs: the inputs of the call being compiled.
         patches: changes to Inductor's config for this graph. They go in as an argument, not as a context around the
             call, because the backward graph is compiled later and Inductor applies them again then.
         seen: called with each graph after Inductor's joint passes, before its post-grad passes.
@@ -85,8 +84,9 @@ def inductor(
         seen("backward" if settings.get("is_backward") else "forward", graph_module)
         return compile_fx_inner(graph_module, inputs, **settings)
 
-    region = {"compile_region_name": name} if name is not None and _NAMED_REGIONS else {}
-    return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
+    region: dict[str, Any] = {"compile_region_name": name} if name is not None and _NAMED_REGIONS else {}
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
+    return compiled
 
 
 def eager(gm: fx.GraphModule, example_inputs: Sequence[Any], *, seen: Seen) -> Compiled:

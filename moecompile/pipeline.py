@@ -5,14 +5,18 @@ Every pass sees every body of the captured graph (`moecompile.bodies`), one at a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from moecompile.bodies import bodies_of, text_of
 from moecompile.options import Options
@@ -23,6 +27,8 @@ from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
 
 log = logging.getLogger("moecompile")
+
+TRANSFORMED = "part of the graph is inside a transform of torch.func (vmap, grad, ...): nothing in there is rewritten"
 
 
 @dataclass
@@ -61,17 +67,12 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     """
     pieces = [Piece(module) for module in bodies_of(gm).values()]
     record.before = text_of(gm)
-    for number, (name, run) in enumerate(PASSES.items(), start=1):
-        if name in options.disable:
-            record.notes.append(f"pass {name} is disabled")
-            continue
-        counts, started = _counts(pieces), time.perf_counter()
-        for piece in pieces:
-            run(piece)
-        milliseconds = 1e3 * (time.perf_counter() - started)
-        changes = count_changes(counts, _counts(pieces))
-        record.passes.append(PassRecord(name, milliseconds, changes))
-        log.info("%d %s: %.1f ms%s", number, name, milliseconds, _describe(changes))
+    with _transforms_hidden(pieces, record):
+        for number, (name, run) in enumerate(PASSES.items(), start=1):
+            if name in options.disable:
+                record.notes.append(f"pass {name} is disabled")
+            else:
+                record.passes.append(_run_pass(number, name, run, pieces))
     for piece in pieces:
         if piece.changed:
             piece.module.graph.lint()
@@ -83,9 +84,45 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     return sites
 
 
+def _run_pass(number: int, name: str, run: Callable[[Piece], None], pieces: list[Piece]) -> PassRecord:
+    before, started = _counts(pieces), time.perf_counter()
+    for piece in pieces:
+        run(piece)
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    changes = count_changes(before, _counts(pieces))
+    log.info("%d %s: %.1f ms%s", number, name, milliseconds, _describe(changes))
+    return PassRecord(name, milliseconds, changes)
+
+
+@contextlib.contextmanager
+def _transforms_hidden(pieces: Iterable[Piece], record: GraphReport) -> Iterator[None]:
+    """Within, nodes inside a transform of torch.func (vmap, grad, ...) lack example values: nothing is proven of them.
+
+    Such nodes come from a transform called inside the compiled function. Their example values are wrappers that have no
+    memory to look at, and our operators have no rules for the transforms: their autograd is torch.autograd's.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    hidden = {
+        node: value
+        for piece in pieces
+        for node in piece.module.graph.nodes
+        for value in [node.meta.get("example_value")]
+        if any(isinstance(leaf, torch.Tensor) and wrapped(leaf) for leaf in pytree.tree_leaves(value))
+    }
+    if hidden:
+        record.notes.append(TRANSFORMED)
+    for node in hidden:
+        del node.meta["example_value"]
+    try:
+        yield
+    finally:
+        for node, value in hidden.items():
+            node.meta["example_value"] = value
+
+
 def without_graph(site: Site) -> Site:
     """What is known of a block, without the nodes that hold its graph and fake tensors alive."""
-    private = {
+    private: dict[str, Any] = {
         entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
         for entry in dataclasses.fields(site)
         if not entry.repr

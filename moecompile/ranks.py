@@ -22,6 +22,7 @@ def any_rank(verdict: bool, subject: str) -> bool:
     pipeline's other stage) then costs `PATIENCE` and a warning, and not a hang.
 
     Args:
+        verdict: this rank's.
         subject: a text that is the same on all ranks that are to agree, such as the graph they compile.
     """
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
@@ -34,6 +35,8 @@ def any_rank(verdict: bool, subject: str) -> bool:
     try:
         store.wait(keys, PATIENCE)
     except distributed.DistStoreError:
-        log.warning("moecompile: not all ranks compiled the same graph within %s; this rank decides for itself", PATIENCE)
+        log.warning(
+            "moecompile: not all ranks compiled the same graph within %s; this rank decides for itself", PATIENCE
+        )
         return verdict
     return any(store.get(key) == b"1" for key in keys)

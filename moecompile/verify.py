@@ -114,6 +114,7 @@ def verify(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence
         untouched: the graph before it was rewritten.
         sites: what was rewritten in it.
         example_inputs: the inputs of the call being compiled.
+        record: the graph's.
     """
     if not sites:
         return
@@ -127,13 +128,18 @@ def verify(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence
         where = f"block {number} ({site.form}, {site.module or 'no module'}, {site.source})"
         record.verify.append(f"{where}: {difference}")
         if not difference.small:
-            log.warning("moecompile: %s is not what the model computes: %s. The model's own code runs.", where, difference)
+            log.warning(
+                "moecompile: %s is not what the model computes: %s. The model's own code runs.", where, difference
+            )
             reason = f"verify: not what the model computes: {difference}"
             record.near_misses += (NearMiss(site.form, reason, site.node.name, site.module, site.source),)
     if ranks.any_rank(not all(difference.small for difference in differences.values()), record.after):
         untouched.put_back()
         record.sites, record.after = (), record.before
-        record.notes += ["a rewritten block differs from the original, on this rank or another: the original runs", WARNED]
+        record.notes += [
+            "a rewritten block differs from the original, on this rank or another: the original runs",
+            WARNED,
+        ]
 
 
 def _differences(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence[Any]) -> dict[int, Difference]:
@@ -160,7 +166,7 @@ def compare(block: Cut, values: Sequence[Any]) -> Difference:
         with torch.set_grad_enabled(training):
             (expected, expected_gradients), cotangent = _run(block.original, values, wanted, None)
             (actual, actual_gradients), _ = _run(block.replacement, values, wanted, cotangent)
-    except Exception as error:  # noqa: BLE001  a block that fails is one that must not be used, whatever the reason
+    except Exception as error:  # a block that fails must not be used, whatever the reason
         return Difference(0.0, None, bounds, f"it cannot be run: {type(error).__name__}: {error}")
     gradients = [_distance(a, b) for a, b in zip(actual_gradients, expected_gradients, strict=True)]
     return Difference(_distance(actual, expected), max(gradients, default=None) if training else None, bounds)
@@ -211,11 +217,15 @@ def _safe_inputs(graph: fx.Graph, inputs: Sequence[Any]) -> list[Any]:
     Parameters that the graph does not write into are not copied; anything else is.
     """
     layout = Layout(graph)
-    written = {alias for targets in layout.writers.values() for target in targets for alias in layout.aliases.of(target)}
+    written = {
+        alias for targets in layout.writers.values() for target in targets for alias in layout.aliases.of(target)
+    }
     safe = []
     for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
         if isinstance(value, Tensor):
-            safe.append(value.detach() if isinstance(value, nn.Parameter) and node not in written else value.detach().clone())
+            safe.append(
+                value.detach() if isinstance(value, nn.Parameter) and node not in written else value.detach().clone()
+            )
         else:
             safe.append(value.node.hint if isinstance(value, torch.SymInt) else value)
     return safe
