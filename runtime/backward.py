@@ -23,15 +23,15 @@ from torch import Tensor
 
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import vjp
-from moecompile.runtime.grouped import Group, groups
-from moecompile.runtime.reference import gate_and_up
+from moecompile.runtime.grouped import Group, row_dot
+from moecompile.runtime.reference import gate_and_up, walk_over
 
 PARAMETERS = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
 
 
 def experts_backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and the saved hidden rows."""
-    walk = groups(args.offsets, args.order, args.slots.shape[1])
+    walk = walk_over(args)
     grads = {name: walk.gradient_like(getattr(args, name)) for name in PARAMETERS if name in needs}
     of_x = args.x.new_empty(args.rows, args.x.shape[1]) if "x" in needs else None
     of_weight = None
@@ -109,9 +109,9 @@ class _GroupBackward:
             if weight is None or not self.weight:
                 return self._gemm2(of_y) if self.to_activation else None
         unscaled = self._gemm2(of_product)
-        of_weight = _row_dot(unscaled, a)
+        of_weight = row_dot(unscaled, a)
         if args.b_out is not None:
-            of_weight = of_weight + _row_dot(of_product, self.group.bias(args.b_out))
+            of_weight = of_weight + self.group.bias_dot(args.b_out, of_product)
         self._collect({"weight": of_weight.to(leaves["weight"].dtype)})
         return (unscaled * weight).to(a.dtype)
 
@@ -160,12 +160,6 @@ def _uncast(grad: Tensor, dtype: torch.dtype, casts: Sequence[torch.dtype]) -> T
     for before in reversed((dtype, *casts[:-1]) if casts else (dtype,)):
         grad = grad.to(before)
     return grad
-
-
-def _row_dot(left: Tensor, right: Tensor) -> Tensor:
-    """The dot product of each row, (n, 1), added up in float32 or better."""
-    inner = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    return (left * right).sum(-1, keepdim=True, dtype=inner)
 
 
 def _join(args: Arguments, features: dict[str, Tensor]) -> Tensor:

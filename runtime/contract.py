@@ -7,7 +7,6 @@ so that a wrong call is refused at trace time with the words it would get at run
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -220,14 +219,14 @@ def _error(kind: type[Exception], message: str) -> Exception:
     return kind(f"moecompile::experts: {message}")
 
 
-def _expect(tensor: Tensor, name: str, shape: Sequence[int], words: str) -> None:
+def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], words: str) -> None:
     def message() -> str:
-        return f"moecompile::experts: {name} must have shape {words} = {tuple(shape)}, got {tuple(tensor.shape)}"
+        return f"moecompile::experts: {name} must have shape {words} = {shape}, got {tuple(tensor.shape)}"
 
     if tensor.dim() != len(shape):
         raise ValueError(message())
     for actual, expected in zip(tensor.shape, shape, strict=True):
-        if isinstance(actual, int) and isinstance(expected, int):
+        if type(actual) is int and type(expected) is int:
             if actual != expected:
                 raise ValueError(message())
         else:  # a symbolic size: let the shape environment prove it, guard on it or check it at run time

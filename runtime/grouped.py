@@ -1,8 +1,8 @@
-"""Walks over rows sorted by expert: one expert at a time on the CPU, all in grouped GEMMs elsewhere.
+"""Walks over rows sorted by expert: a few experts at a time on the CPU, all in grouped GEMMs elsewhere.
 
 Both walks yield groups with the same methods, so that `moecompile.runtime.reference` is written once:
 
-    OneExpert    a slice of rows and the views of one expert's weights; `torch.mm` writes into its destination
+    Run          the rows of some experts, few enough to stay in cache between their GEMMs; a `torch.mm` for each expert
     AllExperts   every row at once; `torch._grouped_mm` or `moecompile.runtime.blocked`, the host never waits
 
 No walk copies a whole weight tensor, and neither reads rows beyond the last expert's.
@@ -19,14 +19,24 @@ from moecompile.runtime.blocked import blocked_mm, blocked_outer
 
 Gradients = dict[str, Tensor]
 
+RUN_BYTES = 1 << 20
+"""Room for the hidden rows of a run on the CPU: with their activation and gradients they should stay in a core's L2."""
 
-class OneExpert:
-    """The rows of one expert on the CPU."""
 
-    def __init__(self, walk: OneByOne, expert: int, rows: slice) -> None:
+def row_dot(left: Tensor, right: Tensor) -> Tensor:
+    """The dot product of each row, (n, 1), added up in float32 or better."""
+    inner = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return (left * right).sum(-1, keepdim=True, dtype=inner)
+
+
+class Run:
+    """The rows of one or more consecutive experts on the CPU."""
+
+    def __init__(self, walk: RunByRun, spans: list[tuple[int, int, int]]) -> None:
         self.walk = walk
-        self.expert = expert
-        self.rows = rows
+        self.rows = slice(spans[0][1], spans[-1][2])
+        self.experts = [expert for expert, _, _ in spans]
+        self.sizes = [end - start for _, start, end in spans]
 
     def leaves(self, x: Tensor, weight_of: Tensor | None) -> dict[str, Tensor]:
         """`x` (n, H) of these rows and, if there are weights, `weight` (n, 1)."""
@@ -42,43 +52,64 @@ class OneExpert:
     def linear(
         self, a: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None = None, into: Tensor | None = None
     ) -> Tensor:
-        """Rows a (n, in) times the expert's matrix, plus its bias, (n, out); written to `into` if given."""
-        matrix = weight[self.expert] if transposed else weight[self.expert].t()
-        if bias is None or bias.dtype == a.dtype:
-            product = torch.mm(a, matrix) if into is None else torch.mm(a, matrix, out=into)
-            return product if bias is None else product.add_(bias[self.expert])
-        return torch.add(torch.mm(a, matrix), bias[self.expert], out=into)
+        """Rows a (n, in) times their expert's matrix, plus its bias, (n, out); written to `into` if given."""
+        matrices = weight if transposed else weight.mT
+        if into is None:
+            dtype = a.dtype if bias is None else torch.promote_types(a.dtype, bias.dtype)
+            into = a.new_empty((a.shape[0], matrices.shape[2]), dtype=dtype)
+        for expert, rows, result in zip(self.experts, a.split(self.sizes), into.split(self.sizes), strict=True):
+            if into.dtype == a.dtype:
+                torch.mm(rows, matrices[expert], out=result)
+                if bias is not None:
+                    result.add_(bias[expert])
+            elif bias is not None:  # wider than the product
+                torch.add(torch.mm(rows, matrices[expert]), bias[expert], out=result)
+        return into
 
     def weight_gradient(self, grads: Gradients, name: str, a: Tensor, grad: Tensor, transposed: bool) -> None:
-        """Stores the gradient of the expert's matrix for a (n, in) and the product's gradient (n, out)."""
+        """Stores the gradients of the experts' matrices for a (n, in) and the products' gradient (n, out)."""
         left, right = (a, grad) if transposed else (grad, a)
-        torch.mm(left.t(), right, out=grads[name][self.expert])
+        for expert, rows, columns in zip(self.experts, left.split(self.sizes), right.split(self.sizes), strict=True):
+            torch.mm(rows.t(), columns, out=grads[name][expert])
 
     def bias_gradient(self, grads: Gradients, name: str, grad: Tensor) -> None:
-        """Stores the gradient of the expert's bias for the sum's gradient (n, out)."""
-        grads[name][self.expert] = grad.sum(0)
+        """Stores the gradients of the experts' biases for the sums' gradient (n, out)."""
+        for expert, rows in zip(self.experts, grad.split(self.sizes), strict=True):
+            grads[name][expert] = rows.sum(0)
 
-    def bias(self, bias: Tensor) -> Tensor:
-        """The expert's bias of (E, F), shape (F,)."""
-        return bias[self.expert]
+    def bias_dot(self, bias: Tensor, grad: Tensor) -> Tensor:
+        """Each row of grad (n, F) times its expert's bias of (E, F), summed in float32 or better, (n, 1)."""
+        parts = zip(self.experts, grad.split(self.sizes), strict=True)
+        return torch.cat([row_dot(rows, bias[expert]) for expert, rows in parts])
 
 
-class OneByOne:
-    """The walk over experts that have rows, for the CPU, where reading the offsets costs nothing."""
+class RunByRun:
+    """The walk over experts that have rows, for the CPU, where reading the offsets costs nothing.
 
-    def __init__(self, offsets: Tensor, order: Tensor, top_k: int) -> None:
+    Experts with few rows share a run, so that elementwise work is called once for all of them.
+    """
+
+    def __init__(self, offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int) -> None:
         self.ends = offsets.tolist()
         self.total = self.ends[-1]
         self.complete = self.total == order.shape[0]
         self.assignments = order[: self.total]
         self.tokens = self.assignments if top_k == 1 else self.assignments // top_k
+        self.most_rows = RUN_BYTES // max(1, bytes_per_row)
 
-    def __iter__(self) -> Iterator[OneExpert]:
+    def __iter__(self) -> Iterator[Run]:
+        spans: list[tuple[int, int, int]] = []
         start = 0
         for expert, end in enumerate(self.ends):
-            if end > start:
-                yield OneExpert(self, expert, slice(start, end))
-                start = end
+            if end == start:
+                continue
+            if spans and end - spans[0][1] > self.most_rows:
+                yield Run(self, spans)
+                spans = []
+            spans.append((expert, start, end))
+            start = end
+        if spans:
+            yield Run(self, spans)
 
     def gradient_like(self, parameter: Tensor) -> Tensor:
         """Room for a parameter's gradient (E, ...): experts without rows are 0, the others unwritten."""
@@ -152,7 +183,7 @@ class AllExperts:
         else:
             product = blocked_mm(a, matrices, self.offsets)
         if bias is not None:
-            product = product + self.bias(bias)
+            product = product + self._bias(bias)
         return product if into is None else into.copy_(product)
 
     def weight_gradient(self, grads: Gradients, name: str, a: Tensor, grad: Tensor, transposed: bool) -> None:
@@ -172,8 +203,11 @@ class AllExperts:
         inner = torch.promote_types(grad.dtype, torch.float32)
         grads[name] = torch.mm(member.to(inner), torch.where(self.valid, grad, 0).to(inner)).to(like.dtype)
 
-    def bias(self, bias: Tensor) -> Tensor:
-        """Each row's bias of (E, F), shape (T*K, F)."""
+    def bias_dot(self, bias: Tensor, grad: Tensor) -> Tensor:
+        """Each row of grad (T*K, F) times its expert's bias of (E, F), summed in float32 or better, (T*K, 1)."""
+        return row_dot(grad, self._bias(bias))
+
+    def _bias(self, bias: Tensor) -> Tensor:
         return bias.index_select(0, self.expert.clamp(max=bias.shape[0] - 1))
 
     def gradient_like(self, parameter: Tensor) -> Tensor:
@@ -191,14 +225,17 @@ class AllExperts:
         return sum_over_experts(picked, slots.shape, dtype)
 
 
-Group = OneExpert | AllExperts
-Walk = OneByOne | AllExperts
+Group = Run | AllExperts
+Walk = RunByRun | AllExperts
 
 
-def groups(offsets: Tensor, order: Tensor, top_k: int) -> Walk:
-    """The walk for the device of `offsets` (E,); order (T*K,) as `plan` gives them."""
+def groups(offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int) -> Walk:
+    """The walk for the device of `offsets` (E,); order (T*K,) as `plan` gives them.
+
+    bytes_per_row is the size of the largest value of a row, which on the CPU decides how many rows go together.
+    """
     if offsets.device.type == "cpu":
-        return OneByOne(offsets, order, top_k)
+        return RunByRun(offsets, order, top_k, bytes_per_row)
     return AllExperts(offsets, order, top_k)
 
 

@@ -33,11 +33,13 @@ CPU and a device-side assertion elsewhere.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moecompile.runtime import backward, reference
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, check_plan
@@ -125,11 +127,12 @@ def _needed(arguments: Arguments, needs: Sequence[bool]) -> list[str]:
     return names
 
 
-@contextlib.contextmanager
-def _exact(tensor: Tensor) -> Iterator[None]:
+def _exact(tensor: Tensor) -> AbstractContextManager[object]:
     """Runs what is inside in the dtypes that the operator was given, whatever autocast surrounds it."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        yield
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 class _Experts(torch.autograd.Function):
@@ -156,25 +159,25 @@ class _Experts(torch.autograd.Function):
         found = iter(torch.ops.moecompile.experts_backward(grad, hidden, *tensors, **ctx.attributes, needs=needs))
         return (None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(f"moecompile::experts has no forward-mode derivative; {_ADVICE}")
-
 
 _ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
 
 
 def _differentiates(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    """Whether autograd records a call with these arguments; refuses transforms that it could not serve."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"moecompile::experts does not work under torch.func transforms; {_ADVICE}")
+    given = [tensor for tensor in tensors if tensor is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise NotImplementedError(f"moecompile::experts has no forward-mode derivative; {_ADVICE}")
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
 def _autograd_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
-    if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(f"moecompile::experts does not work under torch.func transforms; {_ADVICE}")
-    if not _differentiates(args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.moecompile.experts_forward(*args, **attributes)
-    return _Experts.apply(attributes, *args, *([None] * (len(TENSORS) - len(args))))
+    if _differentiates(args):
+        return _Experts.apply(attributes, *args, *([None] * (len(TENSORS) - len(args))))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.experts_forward(*args, **attributes)
 
 
 def _autograd_experts(*args: Any, **attributes: Any) -> Tensor:
@@ -187,12 +190,16 @@ def _autograd_experts(*args: Any, **attributes: Any) -> Tensor:
 def _autograd_experts_backward(*args: Any, **attributes: Any) -> Parts:
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.moecompile.experts_backward(*args, **attributes)
-    if not _differentiates(args):
+    if not _differentiates(args) or not grads:
         return grads
     message = f"moecompile::experts has no second derivative; {_ADVICE}"
     refuse = torch._C._functions.DelayedError(message.encode(), len(grads))
     marked = refuse(*(grad.detach().requires_grad_() for grad in grads))
     return list(marked) if isinstance(marked, tuple) else [marked]
+
+
+def _batched(*args: Any, **attributes: Any) -> Any:
+    raise NotImplementedError(f"the operators of moecompile do not work under torch.vmap; {_ADVICE}")
 
 
 library = torch.library.Library("moecompile", "DEF")
@@ -205,6 +212,7 @@ for _name, _kernel, _fake in (
     ("experts_backward", _experts_backward, _fake_experts_backward),
 ):
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    library.impl(_name, _batched, "FuncTorchBatched")
     torch.library.register_fake(f"moecompile::{_name}", _fake, lib=library)
 library.impl("experts", _autograd_experts, "Autograd")
 library.impl("experts_forward", _autograd_experts_forward, "Autograd")

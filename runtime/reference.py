@@ -1,8 +1,8 @@
 """Readable torch reference of `plan` and `experts`, for the CPU and any GPU; `moecompile.runtime.backward` goes back.
 
 Rows are assignments of a token to an expert, sorted by expert. The walk over the experts (`moecompile.runtime.grouped`)
-is one expert at a time on the CPU, where a slice of rows stays in cache between its two GEMMs, and all experts at once
-in grouped GEMMs on other devices, which never ask the host how many rows an expert got.
+is a few at a time on the CPU, so that their rows stay in cache between the two GEMMs, and all experts at once in
+grouped GEMMs on other devices, where the host never asks how many rows an expert got.
 
     row = input(x, weight)        hidden = row @ w_in + b_in        a = activation(hidden, weight)
     y = a @ w_out + b_out         z = output(y, weight)             result[token] = sum of its rows' z
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.elementwise import evaluate
-from moecompile.runtime.grouped import Group, groups
+from moecompile.runtime.grouped import Group, Walk, groups
 
 
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,8 +60,13 @@ def experts_forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return _forward(arguments, hidden), hidden
 
 
+def walk_over(args: Arguments) -> Walk:
+    """The groups of rows in which this device computes the experts."""
+    return groups(args.offsets, args.order, args.slots.shape[1], args.width * args.dtypes.hidden.itemsize)
+
+
 def _forward(args: Arguments, hidden: Tensor | None) -> Tensor:
-    walk = groups(args.offsets, args.order, args.slots.shape[1])
+    walk = walk_over(args)
     weight_of = None if args.weights is None else args.weights.reshape(-1)
     weighted = args.x.new_empty((args.rows, args.out_features), dtype=args.dtypes.weighted)
     for group in walk:
