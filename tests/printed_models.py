@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,3 +93,18 @@ def data_dependent(x: Tensor) -> Tensor:
     """Sizes that depend on data."""
     rows = torch.nonzero(x[:, 0] > 0).squeeze(-1)
     return torch.cat([x[rows], x[rows] * 2])
+
+
+class Checkpointed(nn.Module):
+    """A body of its own for the checkpoint, and the marks of autocast and no_grad beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = torch.utils.checkpoint.checkpoint(self.mlp, x, use_reentrant=False)
+        with torch.no_grad():
+            z = y * 2
+        return y + z

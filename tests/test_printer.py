@@ -72,6 +72,12 @@ def test_module_paths(golden):
     golden("printer/module_paths", graph_text(captured(models.Sliced(), torch.randn(2, 4)).graph))
 
 
+def test_bodies_of_higher_order_operators(golden):
+    gm = captured(models.Checkpointed(), torch.randn(6, 16, requires_grad=True))
+    bodies = [(name, body) for name, body in gm.named_modules() if isinstance(body, fx.GraphModule)]
+    golden("printer/bodies", "\n\n".join(f"{name or 'main'}:\n{graph_text(body.graph)}" for name, body in bodies))
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_collapsed_training_graphs(golden, kind):
     gm, names = aot_graphs(models.Model(2), torch.randn(6, 16, requires_grad=True))[kind]
@@ -157,10 +163,10 @@ def test_provenance():
     graph = captured(models.Model(2), torch.randn(6, 16)).graph
     second = [node for node in graph.nodes if "plan" in str(node.target)][1]
     assert module_of(second) == "layers.1.mlp"
-    assert source_of(second) == "printed_models.py:38"
+    assert source_of(second) == "printed_models.py:39"
     assert frame_of(second) == ("forward", "printed_models.py")
     norm = next(node for node in graph.nodes if "rms_norm" in str(node.target))
-    assert source_of(norm) == "printed_models.py:51"  # the user's line, not torch's
+    assert source_of(norm) == "printed_models.py:52"  # the user's line, not torch's
     assert module_of(norm) == "layers.0.norm"
 
 
