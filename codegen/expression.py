@@ -168,7 +168,7 @@ class _Parser:
         while position < end:
             match = _TOKEN.match(text, position)
             if match is None:
-                raise self.error("expected a name, a number, '(', ')' or ','", position)
+                raise self.error("expected a name, a number, '(', ')' or ','", end - len(text[position:end].lstrip()))
             self.tokens.append((match.group(1), match.start(1)))
             position = match.end()
 
