@@ -106,7 +106,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     # reductions
     "sum": ("input dim=None keepdim=False dtype=None", ("torch.sum", ".sum")),
     "any": ("input dim=None keepdim=False", ("torch.any", ".any")),
-    "tolist": ("input", (".tolist",)),
+    "item": ("input", (".item",)),
     "invert": ("input", ("operator.invert", "torch.logical_not", ".logical_not", "torch.bitwise_not", ".bitwise_not")),
     # comparisons, used on routing values
     **{name: ("input other", (f"torch.{name}", f".{name}", f"operator.{name}", f".__{name}__")) for name in ("eq", "ne", "lt", "gt", "le", "ge")},

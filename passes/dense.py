@@ -9,12 +9,17 @@ into a constant, and functions of it that are flat there).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from torch import fx
+
 from moecompile.codegen import expression
 from moecompile.passes import terms
-from moecompile.passes.interpret import Interpretation, Refused, Sparse, walk
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Sparse, walk
+from moecompile.passes.merge import expert_atom, flattened, merge
 from moecompile.passes.recognise import Block
 from moecompile.passes.rules_routing import distinct
-from moecompile.passes.terms import Atom, Element, Group, Looked, Total, Value
+from moecompile.passes.terms import Apply, Atom, Content, Element, Fixed, Group, Looked, Total, Value
 
 
 def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[Total, Group]:
@@ -22,7 +27,9 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
     if len(total.over) != 1:
         raise Refused("a sum over something that is neither a token's choices nor all experts")
     expert = total.over[0]
-    gates = {inner.root: inner for inner in walk(total.content) if isinstance(inner, Element) and inner.root in state.sparse and expert in inner.index}
+    marker = Fixed(0, expert.size)
+    elements = {inner: terms.substitute(inner, expert, marker) for inner in walk(total.content) if isinstance(inner, Element) and inner.root in state.sparse}
+    gates = {inner.root: at for inner, at in elements.items() if at != inner and isinstance(at, Element)}
     if not gates:
         raise Refused("a sum over all experts without gates that vanish away from each token's choices")
     if len(gates) > 1:
@@ -31,7 +38,7 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
     sparse = state.sparse[root]
     if sparse.outside != 0:
         raise Refused(f"the gates {root} are {sparse.outside} and not 0 away from each token's choices")
-    if tuple(part for part in gate.index if part != expert) != tokens:
+    if tuple(part for part in gate.index if part != marker) != tokens:
         raise Refused(f"the gates {root} are not applied to their own tokens")
     return _by_choice(total, tokens, expert, sparse, state)
 
@@ -46,6 +53,48 @@ def _by_choice(total: Total, tokens: Group, expert: Atom, sparse: Sparse, state:
     content = terms.substitute(total.content, expert, Looked(ids.content, expert.size))
     content = terms.rename(Value((), content), pairs).content
     return Total(content, ids.dims[1], total.dtype), ids.dims[0]
+
+
+def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
+    """Dense mixtures written expert by expert: additions of one term an expert, each with its own column of the gates."""
+    for node, value in state.values.items():
+        content = value.content
+        if not isinstance(content, Apply) or content.op != "add" or any(_is_sum_of_more(user, content, state) for user in node.users):
+            continue
+        found = _by_gate(flattened(content), state)
+        if found is None:
+            continue
+        try:
+            merged = merge([found[number] for number in sorted(found)])
+        except Refused as reason:
+            state.refusals[node] = str(reason)
+            continue
+        yield Combine(node, Value(value.dims, Total(merged, (expert_atom(len(found)),), state.dtype(node))))
+
+
+def _is_sum_of_more(user: fx.Node, content: Content, state: Interpretation) -> bool:
+    value = state.values.get(user)
+    return value is not None and isinstance(value.content, Apply) and value.content.op == "add" and content in value.content.args
+
+
+def _by_gate(additions: list[Content], state: Interpretation) -> dict[int, Content] | None:
+    """Each term under the number of the one gates' column it uses; None unless the numbers are all experts, once each."""
+    found: dict[int, Content] = {}
+    for term in additions:
+        columns = {
+            part
+            for inner in walk(term)
+            if isinstance(inner, Element) and inner.root in state.sparse
+            for part in inner.index
+            if isinstance(part, Fixed)
+        }
+        if len(columns) != 1:
+            return None
+        (column,) = columns
+        if column.index in found or column.extent != len(additions):
+            return None
+        found[column.index] = term
+    return found or None
 
 
 def uses_gates(block: Block) -> bool:

@@ -26,11 +26,11 @@ from moecompile.passes.forms import FORMS, Traits, form_of
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
 from moecompile.passes.provenance import module_of, source_of
-from moecompile.passes.dense import as_assignments, check_vanishing, uses_gates
+from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.site import Detection, NearMiss, Operand, Site
-from moecompile.passes.terms import Content, Contract, Element, Size, Total, Value
+from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -41,7 +41,7 @@ def detect(graph: fx.Graph) -> Detection:
     layout = Layout(graph)
     sites: list[Site] = []
     refused: list[tuple[Combine, str]] = []
-    for combine in sorted([*state.combines, *_single_choices(state)], key=lambda combine: layout.position[combine.node]):
+    for combine in sorted([*state.combines, *_single_choices(state), *unrolled_sums(state)], key=lambda combine: layout.position[combine.node]):
         try:
             sites.append(_site(combine, state, layout))
         except Refused as reason:
@@ -66,7 +66,7 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     roots = frozenset(node for operand in operands.values() for node in (operand.node, *operand.parts))
     if combine.base is not None and not combine.fresh:
         roots |= {combine.base}
-    region = region_of(combine.node, roots, state, layout)
+    region = region_of(combine.node, roots, state, layout, combine.partials)
     assert block.out is not None
     if dims[-1:] != (terms.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
         raise Refused("the summed rows are not the second GEMM's output features in order")
@@ -104,13 +104,14 @@ def _operands(block: Block, state: Interpretation) -> dict[str, Operand]:
     top_k = terms.group_size(block.choices)
     if not isinstance(top_k, int) or not isinstance(block.num_experts, int):
         raise Refused("a symbolic number of experts or choices")
+    assert isinstance(block.x.root, fx.Node) and isinstance(block.key.root, fx.Node)
     operands = {
         "x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)),
         "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)),)),
     }
     if block.weight is not None:
         steps = weight_steps(block.weight, block)
-        assert steps is not None
+        assert steps is not None and isinstance(block.weight.root, fx.Node)
         operands["weights"] = Operand(block.weight.root, steps)
     gate, *up = block.inner
     if block.gate_up == "separate":
@@ -132,7 +133,15 @@ def _matrices(weight: str, bias: str, product: Product, num_experts: int, state:
     return found
 
 
-def _shaped(node: fx.Node, shape: tuple[Size, ...], state: Interpretation) -> Operand:
+def _shaped(node: fx.Node | Stacked, shape: tuple[Size, ...], state: Interpretation) -> Operand:
+    if isinstance(node, Stacked):
+        first, *others = node.nodes
+        if any((state.shape(other), state.dtype(other)) != (state.shape(first), state.dtype(first)) for other in others):
+            raise Refused("experts of different shapes or dtypes")
+        present: tuple[Size, ...] = (len(node.nodes), *state.shape(first))
+        if present[0] != shape[0] or terms.product(present) != terms.product(shape):
+            raise Refused(f"{len(node.nodes)} experts' tensors of shape {state.shape(first)} where {shape} is needed")
+        return Operand(first, (("stack", ()), *((("reshape", shape),) if present != shape else ())), node.nodes)
     present = state.shape(node)
     if present == shape:
         return Operand(node)
@@ -144,6 +153,7 @@ def _shaped(node: fx.Node, shape: tuple[Size, ...], state: Interpretation) -> Op
 def _described(combine: Combine, block: Block, operands: dict[str, Operand], region: frozenset[fx.Node], state: Interpretation) -> Site:
     assert block.out is not None and isinstance(block.num_experts, int)
     names = frozenset(state.calls[node].name for node in region if node in state.calls)
+    names |= {"rows"} if any(isinstance(product.weight, Stacked) for product in block.inner) or combine.partials else set()
     if "weights" in operands and any(step == "gather" for step, _ in operands["weights"].steps):
         names |= {"dense"}
     traits = Traits(names, block.gate_up, state.calls[combine.node].name)
@@ -162,7 +172,7 @@ def _described(combine: Combine, block: Block, operands: dict[str, Operand], reg
         input=block.input,
         output=block.output,
         gate_up=block.gate_up,
-        dtype=str(fake_of(inner.weight).dtype).removeprefix("torch."),
+        dtype=str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
         biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
         module=module_of(anchor),
         source=source_of(anchor),

@@ -103,7 +103,9 @@ class _Emitter:
         operand: Operand = self._site.operands[name]
         node = operand.node
         for step, arguments in operand.steps:
-            if step == "gather":
+            if step == "stack":
+                node = self.call(torch.stack, (list(operand.parts),))
+            elif step == "gather":
                 assert ids is not None
                 node = self.call(torch.gather, (node, 1, ids))
             elif step != "reshape" or not _has_shape(node, arguments):

@@ -39,6 +39,7 @@ class Combine:
     base: fx.Node | None = None  # what the sum is added to
     fresh: bool = True  # the base is zeros, or there is none
     out_dtype: torch.dtype | None = None  # the sum's dtype where it is not that of its terms
+    partials: tuple[fx.Node, ...] = ()  # the additions that made it, where it took several
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Interpretation:
     combines: list[Combine] = field(default_factory=list)
     calls: dict[fx.Node, Call] = field(default_factory=dict)
     sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
+    numbers: dict[fx.Node, Content] = field(default_factory=dict)  # meanings of Python numbers read off tensors
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The shape of the tensor at a node."""

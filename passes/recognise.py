@@ -21,7 +21,7 @@ from moecompile.codegen import expression
 from moecompile.passes import terms
 from moecompile.passes.interpret import Interpretation, Refused, walk
 from moecompile.passes.site import Operand
-from moecompile.passes.terms import Affine, Apply, Atom, Constant, Content, Contract, Element, Fixed, Group, Looked, Part, Size, Total
+from moecompile.passes.terms import Affine, Apply, Atom, Constant, Content, Contract, Element, Fixed, Group, Looked, Part, Size, Stacked, Total
 
 Match: TypeAlias = "Callable[[Content], str | None]"
 
@@ -57,14 +57,14 @@ class Product:
     content: Content
     rows: Content
     over: Atom
-    weight: fx.Node
+    weight: fx.Node | Stacked
     transposed: bool
     start: int
     step: int
     width: Size
     extent: Size
     features: tuple[Part, ...]  # the weight's index of its output features
-    bias: fx.Node | None = None
+    bias: fx.Node | Stacked | None = None
 
 
 def read(total: Total, tokens: Group) -> Block:
@@ -93,7 +93,7 @@ def _find_key(block: Block, content: Content) -> None:
         for inner in walk(content)
         if isinstance(inner, Element)
         for part in inner.index
-        if isinstance(part, Looked) and isinstance(inner.root, fx.Node) and _is_weight(inner)
+        if isinstance(part, Looked) and _is_weight(inner)
     }
     if not keys:
         raise Refused("a sum over assignments that uses no expert weights")
@@ -141,7 +141,7 @@ def _describe(content: Content) -> str:
 
 def _weight_leaf(content: Content, block: Block) -> str | None:
     """The routing weight: one number for each assignment."""
-    if not isinstance(content, Element) or any(isinstance(part, (Affine, Fixed)) for part in content.index):
+    if not isinstance(content, Element) or isinstance(content.root, Stacked) or any(isinstance(part, (Affine, Fixed)) for part in content.index):
         return None
     if weight_steps(content, block) is None:
         return None
@@ -188,7 +188,10 @@ def _product(content: Content, block: Block) -> Product | None:
 
 
 def _by_expert(content: Element, block: Block) -> bool:
-    return Looked(block.key, block.num_experts) in content.index if block.key is not None else False
+    """Whether this is a tensor with the experts first and no tokens in it."""
+    looked = Looked(block.key, block.num_experts) if block.key is not None else None
+    variables = {atom.variable for atom in block.flat}
+    return bool(content.index) and content.index[0] == looked and not any(isinstance(part, Atom) and part.variable in variables for part in content.index)
 
 
 def _weight_product(content: Contract, rows: Content, weight: Element, block: Block) -> Product:
@@ -228,7 +231,7 @@ def _with_bias(content: Content, product: Product, bias: Element, block: Block) 
     return replace(product, content=content, bias=bias.root)
 
 
-def _affine(parts: list[Part], root: fx.Node) -> tuple[int, int, Size, Size]:
+def _affine(parts: list[Part], root: fx.Node | Stacked) -> tuple[int, int, Size, Size]:
     """Output features start + step * i of `extent`, i < width."""
     start, step, width, extent = 0, 1, 1, 1  # type: tuple[int, int, Size, Size]
     for part in reversed(parts):  # least significant first

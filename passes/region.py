@@ -10,6 +10,7 @@ if replacing them could change anything outside:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,19 +81,19 @@ def _is_border(node: fx.Node) -> bool:
     return not tensors
 
 
-def region_of(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> frozenset[fx.Node]:
-    """The nodes between `roots` and `end`, `end` included. Raises Refused as the contract above says."""
-    region = _between(end, roots, state, layout)
+def region_of(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout, partials: Sequence[fx.Node] = ()) -> frozenset[fx.Node]:
+    """The nodes between `roots` and `end`, `end` included; `partials` are the additions that lead to it. Raises Refused as the contract above says."""
+    region = _between((end, *partials), roots, state, layout)
     _check_rows(end, region, state)
-    _check_roots(end, region, roots, state, layout)
+    _check_roots(end, region, roots, state, layout, frozenset((end, *partials)))
     _check_modes(end, region, layout)
     return frozenset(region)
 
 
-def _between(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> set[fx.Node]:
+def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> set[fx.Node]:
     """Backward from the end to the roots, with every write on the way into memory that is not a root's."""
     region: set[fx.Node] = set()
-    waiting = [end]
+    waiting, end = list(ends), ends[0]
     position = layout.position
     written: dict[fx.Node, list[fx.Node]] = {}
     for writer, targets in layout.writers.items():
@@ -140,13 +141,13 @@ def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> No
     for node in sorted(region):
         if node is end or not is_row(node, state):
             continue
-        outside = next((user for user in node.users if user not in region and not only_reads_dtype(user, node)), None)
+        outside = next((user for user in node.users if user not in region and not only_reads_dtype(user, node) and not checks_size(user)), None)
         if outside is not None:
             place = "the graph's result" if outside.op == "output" else f"{outside}"
             raise Refused(f"{node}, a value inside the block, is also used by {place}")
 
 
-def _check_roots(end: fx.Node, region: set[fx.Node], roots: frozenset[fx.Node], state: Interpretation, layout: Layout) -> None:
+def _check_roots(end: fx.Node, region: set[fx.Node], roots: frozenset[fx.Node], state: Interpretation, layout: Layout, additions: frozenset[fx.Node]) -> None:
     position = layout.position
     for root in roots:
         value = state.values.get(root)
@@ -156,7 +157,7 @@ def _check_roots(end: fx.Node, region: set[fx.Node], roots: frozenset[fx.Node], 
         for writer, targets in layout.writers.items():
             if born < position[writer] < position[end] and writer not in region and any(layout.aliases.share(target, root) for target in targets):
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
-    for writer in (region & layout.writers.keys()) - {end}:
+    for writer in (region & layout.writers.keys()) - additions:
         for target in layout.writers[writer]:
             if _of_root(target, roots, layout):
                 raise Refused(f"{writer}, inside the block, writes into one of its operands")
@@ -172,17 +173,49 @@ def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
             raise Refused(f"no_grad, autocast or another mode begins or ends between {node} and {end}")
 
 
+def checks_size(node: fx.Node) -> bool:
+    """Whether a node serves only assertions that a row count is at least 0 and at most all rows, or that the counts add up to them.
+
+    Capturing a selection of rows records these; they hold for every routing.
+    """
+    if isinstance(fake_of(node), torch.Tensor) or node.op == "output":
+        return False
+    if getattr(node.target, "__name__", str(node.target)).split(".")[0] in ("_assert_scalar", "_check"):
+        return True
+    return _is_count_check(node) and bool(node.users) and all(checks_size(user) for user in node.users)
+
+
+def _is_count_check(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    if name in ("ge", "le", "eq"):
+        bound = node.args[1]
+        return isinstance(bound, int) and (name != "ge" or bound == 0)
+    return name in ("sym_size", "size", "sym_sum", "add", "item")
+
+
+def _size_checks(region: frozenset[fx.Node]) -> set[fx.Node]:
+    """The checks on sizes of the region's selections, which go with them."""
+    found: set[fx.Node] = set()
+    waiting = [user for node in region for user in node.users if user not in region and checks_size(user)]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += list(node.users)
+    return found
+
+
 def removable(end: fx.Node, region: frozenset[fx.Node], layout: Layout) -> list[fx.Node]:
     """The region's nodes that nobody outside needs once `end` is replaced, last first; writes go only with all names of what they write."""
-    gone = set(region) - {end}
-    changed = True
-    while changed:
+    gone = (set(region) | _size_checks(region)) - {end}
+    while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
-        kept |= {node for node in gone & layout.writers.keys() if any(alias not in gone and alias is not end for target in layout.writers[node] for alias in layout.aliases.of(target))}
-        # a kept value keeps the writes that made it
-        kept |= {writer for writer in gone & layout.writers.keys() for target in layout.writers[writer] if target in kept or target not in gone}
-        changed = bool(kept)
-        gone -= kept
-        for node in kept:
-            gone -= set(node.all_input_nodes)
-    return sorted(gone, key=lambda node: layout.position[node], reverse=True)
+        for writer in gone & layout.writers.keys():
+            names = [alias for target in layout.writers[writer] for alias in layout.aliases.of(target) if alias is not end]
+            if any(name not in gone or name in kept for name in names):
+                kept.add(writer)
+        if not kept:
+            return sorted(gone, key=lambda node: layout.position[node], reverse=True)
+        while kept:
+            gone -= kept
+            kept = {argument for node in kept for argument in node.all_input_nodes} & gone

@@ -55,7 +55,7 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
         if not _spreads(call, state, values):
             _propagate_sparsity(call, state)
             return None
-    if all(isinstance(value.content, (Index, Equals, Special, Constant)) or is_plain(value) for value in values):
+    if any(isinstance(value.content, (Index, Equals, Special)) for value in values) and all(_is_simple(value) for value in values):
         return _masks(call, state, values)
     if any(isinstance(value.content, (Index, Equals, Special)) for value in values):
         raise Refused("arithmetic of rows with indices or masks")
@@ -66,6 +66,10 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
     if call.name == "sub" and call.node.target == "__rsub__":
         contents.reverse()
     return Value(dims, Apply(call.name, tuple(contents), params))
+
+
+def _is_simple(value: Value) -> bool:
+    return is_plain(value) or isinstance(value.content, (Index, Equals, Special, Constant))
 
 
 def _operand(state: Interpretation, argument: Any) -> Value:

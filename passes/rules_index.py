@@ -8,6 +8,7 @@ from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.rules_loop import assigned_rows, rows_of_one
 from moecompile.passes.rules_views import free, reshaped, selected, sliced
 from moecompile.passes.calls import Call
 from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Special, Value, Variable
@@ -59,9 +60,24 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
     if not lookups:
         cut = any(isinstance(item, slice) and item != slice(None) for item in items)
         return None if cut and is_plain(state.value(source)) and not _is_sparse(state, state.value(source)) else value
+    picked = _picked(value, lookups)
+    if picked is not None:
+        return picked
     at = [dim for dim, _ in lookups]
     adjacent = at == list(range(at[0], at[0] + len(at)))
     return look_up(value, at, [found for _, found in lookups], at[0] if adjacent else 0)
+
+
+def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
+    """The weight of each token's choice of one expert, read at the tokens that chose it: the weight of those assignments."""
+    content = value.content
+    if not isinstance(content, Special) or content.kind != "picked" or len(lookups) != 1:
+        return None
+    _, index = lookups[0]
+    rows = rows_of_one(index)
+    if rows is None or rows.variable.by != content.about[0] or not isinstance(index.content, Index) or value.dims[lookups[0][0]] != index.content.atoms:
+        raise Refused("the weights of one expert's tokens, read at other tokens")
+    return Value((*value.dims[: lookups[0][0]], *index.dims, *value.dims[lookups[0][0] + 1 :]), content.about[1])
 
 
 def _is_sparse(state: Interpretation, value: Value) -> bool:
@@ -141,25 +157,27 @@ def _setitem(call: Call, state: Interpretation) -> Value | None:
         index = index[0]
     if not isinstance(index, fx.Node) or _is_mask(index):
         raise Refused("an assignment into part of a tensor")
-    return permuted_write(state, call["input"], state.value(index), call["value"])
+    return permuted_write(call, state, call["input"], state.value(index), call["value"])
 
 
 def _index_put(call: Call, state: Interpretation) -> Value | None:
     indices = call["indices"]
     if call["accumulate"] is not False or len(indices) != 1 or not isinstance(indices[0], fx.Node):
         raise Refused("an assignment into part of a tensor")
-    return permuted_write(state, call["input"], state.value(indices[0]), call["values"])
+    return permuted_write(call, state, call["input"], state.value(indices[0]), call["values"])
 
 
 def _index_copy(call: Call, state: Interpretation) -> Value | None:
     if call["dim"] != 0:
         raise Refused("an assignment into part of a tensor")
-    return permuted_write(state, call["input"], state.value(call["index"]), call["source"])
+    return permuted_write(call, state, call["input"], state.value(call["index"]), call["source"])
 
 
-def permuted_write(state: Interpretation, target: fx.Node, index: Value, source: Any) -> Value:
+def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Any) -> Value:
     """target[index] = source along dimension 0, where index is a permutation of all its rows: the source's rows in the other order."""
     rows = state.value(source)
+    if rows_of_one(index) is not None:
+        return assigned_rows(call, state, target, index, rows)
     if len(index.dims) != 1 or not isinstance(index.content, Index) or len(rows.dims) != len(state.shape(target)):
         raise Refused("an assignment through an index that is not a permutation")
     covered = enumerates(index.dims[0])
@@ -190,14 +208,14 @@ def _scatter(call: Call, state: Interpretation) -> Value | None:
     if call["reduce"] is not None:
         raise Refused("scatter with a reduction")
     if len(index.dims) == 1:
-        return permuted_write(state, call["input"], index, source)
+        return permuted_write(call, state, call["input"], index, source)
     dim = call["dim"] % len(index.dims)
     if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant) and not isinstance(target.content.value, bool | None):
         return _marks(call, state, target.content.value, index, source)
     if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant):
         return _marks(call, state, int(target.content.value), index, source)
     along = rows_index(index, dim)
-    return permuted_write(state, call["input"], along, source) if dim == 0 else None
+    return permuted_write(call, state, call["input"], along, source) if dim == 0 else None
 
 
 def _marks(call: Call, state: Interpretation, outside: float | int, index: Value, source: Any) -> Value | None:

@@ -16,7 +16,7 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     """A product of two tensors by a two-operand equation in single letters, e.g. "sf,fn->sn"."""
     inputs, output = equation.split("->")
     first, second = inputs.split(",")
-    if not _expert_like(state, left) and not _expert_like(state, right) and is_plain(left) and is_plain(right):
+    if is_plain(left) and is_plain(right) and not _expert_like(state, left, right) and not _expert_like(state, right, left):
         return None
     if len(first) != len(left.dims) or len(second) != len(right.dims) or len(set(first)) != len(first) or len(set(second)) != len(second):
         raise Refused(f"a product {equation} of tensors with other dimensions")
@@ -38,7 +38,7 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
             raise Refused("a product that sums over rows in an order of their own")
         else:
             size = terms.group_size(groups[label])
-            groups[label] = (Atom(Variable("bound", (node, label)), 1, size),) if size != 1 else ()
+            groups[label] = (Atom(Variable("bound", (node, label, equation)), 1, size),) if size != 1 else ()
             bound += groups[label]
     contents = [_named(value, labels, groups) for value, labels in ((left, first), (right, second))]
     content: Content = _summed(contents, bound, tuple(summed), state.dtype(node))
@@ -81,15 +81,26 @@ def _summed(contents: list[Content], bound: list[Atom], summed: Group, dtype: to
     return Total(content, summed, dtype) if summed else content
 
 
-def _expert_like(state: Interpretation, value: Value) -> bool:
-    """Whether a plain value may be stacked expert weights: a parameter of three dimensions, casts and views aside."""
-    if not is_plain(value) or len(value.dims) != 3:
+def _expert_like(state: Interpretation, value: Value, other: Value) -> bool:
+    """Whether a plain value may be stacked expert weights: an input of three dimensions, a parameter rather than not, casts and views aside."""
+    source = _input_of(state, value)
+    if source is None or len(value.dims) != 3:
         return False
-    assert isinstance(value.content, Element)
-    root = value.content.root
+    return _is_parameter(source) or not _is_parameter(_input_of(state, other))
+
+
+def _input_of(state: Interpretation, value: Value) -> fx.Node | None:
+    content = value.content
+    if not is_plain(value) or not isinstance(content, Element):
+        return None
+    root = content.root
     while (call := state.calls.get(root)) is not None and call.name in ("cast", "contiguous", "clone"):
         root = call["input"]
-    return root.op in ("placeholder", "get_attr")
+    return root if root.op in ("placeholder", "get_attr") else None
+
+
+def _is_parameter(node: fx.Node | None) -> bool:
+    return node is not None and (node.op == "get_attr" or isinstance(fake_of(node), torch.nn.Parameter) or node.type is torch.nn.Parameter)
 
 
 def _check_dtypes(state: Interpretation, call: Call, first: str, second: str) -> None:
@@ -205,11 +216,19 @@ def _einsum(call: Call, state: Interpretation) -> Value | None:
         operands = operands[0]
     equation = str(call["equation"]).replace(" ", "")
     values = [state.value(operand) for operand in operands]
-    if len(values) != 2 or "..." in equation or "->" not in equation:
+    if len(values) < 2 or "..." in equation or "->" not in equation:
         raise Refused(f"einsum {equation!r}")
     if {fake_of(operand).dtype for operand in operands} != {state.dtype(call.node)} and not all(is_plain(value) for value in values):
         raise Refused("a product of mixed dtypes")
-    return einsum(state, call.node, values[0], values[1], equation)
+    inputs, output = equation.split("->")
+    labels = inputs.split(",")
+    while len(values) > 2:  # pairwise from the left, as the sum is the same in any order
+        kept = "".join(label for label in dict.fromkeys(labels[0] + labels[1]) if label in output or any(label in rest for rest in labels[2:]))
+        partial = einsum(state, call.node, values[0], values[1], f"{labels[0]},{labels[1]}->{kept}")
+        if partial is None:
+            return None
+        values[:2], labels[:2] = [partial], [kept]
+    return einsum(state, call.node, values[0], values[1], f"{labels[0]},{labels[1]}->{output}")
 
 
 RULES: dict[str, Rule] = {

@@ -9,7 +9,7 @@ from torch import fx
 from moecompile.passes import terms
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Atom, Constant, Content, Count, Element, Equals, Group, Index, Offsets, Size, Special, Value, Variable
+from moecompile.passes.terms import Atom, Constant, Content, Count, Element, Equals, Group, Index, Offsets, Size, Special, Stacked, Value, Variable
 from moecompile.passes.unify import enumerates, rows_covered
 
 
@@ -162,23 +162,37 @@ def distinct(ids: Value, state: Interpretation) -> bool:
     return isinstance(content, Element) and origin(content.root, state) in ("topk", "sort", "argsort")
 
 
-def origin(node: fx.Node, state: Interpretation) -> str | None:
-    """The routing operation that a tensor of ids is the indices of, casts and slices aside."""
-    call = state.calls.get(node)
+def origin(node: fx.Node | Stacked, state: Interpretation) -> str | None:
+    """The name of the routing operation that a tensor of ids is the indices of, casts and slices aside."""
+    call = routing_call(node, state)
+    return None if call is None else call.name
+
+
+def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
+    """The topk, sort, max, argmax or argsort whose indices the ids are, casts and slices aside."""
+    call = state.calls.get(node) if isinstance(node, fx.Node) else None
     if call is None:
         return None
     if call.name in ("cast", "contiguous", "clone"):
-        return origin(call["input"], state)
-    if call.name == "getitem" and isinstance(call["input"], fx.Node) and call["index"] == 1:
+        return routing_call(call["input"], state)
+    if call.name == "getitem" and isinstance(call["input"], fx.Node) and call["index"] == 1 or call.name == "getattr" and call["name"] == "indices":
         inner = state.calls.get(call["input"])
-        return inner.name if inner is not None and inner.name in ("topk", "sort", "max") else None
-    if call.name == "getitem" and isinstance(call["input"], fx.Node) and isinstance(call["index"], tuple):
+        return inner if inner is not None and inner.name in ("topk", "sort", "max") else None
+    if call.name == "getitem" and isinstance(call["index"], tuple):
         if all(item is Ellipsis or isinstance(item, (slice, int)) for item in call["index"]):
-            return origin(call["input"], state)
-    if call.name == "getattr" and call["name"] == "indices":
-        inner = state.calls.get(call["input"])
-        return inner.name if inner is not None and inner.name in ("topk", "sort", "max") else None
-    return call.name if call.name in ("argmax", "argsort") else None
+            return routing_call(call["input"], state)
+    return call if call.name in ("argmax", "argsort") else None
+
+
+def id_range(ids: Content, state: Interpretation) -> int:
+    """How many experts the ids can name: the size of the dimension they were chosen along. Raises Refused if that is not known."""
+    call = routing_call(ids.root, state) if isinstance(ids, Element) else None
+    if call is None or not isinstance(call["dim"], int):
+        raise Refused("a loop over experts whose ids may lie outside the experts it runs")
+    size = state.shape(call["input"])[call["dim"]]
+    if not isinstance(size, int):
+        raise Refused("a symbolic number of experts")
+    return size
 
 
 def compare(call: Call, state: Interpretation) -> Value | None:
@@ -188,7 +202,7 @@ def compare(call: Call, state: Interpretation) -> Value | None:
     if isinstance(other, bool) or not isinstance(value.content, Element):
         return None
     if isinstance(other, int):
-        return Value(value.dims, Equals(value.content, terms.Fixed(other, 0)))
+        return Value(value.dims, Equals(value.content, terms.Fixed(other, id_range(value.content, state))))
     second = state.value(other)
     if isinstance(second.content, Index) and len(second.content.atoms) == 1 and second.content.atoms[0].variable.kind == "free":
         from moecompile.passes.unify import unify

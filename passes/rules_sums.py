@@ -9,7 +9,8 @@ from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, 
 from moecompile.passes.rules_index import rows_index
 from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Constant, Group, Index, Special, Total, Value
+from moecompile.passes.rules_loop import add_term, rows_of_one
+from moecompile.passes.terms import Constant, Fixed, Group, Index, Special, Total, Value
 from moecompile.passes.unify import enumerates, unify, without
 
 
@@ -22,6 +23,9 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     counts = summed_counts(call, value, dims, state)
     if counts is not None:
         return counts
+    picked = _picked(call, value, dims)
+    if picked is not None:
+        return picked
     _gates(call, state, value, dims)
     if is_plain(value) or not is_routed(value):
         return None
@@ -35,6 +39,15 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     source = state.dtype(call["input"])
     state.combines.append(Combine(call.node, result, out_dtype=None if source == state.dtype(call.node) else state.dtype(call.node)))
     return None
+
+
+def _picked(call: Call, value: Value, dims: list[int]) -> Value | None:
+    """(weights * (ids == e)).sum(choices): for the tokens that chose expert e, the weight of that choice."""
+    content = value.content
+    if not isinstance(content, Special) or content.kind != "spread" or not isinstance(content.about[0].atom, Fixed) or len(dims) != 1 or call["keepdim"]:
+        return None
+    rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
+    return Value(rest, Special("picked", content.about))
 
 
 def _gates(call: Call, state: Interpretation, value: Value, dims: list[int]) -> None:
@@ -85,6 +98,8 @@ def _added_rows(call: Call, state: Interpretation, index: Value, source: Any) ->
     rows = state.value(source)
     if not is_routed(rows):
         return None
+    if rows_of_one(rows) is not None or rows_of_one(index) is not None:
+        return add_term(call, state, call["input"], index, rows)
     if not isinstance(index.content, Index) or len(index.dims) != 1 or len(rows.dims) != 2:
         raise Refused("rows added at an index that is not their token's number")
     dims, contents = unify([Value((index.dims[0], ()), index.content), rows])

@@ -155,6 +155,8 @@ def selected(value: Value, dim: int, index: int) -> Value:
     elif index < 0:
         raise Refused("a negative index into a dimension of symbolic size")
     content = value.content
+    if isinstance(content, terms.Count) and isinstance(extent, int):
+        return Value((), Special("count", (content.key, index, extent)))
     if not group:
         return Value((*value.dims[:dim], *value.dims[dim + 1 :]), content)
     if len(group) != 1 or group[0].variable.rank >= 3:
@@ -181,6 +183,12 @@ def _pieces(call: Call, state: Interpretation, dim: int) -> tuple[Value | None, 
 
 
 def _split(call: Call, state: Interpretation) -> tuple[Value | None, ...]:
+    if call.name == "split":
+        from moecompile.passes.rules_loop import split_by_counts
+
+        rows = split_by_counts(call, state)
+        if rows is not None:
+            return rows
     return _pieces(call, state, call["dim"])
 
 

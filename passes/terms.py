@@ -83,10 +83,17 @@ Part: TypeAlias = "Atom | Affine | Fixed | Looked"
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """One tensor an expert, taken as one tensor with the experts first."""
+
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
 class Element:
     """An element of the leaf `root`, at a flat index in mixed radix, most significant digit first; as it is after `written`, if that is a node."""
 
-    root: fx.Node
+    root: fx.Node | Stacked
     index: tuple[Part, ...]
     written: fx.Node | None = None
 
