@@ -65,7 +65,7 @@ def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
         if found is None:
             continue
         try:
-            merged = merge([found[number] for number in sorted(found)])
+            merged = merge([found[number] for number in sorted(found)], node)
         except Refused as reason:
             state.refusals[node] = str(reason)
             continue

@@ -70,7 +70,8 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     assert block.out is not None
     if dims[-1:] != (terms.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
         raise Refused("the summed rows are not the second GEMM's output features in order")
-    if sum(not isinstance(size, int) for size in state.shape(combine.node)) > 1:
+    result = combine.node if fake_of(combine.node) is not None or combine.base is None else combine.base
+    if sum(not isinstance(size, int) for size in state.shape(result)) > 1:
         raise Refused("a result of several symbolic dimensions")
     return _described(combine, block, operands, region, state)
 

@@ -11,12 +11,14 @@ Contract
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import fake_of
@@ -90,11 +92,8 @@ class _Emitter:
     def _with_meta(self, node: fx.Node, run: Any) -> fx.Node:
         node.meta.update(self._meta)
         arguments = fx.node.map_arg((node.args, node.kwargs), fake_of)
-        mode = next(tensor.fake_mode for tensor in fx.node.map_arg(node.args, fake_of) if isinstance(tensor, torch._subclasses.FakeTensor)) if _fakes(node) else None
-        if mode is not None:
-            with mode:
-                node.meta[self._key] = run(*arguments)
-        else:
+        fakes = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch._subclasses.FakeTensor)]
+        with fakes[0].fake_mode if fakes else contextlib.nullcontext():
             node.meta[self._key] = run(*arguments)
         return node
 
@@ -113,10 +112,6 @@ class _Emitter:
         return node
 
 
-def _fakes(node: fx.Node) -> bool:
-    return any(isinstance(fake_of(argument), torch._subclasses.FakeTensor) for argument in node.all_input_nodes)
-
-
 def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:
     """Whether a reshape to (-1, size) would change nothing."""
     fake = fake_of(node)
@@ -127,13 +122,13 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> No
     """Give the Site's users the new result, added into the base the way the model did."""
     node, base = site.node, site.base
     made = _Emitter(graph, site)
-    shape = fake_of(node).shape
+    shape = fake_of(node if fake_of(node) is not None else base).shape
     if len(shape) != 2:
         result = made.method("reshape", (result, *(size if isinstance(size, int) else -1 for size in shape)))
     final = result
     if base is not None and writes(node):
         position = layout.position
-        earlier = [alias for alias in layout.aliases.of(base) if alias is not base and position[alias] < position[node]]
+        earlier = [alias for alias in layout.aliases.of(base) if alias is not base and alias not in site.region and position[alias] < position[node]]
         if site.fresh and not earlier:
             base.replace_all_uses_with(result, delete_user_cb=lambda user: position.get(user, -1) > position[node])
         else:

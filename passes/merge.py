@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import fx
+
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import Apply, Atom, Constant, Content, Contract, Element, Fixed, Part, Size, Stacked, Variable
@@ -19,21 +21,24 @@ def expert_atom(num_experts: Size) -> Atom:
     return Atom(Variable("expert", "merged"), 1, num_experts)
 
 
-def merge(contents: Sequence[Content]) -> Content:
-    """contents[e] is expert e's term; the result has `expert_atom` where they differ. Raises Refused if they differ in anything else."""
-    return _merged([_with_canonical_bounds(content, []) for content in contents], expert_atom(len(contents)))
+def merge(contents: Sequence[Content], key: fx.Node) -> Content:
+    """contents[e] is expert e's term; the result has `expert_atom` where they differ. `key`, the node of the result, names its contracted indices.
+
+    Raises Refused if the terms differ in anything but the expert.
+    """
+    return _merged([_with_common_bounds(content, key, []) for content in contents], expert_atom(len(contents)))
 
 
-def _with_canonical_bounds(content: Content, seen: list[Atom]) -> Content:
+def _with_common_bounds(content: Content, key: fx.Node, seen: list[Atom]) -> Content:
     """Contracted indices renamed in order of appearance, so that equal products look equal."""
     if isinstance(content, Contract):
-        bound = Atom(Variable("bound", ("merged", len(seen))), 1, content.over.size)
+        bound = Atom(Variable("bound", (key, len(seen))), 1, content.over.size)
         seen.append(bound)
-        left = _with_canonical_bounds(terms.substitute(content.left, content.over, bound), seen)
-        right = _with_canonical_bounds(terms.substitute(content.right, content.over, bound), seen)
+        left = _with_common_bounds(terms.substitute(content.left, content.over, bound), key, seen)
+        right = _with_common_bounds(terms.substitute(content.right, content.over, bound), key, seen)
         return Contract(left, right, bound, content.dtype)
     if isinstance(content, Apply):
-        return Apply(content.op, tuple(_with_canonical_bounds(argument, seen) for argument in content.args), content.params)
+        return Apply(content.op, tuple(_with_common_bounds(argument, key, seen) for argument in content.args), content.params)
     return content
 
 

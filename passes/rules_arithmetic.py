@@ -55,9 +55,9 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
         if not _spreads(call, state, values):
             _propagate_sparsity(call, state)
             return None
-    if any(isinstance(value.content, (Index, Equals, Special)) for value in values) and all(_is_simple(value) for value in values):
+    if any(_is_mask(value) for value in values) and all(_is_simple(value) for value in values):
         return _masks(call, state, values)
-    if any(isinstance(value.content, (Index, Equals, Special)) for value in values):
+    if any(_is_mask(value) for value in values):
         raise Refused("arithmetic of rows with indices or masks")
     expected = _promoted(call, state, [call[name] for name in operands])
     if expected is not None and expected != state.dtype(call.node):
@@ -66,6 +66,11 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
     if call.name == "sub" and call.node.target == "__rsub__":
         contents.reverse()
     return Value(dims, Apply(call.name, tuple(contents), params))
+
+
+def _is_mask(value: Value) -> bool:
+    content = value.content
+    return isinstance(content, (Index, Equals)) or (isinstance(content, Special) and content.kind != "partial")
 
 
 def _is_simple(value: Value) -> bool:

@@ -49,7 +49,7 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
             lookups.append((dim, state.value(item)))
             dim += 1
         elif isinstance(item, int) and not lookups and not any(isinstance(other, fx.Node) for other in items):
-            if is_plain(value) and len(value.dims) != 3 and not _integral(source) and not _is_sparse(state, value):
+            if is_plain(value) and not _integral(source) and not _is_sparse(state, value) and not _is_input(value):
                 return None
             value = selected(value, dim, item)
         elif isinstance(item, int):
@@ -78,6 +78,12 @@ def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
     if rows is None or rows.variable.by != content.about[0] or not isinstance(index.content, Index) or value.dims[lookups[0][0]] != index.content.atoms:
         raise Refused("the weights of one expert's tokens, read at other tokens")
     return Value((*value.dims[: lookups[0][0]], *index.dims, *value.dims[lookups[0][0] + 1 :]), content.about[1])
+
+
+def _is_input(value: Value) -> bool:
+    """Whether the value is a view of a graph input, as weights are."""
+    content = value.content
+    return isinstance(content, terms.Element) and isinstance(content.root, fx.Node) and content.root.op in ("placeholder", "get_attr")
 
 
 def _is_sparse(state: Interpretation, value: Value) -> bool:

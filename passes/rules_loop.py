@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -29,6 +29,7 @@ class Partial:
     terms: tuple[tuple[int, Content], ...]
     nodes: tuple[fx.Node, ...]  # the additions so far
     num_experts: Any
+    features: Group = ()  # the terms' common feature dimension
 
 
 def chosen_rows(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
@@ -106,8 +107,10 @@ def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, r
     partial = _partial(before, target, key)
     if any(expert == key.atom.index for expert, _ in partial.terms):
         raise Refused(f"expert {key.atom.index} adds to the sum twice")
-    after = Partial(partial.base, partial.fresh, (*partial.terms, (key.atom.index, contents[1])), (*partial.nodes, call.node), partial.num_experts)
-    value = Value((token.atoms, dims[1]), Special("partial", (after, key.content, choices)))
+    features = partial.features if partial.terms else dims[1]
+    term = terms.rename(Value((), contents[1]), _same_names((dims[1],), (features,))).content
+    after = replace(partial, terms=(*partial.terms, (key.atom.index, term)), nodes=(*partial.nodes, call.node), features=features)
+    value = Value((token.atoms, features), Special("partial", (after, key.content, choices)))
     _complete(call, state, after, key, value, choices)
     return value
 
@@ -129,7 +132,7 @@ def _complete(call: Call, state: Interpretation, partial: Partial, key: Equals, 
     if sorted(numbers) != list(range(count)):
         return
     try:
-        merged = merge([content for _, content in sorted(partial.terms, key=lambda term: term[0])])
+        merged = merge([content for _, content in sorted(partial.terms, key=lambda term: term[0])], call.node)
     except Refused as reason:
         state.refusals[call.node] = str(reason)
         return
@@ -215,7 +218,7 @@ def _cat(call: Call, state: Interpretation) -> Value | None:
         raise Refused("pieces of rows put together in another order, or not all of them")
     aligned = [value.dims[1:] for value in values]
     named = [terms.rename(value, _same_names(dims, aligned[0])) for value, dims in zip(values, aligned, strict=True)]
-    merged = merge([value.content for value in named])
+    merged = merge([value.content for value in named], call.node)
     content = terms.substitute(merged, expert_atom(len(values)), Looked(by.content, len(values)))
     return Value(((order,), *aligned[0]), content)
 
