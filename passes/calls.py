@@ -52,7 +52,23 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "cat": ("tensors dim=0", ("torch.cat", "torch.concat", "torch.concatenate")),
     "stack": ("tensors dim=0", ("torch.stack",)),
     # casts: one canonical operation, the target read off the result
-    "cast": ("input *target", (".to", ".float", ".half", ".bfloat16", ".double", ".int", ".long", ".bool", ".type", ".type_as", ".cpu", ".cuda")),
+    "cast": (
+        "input *target",
+        (
+            ".to",
+            ".float",
+            ".half",
+            ".bfloat16",
+            ".double",
+            ".int",
+            ".long",
+            ".bool",
+            ".type",
+            ".type_as",
+            ".cpu",
+            ".cuda",
+        ),
+    ),
     # making tensors
     "zeros": ("*size", ("torch.zeros", "torch.zeros_like", ".new_zeros")),
     "ones": ("*size", ("torch.ones", "torch.ones_like", ".new_ones")),
@@ -64,7 +80,10 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "index_select": ("input dim index", ("torch.index_select", ".index_select")),
     "gather": ("input dim index sparse_grad=False", ("torch.gather", ".gather")),
     "take_along_dim": ("input indices dim=None", ("torch.take_along_dim", ".take_along_dim")),
-    "embedding": ("input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False", (_F + "embedding",)),
+    "embedding": (
+        "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False sparse=False",
+        (_F + "embedding",),
+    ),
     "setitem": ("input index value", ("operator.setitem", ".__setitem__")),
     "index_put": ("input indices values accumulate=False", ("torch.index_put", ".index_put")),
     "index_copy": ("input dim index source", ("torch.index_copy", ".index_copy")),
@@ -86,7 +105,10 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "argmax": ("input dim=None keepdim=False", ("torch.argmax", ".argmax")),
     "histc": ("input bins=100 min=0 max=0", ("torch.histc", ".histc")),
     "bincount": ("input weights=None minlength=0", ("torch.bincount", ".bincount")),
-    "searchsorted": ("sorted_sequence input out_int32=False right=False side=None sorter=None", ("torch.searchsorted",)),
+    "searchsorted": (
+        "sorted_sequence input out_int32=False right=False side=None sorter=None",
+        ("torch.searchsorted",),
+    ),
     "bucketize": ("input boundaries out_int32=False right=False", ("torch.bucketize",)),
     "one_hot": ("input num_classes=-1", (_F + "one_hot", _NN + "one_hot")),
     "cumsum": ("input dim dtype=None", ("torch.cumsum", ".cumsum")),
@@ -94,7 +116,10 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "floor_divide": ("input other", ("torch.floor_divide", ".floor_divide", "operator.floordiv", ".__floordiv__")),
     "remainder": ("input other", ("torch.remainder", ".remainder", "operator.mod", ".__mod__")),
     # matrix products
-    "grouped_mm": ("input mat2 offs=None bias=None out_dtype=None", ("torch._grouped_mm", _F + "grouped_mm", "torch.ops.aten._grouped_mm")),
+    "grouped_mm": (
+        "input mat2 offs=None bias=None out_dtype=None",
+        ("torch._grouped_mm", _F + "grouped_mm", "torch.ops.aten._grouped_mm"),
+    ),
     "grouped_mm_fallback": ("input weight offs", ("torch.ops.transformers.grouped_mm_fallback",)),
     "linear": ("input weight bias=None", (_F + "linear", _NN + "linear")),
     "mm": ("input mat2", ("torch.mm", ".mm")),
@@ -109,13 +134,22 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "item": ("input", (".item",)),
     "invert": ("input", ("operator.invert", "torch.logical_not", ".logical_not", "torch.bitwise_not", ".bitwise_not")),
     # comparisons, used on routing values
-    **{name: ("input other", (f"torch.{name}", f".{name}", f"operator.{name}", f".__{name}__")) for name in ("eq", "ne", "lt", "gt", "le", "ge")},
+    **{
+        name: ("input other", (f"torch.{name}", f".{name}", f"operator.{name}", f".__{name}__"))
+        for name in ("eq", "ne", "lt", "gt", "le", "ge")
+    },
     # elementwise arithmetic
     "add": ("input other alpha=1", ("torch.add", ".add", "operator.add", ".__add__", ".__radd__")),
     "sub": ("input other alpha=1", ("torch.sub", "torch.subtract", ".sub", "operator.sub", ".__sub__")),
     "rsub": ("input other alpha=1", ("torch.rsub", ".rsub", ".__rsub__")),
-    "mul": ("input other", ("torch.mul", "torch.multiply", ".mul", ".multiply", "operator.mul", ".__mul__", ".__rmul__")),
-    "div": ("input other rounding_mode=None", ("torch.div", "torch.divide", "torch.true_divide", ".div", "operator.truediv", ".__truediv__")),
+    "mul": (
+        "input other",
+        ("torch.mul", "torch.multiply", ".mul", ".multiply", "operator.mul", ".__mul__", ".__rmul__"),
+    ),
+    "div": (
+        "input other rounding_mode=None",
+        ("torch.div", "torch.divide", "torch.true_divide", ".div", "operator.truediv", ".__truediv__"),
+    ),
     "pow": ("input exponent", ("torch.pow", ".pow", "operator.pow", ".__pow__")),
     "neg": ("input", ("torch.neg", "torch.negative", ".neg", "operator.neg")),
     "clamp": ("input min=None max=None", ("torch.clamp", "torch.clip", ".clamp", ".clip")),
@@ -129,12 +163,25 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "elu": ("input alpha=1.0 inplace=False", (_F + "elu", _NN + "elu")),
     "celu": ("input alpha=1.0 inplace=False", (_F + "celu", "torch.celu")),
     "logsigmoid": ("input", (_F + "logsigmoid", _NN + "log_sigmoid")),
-    **{name: ("input", (f"torch.{name}", f".{name}", f"{_F}{name}")) for name in "sigmoid tanh exp log log1p sqrt rsqrt reciprocal abs sign square erf".split()},
+    **{
+        name: ("input", (f"torch.{name}", f".{name}", f"{_F}{name}"))
+        for name in "sigmoid tanh exp log log1p sqrt rsqrt reciprocal abs sign square erf".split()
+    },
     "relu": ("input inplace=False", ("torch.relu", ".relu", _F + "relu")),
-    **{name: ("input inplace=False", (f"{_F}{name}", f"{_NN}{name}")) for name in "silu relu6 selu mish hardswish hardsigmoid".split()},
+    **{
+        name: ("input inplace=False", (f"{_F}{name}", f"{_NN}{name}"))
+        for name in "silu relu6 selu mish hardswish hardsigmoid".split()
+    },
 }
 # Python's augmented assignments write into their left operand
-_AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ifloordiv": "floor_divide", "ipow": "pow"}
+_AUGMENTED = {
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "ifloordiv": "floor_divide",
+    "ipow": "pow",
+}
 # calls that write into their first argument although the name does not end in "_"
 _WRITES = frozenset({"setitem"})
 # keyword arguments that place or lay out a result without changing its values

@@ -28,7 +28,11 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
         raise Refused("a sum over something that is neither a token's choices nor all experts")
     expert = total.over[0]
     marker = Fixed(0, expert.size)
-    elements = {inner: terms.substitute(inner, expert, marker) for inner in walk(total.content) if isinstance(inner, Element) and inner.root in state.sparse}
+    elements = {
+        inner: terms.substitute(inner, expert, marker)
+        for inner in walk(total.content)
+        if isinstance(inner, Element) and inner.root in state.sparse
+    }
     gates = {inner.root: at for inner, at in elements.items() if at != inner and isinstance(at, Element)}
     if not gates:
         raise Refused("a sum over all experts without gates that vanish away from each token's choices")
@@ -59,7 +63,11 @@ def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
     """Dense mixtures written expert by expert: additions of one term an expert, each with its own column of the gates."""
     for node, value in state.values.items():
         content = value.content
-        if not isinstance(content, Apply) or content.op != "add" or any(_is_sum_of_more(user, content, state) for user in node.users):
+        if (
+            not isinstance(content, Apply)
+            or content.op != "add"
+            or any(_is_sum_of_more(user, content, state) for user in node.users)
+        ):
             continue
         found = _by_gate(flattened(content), state)
         if found is None:
@@ -74,7 +82,12 @@ def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
 
 def _is_sum_of_more(user: fx.Node, content: Content, state: Interpretation) -> bool:
     value = state.values.get(user)
-    return value is not None and isinstance(value.content, Apply) and value.content.op == "add" and content in value.content.args
+    return (
+        value is not None
+        and isinstance(value.content, Apply)
+        and value.content.op == "add"
+        and content in value.content.args
+    )
 
 
 def _by_gate(additions: list[Content], state: Interpretation) -> dict[int, Content] | None:
@@ -115,7 +128,9 @@ def check_vanishing(block: Block) -> None:
 
 
 # functions that are 0 at 0
-_ZERO_AT_ZERO = frozenset("neg abs sign square sqrt silu tanh relu relu6 leaky_relu elu celu selu gelu erf mish hardswish cast log1p".split())
+_ZERO_AT_ZERO = frozenset(
+    "neg abs sign square sqrt silu tanh relu relu6 leaky_relu elu celu selu gelu erf mish hardswish cast log1p".split()
+)
 
 
 def _is_zero(text: str, zeros: set[str]) -> bool:
@@ -136,5 +151,9 @@ def _vanishes(parsed: expression.Expression, zeros: set[str]) -> bool:
         return values[0] and isinstance(parsed.args[1], expression.Constant)
     if parsed.op == "clamp":
         low, high = (*parsed.params, None, None)[:2]
-        return values[0] and not (isinstance(low, (int, float)) and low > 0) and not (isinstance(high, (int, float)) and high < 0)
+        return (
+            values[0]
+            and not (isinstance(low, (int, float)) and low > 0)
+            and not (isinstance(high, (int, float)) and high < 0)
+        )
     return parsed.op in _ZERO_AT_ZERO and values[0]

@@ -22,11 +22,11 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.forms import FORMS, Traits, form_of
 from moecompile.passes.calls import writes
+from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
+from moecompile.passes.forms import FORMS, Traits, form_of
 from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
 from moecompile.passes.provenance import module_of, source_of
-from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.site import Detection, NearMiss, Operand, Site
@@ -41,7 +41,10 @@ def detect(graph: fx.Graph) -> Detection:
     layout = Layout(graph)
     sites: list[Site] = []
     refused: list[tuple[Combine, str]] = []
-    for combine in sorted([*state.combines, *_single_choices(state), *unrolled_sums(state)], key=lambda combine: layout.position[combine.node]):
+    for combine in sorted(
+        [*state.combines, *_single_choices(state), *unrolled_sums(state)],
+        key=lambda combine: layout.position[combine.node],
+    ):
         try:
             sites.append(_site(combine, state, layout))
         except Refused as reason:
@@ -80,22 +83,34 @@ def _single_choices(state: Interpretation) -> Iterator[Combine]:
     """Rows of one expert a token need no sum: where such rows, back in the tokens' order, meet the rest of the graph."""
     for node, value in state.values.items():
         fake = fake_of(node)
-        if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or len(value.dims) != 2 or not _is_expert_output(value):
+        if (
+            not isinstance(fake, torch.Tensor)
+            or not fake.dtype.is_floating_point
+            or len(value.dims) != 2
+            or not _is_expert_output(value)
+        ):
             continue
         tokens = value.dims[0]
-        rows = {user for user in node.users if user in state.values and _is_expert_output(state.values[user]) and user not in state.refusals}
+        rows = {
+            user
+            for user in node.users
+            if user in state.values and _is_expert_output(state.values[user]) and user not in state.refusals
+        }
         if tokens and all(atom.variable.kind == "ids" for atom in tokens) and not rows and not writes(node):
             yield Combine(node, Value(value.dims, Total(value.content, (), fake.dtype)))
 
 
 def _is_expert_output(value: Value) -> bool:
     """Whether an expert product of an expert product is in the value."""
-    return any(isinstance(inner, Contract) and _holds_expert_product(inner.left, inner.right) for inner in walk(value.content))
+    return any(
+        isinstance(inner, Contract) and _holds_expert_product(inner.left, inner.right) for inner in walk(value.content)
+    )
 
 
 def _holds_expert_product(*contents: Content) -> bool:
     return any(isinstance(inner, Contract) for content in contents for inner in walk(content)) and any(
-        isinstance(content, Element) and any(isinstance(part, terms.Looked) for part in content.index) for content in contents
+        isinstance(content, Element) and any(isinstance(part, terms.Looked) for part in content.index)
+        for content in contents
     )
 
 
@@ -137,7 +152,9 @@ def _matrices(weight: str, bias: str, product: Product, num_experts: int, state:
 def _shaped(node: fx.Node | Stacked, shape: tuple[Size, ...], state: Interpretation) -> Operand:
     if isinstance(node, Stacked):
         first, *others = node.nodes
-        if any((state.shape(other), state.dtype(other)) != (state.shape(first), state.dtype(first)) for other in others):
+        if any(
+            (state.shape(other), state.dtype(other)) != (state.shape(first), state.dtype(first)) for other in others
+        ):
             raise Refused("experts of different shapes or dtypes")
         present: tuple[Size, ...] = (len(node.nodes), *state.shape(first))
         if present[0] != shape[0] or terms.product(present) != terms.product(shape):
@@ -151,15 +168,22 @@ def _shaped(node: fx.Node | Stacked, shape: tuple[Size, ...], state: Interpretat
     return Operand(node, (("reshape", shape),))
 
 
-def _described(combine: Combine, block: Block, operands: dict[str, Operand], region: frozenset[fx.Node], state: Interpretation) -> Site:
+def _described(
+    combine: Combine, block: Block, operands: dict[str, Operand], region: frozenset[fx.Node], state: Interpretation
+) -> Site:
     assert block.out is not None and isinstance(block.num_experts, int)
     names = frozenset(state.calls[node].name for node in region if node in state.calls)
-    names |= {"rows"} if any(isinstance(product.weight, Stacked) for product in block.inner) or combine.partials else set()
+    names |= (
+        {"rows"} if any(isinstance(product.weight, Stacked) for product in block.inner) or combine.partials else set()
+    )
     if "weights" in operands and any(step == "gather" for step, _ in operands["weights"].steps):
         names |= {"dense"}
     traits = Traits(names, block.gate_up, state.calls[combine.node].name)
     inner = block.inner[0]
-    anchor = next((node for node in region if state.calls.get(node) is not None and state.calls[node].name in _PRODUCTS), combine.node)
+    anchor = next(
+        (node for node in region if state.calls.get(node) is not None and state.calls[node].name in _PRODUCTS),
+        combine.node,
+    )
     width, hidden = terms.group_size((block.out.over,)), terms.group_size((inner.over,))
     assert isinstance(width, int) and isinstance(hidden, int)
     return Site(
@@ -191,7 +215,9 @@ def _described(combine: Combine, block: Block, operands: dict[str, Operand], reg
 _PRODUCTS = frozenset(name for form in FORMS for name in form.anchors)
 
 
-def _near_misses(state: Interpretation, layout: Layout, sites: list[Site], refused: list[tuple[Combine, str]]) -> list[NearMiss]:
+def _near_misses(
+    state: Interpretation, layout: Layout, sites: list[Site], refused: list[tuple[Combine, str]]
+) -> list[NearMiss]:
     """One near miss for each connected group of expert products that no Site covers."""
     covered = {node for site in sites for node in site.region}
     misses: list[NearMiss] = []
@@ -205,7 +231,10 @@ def _near_misses(state: Interpretation, layout: Layout, sites: list[Site], refus
 
 
 def _uses_experts(content: Total) -> bool:
-    return any(isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index) for inner in walk(content))
+    return any(
+        isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index)
+        for inner in walk(content)
+    )
 
 
 def _miss(node: fx.Node, reason: str, state: Interpretation) -> NearMiss:

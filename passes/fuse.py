@@ -64,7 +64,13 @@ def emit(graph: fx.Graph, site: Site) -> fx.Node:
     weights = made.operand("weights", ids) if "weights" in site.operands else None
     keywords: dict[str, Any] = {name: made.operand(name) for name in _TENSORS if name in site.operands}
     keywords |= {"activation": site.activation, "gate_up": site.gate_up}
-    for name, default in (("input", "x"), ("output", "mul(out, weight)"), ("w_in_transposed", False), ("w_out_transposed", False), ("out_dtype", None)):
+    for name, default in (
+        ("input", "x"),
+        ("output", "mul(out, weight)"),
+        ("w_in_transposed", False),
+        ("w_out_transposed", False),
+        ("out_dtype", None),
+    ):
         if getattr(site, name) != default:
             keywords[name] = getattr(site, name)
     arguments = (made.operand("x"), weights, offsets, slots, order, made.operand("w_in"), made.operand("w_out"))
@@ -77,7 +83,11 @@ class _Emitter:
     def __init__(self, graph: fx.Graph, site: Site) -> None:
         self._graph, self._site = graph, site
         self._key = "example_value" if "example_value" in site.node.meta else "val"
-        self._meta = {name: site.node.meta[name] for name in ("stack_trace", "nn_module_stack", "source_fn_stack") if name in site.node.meta}
+        self._meta = {
+            name: site.node.meta[name]
+            for name in ("stack_trace", "nn_module_stack", "source_fn_stack")
+            if name in site.node.meta
+        }
 
     def call(self, target: Any, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None) -> fx.Node:
         """A function call with its example value computed."""
@@ -128,7 +138,11 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> No
     final = result
     if base is not None and writes(node):
         position = layout.position
-        earlier = [alias for alias in layout.aliases.of(base) if alias is not base and alias not in site.region and position[alias] < position[node]]
+        earlier = [
+            alias
+            for alias in layout.aliases.of(base)
+            if alias is not base and alias not in site.region and position[alias] < position[node]
+        ]
         if site.fresh and not earlier:
             base.replace_all_uses_with(result, delete_user_cb=lambda user: position.get(user, -1) > position[node])
         else:

@@ -65,7 +65,9 @@ class Interpretation:
     graph: fx.Graph
     values: dict[fx.Node, Value] = field(default_factory=dict)
     results: dict[fx.Node, tuple[Value | None, ...]] = field(default_factory=dict)
-    refusals: dict[fx.Node, str] = field(default_factory=dict)  # operations on routed rows that no rule explains, in program order
+    refusals: dict[fx.Node, str] = field(
+        default_factory=dict
+    )  # operations on routed rows that no rule explains, in program order
     combines: list[Combine] = field(default_factory=list)
     calls: dict[fx.Node, Call] = field(default_factory=dict)
     sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
@@ -148,8 +150,13 @@ def is_routed(value: Value | None) -> bool:
     """Whether the value holds rows of assignments: gathered by routing, or the result of an expert's GEMM."""
     if value is None:
         return False
-    return any(isinstance(group_atom.variable.kind, str) and group_atom.variable.rank >= 3 for group in value.dims for group_atom in group) or any(
-        isinstance(inner, (terms.Contract, terms.Total)) or (isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index))
+    return any(
+        isinstance(group_atom.variable.kind, str) and group_atom.variable.rank >= 3
+        for group in value.dims
+        for group_atom in group
+    ) or any(
+        isinstance(inner, (terms.Contract, terms.Total))
+        or (isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index))
         for inner in walk(value.content)
     )
 
@@ -170,14 +177,21 @@ def interpret(graph: fx.Graph) -> Interpretation:
             state.results[node] = outcome
         elif outcome is not None:
             state.values[node] = outcome
-        elif not mutates and node.op != "output" and (call is None or call.name not in RULES) and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes):
+        elif (
+            not mutates
+            and node.op != "output"
+            and (call is None or call.name not in RULES)
+            and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes)
+        ):
             state.refusals.setdefault(node, f"{node.target} is not an operation that detection understands")
         if mutates:
             _write(state, aliases, node, outcome if isinstance(outcome, Value) else None)
     return state
 
 
-def _outcome(call: Call | None, state: Interpretation, rules: dict[str, Rule]) -> Value | tuple[Value | None, ...] | None:
+def _outcome(
+    call: Call | None, state: Interpretation, rules: dict[str, Rule]
+) -> Value | tuple[Value | None, ...] | None:
     rule = rules.get(call.name) if call is not None else None
     if call is None or rule is None:
         return None

@@ -13,7 +13,19 @@ from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
-from moecompile.passes.terms import Apply, Atom, Constant, Content, Contract, Element, Fixed, Part, Size, Stacked, Variable
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Contract,
+    Element,
+    Fixed,
+    Part,
+    Size,
+    Stacked,
+    Variable,
+)
 
 
 def expert_atom(num_experts: Size) -> Atom:
@@ -38,7 +50,9 @@ def _with_common_bounds(content: Content, key: fx.Node, seen: list[Atom]) -> Con
         right = _with_common_bounds(terms.substitute(content.right, content.over, bound), key, seen)
         return Contract(left, right, bound, content.dtype)
     if isinstance(content, Apply):
-        return Apply(content.op, tuple(_with_common_bounds(argument, key, seen) for argument in content.args), content.params)
+        return Apply(
+            content.op, tuple(_with_common_bounds(argument, key, seen) for argument in content.args), content.params
+        )
     return content
 
 
@@ -50,9 +64,15 @@ def _merged(contents: Sequence[Content], expert: Atom) -> Content:
         raise Refused("the experts compute different things")
     if isinstance(first, Apply):
         others: list[Any] = list(contents)
-        if any((other.op, len(other.args), other.params) != (first.op, len(first.args), first.params) for other in others):
+        if any(
+            (other.op, len(other.args), other.params) != (first.op, len(first.args), first.params) for other in others
+        ):
             raise Refused("the experts compute different things")
-        return Apply(first.op, tuple(_merged([other.args[place] for other in others], expert) for place in range(len(first.args))), first.params)
+        return Apply(
+            first.op,
+            tuple(_merged([other.args[place] for other in others], expert) for place in range(len(first.args))),
+            first.params,
+        )
     if isinstance(first, Contract):
         products: list[Any] = list(contents)
         if any((other.over, other.dtype) != (first.over, first.dtype) for other in products):

@@ -19,9 +19,24 @@ from torch import fx
 
 from moecompile.codegen import expression
 from moecompile.passes import terms
-from moecompile.passes.interpret import Interpretation, Refused, walk
+from moecompile.passes.interpret import Refused, walk
 from moecompile.passes.site import Operand
-from moecompile.passes.terms import Affine, Apply, Atom, Constant, Content, Contract, Element, Fixed, Group, Looked, Part, Size, Stacked, Total
+from moecompile.passes.terms import (
+    Affine,
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Contract,
+    Element,
+    Fixed,
+    Group,
+    Looked,
+    Part,
+    Size,
+    Stacked,
+    Total,
+)
 
 Match: TypeAlias = "Callable[[Content], str | None]"
 
@@ -77,7 +92,9 @@ def read(total: Total, tokens: Group) -> Block:
     block.activation = _text(block.out.rows, block, lambda content: _inner_leaf(content, block))
     _name_gate_and_up(block)
     over = block.inner[0].over
-    rows = {terms.substitute(product.rows, product.over, over) for product in block.inner if product.over.size == over.size}
+    rows = {
+        terms.substitute(product.rows, product.over, over) for product in block.inner if product.over.size == over.size
+    }
     if len(rows) != 1:
         raise Refused("gate and up are computed from different rows")
     block.input = _text(rows.pop(), block, lambda content: _x_leaf(content, block))
@@ -106,7 +123,9 @@ def _find_key(block: Block, content: Content) -> None:
 
 
 def _is_weight(content: Element) -> bool:
-    return any(isinstance(part, Looked) for part in content.index) and any(isinstance(part, (Atom, Affine)) and _is_feature(part) for part in content.index)
+    return any(isinstance(part, Looked) for part in content.index) and any(
+        isinstance(part, (Atom, Affine)) and _is_feature(part) for part in content.index
+    )
 
 
 def _is_feature(part: Part) -> bool:
@@ -127,7 +146,9 @@ def _expression(content: Content, block: Block, match: Match) -> expression.Expr
     if isinstance(content, Apply):
         if content.op not in expression.OPERATIONS:
             raise Refused(f"{content.op} is not an operation that activations are written in")
-        return expression.Apply(content.op, tuple(_expression(argument, block, match) for argument in content.args), content.params)
+        return expression.Apply(
+            content.op, tuple(_expression(argument, block, match) for argument in content.args), content.params
+        )
     raise Refused(_describe(content))
 
 
@@ -141,7 +162,11 @@ def _describe(content: Content) -> str:
 
 def _weight_leaf(content: Content, block: Block) -> str | None:
     """The routing weight: one number for each assignment."""
-    if not isinstance(content, Element) or isinstance(content.root, Stacked) or any(isinstance(part, (Affine, Fixed)) for part in content.index):
+    if (
+        not isinstance(content, Element)
+        or isinstance(content.root, Stacked)
+        or any(isinstance(part, (Affine, Fixed)) for part in content.index)
+    ):
         return None
     if weight_steps(content, block) is None:
         return None
@@ -191,7 +216,11 @@ def _by_expert(content: Element, block: Block) -> bool:
     """Whether this is a tensor with the experts first and no tokens in it."""
     looked = Looked(block.key, block.num_experts) if block.key is not None else None
     variables = {atom.variable for atom in block.flat}
-    return bool(content.index) and content.index[0] == looked and not any(isinstance(part, Atom) and part.variable in variables for part in content.index)
+    return (
+        bool(content.index)
+        and content.index[0] == looked
+        and not any(isinstance(part, Atom) and part.variable in variables for part in content.index)
+    )
 
 
 def _weight_product(content: Contract, rows: Content, weight: Element, block: Block) -> Product:
@@ -206,7 +235,18 @@ def _weight_product(content: Contract, rows: Content, weight: Element, block: Bl
     if place not in (0, len(rest) - 1) or weight.written is not None:
         raise Refused(f"the weight {weight.root} does not hold one matrix for each expert")
     start, step, width, extent = _affine(features, weight.root)
-    return Product(content, rows, content.over, weight.root, place == 0 and bool(features), start, step, width, extent, tuple(features))
+    return Product(
+        content,
+        rows,
+        content.over,
+        weight.root,
+        place == 0 and bool(features),
+        start,
+        step,
+        width,
+        extent,
+        tuple(features),
+    )
 
 
 def _unit_product(content: Content, block: Block) -> Product | None:
@@ -214,7 +254,12 @@ def _unit_product(content: Content, block: Block) -> Product | None:
     if not isinstance(content, Apply) or content.op != "mul":
         return None
     for rows, weight in (content.args, content.args[::-1]):
-        if isinstance(weight, Element) and _by_expert(weight, block) and len(weight.index) > 1 and weight.written is None:
+        if (
+            isinstance(weight, Element)
+            and _by_expert(weight, block)
+            and len(weight.index) > 1
+            and weight.written is None
+        ):
             unit = Atom(terms.Variable("bound", "unit"), 1, 1)
             features = tuple(weight.index[1:])
             return Product(content, rows, unit, weight.root, False, *_affine(list(features), weight.root), features)
@@ -256,7 +301,9 @@ def _number(size: Size) -> int:
 
 def feature_atoms(product: Product) -> list[Atom]:
     """The atoms that run over the product's output features, without the fixed digits."""
-    return [part.atom if isinstance(part, Affine) else part for part in product.features if isinstance(part, (Atom, Affine))]
+    return [
+        part.atom if isinstance(part, Affine) else part for part in product.features if isinstance(part, (Atom, Affine))
+    ]
 
 
 # ---- leaves at the three levels

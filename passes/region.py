@@ -60,14 +60,29 @@ class Layout:
                     grad = node.args[0]
                 elif name.startswith("_enter_"):
                     entered[node] = (name, *node.args)
-                elif name.startswith("_exit_") and node.args and isinstance(node.args[0], fx.Node) and node.args[0] in entered:
+                elif (
+                    name.startswith("_exit_")
+                    and node.args
+                    and isinstance(node.args[0], fx.Node)
+                    and node.args[0] in entered
+                ):
                     del entered[node.args[0]]
                 else:
                     others += 1
             found[node] = (grad, tuple(entered.values()), others)
-        initial = next((node.args[0] for node in self.graph.nodes if _is_border(node) and getattr(node.target, "__name__", "") == "_set_grad_enabled"), None)
+        initial = next(
+            (
+                node.args[0]
+                for node in self.graph.nodes
+                if _is_border(node) and getattr(node.target, "__name__", "") == "_set_grad_enabled"
+            ),
+            None,
+        )
         # before the first switch, gradients are as they are after it is undone
-        return {node: (initial is False if mode[0] is None and initial is not None else mode[0], *mode[1:]) for node, mode in found.items()}
+        return {
+            node: (initial is False if mode[0] is None and initial is not None else mode[0], *mode[1:])
+            for node, mode in found.items()
+        }
 
 
 def _is_border(node: fx.Node) -> bool:
@@ -77,11 +92,15 @@ def _is_border(node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", "") or ""
     if not module.startswith(_BORDERS) or bind(node) is not None:
         return False
-    tensors = isinstance(fake_of(node), torch.Tensor) or any(isinstance(fake_of(argument), torch.Tensor) for argument in node.all_input_nodes)
+    tensors = isinstance(fake_of(node), torch.Tensor) or any(
+        isinstance(fake_of(argument), torch.Tensor) for argument in node.all_input_nodes
+    )
     return not tensors
 
 
-def region_of(end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout, partials: Sequence[fx.Node] = ()) -> frozenset[fx.Node]:
+def region_of(
+    end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout, partials: Sequence[fx.Node] = ()
+) -> frozenset[fx.Node]:
     """The nodes between `roots` and `end`, `end` included; `partials` are the additions that lead to it. Raises Refused as the contract above says."""
     region = _between((end, *partials), roots, state, layout)
     _check_rows(end, region, state)
@@ -105,7 +124,11 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
         if node in region or node in roots or node.op in ("placeholder", "get_attr"):
             continue
         region.add(node)
-        waiting += [writer for writer in written.get(node, ()) if position[node] < position[writer] < position[end] and not _of_root(node, roots, layout)]
+        waiting += [
+            writer
+            for writer in written.get(node, ())
+            if position[node] < position[writer] < position[end] and not _of_root(node, roots, layout)
+        ]
         call = bind(node)
         if call is not None and call.name in _MAKERS:
             continue
@@ -141,27 +164,57 @@ def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> No
     for node in sorted(region):
         if node is end or not is_row(node, state):
             continue
-        outside = next((user for user in node.users if user not in region and not only_reads_dtype(user, node) and not checks_size(user)), None)
+        outside = next(
+            (
+                user
+                for user in node.users
+                if user not in region and not only_reads_dtype(user, node) and not checks_size(user)
+            ),
+            None,
+        )
         if outside is not None:
             place = "the graph's result" if outside.op == "output" else f"{outside}"
             raise Refused(f"{node}, a value inside the block, is also used by {place}")
 
 
-def _check_roots(end: fx.Node, region: set[fx.Node], roots: frozenset[fx.Node], state: Interpretation, layout: Layout, additions: frozenset[fx.Node]) -> None:
+def _check_roots(
+    end: fx.Node,
+    region: set[fx.Node],
+    roots: frozenset[fx.Node],
+    state: Interpretation,
+    layout: Layout,
+    additions: frozenset[fx.Node],
+) -> None:
     position = layout.position
     for root in roots:
         value = state.values.get(root)
         born = position[root]
-        if value is not None and isinstance(value.content, Element) and value.content.written is not None and value.content.written in position:
+        if (
+            value is not None
+            and isinstance(value.content, Element)
+            and value.content.written is not None
+            and value.content.written in position
+        ):
             born = position[value.content.written]
         for writer, targets in layout.writers.items():
-            if born < position[writer] < position[end] and writer not in region and any(layout.aliases.share(target, root) for target in targets):
+            if (
+                born < position[writer] < position[end]
+                and writer not in region
+                and any(layout.aliases.share(target, root) for target in targets)
+            ):
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
     for writer in (region & layout.writers.keys()) - additions:
         for target in layout.writers[writer]:
             if _of_root(target, roots, layout):
                 raise Refused(f"{writer}, inside the block, writes into one of its operands")
-            foreign = next((alias for alias in layout.aliases.of(target) if alias not in region and position[alias] < position[end]), None)
+            foreign = next(
+                (
+                    alias
+                    for alias in layout.aliases.of(target)
+                    if alias not in region and position[alias] < position[end]
+                ),
+                None,
+            )
             if foreign is not None and foreign.op in ("placeholder", "get_attr"):
                 raise Refused(f"{writer}, inside the block, writes into the graph's input {foreign}")
 
@@ -211,7 +264,9 @@ def removable(end: fx.Node, region: frozenset[fx.Node], layout: Layout) -> list[
     while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
         for writer in gone & layout.writers.keys():
-            names = [alias for target in layout.writers[writer] for alias in layout.aliases.of(target) if alias is not end]
+            names = [
+                alias for target in layout.writers[writer] for alias in layout.aliases.of(target) if alias is not end
+            ]
             if any(name not in gone or name in kept for name in names):
                 kept.add(writer)
         if not kept:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from moecompile.passes import rules_arithmetic, rules_index, rules_loop, rules_products, rules_routing, rules_sums, rules_views
+from moecompile.passes import (
+    rules_arithmetic,
+    rules_index,
+    rules_loop,
+    rules_products,
+    rules_routing,
+    rules_sums,
+    rules_views,
+)
 from moecompile.passes.interpret import Rule
 
 RULES: dict[str, Rule] = {

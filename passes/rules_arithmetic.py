@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
+from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain
 from moecompile.passes.rules_routing import distinct
 from moecompile.passes.rules_views import constant
-from moecompile.passes.calls import Call
 from moecompile.passes.terms import Apply, Constant, Content, Element, Equals, Index, Special, Value
 from moecompile.passes.unify import unify
 
@@ -61,7 +61,9 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
         raise Refused("arithmetic of rows with indices or masks")
     expected = _promoted(call, state, [call[name] for name in operands])
     if expected is not None and expected != state.dtype(call.node):
-        raise Refused(f"{call.name} gives {state.dtype(call.node)} where its operands give {expected}: autocast changes it")
+        raise Refused(
+            f"{call.name} gives {state.dtype(call.node)} where its operands give {expected}: autocast changes it"
+        )
     dims, contents = unify(values)
     if call.name == "sub" and call.node.target == "__rsub__":
         contents.reverse()
@@ -100,7 +102,11 @@ def _propagate_sparsity(call: Call, state: Interpretation) -> None:
         return
     if call.name in ("mul", "div") and (roots[0] is not None or call.name == "mul") and known[0].outside == 0:
         state.sparse[call.node] = Sparse(known[0].ids, 0)
-    elif isinstance(first, fx.Node) and roots[0] is not None and (outside := _OUTSIDE.get((call.name, float(roots[0].outside)))) is not None:
+    elif (
+        isinstance(first, fx.Node)
+        and roots[0] is not None
+        and (outside := _OUTSIDE.get((call.name, float(roots[0].outside)))) is not None
+    ):
         state.sparse[call.node] = Sparse(roots[0].ids, outside)
 
 
@@ -131,7 +137,11 @@ def _invert(call: Call, state: Interpretation) -> Value | None:
     """~mask of the chosen experts."""
     value = state.value(call["input"])
     opposite = {"chosen": "not chosen", "not chosen": "chosen"}
-    if isinstance(value.content, Special) and value.content.kind in opposite and fake_of(call["input"]).dtype is torch.bool:
+    if (
+        isinstance(value.content, Special)
+        and value.content.kind in opposite
+        and fake_of(call["input"]).dtype is torch.bool
+    ):
         return Value(value.dims, Special(opposite[value.content.kind], value.content.about))
     return None
 
@@ -140,7 +150,12 @@ def _masked_fill(call: Call, state: Interpretation) -> Value | None:
     """logits.masked_fill(~chosen, number): a leaf that holds the number away from each token's experts."""
     value, mask = state.value(call["input"]), call["mask"]
     content = state.value(mask).content
-    if not is_plain(value) or not isinstance(content, Special) or content.kind != "not chosen" or not isinstance(call["value"], (int, float)):
+    if (
+        not is_plain(value)
+        or not isinstance(content, Special)
+        or content.kind != "not chosen"
+        or not isinstance(call["value"], (int, float))
+    ):
         return None
     if state.shape(call["input"]) != state.shape(mask) or not distinct(content.about[0], state):
         return None
@@ -162,7 +177,9 @@ def _promoted(call: Call, state: Interpretation, arguments: list[Any]) -> torch.
 
 def _rsub(call: Call, state: Interpretation) -> Value | None:
     """rsub(input, other) is other - input."""
-    turned = Call("sub", {"input": call["other"], "other": call["input"], "alpha": call["alpha"]}, call.inplace, call.node)
+    turned = Call(
+        "sub", {"input": call["other"], "other": call["input"], "alpha": call["alpha"]}, call.inplace, call.node
+    )
     return elementwise(turned, state)
 
 

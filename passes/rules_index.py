@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx
 
 from moecompile.passes import terms
+from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
-from moecompile.passes.rules_views import free, reshaped, selected, sliced
-from moecompile.passes.calls import Call
+from moecompile.passes.rules_views import free, selected, sliced
 from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Special, Value, Variable
 from moecompile.passes.unify import enumerates, look_up, unify
 
@@ -75,7 +75,12 @@ def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
         return None
     _, index = lookups[0]
     rows = rows_of_one(index)
-    if rows is None or rows.variable.by != content.about[0] or not isinstance(index.content, Index) or value.dims[lookups[0][0]] != index.content.atoms:
+    if (
+        rows is None
+        or rows.variable.by != content.about[0]
+        or not isinstance(index.content, Index)
+        or value.dims[lookups[0][0]] != index.content.atoms
+    ):
         raise Refused("the weights of one expert's tokens, read at other tokens")
     return Value((*value.dims[: lookups[0][0]], *index.dims, *value.dims[lookups[0][0] + 1 :]), content.about[1])
 
@@ -83,7 +88,11 @@ def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
 def _is_input(value: Value) -> bool:
     """Whether the value is a view of a graph input, as weights are."""
     content = value.content
-    return isinstance(content, terms.Element) and isinstance(content.root, fx.Node) and content.root.op in ("placeholder", "get_attr")
+    return (
+        isinstance(content, terms.Element)
+        and isinstance(content.root, fx.Node)
+        and content.root.op in ("placeholder", "get_attr")
+    )
 
 
 def _is_sparse(state: Interpretation, value: Value) -> bool:
@@ -127,7 +136,11 @@ def _embedding(call: Call, state: Interpretation) -> Value | None:
 def _gather(call: Call, state: Interpretation) -> Value | None:
     """gather along one dimension, where the index repeats along all the others (which is then a lookup of whole rows)."""
     value, index = state.value(call["input"]), state.value(call.arguments.get("index", call.arguments.get("indices")))
-    if is_plain(value) and len(value.dims) < 3 and not any(atom.variable.rank >= 3 for group in index.dims for atom in group):
+    if (
+        is_plain(value)
+        and len(value.dims) < 3
+        and not any(atom.variable.rank >= 3 for group in index.dims for atom in group)
+    ):
         return None
     dim = (call["dim"] or 0) % len(value.dims)
     along = rows_index(index, dim)
@@ -187,7 +200,7 @@ def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Va
     if len(index.dims) != 1 or not isinstance(index.content, Index) or len(rows.dims) != len(state.shape(target)):
         raise Refused("an assignment through an index that is not a permutation")
     covered = enumerates(index.dims[0])
-    if covered is None or covered != index.content.atoms and index.dims[0] != index.content.atoms:
+    if covered is None or (covered != index.content.atoms and index.dims[0] != index.content.atoms):
         if not _is_inverse(index):
             raise Refused("an assignment through an index that is not a permutation")
     if state.shape(target)[0] != terms.group_size(index.content.atoms):
@@ -201,7 +214,12 @@ def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Va
 def _is_inverse(index: Value) -> bool:
     """dims (j), content Index(order) where the order enumerates exactly j: the inverse permutation."""
     content = index.content
-    return isinstance(content, Index) and len(content.atoms) == 1 and enumerates(content.atoms) == index.dims[0] and content.atoms[0].variable.kind == "order"
+    return (
+        isinstance(content, Index)
+        and len(content.atoms) == 1
+        and enumerates(content.atoms) == index.dims[0]
+        and content.atoms[0].variable.kind == "order"
+    )
 
 
 # ---- scatters
@@ -216,7 +234,12 @@ def _scatter(call: Call, state: Interpretation) -> Value | None:
     if len(index.dims) == 1:
         return permuted_write(call, state, call["input"], index, source)
     dim = call["dim"] % len(index.dims)
-    if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant) and not isinstance(target.content.value, bool | None):
+    if (
+        len(index.dims) == 2
+        and dim == 1
+        and isinstance(target.content, Constant)
+        and not isinstance(target.content.value, bool | None)
+    ):
         return _marks(call, state, target.content.value, index, source)
     if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant):
         return _marks(call, state, int(target.content.value), index, source)

@@ -1,7 +1,7 @@
 """Rules for loops over experts: rows selected by a mask, results added back expert by expert, until the last expert completes the sum.
 
-    place, token = where(ids == e)        dims ((rows)), contents: the choice and token digits; `rows` enumerates the assignments with ids[j] == e
-    out[token] += f_e(x[token]) * w       out means a partial sum: {e: term}; complete once every expert 0..E-1 has added exactly one term
+place, token = where(ids == e)        dims ((rows)), contents: the choice and token digits; `rows` enumerates the assignments with ids[j] == e
+out[token] += f_e(x[token]) * w       out means a partial sum: {e: term}; complete once every expert 0..E-1 has added exactly one term
 """
 
 from __future__ import annotations
@@ -16,7 +16,22 @@ from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of
 from moecompile.passes.merge import expert_atom, merge
 from moecompile.passes.rules_routing import distinct
-from moecompile.passes.terms import Apply, Atom, Constant, Content, Element, Equals, Fixed, Group, Index, Looked, Special, Total, Value, Variable
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Element,
+    Equals,
+    Fixed,
+    Group,
+    Index,
+    Looked,
+    Special,
+    Total,
+    Value,
+    Variable,
+)
 from moecompile.passes.unify import look_up, unify, without
 
 
@@ -43,7 +58,10 @@ def _rows(call: Call, state: Interpretation, value: Value) -> Atom:
     content = value.content
     digits = terms.merge(sorted((atom for group in value.dims for atom in group), key=_significance, reverse=True))
     if isinstance(content, Special) and content.kind == "any":
-        content, digits = content.about[0], terms.merge(sorted((*digits, *content.about[1]), key=_significance, reverse=True))
+        content, digits = (
+            content.about[0],
+            terms.merge(sorted((*digits, *content.about[1]), key=_significance, reverse=True)),
+        )
     if not isinstance(content, Equals) or not isinstance(content.atom, Fixed):
         raise Refused("rows selected by a mask that is not one expert's")
     if not isinstance(content.content, Element) or content.content.index != digits:
@@ -109,7 +127,9 @@ def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, r
         raise Refused(f"expert {key.atom.index} adds to the sum twice")
     features = partial.features if partial.terms else dims[1]
     term = terms.rename(Value((), contents[1]), _same_names((dims[1],), (features,))).content
-    after = replace(partial, terms=(*partial.terms, (key.atom.index, term)), nodes=(*partial.nodes, call.node), features=features)
+    after = replace(
+        partial, terms=(*partial.terms, (key.atom.index, term)), nodes=(*partial.nodes, call.node), features=features
+    )
     value = Value((token.atoms, features), Special("partial", (after, key.content, choices)))
     _complete(call, state, after, key, value, choices)
     return value
@@ -138,7 +158,9 @@ def _complete(call: Call, state: Interpretation, partial: Partial, key: Equals, 
         return
     content = terms.substitute(merged, expert_atom(count), Looked(key.content, count))
     total = Total(content, choices, state.dtype(call.node if fake_of(call.node) is not None else call["input"]))
-    state.combines.append(Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, None, partial.nodes))
+    state.combines.append(
+        Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, None, partial.nodes)
+    )
 
 
 def assigned_rows(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Value) -> Value:
@@ -157,7 +179,9 @@ def assigned_rows(call: Call, state: Interpretation, target: fx.Node, index: Val
         rest = [argument for argument in content.args if argument != read_back]
         if len(rest) == 1:
             return add_term(call, state, target, index, Value(source.dims, rest[0]))
-    fresh = before.content == Constant(0) or (isinstance(before.content, Special) and before.content.kind == "partial" and before.content.about[0].fresh)
+    fresh = before.content == Constant(0) or (
+        isinstance(before.content, Special) and before.content.kind == "partial" and before.content.about[0].fresh
+    )
     if fresh and without(atom.variable.group, index.content.atoms if isinstance(index.content, Index) else ()) == ():
         return add_term(call, state, target, index, source)
     raise Refused("rows that replace what other experts wrote")
@@ -184,7 +208,11 @@ def _item(call: Call, state: Interpretation) -> None:
 def split_by_counts(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
     """Rows sorted by expert, split by the experts' counts: one piece an expert. None if the sizes are not such counts."""
     sizes = call["split_size_or_sections"]
-    counts = [state.numbers.get(size) if isinstance(size, fx.Node) else None for size in sizes] if isinstance(sizes, (list, tuple)) else []
+    counts = (
+        [state.numbers.get(size) if isinstance(size, fx.Node) else None for size in sizes]
+        if isinstance(sizes, (list, tuple))
+        else []
+    )
     if not counts or any(count is None for count in counts):
         return None
     value = state.value(call["tensor"])
@@ -198,7 +226,11 @@ def split_by_counts(call: Call, state: Interpretation) -> tuple[Value | None, ..
     pieces: list[Value | None] = []
     for number, fake in enumerate(fake_of(call.node)):
         assert key is not None
-        rows = Atom(Variable("rows", (order, number), order.variable.group, Equals(key, Fixed(number, len(counts)))), 1, terms.size_of(fake.shape[0]))
+        rows = Atom(
+            Variable("rows", (order, number), order.variable.group, Equals(key, Fixed(number, len(counts)))),
+            1,
+            terms.size_of(fake.shape[0]),
+        )
         pieces.append(Value(((rows,), *value.dims[1:]), value.content))
     return tuple(pieces)
 
@@ -214,7 +246,11 @@ def _cat(call: Call, state: Interpretation) -> Value | None:
     keys = [atom.variable.key for atom in atoms if atom is not None]
     order = keys[0][0]
     by = next(atom.variable.by for atom in atoms if atom is not None)
-    if not isinstance(by, Equals) or not isinstance(by.atom, Fixed) or keys != [(order, number) for number in range(by.atom.extent)]:  # type: ignore[arg-type]
+    if (
+        not isinstance(by, Equals)
+        or not isinstance(by.atom, Fixed)
+        or keys != [(order, number) for number in range(by.atom.extent)]
+    ):  # type: ignore[arg-type]
         raise Refused("pieces of rows put together in another order, or not all of them")
     aligned = [value.dims[1:] for value in values]
     named = [terms.rename(value, _same_names(dims, aligned[0])) for value, dims in zip(values, aligned, strict=True)]

@@ -6,9 +6,23 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of, is_plain, is_routed
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Apply, Atom, Constant, Content, Contract, Element, Group, Index, Looked, Offsets, Total, Value, Variable
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of, is_plain, is_routed
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Contract,
+    Element,
+    Group,
+    Index,
+    Looked,
+    Offsets,
+    Total,
+    Value,
+    Variable,
+)
 from moecompile.passes.unify import _choose, _deduplicated, _renaming, unify
 
 
@@ -16,15 +30,27 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     """A product of two tensors by a two-operand equation in single letters, e.g. "sf,fn->sn"."""
     inputs, output = equation.split("->")
     first, second = inputs.split(",")
-    if is_plain(left) and is_plain(right) and not _expert_like(state, left, right) and not _expert_like(state, right, left):
+    if (
+        is_plain(left)
+        and is_plain(right)
+        and not _expert_like(state, left, right)
+        and not _expert_like(state, right, left)
+    ):
         return None
-    if len(first) != len(left.dims) or len(second) != len(right.dims) or len(set(first)) != len(first) or len(set(second)) != len(second):
+    if (
+        len(first) != len(left.dims)
+        or len(second) != len(right.dims)
+        or len(set(first)) != len(first)
+        or len(set(second)) != len(second)
+    ):
         raise Refused(f"a product {equation} of tensors with other dimensions")
     if any(isinstance(value.content, (Index, Constant, terms.Count, Offsets)) for value in (left, right)):
         raise Refused("a product of indices")
     groups: dict[str, Group] = {}
     for label in dict.fromkeys(first + second):
-        held = [value.dims[labels.index(label)] for value, labels in ((left, first), (right, second)) if label in labels]
+        held = [
+            value.dims[labels.index(label)] for value, labels in ((left, first), (right, second)) if label in labels
+        ]
         groups[label] = _choose(held)
     contracted = [label for label in groups if label not in output]
     if any(label not in first or label not in second for label in contracted):
@@ -32,7 +58,9 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     bound: list[Atom] = []
     summed: list[Atom] = []
     for label in contracted:
-        if groups[label] and (all(atom.variable.kind == "ids" for atom in groups[label]) or _is_gate(state, left, right)):
+        if groups[label] and (
+            all(atom.variable.kind == "ids" for atom in groups[label]) or _is_gate(state, left, right)
+        ):
             summed += groups[label]
         elif any(atom.variable.rank >= 3 for atom in groups[label]):
             raise Refused("a product that sums over rows in an order of their own")
@@ -100,7 +128,9 @@ def _input_of(state: Interpretation, value: Value) -> fx.Node | None:
 
 
 def _is_parameter(node: fx.Node | None) -> bool:
-    return node is not None and (node.op == "get_attr" or isinstance(fake_of(node), torch.nn.Parameter) or node.type is torch.nn.Parameter)
+    return node is not None and (
+        node.op == "get_attr" or isinstance(fake_of(node), torch.nn.Parameter) or node.type is torch.nn.Parameter
+    )
 
 
 def _check_dtypes(state: Interpretation, call: Call, first: str, second: str) -> None:
@@ -114,7 +144,11 @@ def _check_dtypes(state: Interpretation, call: Call, first: str, second: str) ->
 def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
     if call.arguments.get("bias") is not None or call["offs"] is None:
         raise Refused("a grouped GEMM with a bias or without offsets")
-    rows, weights, offsets = state.value(call["input"]), state.value(call.arguments.get("mat2", call.arguments.get("weight"))), state.value(call["offs"])
+    rows, weights, offsets = (
+        state.value(call["input"]),
+        state.value(call.arguments.get("mat2", call.arguments.get("weight"))),
+        state.value(call["offs"]),
+    )
     if len(rows.dims) != 2 or len(weights.dims) != 3:
         raise Refused("a grouped GEMM that is not rows by stacked weights")
     return grouped(state, call.node, rows, weights, offsets.content)
@@ -130,7 +164,9 @@ def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, e
     if order.variable.by != ends.key:
         raise Refused("a grouped GEMM whose rows are sorted by other ids than its offsets count")
     if terms.group_size(weights.dims[0]) != ends.num_experts or len(weights.dims[0]) > 1:
-        raise Refused(f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with offsets of {ends.num_experts}")
+        raise Refused(
+            f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with offsets of {ends.num_experts}"
+        )
     content = weights.content
     if weights.dims[0]:
         content = terms.substitute(content, weights.dims[0][0], Looked(ends.key, ends.num_experts))
@@ -174,9 +210,15 @@ def _matrix_product(state: Interpretation, call: Call, left: Value, right: Value
     letters = "abcdefgh"[:batch]
     # a batch dimension of size one on one side is broadcast: leave it out there
     spans = [letters[batch - (len(value.dims) - 2) :] for value in (left, right)]
-    kept = [[label for label, group in zip(span, value.dims, strict=False) if group or len(span) == 1] for span, value in zip(spans, (left, right), strict=True)]
+    kept = [
+        [label for label, group in zip(span, value.dims, strict=False) if group or len(span) == 1]
+        for span, value in zip(spans, (left, right), strict=True)
+    ]
     trimmed = [
-        Value(tuple(group for label, group in zip(span, value.dims, strict=False) if label in keep) + value.dims[-2:], value.content)
+        Value(
+            tuple(group for label, group in zip(span, value.dims, strict=False) if label in keep) + value.dims[-2:],
+            value.content,
+        )
         for span, keep, value in zip(spans, kept, (left, right), strict=True)
     ]
     present = [label for label in letters if label in kept[0] or label in kept[1]]
@@ -218,12 +260,18 @@ def _einsum(call: Call, state: Interpretation) -> Value | None:
     values = [state.value(operand) for operand in operands]
     if len(values) < 2 or "..." in equation or "->" not in equation:
         raise Refused(f"einsum {equation!r}")
-    if {fake_of(operand).dtype for operand in operands} != {state.dtype(call.node)} and not all(is_plain(value) for value in values):
+    if {fake_of(operand).dtype for operand in operands} != {state.dtype(call.node)} and not all(
+        is_plain(value) for value in values
+    ):
         raise Refused("a product of mixed dtypes")
     inputs, output = equation.split("->")
     labels = inputs.split(",")
     while len(values) > 2:  # pairwise from the left, as the sum is the same in any order
-        kept = "".join(label for label in dict.fromkeys(labels[0] + labels[1]) if label in output or any(label in rest for rest in labels[2:]))
+        kept = "".join(
+            label
+            for label in dict.fromkeys(labels[0] + labels[1])
+            if label in output or any(label in rest for rest in labels[2:])
+        )
         partial = einsum(state, call.node, values[0], values[1], f"{labels[0]},{labels[1]}->{kept}")
         if partial is None:
             return None

@@ -7,9 +7,24 @@ from typing import Any
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Atom, Constant, Content, Count, Element, Equals, Group, Index, Offsets, Size, Special, Stacked, Value, Variable
+from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
+from moecompile.passes.terms import (
+    Atom,
+    Constant,
+    Content,
+    Count,
+    Element,
+    Equals,
+    Group,
+    Index,
+    Offsets,
+    Size,
+    Special,
+    Stacked,
+    Value,
+    Variable,
+)
 from moecompile.passes.unify import enumerates, rows_covered
 
 
@@ -65,7 +80,9 @@ def _digits(call: Call, state: Interpretation) -> tuple[Value, Group, Group] | N
     if not isinstance(value.content, Index) or isinstance(call["input"], int):
         return None
     number = state.number(call["other"])
-    groups = terms.regroup(value.content.atoms, (terms.divide(terms.group_size(value.content.atoms), number) or 0, number))
+    groups = terms.regroup(
+        value.content.atoms, (terms.divide(terms.group_size(value.content.atoms), number) or 0, number)
+    )
     if groups is None:
         raise Refused(f"assignment numbers divided by {number}, which is not a digit of theirs")
     return value, groups[0], groups[1]
@@ -111,7 +128,12 @@ def _searchsorted(call: Call, state: Interpretation) -> Value | None:
     rows, experts = state.value(call["sorted_sequence"]), state.value(call["input"])
     order = rows.dims[0][0] if len(rows.dims) == 1 and len(rows.dims[0]) == 1 else None
     right = call["right"] is True or call["side"] == "right"
-    if order is None or order.variable.kind != "order" or call["sorter"] is not None or not isinstance(experts.content, Index):
+    if (
+        order is None
+        or order.variable.kind != "order"
+        or call["sorter"] is not None
+        or not isinstance(experts.content, Index)
+    ):
         return None
     if not right or order.variable.by != rows.content or experts.dims != (experts.content.atoms,):
         raise Refused("searchsorted that does not give the end of each expert's rows")
@@ -146,10 +168,16 @@ def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretati
 
 def scattered_counts(call: Call, state: Interpretation) -> Value | None:
     """zeros(E).scatter_add(0, ids, ones): counts."""
-    target, index, source = state.value(call["input"]), state.value(call["index"]), state.value(call.arguments.get("src", call.arguments.get("source")))
+    target, index, source = (
+        state.value(call["input"]),
+        state.value(call["index"]),
+        state.value(call.arguments.get("src", call.arguments.get("source"))),
+    )
     if target.content != Constant(0) or source.content != Constant(1) or len(target.dims) != 1 or len(index.dims) != 1:
         return None
-    if not isinstance(index.content, Element) or state.shape(call["index"]) != state.shape(call.arguments.get("src", call.arguments.get("source"))):
+    if not isinstance(index.content, Element) or state.shape(call["index"]) != state.shape(
+        call.arguments.get("src", call.arguments.get("source"))
+    ):
         return None
     return counted(state, index, state.shape(call["input"])[0], call.node)
 
@@ -175,7 +203,13 @@ def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
         return None
     if call.name in ("cast", "contiguous", "clone"):
         return routing_call(call["input"], state)
-    if call.name == "getitem" and isinstance(call["input"], fx.Node) and call["index"] == 1 or call.name == "getattr" and call["name"] == "indices":
+    if (
+        (call.name == "getitem"
+        and isinstance(call["input"], fx.Node)
+        and call["index"] == 1)
+        or (call.name == "getattr"
+        and call["name"] == "indices")
+    ):
         inner = state.calls.get(call["input"])
         return inner if inner is not None and inner.name in ("topk", "sort", "max") else None
     if call.name == "getitem" and isinstance(call["index"], tuple):
@@ -204,7 +238,11 @@ def compare(call: Call, state: Interpretation) -> Value | None:
     if isinstance(other, int):
         return Value(value.dims, Equals(value.content, terms.Fixed(other, id_range(value.content, state))))
     second = state.value(other)
-    if isinstance(second.content, Index) and len(second.content.atoms) == 1 and second.content.atoms[0].variable.kind == "free":
+    if (
+        isinstance(second.content, Index)
+        and len(second.content.atoms) == 1
+        and second.content.atoms[0].variable.kind == "free"
+    ):
         from moecompile.passes.unify import unify
 
         dims, contents = unify([value, second])
@@ -226,4 +264,14 @@ RULES: dict[str, Rule] = {
     "eq": compare,
 }
 
-__all__ = ["RULES", "Content", "Sparse", "compare", "counted", "distinct", "origin", "scattered_counts", "summed_counts"]
+__all__ = [
+    "RULES",
+    "Content",
+    "Sparse",
+    "compare",
+    "counted",
+    "distinct",
+    "origin",
+    "scattered_counts",
+    "summed_counts",
+]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from moecompile.passes import terms
+from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, Sparse, is_plain, is_routed
 from moecompile.passes.rules_index import rows_index
-from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
-from moecompile.passes.calls import Call
 from moecompile.passes.rules_loop import add_term, rows_of_one
+from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
 from moecompile.passes.terms import Constant, Fixed, Group, Index, Special, Total, Value
 from moecompile.passes.unify import enumerates, unify, without
 
@@ -19,7 +19,9 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     dims = call["dim"]
     if dims is None:
         dims = list(range(len(value.dims)))
-    dims = [dim % len(value.dims) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])] if value.dims else []
+    dims = (
+        [dim % len(value.dims) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])] if value.dims else []
+    )
     counts = summed_counts(call, value, dims, state)
     if counts is not None:
         return counts
@@ -37,14 +39,22 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
     result = Value(rest, Total(value.content, over, state.dtype(call.node)))
     source = state.dtype(call["input"])
-    state.combines.append(Combine(call.node, result, out_dtype=None if source == state.dtype(call.node) else state.dtype(call.node)))
+    state.combines.append(
+        Combine(call.node, result, out_dtype=None if source == state.dtype(call.node) else state.dtype(call.node))
+    )
     return None
 
 
 def _picked(call: Call, value: Value, dims: list[int]) -> Value | None:
     """(weights * (ids == e)).sum(choices): for the tokens that chose expert e, the weight of that choice."""
     content = value.content
-    if not isinstance(content, Special) or content.kind != "spread" or not isinstance(content.about[0].atom, Fixed) or len(dims) != 1 or call["keepdim"]:
+    if (
+        not isinstance(content, Special)
+        or content.kind != "spread"
+        or not isinstance(content.about[0].atom, Fixed)
+        or len(dims) != 1
+        or call["keepdim"]
+    ):
         return None
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
     return Value(rest, Special("picked", content.about))

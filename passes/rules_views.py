@@ -8,9 +8,22 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
 from moecompile.passes.calls import Call
-from moecompile.passes.terms import Affine, Apply, Atom, Constant, Element, Fixed, Group, Index, Size, Special, Value, Variable
+from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.terms import (
+    Affine,
+    Apply,
+    Atom,
+    Constant,
+    Element,
+    Fixed,
+    Group,
+    Index,
+    Size,
+    Special,
+    Value,
+    Variable,
+)
 
 
 def reshaped(value: Value, shape: tuple[Size, ...]) -> Value:
@@ -240,7 +253,11 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
 def keep_sparse(call: Call, state: Interpretation) -> None:
     """A cast of a sparse leaf is one."""
     value = state.value(call["input"])
-    if isinstance(value.content, Element) and value.content.root in state.sparse and value.dims == state.leaf(value.content.root).dims:
+    if (
+        isinstance(value.content, Element)
+        and value.content.root in state.sparse
+        and value.dims == state.leaf(value.content.root).dims
+    ):
         state.sparse[call.node] = state.sparse[value.content.root]
 
 

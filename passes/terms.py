@@ -308,7 +308,11 @@ def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
     above = divide(part.divisor * part.size, old.divisor * old.size)
     if below is None or above is None:
         return [part]
-    pieces: list[Part] = [Atom(part.variable, old.divisor * old.size, above), new, Atom(part.variable, part.divisor, below)]
+    pieces: list[Part] = [
+        Atom(part.variable, old.divisor * old.size, above),
+        new,
+        Atom(part.variable, part.divisor, below),
+    ]
     return [piece for piece in pieces if extent_of(piece) != 1 or piece is new]
 
 
@@ -378,5 +382,8 @@ def rename(value: Value, pairs: Sequence[tuple[Atom, Atom]]) -> Value:
     dims, content = value.dims, value.content
     for old, new in steps:
         content = substitute(content, old, new)
-        dims = tuple(merge(piece for atom in group for piece in _replace_atom(atom, old, new) if isinstance(piece, Atom)) for group in dims)
+        dims = tuple(
+            merge(piece for atom in group for piece in _replace_atom(atom, old, new) if isinstance(piece, Atom))
+            for group in dims
+        )
     return Value(dims, content)

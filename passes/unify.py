@@ -92,7 +92,11 @@ def _at(content: Content, group: Group, index: Content) -> Content:
 
 def enumerates(group: Group) -> Group | None:
     """The assignments' digits a dimension runs through, each combination once: its own atoms, or those of the order it stands for."""
-    if len(group) == 1 and group[0].variable.kind == "order" and group[0].size == terms.group_size(group[0].variable.group):
+    if (
+        len(group) == 1
+        and group[0].variable.kind == "order"
+        and group[0].size == terms.group_size(group[0].variable.group)
+    ):
         return group[0].variable.group
     if any(atom.variable.rank >= 3 for atom in group):
         return None
