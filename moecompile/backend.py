@@ -39,6 +39,8 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
+    from torch._dynamo import exc
+
     from moecompile import advice, lowering, pipeline, report, verify
 
     # 1. What the user asked for.
@@ -60,7 +62,12 @@ def moecompile(
     obstacle = advice.obstacle_of(gm, record)
 
     # 4. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    compiled = lowering.lower(gm, example_inputs, chosen, record, name)
+    #    (Tracing may teach AOTAutograd something that Dynamo should have known. Dynamo then captures the frame again.)
+    try:
+        compiled = lowering.lower(gm, example_inputs, chosen, record, name)
+    except exc.RestartAnalysis:
+        report.discard(record)
+        raise
 
     # 5. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

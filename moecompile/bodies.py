@@ -7,7 +7,9 @@ below the main one.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -15,8 +17,21 @@ from moecompile.passes.printer import graph_text
 
 
 def bodies_of(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
-    """Path to graph module, for the main one (its path is empty) and every body below it, each once."""
-    return {path: module for path, module in gm.named_modules() if isinstance(module, fx.GraphModule)}
+    """Path to graph module, for the main one (its path is empty) and every body below it that is used, each once.
+
+    Bodies that Dynamo inlined into the main graph still hang below it, but no node takes them.
+    """
+    found = {"": gm}
+    waiting = [("", gm)]
+    while waiting:
+        prefix, module = waiting.pop()
+        for node in module.graph.find_nodes(op="get_attr"):
+            body: Any = functools.reduce(getattr, str(node.target).split("."), module)
+            if isinstance(body, fx.GraphModule) and body not in found.values():
+                path = f"{prefix}{node.target}"
+                found[path] = body
+                waiting.append((f"{path}.", body))
+    return found
 
 
 def text_of(gm: fx.GraphModule, *, collapse: bool = False, inputs: Sequence[str] = ()) -> str:

@@ -224,6 +224,12 @@ def record(graph_report: GraphReport) -> None:
         _graphs.append(graph_report)
 
 
+def discard(graph_report: GraphReport) -> None:
+    """Takes the newest record back: Dynamo starts over with the frame and will hand out its graph again."""
+    with _lock:
+        _graphs[:] = [graph for graph in _graphs if graph is not graph_report]
+
+
 def record_graph_break(graph_break: GraphBreak) -> None:
     """Adds a graph break that no captured graph tells of (a skipped frame, for example)."""
     with _lock:
