@@ -218,7 +218,8 @@ class _Parser:
             if len(args) < OPERATIONS[op].arguments:
                 args.append(self.expression())
             else:
-                params.append(self.literal(self.take(), self.position()))
+                position_of_literal = self.position()
+                params.append(self.literal(self.take(), position_of_literal))
         self.take(")")
         try:
             return Apply(op, tuple(args), tuple(params))

@@ -181,6 +181,9 @@ class Arguments:
             tensor = getattr(self, name)
             if tensor is not None and tensor.dim() != rank:
                 raise _error(ValueError, f"{name} must have shape {words}, got {tuple(tensor.shape)}")
+        if (self.w_up is not None) != (self.gate_up == "separate"):
+            came = "None" if self.w_up is None else f"shape {tuple(self.w_up.shape)}"
+            raise _error(ValueError, f"w_up goes with gate_up='separate' alone; got {came}, gate_up={self.gate_up!r}")
         (tokens, features), experts, inner = self.x.shape, self.num_experts, self.intermediate
         top_k = self.slots.shape[1]
         first = inner if self.gate_up in ("separate", "single") else self.width
@@ -193,9 +196,6 @@ class Arguments:
         words = "(experts, in, out)" if self.w_in_transposed else "(experts, out, in)"
         _expect(self.w_in, "w_in", matrix, f"{words} for gate_up={self.gate_up!r}")
         _expect(self.w_out, "w_out", (experts, self.w_out.shape[1], self.w_out.shape[2]), "(experts, ., .)")
-        if (self.w_up is not None) != (self.gate_up == "separate"):
-            came = "None" if self.w_up is None else f"shape {tuple(self.w_up.shape)}"
-            raise _error(ValueError, f"w_up goes with gate_up='separate' alone; got {came}, gate_up={self.gate_up!r}")
         if self.w_up is not None:
             _expect(self.w_up, "w_up", matrix, words)
         if self.b_up is not None and self.w_up is None:

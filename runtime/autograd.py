@@ -1,0 +1,84 @@
+"""The derivative of `moecompile::experts`, and what it refuses: second derivatives, forward mode, torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from moecompile.runtime.contract import DIFFERENTIABLE
+
+Parts = list[Tensor]
+TENSORS = ("x", "weights", "offsets", "slots", "order", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
+
+
+class _Experts(torch.autograd.Function):
+    """experts_forward with experts_backward as its derivative; `hidden` is not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            result, hidden = torch.ops.moecompile.experts_forward(*tensors, **attributes)
+        ctx.attributes = attributes
+        ctx.save_for_backward(hidden, *tensors)
+        ctx.mark_non_differentiable(hidden)
+        ctx.set_materialize_grads(False)
+        return result, hidden
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, _ = grads
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        hidden, *tensors = ctx.saved_tensors
+        wanted = dict(zip(TENSORS, ctx.needs_input_grad[1:], strict=True))
+        needs = [wanted[name] for name in DIFFERENTIABLE]
+        found = iter(torch.ops.moecompile.experts_backward(grad, hidden, *tensors, **ctx.attributes, needs=needs))
+        return (None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
+
+
+def _differentiates(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records a call with these arguments; refuses transforms that it could not serve."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"moecompile::experts does not work under torch.func transforms; {ADVICE}")
+    given = [tensor for tensor in tensors if tensor is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise NotImplementedError(f"moecompile::experts has no forward-mode derivative; {ADVICE}")
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
+    """experts_forward above autograd: recorded where something requires grad."""
+    if _differentiates(args):
+        return _Experts.apply(attributes, *args, *([None] * (len(TENSORS) - len(args))))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.experts_forward(*args, **attributes)
+
+
+def experts(*args: Any, **attributes: Any) -> Tensor:
+    """Experts above autograd: becomes experts_forward where something requires grad."""
+    if _differentiates(args):
+        return experts_forward(*args, **attributes)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.experts(*args, **attributes)
+
+
+def experts_backward(*args: Any, **attributes: Any) -> Parts:
+    """experts_backward above autograd: gradients whose own derivative, if anyone takes it, is an error."""
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.moecompile.experts_backward(*args, **attributes)
+    if not _differentiates(args) or not grads:
+        return grads
+    message = f"moecompile::experts has no second derivative; {ADVICE}"
+    refuse = torch._C._functions.DelayedError(message.encode(), len(grads))
+    marked = refuse(*(grad.detach().requires_grad_() for grad in grads))
+    return list(marked) if isinstance(marked, tuple) else [marked]
+
+
+def batched(*args: Any, **attributes: Any) -> Any:
+    """Refuses torch.vmap, whose fallback would run the operator once for each element of the batch."""
+    raise NotImplementedError(f"the operators of moecompile do not work under torch.vmap; {ADVICE}")

@@ -1,0 +1,99 @@
+"""What the operators of `moecompile.runtime.operators` do below autograd: torch kernels and fake kernels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime import backward, reference
+from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, check_plan
+
+Parts = list[Tensor]
+
+
+def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layout of `expert_ids`."""
+    check_plan(expert_ids, num_experts)
+    return reference.plan(expert_ids, num_experts)
+
+
+def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the layout."""
+    check_plan(expert_ids, num_experts)
+    tokens, top_k = expert_ids.shape
+    shapes = ((num_experts,), (num_experts,), (tokens, top_k), (tokens * top_k,))
+    counts, offsets, slots, order = (expert_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return counts, offsets, slots, order
+
+
+def experts(*args: Any, **attributes: Any) -> Tensor:
+    """The result alone, for inference."""
+    with _exact(args[0]):
+        return reference.experts(Arguments(*args, **attributes).check())
+
+
+def fake_experts(*args: Any, **attributes: Any) -> Tensor:
+    """Shape and dtype of the result."""
+    arguments = Arguments(*args, **attributes).check()
+    shape = (arguments.x.shape[0], arguments.out_features)
+    return arguments.x.new_empty(shape, dtype=arguments.dtypes.result)
+
+
+def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
+    """The result and the rows that backward needs."""
+    with _exact(args[0]):
+        return reference.experts_forward(Arguments(*args, **attributes).check())
+
+
+def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of the result and the saved rows."""
+    arguments = Arguments(*args, **attributes)
+    result = fake_experts(*args, **attributes)
+    return result, arguments.x.new_empty((arguments.rows, arguments.width), dtype=arguments.dtypes.hidden)
+
+
+def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
+    """The needed gradients, in the order of DIFFERENTIABLE."""
+    arguments = Arguments(*args, **attributes).check()
+    names = _needed(arguments, needs)
+    arguments.check_backward(grad, hidden)
+    with _exact(grad):
+        grads = backward.experts_backward(arguments, grad, hidden, names)
+    return [grads[name] for name in names]
+
+
+def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
+    """Shapes, dtypes and strides of the needed gradients."""
+    arguments = Arguments(*args, **attributes).check()
+    names = _needed(arguments, needs)
+    arguments.check_backward(grad, hidden)
+    like = [getattr(arguments, name) for name in names]
+    return [
+        tensor.new_empty(tensor.shape) if name in ("x", "weights") else torch.empty_like(tensor)
+        for name, tensor in zip(names, like, strict=True)
+    ]
+
+
+def _needed(arguments: Arguments, needs: Sequence[bool]) -> list[str]:
+    """Names of the arguments whose gradient is needed, in their order."""
+    if len(needs) != len(DIFFERENTIABLE):
+        words = f"one bool for each of ({', '.join(DIFFERENTIABLE)})"
+        raise ValueError(f"moecompile::experts_backward: needs must hold {words}, got {len(needs)}")
+    names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+    for name in names:
+        if getattr(arguments, name) is None:
+            raise ValueError(f"moecompile::experts_backward: needs asks for the gradient of {name}, which is None")
+    return names
+
+
+def _exact(tensor: Tensor) -> AbstractContextManager[object]:
+    """Runs what is inside in the dtypes that the operator was given, whatever autocast surrounds it."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
