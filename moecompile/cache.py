@@ -142,7 +142,8 @@ class Sidecar:
         except (OSError, ValueError) as error:
             log.warning("moecompile cannot read %s (%s); the report will lack this graph's text", self.path, error)
             return {}
-        return stored if isinstance(stored, dict) else {}
+        texts = isinstance(stored, dict) and all(isinstance(text, str) for text in stored.values())
+        return stored if texts else {}
 
     def write(self, kind: str, text: str) -> None:
         """Adds one text."""

@@ -56,6 +56,10 @@ def lower(
     if record.cached == "hit":
         remembered = sidecar.read()
         record.forward, record.backward = remembered.get("forward"), remembered.get("backward")
+        if not remembered:
+            record.notes.append(
+                "compiled code came from torch's caches; its forward and backward graphs are not stored here"
+            )
         record.log_artifacts()
     return compiled
 
