@@ -31,7 +31,7 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
     elements = {
         inner: terms.substitute(inner, expert, marker)
         for inner in walk(total.content)
-        if isinstance(inner, Element) and inner.root in state.sparse
+        if isinstance(inner, Element) and state.sparse_leaf(inner) is not None
     }
     gates = {inner.root: at for inner, at in elements.items() if at != inner and isinstance(at, Element)}
     if not gates:
@@ -42,7 +42,7 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
     sparse = state.sparse[root]
     if sparse.outside != 0:
         raise Refused(f"the gates {root} are {sparse.outside} and not 0 away from each token's choices")
-    if tuple(part for part in gate.index if part != marker) != tokens:
+    if gate.index != (*tokens, marker):
         raise Refused(f"the gates {root} are not applied to their own tokens")
     return _by_choice(total, tokens, expert, sparse, state)
 
@@ -97,7 +97,7 @@ def _by_gate(additions: list[Content], state: Interpretation) -> dict[int, Conte
         columns = {
             part
             for inner in walk(term)
-            if isinstance(inner, Element) and inner.root in state.sparse
+            if isinstance(inner, Element) and state.sparse_leaf(inner) is not None
             for part in inner.index
             if isinstance(part, Fixed)
         }

@@ -29,6 +29,7 @@ from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_o
 from moecompile.passes.provenance import module_of, source_of
 from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
+from moecompile.passes.rules_routing import routing_call
 from moecompile.passes.site import Detection, NearMiss, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 
@@ -66,9 +67,12 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     if uses_gates(block):
         check_vanishing(block)
     operands = _operands(block, state)
-    roots = frozenset(node for operand in operands.values() for node in (operand.node, *operand.parts))
+    roots: dict[fx.Node, fx.Node | None] = {
+        node: None for operand in operands.values() for node in (operand.node, *operand.parts)
+    }
+    roots |= _written(block)
     if combine.base is not None and not combine.fresh:
-        roots |= {combine.base}
+        roots.setdefault(combine.base, None)
     region = region_of(combine.node, roots, state, layout, combine.partials)
     assert block.out is not None
     if dims[-1:] != (terms.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
@@ -76,7 +80,13 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     result = combine.node if fake_of(combine.node) is not None or combine.base is None else combine.base
     if sum(not isinstance(size, int) for size in state.shape(result)) > 1:
         raise Refused("a result of several symbolic dimensions")
-    return _described(combine, block, operands, region, state)
+    return _described(combine, block, operands, region, state, layout)
+
+
+def _written(block: Block) -> dict[fx.Node, fx.Node | None]:
+    """Operands that were written into before the block reads them, and the last such write."""
+    leaves = [leaf for leaf in (block.x, block.key, block.weight) if leaf is not None]
+    return {leaf.root: leaf.written for leaf in leaves if isinstance(leaf.root, fx.Node)}
 
 
 def _single_choices(state: Interpretation) -> Iterator[Combine]:
@@ -123,7 +133,7 @@ def _operands(block: Block, state: Interpretation) -> dict[str, Operand]:
     assert isinstance(block.x.root, fx.Node) and isinstance(block.key.root, fx.Node)
     operands = {
         "x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)),
-        "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)),)),
+        "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)), *_counted_from_zero(block, state))),
     }
     if block.weight is not None:
         steps = weight_steps(block.weight, block)
@@ -137,6 +147,13 @@ def _operands(block: Block, state: Interpretation) -> dict[str, Operand]:
     operands |= _matrices("w_in", "b_in", gate, block.num_experts, state)
     operands |= _matrices("w_out", "b_out", block.out, block.num_experts, state)
     return operands
+
+
+def _counted_from_zero(block: Block, state: Interpretation) -> tuple[tuple[str, tuple[object, ...]], ...]:
+    """Ids that may count from the end (-1 is the last expert, as in w[ids]) are made to count from 0."""
+    assert block.key is not None
+    known = routing_call(block.key.root, state) is not None and block.key.written is None
+    return () if known else (("from_end", (block.num_experts,)),)
 
 
 def _matrices(weight: str, bias: str, product: Product, num_experts: int, state: Interpretation) -> dict[str, Operand]:
@@ -169,7 +186,12 @@ def _shaped(node: fx.Node | Stacked, shape: tuple[Size, ...], state: Interpretat
 
 
 def _described(
-    combine: Combine, block: Block, operands: dict[str, Operand], region: frozenset[fx.Node], state: Interpretation
+    combine: Combine,
+    block: Block,
+    operands: dict[str, Operand],
+    region: frozenset[fx.Node],
+    state: Interpretation,
+    layout: Layout,
 ) -> Site:
     assert block.out is not None and isinstance(block.num_experts, int)
     names = frozenset(state.calls[node].name for node in region if node in state.calls)
@@ -180,10 +202,8 @@ def _described(
         names |= {"dense"}
     traits = Traits(names, block.gate_up, state.calls[combine.node].name)
     inner = block.inner[0]
-    anchor = next(
-        (node for node in region if state.calls.get(node) is not None and state.calls[node].name in _PRODUCTS),
-        combine.node,
-    )
+    products = [node for node in region if node in state.calls and state.calls[node].name in _PRODUCTS]
+    anchor = min(products, key=lambda node: layout.position[node], default=combine.node)
     width, hidden = terms.group_size((block.out.over,)), terms.group_size((inner.over,))
     assert isinstance(width, int) and isinstance(hidden, int)
     return Site(

@@ -114,6 +114,9 @@ class _Emitter:
         for step, arguments in operand.steps:
             if step == "stack":
                 node = self.call(torch.stack, (list(operand.parts),))
+            elif step == "from_end":
+                negative = self.call(operator.lt, (node, 0))
+                node = self.call(torch.where, (negative, self.call(operator.add, (node, *arguments)), node))
             elif step == "gather":
                 assert ids is not None
                 node = self.call(torch.gather, (node, 1, ids))

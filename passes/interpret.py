@@ -111,6 +111,12 @@ class Interpretation:
             raise Refused(f"{node} has dimensions this interpretation cannot index")
         return Value(groups, Element(node, terms.merge([atom]), written))
 
+    def sparse_leaf(self, content: Content) -> Sparse | None:
+        """What is known of the gates that an element is taken from; None for a leaf that is no gates, or was written into since."""
+        if isinstance(content, Element) and content.written is None and isinstance(content.root, fx.Node):
+            return self.sparse.get(content.root)
+        return None
+
     def number(self, argument: Any) -> Size:
         """An integer argument that may be a symbolic size."""
         if isinstance(argument, fx.Node):
@@ -196,11 +202,22 @@ def _outcome(
     if call is None or rule is None:
         return None
     try:
-        return rule(call, state)
+        outcome = rule(call, state)
+        for value in outcome if isinstance(outcome, tuple) else (outcome,):
+            _check_distinct(value)
+        return outcome
     except Refused as reason:
         if any(is_routed(state.values.get(argument)) for argument in call.node.all_input_nodes):
             state.refusals[call.node] = str(reason)
         return None
+
+
+def _check_distinct(value: Value | None) -> None:
+    """No index may run along two dimensions at once: such a tensor would be a diagonal, not what the terms say."""
+    atoms = [atom for group in value.dims for atom in group] if value is not None else []
+    for number, first in enumerate(atoms):
+        if any(terms.overlap(first, second) for second in atoms[number + 1 :]):
+            raise Refused("one index along two dimensions")
 
 
 def _write(state: Interpretation, aliases: Aliases, node: fx.Node, value: Value | None) -> None:

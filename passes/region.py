@@ -10,7 +10,7 @@ if replacing them could change anything outside:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,12 +99,24 @@ def _is_border(node: fx.Node) -> bool:
 
 
 def region_of(
-    end: fx.Node, roots: frozenset[fx.Node], state: Interpretation, layout: Layout, partials: Sequence[fx.Node] = ()
+    end: fx.Node,
+    roots: Mapping[fx.Node, fx.Node | None],
+    state: Interpretation,
+    layout: Layout,
+    partials: Sequence[fx.Node] = (),
 ) -> frozenset[fx.Node]:
-    """The nodes between `roots` and `end`, `end` included; `partials` are the additions that lead to it. Raises Refused as the contract above says."""
-    region = _between((end, *partials), roots, state, layout)
+    """The nodes between the operands and `end`, `end` included. Raises Refused as the contract above says.
+
+    Args:
+        end: the combine.
+        roots: the operands' nodes, each with the write after which the block reads it, None for the tensor as it was made.
+        state: what every tensor means.
+        layout: the graph's order, aliases and writers.
+        partials: the additions that lead to `end`, where the sum took several.
+    """
+    region = _between((end, *partials), frozenset(roots), state, layout)
     _check_rows(end, region, state)
-    _check_roots(end, region, roots, state, layout, frozenset((end, *partials)))
+    _check_roots(end, region, roots, layout, frozenset((end, *partials)))
     _check_modes(end, region, layout)
     return frozenset(region)
 
@@ -180,43 +192,22 @@ def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> No
 def _check_roots(
     end: fx.Node,
     region: set[fx.Node],
-    roots: frozenset[fx.Node],
-    state: Interpretation,
+    roots: Mapping[fx.Node, fx.Node | None],
     layout: Layout,
     additions: frozenset[fx.Node],
 ) -> None:
     position = layout.position
-    for root in roots:
-        value = state.values.get(root)
-        born = position[root]
-        if (
-            value is not None
-            and isinstance(value.content, Element)
-            and value.content.written is not None
-            and value.content.written in position
-        ):
-            born = position[value.content.written]
+    for root, written in roots.items():
+        born = position[root if written is None else written]
         for writer, targets in layout.writers.items():
-            if (
-                born < position[writer] < position[end]
-                and writer not in region
-                and any(layout.aliases.share(target, root) for target in targets)
-            ):
+            between = born < position[writer] < position[end] and writer not in additions
+            if between and any(layout.aliases.share(target, root) for target in targets):
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
     for writer in (region & layout.writers.keys()) - additions:
         for target in layout.writers[writer]:
-            if _of_root(target, roots, layout):
-                raise Refused(f"{writer}, inside the block, writes into one of its operands")
-            foreign = next(
-                (
-                    alias
-                    for alias in layout.aliases.of(target)
-                    if alias not in region and position[alias] < position[end]
-                ),
-                None,
-            )
-            if foreign is not None and foreign.op in ("placeholder", "get_attr"):
-                raise Refused(f"{writer}, inside the block, writes into the graph's input {foreign}")
+            foreign = next((alias for alias in layout.aliases.of(target) if alias.op in ("placeholder", "get_attr")), None)
+            if foreign is not None or _of_root(target, frozenset(roots), layout):
+                raise Refused(f"{writer}, inside the block, writes into {foreign or target}, which is not the block's own")
 
 
 def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:

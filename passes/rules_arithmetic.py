@@ -87,7 +87,7 @@ def _operand(state: Interpretation, argument: Any) -> Value:
 
 def _spreads(call: Call, state: Interpretation, values: list[Value]) -> bool:
     """Whether a sparse leaf is spread over a further dimension: gates on tokens, the beginning of a dense mixture."""
-    sparse = [value for value in values if isinstance(value.content, Element) and value.content.root in state.sparse]
+    sparse = [value for value in values if state.sparse_leaf(value.content) is not None]
     extent = terms.product(state.shape(call.node))
     return any(terms.product(terms.group_size(group) for group in value.dims) != extent for value in sparse)
 
@@ -96,7 +96,7 @@ def _propagate_sparsity(call: Call, state: Interpretation) -> None:
     """A function of a sparse leaf is sparse, with its outside value at the function; a product with one that is 0 outside is 0 outside."""
     first = call.arguments.get("input")
     sources = [argument for argument in call.arguments.values() if isinstance(argument, fx.Node)]
-    roots = [state.sparse.get(_root(state, source)) for source in sources]
+    roots = [state.sparse_leaf(state.value(source).content) for source in sources]
     known = [sparse for sparse in roots if sparse is not None]
     if not known or len(state.shape(call.node)) != 2 or not all(_unmoved(state, source) for source in sources):
         return
@@ -108,11 +108,6 @@ def _propagate_sparsity(call: Call, state: Interpretation) -> None:
         and (outside := _OUTSIDE.get((call.name, float(roots[0].outside)))) is not None
     ):
         state.sparse[call.node] = Sparse(roots[0].ids, outside)
-
-
-def _root(state: Interpretation, node: fx.Node) -> fx.Node:
-    content = state.value(node).content
-    return content.root if isinstance(content, Element) else node
 
 
 def _unmoved(state: Interpretation, node: fx.Node) -> bool:

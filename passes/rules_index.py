@@ -96,7 +96,7 @@ def _is_input(value: Value) -> bool:
 
 
 def _is_sparse(state: Interpretation, value: Value) -> bool:
-    return isinstance(value.content, terms.Element) and value.content.root in state.sparse
+    return state.sparse_leaf(value.content) is not None
 
 
 def _is_mask(node: fx.Node) -> bool:

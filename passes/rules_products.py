@@ -79,7 +79,7 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
 
 def _is_gate(state: Interpretation, left: Value, right: Value) -> bool:
     """Whether one operand is a sparse leaf of gates and the other the experts' outputs: their product sums over experts."""
-    gates = [isinstance(value.content, Element) and value.content.root in state.sparse for value in (left, right)]
+    gates = [state.sparse_leaf(value.content) is not None for value in (left, right)]
     return gates in ([True, False], [False, True]) and is_routed(right if gates[0] else left)
 
 

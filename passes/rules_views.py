@@ -247,18 +247,17 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
     if is_plain(value) or isinstance(value.content, (Index, Special)):
         keep_sparse(call, state)
         return None
+    if not after.is_floating_point:
+        raise Refused(f"a cast to {after}, through which no gradient flows")
     return Value(value.dims, Apply("cast", (value.content,), (str(after).removeprefix("torch."),)))
 
 
 def keep_sparse(call: Call, state: Interpretation) -> None:
     """A cast of a sparse leaf is one."""
     value = state.value(call["input"])
-    if (
-        isinstance(value.content, Element)
-        and value.content.root in state.sparse
-        and value.dims == state.leaf(value.content.root).dims
-    ):
-        state.sparse[call.node] = state.sparse[value.content.root]
+    sparse = state.sparse_leaf(value.content)
+    if sparse is not None and isinstance(value.content, Element) and value.dims == state.leaf(value.content.root).dims:
+        state.sparse[call.node] = sparse
 
 
 def _holds_integers(dtype: torch.dtype) -> bool:

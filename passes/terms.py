@@ -227,6 +227,15 @@ def group_size(group: Sequence[Atom]) -> Size:
     return product(atom.size for atom in group)
 
 
+def overlap(first: Atom, second: Atom) -> bool:
+    """Whether two atoms hold a common digit of one variable."""
+    if first.variable != second.variable:
+        return False
+    above = divide(second.divisor, first.divisor * first.size)
+    below = divide(first.divisor, second.divisor * second.size)
+    return (above is None or above == 0) and (below is None or below == 0)
+
+
 # ---- regrouping
 
 
