@@ -26,11 +26,12 @@ from moecompile.passes.calls import writes
 from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.forms import FORMS, Traits, form_of
 from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
+from moecompile.passes.near_misses import near_misses
 from moecompile.passes.provenance import module_of, source_of
 from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.rules_routing import routing_call
-from moecompile.passes.site import Detection, NearMiss, Operand, Site
+from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 
 
@@ -41,7 +42,7 @@ def detect(graph: fx.Graph) -> Detection:
     state = interpret(graph)
     layout = Layout(graph)
     sites: list[Site] = []
-    refused: list[tuple[Combine, str]] = []
+    refused: list[tuple[Combine, Refused]] = []
     for combine in sorted(
         [*state.combines, *_single_choices(state), *unrolled_sums(state)],
         key=lambda combine: layout.position[combine.node],
@@ -49,8 +50,8 @@ def detect(graph: fx.Graph) -> Detection:
         try:
             sites.append(_site(combine, state, layout))
         except Refused as reason:
-            refused.append((combine, str(reason)))
-    return Detection(tuple(sites), tuple(_near_misses(state, layout, sites, refused)))
+            refused.append((combine, reason))
+    return Detection(tuple(sites), tuple(near_misses(state, sites, refused)))
 
 
 def _may_be_product(node: fx.Node) -> bool:
@@ -233,29 +234,3 @@ def _described(
 
 
 _PRODUCTS = frozenset(name for form in FORMS for name in form.anchors)
-
-
-def _near_misses(
-    state: Interpretation, layout: Layout, sites: list[Site], refused: list[tuple[Combine, str]]
-) -> list[NearMiss]:
-    """One near miss for each connected group of expert products that no Site covers."""
-    covered = {node for site in sites for node in site.region}
-    misses: list[NearMiss] = []
-    for combine, reason in refused:
-        if not combine.node.users and combine.node.op == "output":
-            continue
-        content = combine.value.content
-        if isinstance(content, Total) and _uses_experts(content):
-            misses.append(_miss(combine.node, reason, state))
-    return misses
-
-
-def _uses_experts(content: Total) -> bool:
-    return any(
-        isinstance(inner, Element) and any(isinstance(part, terms.Looked) for part in inner.index)
-        for inner in walk(content)
-    )
-
-
-def _miss(node: fx.Node, reason: str, state: Interpretation) -> NearMiss:
-    return NearMiss("grouped_mm", reason, str(node), module_of(node), source_of(node))

@@ -27,7 +27,11 @@ from moecompile.passes.terms import Atom, Constant, Content, Element, Size, Valu
 
 
 class Refused(Exception):
-    """A rule looked at an operation and found that it is not what the rule is about. The message says why."""
+    """Something is not what a rule, or a form, is about. The message says why; `node` is the tensor that it is about, if there is one."""
+
+    def __init__(self, message: str, node: fx.Node | None = None) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 @dataclass(frozen=True)

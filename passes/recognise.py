@@ -149,15 +149,19 @@ def _expression(content: Content, block: Block, match: Match) -> expression.Expr
         return expression.Apply(
             content.op, tuple(_expression(argument, block, match) for argument in content.args), content.params
         )
-    raise Refused(_describe(content))
+    raise _not_understood(content)
 
 
-def _describe(content: Content) -> str:
-    if isinstance(content, Element):
-        return f"the tensor {content.root} takes part in the expert computation, at an index that is neither a token's, an assignment's nor an expert's"
+def _not_understood(content: Content) -> Refused:
+    if isinstance(content, Element) and isinstance(content.root, fx.Node):
+        return Refused(
+            f"{content.root} takes part in the expert computation, which is neither a token's row, a routing weight nor an "
+            "expert's weight there",
+            content.root,
+        )
     if isinstance(content, Contract):
-        return "a further matrix product inside the expert computation"
-    return f"{type(content).__name__} inside the expert computation"
+        return Refused("a further matrix product inside the expert computation")
+    return Refused(f"{type(content).__name__.lower()} inside the expert computation")
 
 
 def _weight_leaf(content: Content, block: Block) -> str | None:

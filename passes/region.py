@@ -205,9 +205,13 @@ def _check_roots(
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
     for writer in (region & layout.writers.keys()) - additions:
         for target in layout.writers[writer]:
-            foreign = next((alias for alias in layout.aliases.of(target) if alias.op in ("placeholder", "get_attr")), None)
+            foreign = next(
+                (alias for alias in layout.aliases.of(target) if alias.op in ("placeholder", "get_attr")), None
+            )
             if foreign is not None or _of_root(target, frozenset(roots), layout):
-                raise Refused(f"{writer}, inside the block, writes into {foreign or target}, which is not the block's own")
+                raise Refused(
+                    f"{writer}, inside the block, writes into {foreign or target}, which is not the block's own"
+                )
 
 
 def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:

@@ -203,12 +203,8 @@ def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
         return None
     if call.name in ("cast", "contiguous", "clone"):
         return routing_call(call["input"], state)
-    if (
-        (call.name == "getitem"
-        and isinstance(call["input"], fx.Node)
-        and call["index"] == 1)
-        or (call.name == "getattr"
-        and call["name"] == "indices")
+    if (call.name == "getitem" and isinstance(call["input"], fx.Node) and call["index"] == 1) or (
+        call.name == "getattr" and call["name"] == "indices"
     ):
         inner = state.calls.get(call["input"])
         return inner if inner is not None and inner.name in ("topk", "sort", "max") else None
