@@ -169,7 +169,8 @@ def experts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers runs the module through its experts interface, or an own-code architecture's like."""
-    return hasattr(module, "_is_expert_parallel") or type(module).__name__ in OWN_EXPERTS
+    decorated = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    return decorated or type(module).__name__ in OWN_EXPERTS
 
 
 class Recorded(nn.Module):
