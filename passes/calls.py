@@ -189,6 +189,10 @@ _HARMLESS = frozenset({"device", "pin_memory", "layout", "memory_format", "requi
 _REQUIRED = object()
 
 
+# operations that write into their input if a parameter says so
+_INPLACE_FLAG = frozenset(name for name, (signature, _) in TABLE.items() if "inplace=" in signature)
+
+
 @dataclass(frozen=True)
 class Call:
     """One node under its canonical name. `arguments` holds every parameter of the signature, defaults filled in."""
@@ -317,8 +321,8 @@ def writes(node: fx.Node) -> bool:
         return True
     found = _canonical(node)
     if found is not None:
-        call = bind(node)
-        return found[1] or (call is not None and call.inplace)
+        name, inplace = found
+        return inplace or (name in _INPLACE_FLAG and (call := bind(node)) is not None and call.inplace)
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)

@@ -34,6 +34,10 @@ class Refused(Exception):
         self.node = node
 
 
+class Passed(Exception):
+    """A form's own rule does not concern an operation: the general rule decides."""
+
+
 @dataclass(frozen=True)
 class Combine:
     """A node where expert outputs are summed into tokens: what detection builds Sites from."""

@@ -6,12 +6,15 @@ from moecompile.passes import (
     rules_arithmetic,
     rules_index,
     rules_loop,
+    rules_padded,
     rules_products,
     rules_routing,
     rules_sums,
     rules_views,
 )
-from moecompile.passes.interpret import Rule
+from moecompile.passes.calls import Call
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
+from moecompile.passes.terms import Value
 
 RULES: dict[str, Rule] = {
     **rules_views.RULES,
@@ -22,3 +25,22 @@ RULES: dict[str, Rule] = {
     **rules_loop.RULES,
     **rules_sums.RULES,
 }
+
+
+def _before(own: Rule, general: Rule | None) -> Rule:
+    """A form's own rule first; the general one where that one raises Passed."""
+
+    def rule(call: Call, state: Interpretation) -> Value | tuple[Value | None, ...] | None:
+        try:
+            return own(call, state)
+        except Passed:
+            if general is None:
+                raise Refused(f"{call.node.target} is not an operation that detection understands") from None
+            return general(call, state)
+
+    return rule
+
+
+# forms with meanings of their own: each table's rules look at an operation before the rules above do
+for _own in (rules_padded.RULES,):
+    RULES.update({name: _before(rule, RULES.get(name)) for name, rule in _own.items()})

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -197,15 +198,18 @@ def size_of(dimension: Any) -> Size:
     return dimension
 
 
+@cache
 def divide(dividend: Size, divisor: Size) -> Size | None:
     """The exact quotient, or None if it is not known to be whole."""
     if isinstance(dividend, int) and isinstance(divisor, int):
         return dividend // divisor if divisor and dividend % divisor == 0 else None
     import sympy
 
-    quotient = sympy.cancel(sympy.sympify(dividend) / sympy.sympify(divisor))
+    quotient = sympy.sympify(dividend) / sympy.sympify(divisor)
     if sympy.fraction(quotient)[1] != 1:
-        return None
+        quotient = sympy.cancel(quotient)
+        if sympy.fraction(quotient)[1] != 1:
+            return None
     return int(quotient) if quotient.is_number else quotient
 
 
