@@ -39,6 +39,7 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
     if len(gates) > 1:
         raise Refused("a sum over all experts with several gates")
     ((root, gate),) = gates.items()
+    assert isinstance(root, fx.Node)
     sparse = state.sparse[root]
     if sparse.outside != 0:
         raise Refused(f"the gates {root} are {sparse.outside} and not 0 away from each token's choices")

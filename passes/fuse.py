@@ -83,7 +83,7 @@ class _Emitter:
     def __init__(self, graph: fx.Graph, site: Site) -> None:
         self._graph, self._site = graph, site
         self._key = "example_value" if "example_value" in site.node.meta else "val"
-        self._meta = {
+        self._meta: dict[str, Any] = {
             name: site.node.meta[name]
             for name in ("stack_trace", "nn_module_stack", "source_fn_stack")
             if name in site.node.meta
@@ -135,7 +135,7 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> No
     """Give the Site's users the new result, added into the base the way the model did."""
     node, base = site.node, site.base
     made = _Emitter(graph, site)
-    shape = fake_of(node if fake_of(node) is not None else base).shape
+    shape = fake_of(node if base is None or fake_of(node) is not None else base).shape
     if len(shape) != 2:
         result = made.method("reshape", (result, *(size if isinstance(size, int) else -1 for size in shape)))
     final = result

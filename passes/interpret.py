@@ -125,6 +125,15 @@ class Interpretation:
             return self.sparse.get(content.root)
         return None
 
+    def is_unmoved(self, value: Value) -> bool:
+        """Whether the value is a leaf as it lies in memory: no view that rearranges it."""
+        content = value.content
+        return (
+            isinstance(content, Element)
+            and isinstance(content.root, fx.Node)
+            and value.dims == self.leaf(content.root).dims
+        )
+
     def number(self, argument: Any) -> Size:
         """An integer argument that may be a symbolic size."""
         if isinstance(argument, fx.Node):

@@ -94,8 +94,8 @@ def _merged_elements(elements: Sequence[Element], expert: Atom) -> Element:
         raise Refused(f"the experts' tensor {first.root} was written into")
     if all(element.root is first.root for element in elements):
         return Element(first.root, _numbered([element.index for element in elements], expert))
-    roots = tuple(element.root for element in elements)
-    if len(set(roots)) != len(roots) or any(isinstance(root, Stacked) for root in roots):
+    roots = tuple(element.root for element in elements if isinstance(element.root, fx.Node))
+    if len(set(roots)) != len(elements):
         raise Refused(f"two experts share {first.root}")
     if any(element.index != first.index for element in elements):
         raise Refused("the experts' weights are used at different indices")

@@ -88,8 +88,7 @@ def _is_product(node: fx.Node, state: Interpretation) -> bool:
         return True
     content = state.values[node].content if node in state.values else None
     return isinstance(content, Contract) and any(
-        (isinstance(side, Element)
-        and any(isinstance(part, (terms.Looked, terms.Fixed)) for part in side.index))
+        (isinstance(side, Element) and any(isinstance(part, (terms.Looked, terms.Fixed)) for part in side.index))
         or _is_stack(side)
         for side in (content.left, content.right)
     )

@@ -98,7 +98,11 @@ def _propagate_sparsity(call: Call, state: Interpretation) -> None:
     sources = [argument for argument in call.arguments.values() if isinstance(argument, fx.Node)]
     roots = [state.sparse_leaf(state.value(source).content) for source in sources]
     known = [sparse for sparse in roots if sparse is not None]
-    if not known or len(state.shape(call.node)) != 2 or not all(_unmoved(state, source) for source in sources):
+    if (
+        not known
+        or len(state.shape(call.node)) != 2
+        or not all(_stays(state, state.value(source)) for source in sources)
+    ):
         return
     if call.name in ("mul", "div") and (roots[0] is not None or call.name == "mul") and known[0].outside == 0:
         state.sparse[call.node] = Sparse(known[0].ids, 0)
@@ -110,10 +114,8 @@ def _propagate_sparsity(call: Call, state: Interpretation) -> None:
         state.sparse[call.node] = Sparse(roots[0].ids, outside)
 
 
-def _unmoved(state: Interpretation, node: fx.Node) -> bool:
-    """Whether the node is its leaf in the leaf's own layout (or broadcasts over it)."""
-    value = state.value(node)
-    return not isinstance(value.content, Element) or value.dims == state.leaf(value.content.root).dims
+def _stays(state: Interpretation, value: Value) -> bool:
+    return not isinstance(value.content, Element) or state.is_unmoved(value)
 
 
 def _masks(call: Call, state: Interpretation, values: list[Value]) -> Value | None:

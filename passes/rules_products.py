@@ -122,6 +122,8 @@ def _input_of(state: Interpretation, value: Value) -> fx.Node | None:
     if not is_plain(value) or not isinstance(content, Element):
         return None
     root = content.root
+    if not isinstance(root, fx.Node):
+        return None
     while (call := state.calls.get(root)) is not None and call.name in ("cast", "contiguous", "clone"):
         root = call["input"]
     return root if root.op in ("placeholder", "get_attr") else None

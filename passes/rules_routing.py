@@ -168,16 +168,11 @@ def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretati
 
 def scattered_counts(call: Call, state: Interpretation) -> Value | None:
     """zeros(E).scatter_add(0, ids, ones): counts."""
-    target, index, source = (
-        state.value(call["input"]),
-        state.value(call["index"]),
-        state.value(call.arguments.get("src", call.arguments.get("source"))),
-    )
+    added = call["src"] if "src" in call.arguments else call["source"]
+    target, index, source = state.value(call["input"]), state.value(call["index"]), state.value(added)
     if target.content != Constant(0) or source.content != Constant(1) or len(target.dims) != 1 or len(index.dims) != 1:
         return None
-    if not isinstance(index.content, Element) or state.shape(call["index"]) != state.shape(
-        call.arguments.get("src", call.arguments.get("source"))
-    ):
+    if not isinstance(index.content, Element) or state.shape(call["index"]) != state.shape(added):
         return None
     return counted(state, index, state.shape(call["input"])[0], call.node)
 
@@ -216,7 +211,7 @@ def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
 
 def id_range(ids: Content, state: Interpretation) -> int:
     """How many experts the ids can name: the size of the dimension they were chosen along. Raises Refused if that is not known."""
-    call = routing_call(ids.root, state) if isinstance(ids, Element) else None
+    call = routing_call(ids.root, state) if isinstance(ids, Element) and ids.written is None else None
     if call is None or not isinstance(call["dim"], int):
         raise Refused("a loop over experts whose ids may lie outside the experts it runs")
     size = state.shape(call["input"])[call["dim"]]

@@ -256,7 +256,7 @@ def keep_sparse(call: Call, state: Interpretation) -> None:
     """A cast of a sparse leaf is one."""
     value = state.value(call["input"])
     sparse = state.sparse_leaf(value.content)
-    if sparse is not None and isinstance(value.content, Element) and value.dims == state.leaf(value.content.root).dims:
+    if sparse is not None and state.is_unmoved(value):
         state.sparse[call.node] = sparse
 
 
