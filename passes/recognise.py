@@ -19,7 +19,7 @@ from torch import fx
 
 from moecompile.codegen import expression
 from moecompile.passes import terms
-from moecompile.passes.interpret import Refused, walk
+from moecompile.passes.interpret import Refused, fake_of, walk
 from moecompile.passes.site import Operand
 from moecompile.passes.terms import (
     Affine,
@@ -174,6 +174,8 @@ def _weight_leaf(content: Content, block: Block) -> str | None:
         return None
     if weight_steps(content, block) is None:
         return None
+    if not fake_of(content.root).dtype.is_floating_point:
+        raise Refused(f"the routing weight {content.root} is not a floating-point number", content.root)
     if block.weight is not None and block.weight != content:
         raise Refused(f"two routing weights, {block.weight.root} and {content.root}, in one block")
     block.weight = content
