@@ -44,6 +44,7 @@ def lower(
         return eager(gm, example_inputs, seen=note)
 
     patches = dict(options.inductor)
+    _refuse_ahead_of_time(patches)
     salt = cache.salt(options)
     sidecar = cache.Sidecar(cache.graph_key(salt, text_of(gm), example_inputs, patches))
 
@@ -62,6 +63,15 @@ def lower(
             )
         record.log_artifacts()
     return compiled
+
+
+def _refuse_ahead_of_time(patches: Mapping[str, Any]) -> None:
+    for option in patches:
+        if option.startswith("aot_inductor."):
+            raise ValueError(
+                f"moecompile: {option!r} is for ahead-of-time compilation, which this backend does not do. Export the "
+                "uncompiled model (torch.export.export) and pass that to torch._inductor.aoti_compile_and_package."
+            )
 
 
 def inductor(

@@ -31,6 +31,10 @@ log = logging.getLogger("moecompile")
 TRANSFORMED = "part of the graph is inside a transform of torch.func (vmap, grad, ...): nothing in there is rewritten"
 
 
+class PassFailed(RuntimeError):
+    """A pass raised: a bug of ours, which must neither pass silently nor leave the user without a way on."""
+
+
 @dataclass
 class Piece:
     """One body of the captured graph, and what is known of it so far; `changed`: some pass rewrote it."""
@@ -86,8 +90,14 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
 
 def _run_pass(number: int, name: str, run: Callable[[Piece], None], pieces: list[Piece]) -> PassRecord:
     before, started = _counts(pieces), time.perf_counter()
-    for piece in pieces:
-        run(piece)
+    try:
+        for piece in pieces:
+            run(piece)
+    except Exception as error:
+        raise PassFailed(
+            f"the pass {name!r} failed with {type(error).__name__}: {error}. That is a bug of moecompile; please report "
+            f"it with this model. MOECOMPILE_DISABLE_PASSES={name} goes on without the pass."
+        ) from error
     milliseconds = 1e3 * (time.perf_counter() - started)
     changes = count_changes(before, _counts(pieces))
     log.info("%d %s: %.1f ms%s", number, name, milliseconds, _describe(changes))

@@ -251,6 +251,18 @@ def test_the_driver_runs_a_pass_over_every_body_and_records_it(monkeypatch: pyte
     assert any("2 fuse: " in line and "relu: 2 -> 0 (-2)" in line for line in caplog.messages)
 
 
+def test_a_pass_that_fails_is_named_with_a_way_on(monkeypatch: pytest.MonkeyPatch):
+    def broken(piece: pipeline.Piece) -> None:
+        raise IndexError("no such node")
+
+    monkeypatch.setattr(pipeline, "PASSES", {"detect": broken, "fuse": pipeline.fuse_sites})
+    message = "pass 'detect' failed with IndexError: no such node.*MOECOMPILE_DISABLE_PASSES=detect"
+    with pytest.raises(BackendCompilerFailed, match=message):
+        compiled(Model())(inputs())
+    monkeypatch.setenv("MOECOMPILE_DISABLE_PASSES", "detect")
+    compiled(Model())(inputs())
+
+
 def test_records_keep_no_graph_alive(monkeypatch: pytest.MonkeyPatch):
     seen: list[weakref.ref[Any]] = []
     run_passes = pipeline.run_passes

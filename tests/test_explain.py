@@ -1,0 +1,227 @@
+"""explain: what a model would become, what stood in the way, and no trace of having looked."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+import moecompile
+import zoo_forms
+from moecompile import advice
+from moecompile.backend import moecompile as backend
+from small_models import HIDDEN, Layer, Model, compiled, inputs
+from zoo_case import make
+
+
+class HitLoop(nn.Module):
+    """Experts in a loop over those that were hit, as many models have it; Dynamo cannot capture that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 4)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
+        self.register_buffer("calls", torch.zeros(()))
+        self.calls: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        mask = F.one_hot(ids, 4).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        for expert in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero():
+            choice, token = torch.where(mask[expert].squeeze(0))
+            out.index_add_(0, token, self.experts[int(expert)](x[token]) * weights[token, choice, None])
+        return F.dropout(out, 0.1)
+
+
+class Part(nn.Module):
+    """A layer without experts."""
+
+    def __init__(self, size: int, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+
+def test_sites_passes_and_graphs():
+    report = moecompile.explain(Model(), inputs())
+    (graph,) = report.graphs
+    assert len(report.sites) == 2 and report.graph_breaks == ()
+    assert [each.name for each in graph.passes] == ["detect", "fuse"]
+    assert "moecompile.experts" in graph.after and "moecompile" not in graph.before
+    assert graph.forward is None and moecompile.last_report().graphs == ()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_gradient_mode(mode: Any):
+    with mode():
+        assert (
+            len(moecompile.explain(Model(around=functools.partial(checkpoint, use_reentrant=False)), inputs()).sites)
+            == 2
+        )
+
+
+def test_functions_and_keyword_arguments():
+    model = Model()
+    assert len(moecompile.explain(lambda *, x: model(x), x=inputs()).sites) == 2
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "layer.compile", "compiled layer"])
+def test_a_compiled_model_is_looked_at_as_one_whole(how: str):
+    model: Any = Model()
+    counter = CompileCounter()
+    if how == "torch.compile":
+        model = torch.compile(model, backend=counter)
+    elif how == "model.compile":
+        model.compile(backend=counter)
+    elif how == "layer.compile":
+        for layer in model.layers:
+            layer.compile(backend=counter)
+    else:
+        model.layers[0] = torch.compile(model.layers[0], backend=counter)
+    model(inputs())
+    before = counter.frame_count
+    report = moecompile.explain(model, inputs())
+    assert len(report.graphs) == 1 and len(report.sites) == 2
+    model(inputs())
+    assert counter.frame_count == before == 1, "what was compiled stays compiled"
+
+
+def test_nothing_is_left_behind():
+    model = HitLoop()
+    x = torch.randn(12, HIDDEN, requires_grad=True)
+    calls, parameters = model.calls, [parameter.clone() for parameter in model.parameters()]
+    torch.manual_seed(3)
+    expected = model(x)
+    model.calls.zero_()
+    torch.manual_seed(3)
+    moecompile.explain(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    assert model.calls is calls and calls == 1
+    assert x.grad is None and all(parameter.grad is None for parameter in model.parameters())
+    assert all(map(torch.equal, model.parameters(), parameters))
+
+
+def test_sizes_looked_at_make_no_later_graph_dynamic():
+    model = nn.Linear(8, 8)
+    shapes: list[type] = []
+
+    def look(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        shapes.extend(type(value) for value in example_inputs)
+        return gm
+
+    moecompile.explain(model, inputs(5))
+    torch.compile(model, backend=look)(inputs(9))
+    assert torch.SymInt not in shapes
+
+
+def test_an_argument_that_is_written_into_stays_as_it_was():
+    def write(x: Tensor) -> Tensor:
+        return x.add_(1)
+
+    x = torch.zeros(3)
+    moecompile.explain(write, x)
+    assert x.sum() == 0
+
+
+# Graph breaks.
+
+
+def test_a_break_inside_moe_code_comes_first_with_a_cure():
+    layer = Layer(moe=HitLoop())
+
+    def function(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return layer(x)
+
+    for _ in range(2):  # a frame that Dynamo gave up is tried again
+        report = moecompile.explain(function, torch.randn(12, HIDDEN))
+        inside, outside = report.graph_breaks[0], report.graph_breaks[-1]
+        assert inside.moe and inside.source.startswith("test_explain.py:") and inside.cure == advice.ONE_PRODUCT
+        assert not outside.moe and "graph_break" in outside.reason
+    assert advice.ONE_PRODUCT in str(report)
+
+
+def test_a_loop_over_all_experts_is_cured_by_fullgraph():
+    case = zoo_forms.case("where_index_add")
+    report = moecompile.explain(make(case), *case.inputs(24))
+    assert report.sites == ()
+    assert any(each.moe and "fullgraph=True" in (each.cure or "") for each in report.graph_breaks), report.graph_breaks
+
+
+def test_the_cure_for_a_model_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    ids = torch.randint(0, 64, (1, 8))
+    model.set_experts_implementation("eager")
+    report = moecompile.explain(model, ids)
+    assert report.sites == () and report.graph_breaks[0].moe
+    assert report.graph_breaks[0].cure == advice.SWITCH_EXPERTS and advice.SWITCH_EXPERTS in str(report)
+    model.set_experts_implementation("grouped_mm")
+    assert not moecompile.explain(model, ids).graph_breaks
+
+
+# The one warning.
+
+
+def warnings_of(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "moecompile"]
+
+
+def test_one_warning_for_a_model_without_a_block(caplog: Any):
+    fast = compiled(nn.Linear(8, 8))
+    fast(inputs())
+    compiled(nn.Linear(8, 4))(inputs())
+    (warning,) = warnings_of(caplog)
+    assert "rewrote nothing" in warning and "python -m moecompile explain" in warning
+    moecompile.reset()
+    compiled(nn.Linear(8, 3))(inputs())
+    assert len(warnings_of(caplog)) == 2
+
+
+def test_no_warning_where_something_was_rewritten(caplog: Any):
+    compiled(Model())(inputs())
+    compiled(nn.Linear(8, 8))(inputs())
+    assert not warnings_of(caplog)
+
+
+def test_a_layer_without_a_block_is_judged_after_the_others(caplog: Any):
+    model = Model()
+    model.layers.insert(0, Part(HIDDEN))
+    for layer in model.layers:
+        layer.compile(backend=backend, options={"lowering": "eager"})
+    for _ in range(3):
+        model(inputs())
+    assert not warnings_of(caplog)
+
+
+def test_parts_without_any_block_are_warned_about_when_they_run_again(caplog: Any):
+    model = nn.Sequential(Part(8), Part(8, bias=False))
+    for part in model:
+        part.compile(backend=backend, options={"lowering": "eager"})
+    model(inputs())
+    assert not warnings_of(caplog)
+    for _ in range(3):
+        model(inputs())
+    (warning,) = warnings_of(caplog)
+    assert "2 graphs" in warning
+
+
+def test_the_warning_names_the_loop_and_its_cure(caplog: Any):
+    compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
+    (warning,) = warnings_of(caplog)
+    assert "Python loop" in warning and "test_explain.py:" in warning and advice.ONE_PRODUCT in warning
