@@ -23,7 +23,7 @@ from moecompile.passes.terms import (
     Value,
     Variable,
 )
-from moecompile.passes.unify import _choose, _deduplicated, _renaming, unify
+from moecompile.passes.unify import _choose, _deduplicated, _renaming, per_expert, unify
 
 
 def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
@@ -153,6 +153,8 @@ def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
     )
     if len(rows.dims) != 2 or len(weights.dims) != 3:
         raise Refused("a grouped GEMM that is not rows by stacked weights")
+    if isinstance(offsets.content, Offsets) and not per_expert(offsets):
+        raise Refused("a grouped GEMM whose offsets are not in the experts' order")
     return grouped(state, call.node, rows, weights, offsets.content)
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from moecompile.passes import terms
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
+from moecompile.passes.rules_views import holds_integers
 from moecompile.passes.terms import (
     Atom,
     Constant,
@@ -25,7 +26,7 @@ from moecompile.passes.terms import (
     Value,
     Variable,
 )
-from moecompile.passes.unify import enumerates, rows_covered
+from moecompile.passes.unify import enumerates, per_expert, rows_covered
 
 
 def _sort(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
@@ -40,6 +41,8 @@ def _sort(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
         raise Refused("a descending sort")
     if any(atom.variable.rank >= 3 for atom in group):
         raise Refused("a sort of rows that are already in an order of their own")
+    if not isinstance(key.content, Element):
+        return None
     if fake_of(call["input"]).dtype.is_floating_point:
         return None
     order = Atom(Variable("order", call.node, group, key.content), 1, terms.group_size(group))
@@ -105,8 +108,14 @@ def counted(state: Interpretation, key: Value, num_experts: Size, node: fx.Node)
     """How many assignments each expert has; `key` must run over all assignments once."""
     if not isinstance(key.content, Element) or not all(rows_covered(group) for group in key.dims):
         raise Refused("counts of something that is not all of the expert ids")
+    _check_exact(state, node)
     atom = Atom(Variable("free", (node, "expert")), 1, num_experts)
     return Value((() if num_experts == 1 else (atom,),), Count(key.content, num_experts))
+
+
+def _check_exact(state: Interpretation, node: fx.Node) -> None:
+    if not holds_integers(state.dtype(node)):
+        raise Refused(f"counts in {state.dtype(node)}, which rounds them")
 
 
 def _histc(call: Call, state: Interpretation) -> Value | None:
@@ -144,7 +153,8 @@ def _searchsorted(call: Call, state: Interpretation) -> Value | None:
 
 def _cumsum(call: Call, state: Interpretation) -> Value | None:
     value = state.value(call["input"])
-    if isinstance(value.content, Count) and len(value.dims) == 1:
+    if isinstance(value.content, Count) and per_expert(value):
+        _check_exact(state, call.node)
         return Value(value.dims, Offsets(value.content.key, value.content.num_experts))
     return None
 

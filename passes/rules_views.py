@@ -24,6 +24,7 @@ from moecompile.passes.terms import (
     Value,
     Variable,
 )
+from moecompile.passes.unify import per_expert
 
 
 def reshaped(value: Value, shape: tuple[Size, ...]) -> Value:
@@ -149,6 +150,8 @@ def sliced(value: Value, dim: int, start: int, length: Size, step: int, key: Any
         return value
     if len(group) != 1:
         raise Refused("a slice of a dimension that holds several indices")
+    if isinstance(value.content, (terms.Count, terms.Offsets)):
+        raise Refused("the counts or offsets of some of the experts")
     if group[0].variable.rank >= 2:
         raise Refused("a slice takes only some of the assignments")
     if length == 1:
@@ -169,6 +172,8 @@ def selected(value: Value, dim: int, index: int) -> Value:
         raise Refused("a negative index into a dimension of symbolic size")
     content = value.content
     if isinstance(content, terms.Count) and isinstance(extent, int):
+        if not per_expert(value):
+            raise Refused("one expert's count, read in another order than the experts'")
         return Value((), Special("count", (content.key, index, extent)))
     if not group:
         return Value((*value.dims[:dim], *value.dims[dim + 1 :]), content)
@@ -236,9 +241,9 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
         return value
     if isinstance(value.content, Constant):
         return Value(value.dims, Constant(_as(value.content.value, after)))
-    if not before.is_floating_point and _holds_integers(after):
+    if not before.is_floating_point and holds_integers(after):
         return value
-    if isinstance(value.content, (terms.Count, terms.Offsets)) and _holds_integers(after):
+    if isinstance(value.content, (terms.Count, terms.Offsets)) and holds_integers(after):
         return value
     if isinstance(value.content, terms.Equals):  # zero or one in every dtype
         return value
@@ -260,7 +265,8 @@ def keep_sparse(call: Call, state: Interpretation) -> None:
         state.sparse[call.node] = sparse
 
 
-def _holds_integers(dtype: torch.dtype) -> bool:
+def holds_integers(dtype: torch.dtype) -> bool:
+    """Whether a dtype holds counts of assignments exactly."""
     # float32 counts exactly to 2**24, more assignments than one expert's histogram bin ever holds in a step; half and bfloat16 do not
     return dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
-from moecompile.passes.terms import Atom, Constant, Content, Element, Fixed, Group, Index, Looked, Value
+from moecompile.passes.terms import Atom, Constant, Content, Count, Element, Fixed, Group, Index, Looked, Offsets, Value
 
 
 def _rank(group: Group) -> int:
@@ -62,6 +62,8 @@ def look_up(value: Value, dims: Sequence[int], indices: Sequence[Value], place: 
 
     A lookup along exactly the index a dimension enumerates (rows in an order, at that order's inverse) leaves the content as it is.
     """
+    if isinstance(value.content, (Count, Offsets)):
+        raise Refused("the experts' counts or offsets, read in another order than the experts'")
     common, contents = unify(indices)
     content = value.content
     for dim, index in zip(dims, contents, strict=True):
@@ -88,6 +90,17 @@ def _at(content: Content, group: Group, index: Content) -> Content:
     if isinstance(index, (Element, terms.Special)) and len(group) == 1 and group[0].variable.rank < 3:
         return terms.substitute(content, group[0], Looked(index, group[0].size))
     raise Refused("an index that detection does not understand")
+
+
+def per_expert(value: Value) -> bool:
+    """Whether counts or offsets stand one an expert, in the experts' own order: what their content does not say."""
+    content = value.content
+    if not isinstance(content, (Count, Offsets)) or len(value.dims) != 1:
+        return False
+    group = value.dims[0]
+    return terms.group_size(group) == content.num_experts and all(
+        atom.variable.kind == "free" and len(group) == 1 for atom in group
+    )
 
 
 def enumerates(group: Group) -> Group | None:
