@@ -95,8 +95,8 @@ def _run_pass(number: int, name: str, run: Callable[[Piece], None], pieces: list
             run(piece)
     except Exception as error:
         raise PassFailed(
-            f"the pass {name!r} failed with {type(error).__name__}: {error}. That is a bug of moecompile; please report "
-            f"it with this model. MOECOMPILE_DISABLE_PASSES={name} goes on without the pass."
+            f"the pass {name!r} failed with {type(error).__name__}: {error}. That is a bug in moecompile: please "
+            f"report it with this model. MOECOMPILE_DISABLE_PASSES={name} goes on without the pass."
         ) from error
     milliseconds = 1e3 * (time.perf_counter() - started)
     changes = count_changes(before, _counts(pieces))
