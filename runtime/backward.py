@@ -21,6 +21,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from moecompile.runtime.combine import token_sum
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import vjp
 from moecompile.runtime.grouped import Group, row_dot
@@ -43,9 +44,10 @@ def experts_backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Colle
         if of_weight is not None:
             of_weight[group.rows] = backward.of_weight
     if of_x is not None:
-        grads["x"] = walk.combine(of_x, args.slots, args.x.dtype)
+        grads["x"] = token_sum(of_x, args.slots, args.x.dtype, walk.complete)
     if of_weight is not None:
-        grads["weights"] = walk.combine(of_weight, args.slots.reshape(-1, 1), of_weight.dtype).view(args.slots.shape)
+        each = args.slots.reshape(-1, 1)
+        grads["weights"] = token_sum(of_weight, each, of_weight.dtype, walk.complete).view(args.slots.shape)
     return grads
 
 
@@ -67,13 +69,13 @@ class _GroupBackward:
         features = gate_and_up(args, hidden[self.group.rows])
         wanted = {*self.weight, *(features if self.to_hidden else ())}
         a, pullback = vjp(args.activation, leaves | features, wanted)
-        of_z = self.group.gather(grad).to(args.dtypes.weighted)
+        of_result = self.group.gather(grad)
         form = weighting(args.output)
         if form is None or ("weights" in self.needs and a.dtype == torch.float16):
             # float16 might overflow in of_z @ w_out, which the weight has not scaled yet
-            of_a = self._output(of_z, a, leaves)
+            of_a = self._output(of_result, a, leaves)
         else:
-            of_a = self._weighted_output(form, of_z, a, leaves)
+            of_a = self._weighted_output(form, of_result, a, leaves)
         if self.to_activation and of_a is not None:
             pulled = self._collect(pullback(of_a))
             if self.to_hidden:
@@ -86,18 +88,21 @@ class _GroupBackward:
             self.of_weight = pulled.pop("weight") + self.of_weight
         return pulled
 
-    def _output(self, of_z: Tensor, a: Tensor, leaves: dict[str, Tensor]) -> Tensor | None:
+    def _output(self, of_result: Tensor, a: Tensor, leaves: dict[str, Tensor]) -> Tensor | None:
         """Back through an output expression of any form, which needs y once more, and GEMM2."""
         args = self.args
         y = self.group.linear(a, args.w_out, args.w_out_transposed, args.b_out)
         _, pullback = vjp(args.output, leaves | {"out": y}, {"out", *self.weight})
-        of_y = self._collect(pullback(of_z))["out"]
+        of_y = self._collect(pullback(of_result.to(args.dtypes.weighted)))["out"]
         self._gemm2_parameters(of_y, a)
         return self._gemm2(of_y) if self.to_activation else None
 
-    def _weighted_output(self, form: Weighting, of_z: Tensor, a: Tensor, leaves: dict[str, Tensor]) -> Tensor | None:
+    def _weighted_output(
+        self, form: Weighting, of_result: Tensor, a: Tensor, leaves: dict[str, Tensor]
+    ) -> Tensor | None:
         """Back through `mul(out, weight)` with any casts, or `out` alone, and GEMM2, without y."""
-        args, of_product, weight = self.args, of_z, None
+        args, weight = self.args, None
+        of_product = of_z = of_result.to(args.dtypes.weighted)
         if form.of_weight is not None:
             weight = functools.reduce(Tensor.to, form.of_weight, leaves["weight"])
             product = torch.promote_types((args.dtypes.out, *form.of_out)[-1], weight.dtype)
@@ -108,7 +113,8 @@ class _GroupBackward:
             self._gemm2_parameters(of_y, a)
             if weight is None or not self.weight:
                 return self._gemm2(of_y) if self.to_activation else None
-        unscaled = self._gemm2(of_product)
+        widened = not form.after and torch.promote_types(of_result.dtype, of_product.dtype) == of_product.dtype
+        unscaled = self._gemm2(of_result if widened and of_result.dtype == a.dtype else of_product)
         of_weight = row_dot(unscaled, a)
         if args.b_out is not None:
             of_weight = of_weight + self.group.bias_dot(args.b_out, of_product)
@@ -167,5 +173,7 @@ def _join(args: Arguments, features: dict[str, Tensor]) -> Tensor:
     if "hidden" in features:
         return features["hidden"]
     if args.gate_up == "interleaved":
-        return torch.stack((features["gate"], features["up"]), 2).flatten(1)
+        joined = features["gate"].new_empty(features["gate"].shape[0], args.width)
+        joined[:, 0::2], joined[:, 1::2] = features["gate"], features["up"]
+        return joined
     return torch.cat((features["gate"], features["up"]), 1)

@@ -125,29 +125,12 @@ class RunByRun:
         """Zeroes the rows (T*K, ...) that belong to no expert."""
         rows[self.total :].zero_()
 
-    def combine(self, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sums the rows (T*K, F) of each token's slots (T, K), shape (T, F); slots of -1 add nothing."""
-        self.clear_rest(rows)
-        flat = slots.reshape(-1)
-        if not self.complete:  # then the last row belongs to no expert and is 0
-            flat = torch.where(flat < 0, rows.shape[0] - 1, flat)
-        return sum_over_experts(rows.index_select(0, flat), slots.shape, dtype)
-
-
-def sum_over_experts(rows: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Rows (T*K, F) in token order summed over K: in float32 or better inside, rounded once, (T, F)."""
-    (tokens, top_k), features = shape, rows.shape[1]
-    if top_k == 1:
-        return rows.to(dtype)
-    parts = rows.view(tokens, top_k, features)
-    inner = torch.promote_types(rows.dtype, dtype)
-    if top_k == 2 and inner == rows.dtype:  # one addition rounds once, and is several times faster than sum
-        return (parts[:, 0] + parts[:, 1]).to(dtype)
-    return parts.sum(1, dtype=inner).to(dtype)
-
 
 class AllExperts:
-    """Every row at once, on a device. Rows beyond the last expert's hold anything and are masked by `combine`."""
+    """Every row at once, on a device. Rows beyond the last expert's hold anything, `combine` leaves them out."""
+
+    complete = False
+    """Not known without asking the device."""
 
     def __init__(self, offsets: Tensor, order: Tensor, top_k: int) -> None:
         self.offsets = offsets
@@ -217,12 +200,6 @@ class AllExperts:
     def clear_rest(self, rows: Tensor) -> None:
         """Zeroes the rows (T*K, ...) that belong to no expert."""
         rows.masked_fill_(~self.valid, 0)
-
-    def combine(self, rows: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sums the rows (T*K, F) of each token's slots (T, K), shape (T, F); slots of -1 add nothing."""
-        flat = slots.reshape(-1)
-        picked = rows.index_select(0, flat.clamp(min=0)).masked_fill_((flat < 0).unsqueeze(1), 0)
-        return sum_over_experts(picked, slots.shape, dtype)
 
 
 Group = Run | AllExperts

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moecompile.runtime.combine import weighted_sum
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.elementwise import evaluate
 from moecompile.runtime.grouped import Group, Walk, groups
@@ -68,17 +69,16 @@ def walk_over(args: Arguments) -> Walk:
 def _forward(args: Arguments, hidden: Tensor | None) -> Tensor:
     walk = walk_over(args)
     weight_of = None if args.weights is None else args.weights.reshape(-1)
-    weighted = args.x.new_empty((args.rows, args.out_features), dtype=args.dtypes.weighted)
+    out = args.x.new_empty((args.rows, args.out_features), dtype=args.dtypes.out)
     for group in walk:
         leaves = group.leaves(args.x, weight_of)
         row = evaluate(args.input, leaves)
         pre = _gemm1(args, group, row, None if hidden is None else hidden[group.rows])
         a = evaluate(args.activation, leaves | gate_and_up(args, pre))
-        leaves["out"] = group.linear(a, args.w_out, args.w_out_transposed, args.b_out)
-        weighted[group.rows] = evaluate(args.output, leaves)
+        group.linear(a, args.w_out, args.w_out_transposed, args.b_out, out[group.rows])
     if hidden is not None:
         walk.clear_rest(hidden)
-    return walk.combine(weighted, args.slots, args.dtypes.result)
+    return weighted_sum(args, out, walk.complete)
 
 
 def _gemm1(args: Arguments, group: Group, row: Tensor, into: Tensor | None) -> Tensor:
