@@ -117,7 +117,7 @@ class Case:
 
     def dense(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The result in float64 and the float64 leaves it was computed from."""
-        leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in self.given.items()}
+        leaves = {name: tensor.detach().cpu().double().requires_grad_() for name, tensor in self.given.items()}
         return dense_experts(self, leaves), leaves
 
     def compare(self, result: float, gradient: float) -> None:
@@ -129,7 +129,7 @@ class Case:
             return
         torch.manual_seed(1)
         cotangent = torch.randn(expected.shape).to(found.dtype)
-        grads = torch.autograd.grad(found, list(self.given.values()), cotangent)
+        grads = torch.autograd.grad(found, list(self.given.values()), cotangent.to(found.device))
         wanted = torch.autograd.grad(
             expected, list(leaves.values()), cotangent.double(), allow_unused=True, materialize_grads=True
         )
@@ -151,7 +151,7 @@ def make_case(
     sizes: tuple[int, int, int] = (6, 10, 7),
     out_dtype: torch.dtype | None = None,
 ) -> Case:
-    """A case with random tensors; sizes are features in, inner size, features out."""
+    """A case with random tensors on the device of the ids; sizes are features in, inner size, features out."""
     features, inner, out = sizes
     first = 2 * inner if gate_up in ("halves", "interleaved") else inner
     shapes = {
@@ -172,7 +172,7 @@ def make_case(
             values = torch.rand(shape) if name == "weights" else torch.randn(shape)
             scale = {"w_in": features, "w_up": features, "w_out": inner}.get(name, 1) ** -0.5
             kind = weight_dtype or dtype if name == "weights" else dtype
-            tensors[name] = (values * scale).to(kind).requires_grad_()
+            tensors[name] = (values * scale).to(ids.device, kind).requires_grad_()
     return Case(form, ids, tensors, gate_up, transposed, out_dtype)
 
 
@@ -224,7 +224,7 @@ def assert_near(name: str, found: Tensor, expected: Tensor, bound: float) -> Non
     if found.numel() == 0:
         return
     scale = max(float(expected.detach().abs().max()), 1e-6)
-    error = float((found.detach().double() - expected.detach()).abs().max()) / scale
+    error = float((found.detach().cpu().double() - expected.detach().cpu()).abs().max()) / scale
     assert error <= bound, f"{name}: relative error {error:.2e}, bound {bound:.0e}"
 
 
