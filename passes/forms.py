@@ -53,7 +53,7 @@ FORMS: tuple[Form, ...] = (
         "torchtitan",
         "three grouped GEMMs, outputs added back by token (torchtitan)",
         _GROUPED,
-        lambda traits: _has(traits, _GROUPED) and (traits.gate_up == "separate" or traits.combine in _ADDS),
+        lambda traits: _has(traits, _GROUPED) and traits.gate_up == "separate" and traits.combine in _ADDS,
         "h = silu(grouped_mm(x[order // k], w1, offs=offs)) * grouped_mm(x[order // k], w3, offs=offs); out.scatter_add_(0, token, grouped_mm(h, w2, offs=offs) * w)",
     ),
     Form(
@@ -67,7 +67,7 @@ FORMS: tuple[Form, ...] = (
         "expert_loop",
         "a loop over all experts, each on the rows that chose it (Mixtral 4.x)",
         frozenset({"linear", "mm", "matmul"}),
-        lambda traits: "rows" in traits.operations,
+        lambda traits: "rows" in traits.operations or {"split", "cat"} <= traits.operations,
         "for e in range(E): k, t = torch.where(mask[e]); out.index_add_(0, t, expert[e](x[t]) * w[t, k, None])",
     ),
     Form(

@@ -1,0 +1,15 @@
+"""Detection and rewriting of one graph, as the backend does them."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from moecompile.passes.detect import detect
+from moecompile.passes.fuse import fuse
+
+
+def rewrite(gm: fx.GraphModule) -> int:
+    """Replaces every Site of the graph; returns how many there were."""
+    count = fuse(gm.graph, detect(gm.graph).sites)
+    gm.recompile()
+    return count
