@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from moecompile.passes import terms
@@ -130,7 +131,21 @@ def _index_select(call: Call, state: Interpretation) -> Value:
 def _embedding(call: Call, state: Interpretation) -> Value | None:
     if call["max_norm"] is not None or call["scale_grad_by_freq"] or call["sparse"] or call["padding_idx"] is not None:
         return None
+    if _from_integers(call["input"]):
+        return None
     return look_up(state.value(call["weight"]), [0], [state.value(call["input"])], 0)
+
+
+def _from_integers(ids: fx.Node) -> bool:
+    """Whether ids come from integers alone, as a text's tokens do: no score chose them, a vocabulary is no experts."""
+    waiting, seen = [ids], {ids}
+    while waiting:
+        node = waiting.pop()
+        if isinstance(fake_of(node), torch.Tensor) and fake_of(node).dtype.is_floating_point:
+            return False
+        waiting += [argument for argument in node.all_input_nodes if argument not in seen]
+        seen.update(node.all_input_nodes)
+    return True
 
 
 def _gather(call: Call, state: Interpretation) -> Value | None:
