@@ -1,4 +1,4 @@
-"""Small models around one block of the zoo, for what has nothing to do with the form of a block."""
+"""Small models with mixture-of-experts blocks, for what has nothing to do with the form of a block."""
 
 from __future__ import annotations
 
@@ -6,18 +6,37 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import zoo_forms
 from moecompile.backend import moecompile
-from zoo_case import make
 
-HIDDEN = 32
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 32, 48, 4, 2
 
 
-def block(name: str = "batched_control", seed: int = 0) -> nn.Module:
-    """A mixture-of-experts block of the zoo; "batched_control" is float32 and quick."""
-    return make(zoo_forms.case(name), seed)
+class Experts(nn.Module):
+    """A mixture of experts in the form "batched_mm", float32, shapes (tokens, HIDDEN)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.w_in = nn.Parameter(torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN) / HIDDEN**0.5)
+        self.w_out = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INTERMEDIATE) / INTERMEDIATE**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(TOP_K, dim=-1)
+        expert = ids.reshape(-1)
+        rows = x.repeat_interleave(TOP_K, dim=0).unsqueeze(-1)
+        gate, up = torch.bmm(self.w_in[expert], rows).squeeze(-1).chunk(2, dim=-1)
+        hidden = (F.silu(gate) * up).unsqueeze(-1)
+        rows = torch.bmm(self.w_out[expert], hidden).squeeze(-1) * weights.reshape(-1, 1)
+        return rows.view(-1, TOP_K, HIDDEN).sum(dim=1)
+
+
+def block(seed: int = 0) -> nn.Module:
+    """A block with weights that depend on `seed` only."""
+    torch.manual_seed(seed)
+    return Experts()
 
 
 class Layer(nn.Module):

@@ -79,8 +79,8 @@ def test_a_wrong_rewrite_is_caught_named_and_undone(break_fuse: Break, caplog: A
     model = Model()
     assert_same(model, verified(model), inputs())
     right, wrong = graph().verify
-    assert right.startswith("block 0 (batched_mm, layers.0.moe, zoo_controls.py:")
-    assert wrong.startswith("block 1 (batched_mm, layers.1.moe, zoo_controls.py:")
+    assert right.startswith("block 0 (batched_mm, layers.0.moe, small_models.py:")
+    assert wrong.startswith("block 1 (batched_mm, layers.1.moe, small_models.py:")
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "moecompile"]
     assert "block 1" in warning and "layers.1.moe" in warning and "The model's own code runs" in warning
     assert graph().sites == () and graph().before == graph().after
