@@ -259,8 +259,12 @@ def removable(end: fx.Node, region: frozenset[fx.Node], layout: Layout) -> list[
     while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
         for writer in gone & layout.writers.keys():
+            # names made after the end are names of the end, or have a user that keeps what they are made of
             names = [
-                alias for target in layout.writers[writer] for alias in layout.aliases.of(target) if alias is not end
+                alias
+                for target in layout.writers[writer]
+                for alias in layout.aliases.of(target)
+                if layout.position[alias] < layout.position[end]
             ]
             if any(name not in gone or name in kept for name in names):
                 kept.add(writer)
