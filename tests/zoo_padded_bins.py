@@ -77,8 +77,37 @@ class SlotTable(nn.Module):
         return out[:tokens].view(shape)
 
 
+class SearchedSlots(nn.Module):
+    """Every padded slot looks up its expert and its row by searchsorted; empty slots are masked, squared ReLU."""
+
+    def __init__(self, dim: int = 64, inner: int = 32, experts: int = 4, k: int = 1, block: int = 4) -> None:
+        super().__init__()
+        self.n, self.k, self.block = experts, k, block
+        self.gate = nn.Linear(dim, experts, dtype=BF16)
+        self.up = weight(experts, inner, dim, fan_in=dim, dtype=BF16)
+        self.down = weight(experts, dim, inner, fan_in=inner, dtype=BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).sigmoid().topk(self.k, dim=-1)
+        total = ids.numel()
+        order = ids.flatten().argsort(stable=True)
+        counts = (ids.flatten()[:, None] == torch.arange(self.n)).sum(0)
+        ends = (torch.ceil(counts / self.block) * self.block).long().cumsum(0)
+        slot = torch.arange(total + self.n * self.block)
+        expert = torch.searchsorted(ends, slot, right=True).clamp(max=self.n - 1)
+        rank = slot - torch.cat([ends.new_zeros(1), ends[:-1]])[expert]
+        filled = (rank < counts[expert]) & (slot < ends[-1])
+        row = order[((counts.cumsum(0) - counts)[expert] + rank).clamp(max=total - 1)]
+        token = row // self.k
+        h = torch._grouped_mm(torch.where(filled[:, None], x[token], 0), self.up.mT, offs=ends.int())
+        y = torch._grouped_mm(F.relu(h).square(), self.down.mT, offs=ends.int())
+        y = torch.where(filled[:, None], y, 0) * weights.flatten()[row, None]
+        return torch.zeros_like(x).index_add_(0, token, y)
+
+
 FORM = "padded_bins"
 CASES = [
     Case("padded_gather", FORM, PaddedGather, flat(32, BF16), "MegaBlocks: rows set at their padded place, w1 v1 w2"),
     Case("slot_table", FORM, SlotTable, batched(32, BF16), "slot to token table, a zero row for padding, masked rows"),
+    Case("searched_slots", FORM, SearchedSlots, flat(64, BF16), "each slot searches its expert and row, top-1, relu^2"),
 ]

@@ -99,7 +99,7 @@ class IdsWrittenBetween(Batched):
         return super().gemm_out(v)
 
 
-@refused("negative ids count from the last expert; to an operator -1 means no expert", same_numbers=True)
+@refused("negative ids count from the last expert; to an operator -1 means no expert", allowed=True, same_numbers=True)
 class NegativeIds(Batched):
     def route(self, v: Values) -> None:
         super().route(v)
@@ -147,13 +147,13 @@ class SumOverTokens(Batched):
         return (v.y * v.weights.reshape(-1, 1)).view(-1, TOP_K, HIDDEN).sum(dim=0)
 
 
-@refused("weights are transposed where tokens equal choices", inputs=lambda tokens: flat(HIDDEN)(TOP_K))
+@refused("weights are transposed where tokens equal choices", allowed=True, inputs=lambda tokens: flat(HIDDEN)(TOP_K))
 class WeightsTransposed(Batched):
     def combine(self, v: Values) -> Tensor:
         return (v.y.view(-1, TOP_K, HIDDEN) * v.weights.t().unsqueeze(-1)).sum(dim=1)
 
 
-@refused("experts are summed first, weights afterwards")
+@refused("experts are summed first, weights afterwards", allowed=True)
 class WeightsSummedApart(Batched):
     def combine(self, v: Values) -> Tensor:
         return v.y.view(-1, TOP_K, HIDDEN).sum(dim=1) * v.weights.sum(-1, keepdim=True)

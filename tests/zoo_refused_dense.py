@@ -148,7 +148,7 @@ class HiddenNormalised(Dense):
         return torch.nn.functional.layer_norm(super().activate(v), (INTERMEDIATE,))
 
 
-@refused("every expert's bias is added, whatever its gate")
+@refused("every expert's bias is added, whatever its gate", allowed=True)
 class BiasOutsideGates(Dense):
     def __init__(self) -> None:
         super().__init__()

@@ -182,13 +182,13 @@ class OtherSideOfSquare(GatherEinsum):
         return torch.einsum("tao,taoi->tai", a, w2)
 
 
-@einsum_refused("weights are read (choice, token)", inputs=lambda tokens: flat(HIDDEN)(TOP_K))
+@einsum_refused("weights are read (choice, token)", allowed=True, inputs=lambda tokens: flat(HIDDEN)(TOP_K))
 class WeightsTransposed(GatherEinsum):
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("tai,at->ti", y, weights)
 
 
-@einsum_refused("weights and rows are summed apart")
+@einsum_refused("weights and rows are summed apart", allowed=True)
 class SummedApart(GatherEinsum):
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         return torch.einsum("tai,tb->ti", y, weights)
