@@ -73,8 +73,9 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "zeros": ("*size", ("torch.zeros", "torch.zeros_like", ".new_zeros")),
     "ones": ("*size", ("torch.ones", "torch.ones_like", ".new_ones")),
     "empty": ("*size", ("torch.empty", "torch.empty_like", ".new_empty")),
-    "full": ("size fill_value", ("torch.full", ".new_full")),
-    "full_like": ("input fill_value", ("torch.full_like",)),
+    "full": ("size fill_value dtype=None", ("torch.full",)),
+    "full_like": ("input fill_value dtype=None", ("torch.full_like",)),
+    "new_full": ("input size fill_value dtype=None", (".new_full",)),
     "arange": ("*bounds", ("torch.arange",)),
     # indexing
     "index_select": ("input dim index", ("torch.index_select", ".index_select")),

@@ -27,6 +27,7 @@ from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_su
 from moecompile.passes.forms import FORMS, Traits, form_of
 from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
 from moecompile.passes.near_misses import near_misses
+from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import module_of, source_of
 from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
 from moecompile.passes.region import Layout, region_of
@@ -75,6 +76,7 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     if combine.base is not None and not combine.fresh:
         roots.setdefault(combine.base, None)
     region = region_of(combine.node, roots, state, layout, combine.partials)
+    check_padding(region, state, layout)
     assert block.out is not None
     if dims[-1:] != (terms.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
         raise Refused("the summed rows are not the second GEMM's output features in order")
@@ -201,6 +203,8 @@ def _described(
     )
     if "weights" in operands and any(step == "gather" for step, _ in operands["weights"].steps):
         names |= {"dense"}
+    if any(is_padded(node, state) for node in region):
+        names |= {"padded"}
     traits = Traits(names, block.gate_up, state.calls[combine.node].name)
     inner = block.inner[0]
     products = [node for node in region if node in state.calls and state.calls[node].name in _PRODUCTS]

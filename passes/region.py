@@ -21,7 +21,7 @@ from moecompile.passes.calls import bind, writes
 from moecompile.passes.interpret import Aliases, Interpretation, Refused, fake_of, is_plain
 from moecompile.passes.terms import Apply, Contract, Element, Total
 
-_MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "arange"})
+_MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _BORDERS = ("torch._C", "torch.amp", "torch.autograd", "torch._functorch", "torch.cuda", "torch.utils")
 
 

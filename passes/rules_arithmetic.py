@@ -192,6 +192,8 @@ def _made(call: Call, state: Interpretation) -> Value | None:
         number = call["fill_value"]
     if not isinstance(number, (int, float)):
         return None
+    if isinstance(number, float) and not state.dtype(call.node).is_floating_point:
+        return None
     return constant(Constant(number), state.shape(call.node), call.node)
 
 
@@ -213,6 +215,7 @@ RULES: dict[str, Rule] = {
     "ones": _made,
     "full": _made,
     "full_like": _made,
+    "new_full": _made,
     "softmax": _softmax,
     "invert": _invert,
     "masked_fill": _masked_fill,

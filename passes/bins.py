@@ -1,0 +1,240 @@
+"""Whole numbers about the experts' rows: counts, bins rounded up to a block, where they begin, and a row's slot in them.
+
+    counts                                      (E,)     count
+    (counts + b - 1) // b * b                   (E,)     b * blocks(b)          blocks(b) = ceil(count / b)
+    rounded.cumsum(0)                           (E,)     b * block_ends(b)
+    (ends - rounded)[ids] + arange(T*K) - ...   (T*K,)   such numbers of a row's own expert, and `row`, the row's number in the sorted order
+
+Each is a sum of whole multiples of a few symbols, so that equal numbers are equal terms in whatever way they were added up. A tensor of one number an
+expert means Apply("bins", (), (linear,)); one number for each assignment means Apply("slots", (ids[j],), (linear,)), where the argument says of which
+expert it speaks, and is renamed like any content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from moecompile.passes import terms
+from moecompile.passes.interpret import Refused
+from moecompile.passes.terms import Apply, Atom, Constant, Content, Count, Element, Group, Index, Offsets, Size, Value
+from moecompile.passes.unify import per_expert
+
+# ("one",)  ("count", minimum)  ("offset",)  ("full", block)  ("blocks", block, minimum)  ("block_ends", block, minimum)  ("row", order)
+Symbol: TypeAlias = "tuple[Any, ...]"
+
+ONE: Symbol = ("one",)
+COUNT: Symbol = ("count", 0)  # max(count, minimum)
+OFFSET: Symbol = ("offset",)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A sum of whole multiples of symbols, of the assignments that `key` gives to `num_experts` experts; key is None for plain numbers."""
+
+    key: Content | None
+    num_experts: Size
+    terms: frozenset[tuple[Symbol, int]]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A tensor of such numbers: one an expert, one an assignment (`at` is its expert), or plain."""
+
+    dims: tuple[Group, ...]
+    linear: Linear
+    at: Content | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "plain", "bins" (one an expert), "slots" (one an assignment), "row" (each row's own number) or "run" (0, 1, 2, ...)."""
+        symbols = {symbol[0] for symbol, _ in self.linear.terms}
+        if self.linear.key is not None:
+            return "bins" if self.at is None else "slots"
+        return next((name for name in ("row", "run") if name in symbols), "plain")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A row's slot in bins of whole blocks: begin of its expert's bin + its number among the expert's rows."""
+
+    order: Atom
+    key: Content
+    num_experts: Size
+    block: int
+    minimum: int
+
+    @property
+    def ends(self) -> Linear:
+        """Where each expert's bin ends."""
+        ends = {("block_ends", self.block, self.minimum): self.block}
+        return Linear(self.key, self.num_experts, frozenset(ends.items()))
+
+
+def numbers_of(value: Value) -> Numbers | None:
+    """The tensor as such numbers, or None if it is something else."""
+    content, dims = value.content, value.dims
+    if isinstance(content, (Count, Offsets)):
+        symbol = COUNT if isinstance(content, Count) else OFFSET
+        linear = Linear(content.key, content.num_experts, frozenset({(symbol, 1)}))
+        return Numbers(dims, linear) if per_expert(value) else None
+    if isinstance(content, Apply) and content.op == "bins":
+        linear = content.params[0]
+        return Numbers(dims, linear) if per_expert(Value(dims, Count(linear.key, linear.num_experts))) else None
+    if isinstance(content, Apply) and content.op == "slots":
+        return Numbers(dims, content.params[0], content.args[0])
+    if isinstance(content, Constant) and isinstance(content.value, int) and not isinstance(content.value, bool):
+        return Numbers((), plain(ONE, content.value))
+    if isinstance(content, Index) and len(content.atoms) == 1:
+        (atom,) = content.atoms
+        if is_whole_order(atom):
+            return Numbers(dims, plain(("row", atom), 1))
+        if atom.variable.kind == "free" and dims == (content.atoms,):
+            return Numbers(dims, plain(("run",), 1))
+    return None
+
+
+def is_bins(content: Content) -> bool:
+    """Whether the content is one number an expert."""
+    return isinstance(content, (Count, Offsets)) or (isinstance(content, Apply) and content.op == "bins")
+
+
+def is_slots(content: Content) -> bool:
+    """Whether the content is one such number for each assignment."""
+    return isinstance(content, Apply) and content.op == "slots"
+
+
+def plain(symbol: Symbol, factor: int) -> Linear:
+    return Linear(None, 0, frozenset({(symbol, factor)} if factor else ()))
+
+
+def is_whole_order(atom: Atom) -> bool:
+    variable = atom.variable
+    return variable.kind == "order" and atom.divisor == 1 and atom.size == terms.group_size(variable.group)
+
+
+def slot_of(content: Content) -> Slot | None:
+    """The content as a row's slot in padded bins, or None if it is any other number."""
+    if not isinstance(content, Apply) or content.op != "slots":
+        return None
+    linear, (at,) = content.params[0], content.args
+    symbols = dict(linear.terms)
+    order = next((symbol[1] for symbol in symbols if symbol[0] == "row"), None)
+    blocks = next((symbol for symbol in symbols if symbol[0] == "blocks"), None)
+    if order is None or blocks is None or not linear.key == at == order.variable.by:
+        return None
+    slot = Slot(order, linear.key, linear.num_experts, *blocks[1:])
+    ends = ("block_ends", slot.block, slot.minimum)
+    expected = {("row", order): 1, OFFSET: -1, COUNT: 1, ends: slot.block, blocks: -slot.block}
+    return slot if symbols == expected else None
+
+
+def ends_of(value: Value) -> Linear | None:
+    """One number an expert, as a linear form."""
+    found = numbers_of(value)
+    return found.linear if found is not None and found.kind == "bins" else None
+
+
+def at_ids(value: Value, index: Value) -> Value:
+    """One number an expert, looked up at ids: the number of each assignment's expert."""
+    found = numbers_of(value)
+    if found is None or found.kind != "bins" or not isinstance(index.content, Element):
+        raise Refused("the experts' counts, offsets or bins, looked up by something that is not the rows' expert ids")
+    return Value(index.dims, content_of(found.linear, index.content))
+
+
+def content_of(linear: Linear, at: Content | None) -> Content:
+    assert linear.key is not None
+    if at is not None:
+        return Apply("slots", (at,), (linear,))
+    if linear.terms == {(COUNT, 1)}:
+        return Count(linear.key, linear.num_experts)
+    if linear.terms == {(OFFSET, 1)}:
+        return Offsets(linear.key, linear.num_experts)
+    return Apply("bins", (), (linear,))
+
+
+# ---- arithmetic on one linear form
+
+
+def _terms(symbols: Mapping[Symbol, int]) -> frozenset[tuple[Symbol, int]]:
+    return frozenset((symbol, factor) for symbol, factor in symbols.items() if factor)
+
+
+def combined(first: Linear, second: Linear, factor: int) -> Linear:
+    """first + factor * second."""
+    symbols = dict(first.terms)
+    for symbol, multiple in second.terms:
+        symbols[symbol] = symbols.get(symbol, 0) + factor * multiple
+    owner = first if first.key is not None else second
+    return Linear(owner.key, owner.num_experts, _terms(symbols))
+
+
+def scaled(linear: Linear, factor: int) -> Linear:
+    return Linear(linear.key, linear.num_experts, _terms({symbol: factor * by for symbol, by in linear.terms}))
+
+
+def floored(linear: Linear, divisor: int) -> Linear:
+    """floor(linear / divisor). Raises Refused where that is not linear in the symbols."""
+    symbols = dict(linear.terms)
+    constant = symbols.pop(ONE, 0)
+    whole: dict[Symbol, int] = {}
+    rest: list[tuple[Symbol, int]] = []
+    for symbol, factor in symbols.items():
+        if factor % divisor == 0:
+            whole[symbol] = factor // divisor
+        else:
+            rest.append((symbol, factor))
+    if rest:
+        ((symbol, factor),) = rest if len(rest) == 1 else [(ONE, 0)]
+        if symbol[0] != "count":
+            raise Refused(f"the experts' counts or bins divided by {divisor}, which does not divide them")
+        minimum, up = symbol[1], ("blocks", divisor, symbol[1])
+        if factor != -1 and factor % divisor == 1 and constant % divisor == divisor - 1:
+            part, sign, constant = up, 1, constant - (divisor - 1)
+        elif factor != -1 and factor % divisor == 1 and constant % divisor == 0 and minimum == 0:
+            part, sign = ("full", divisor), 1
+        elif (factor + 1) % divisor == 0 and constant % divisor == 0:
+            part, sign = up, -1
+        else:
+            raise Refused(f"counts divided by {divisor}, rounded neither up nor down to whole blocks")
+        whole[part] = whole.get(part, 0) + sign
+        whole[symbol] = (factor - sign) // divisor
+    whole[ONE] = constant // divisor
+    return Linear(linear.key, linear.num_experts, _terms(whole))
+
+
+def at_least(linear: Linear, minimum: int) -> Linear:
+    """max(linear, minimum)."""
+    symbols = dict(linear.terms)
+    if minimum <= 0 and all(factor >= 0 for factor in symbols.values()):
+        return linear
+    if len(symbols) == 1:
+        ((symbol, factor),) = symbols.items()
+        if symbol[0] == "count" and factor == 1:
+            return Linear(linear.key, linear.num_experts, frozenset({(("count", max(symbol[1], minimum)), 1)}))
+        if symbol[0] == "blocks" and factor > 0 and minimum % factor == 0:
+            raised = ("blocks", symbol[1], max(symbol[2], minimum // factor * symbol[1]))
+            return Linear(linear.key, linear.num_experts, frozenset({(raised, factor)}))
+    raise Refused("a lower bound of something that is neither the experts' counts nor their bins")
+
+
+def summed(linear: Linear) -> Linear:
+    """The inclusive running sum over the experts."""
+    sums: dict[Symbol, int] = {}
+    for symbol, factor in linear.terms:
+        if symbol != COUNT and symbol[0] != "blocks":
+            raise Refused("a running sum of something that is neither the experts' counts nor their bins")
+        sums[OFFSET if symbol == COUNT else ("block_ends", *symbol[1:])] = factor
+    return Linear(linear.key, linear.num_experts, _terms(sums))
+
+
+def before(linear: Linear) -> Linear:
+    """The running sum without the expert's own number: what the experts before it sum up to."""
+    own: dict[Symbol, int] = {}
+    for symbol, factor in linear.terms:
+        if symbol != OFFSET and symbol[0] != "block_ends":
+            raise Refused("the experts' numbers shifted by one, which are not running sums")
+        own[COUNT if symbol == OFFSET else ("blocks", *symbol[1:])] = factor
+    return combined(linear, Linear(linear.key, linear.num_experts, _terms(own)), -1)
