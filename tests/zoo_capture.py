@@ -44,7 +44,9 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def separate(value: Any) -> Any:
-    """A leaf with the same data and `requires_grad`; what is no tensor is passed through."""
+    """A leaf with the same data and `requires_grad`; a symbolic size becomes the size it stands for."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().requires_grad_(value.requires_grad)
@@ -71,14 +73,14 @@ def captured(module: nn.Module, inputs: tuple[Any, ...], fullgraph: bool = False
 
 
 @functools.cache
-def _captured_case(case: Case | Refusal, gradients: bool) -> Captured:
+def _captured_case(case: Case | Refusal, gradients: bool, dynamic: bool) -> Captured:
     module = make(case)
     inputs = tuple(value.requires_grad_(gradients) for value in arguments(case))
     torch.manual_seed(2)
     with torch.set_grad_enabled(gradients):
-        return captured(module, inputs, case.fullgraph)
+        return captured(module, inputs, case.fullgraph, dynamic)
 
 
-def captured_case(case: Case | Refusal) -> Captured:
+def captured_case(case: Case | Refusal, dynamic: bool = False) -> Captured:
     """The graph of a case on its standard inputs; Dynamo runs once a process, the graph is the caller's to rewrite."""
-    return _captured_case(case, not isinstance(case, Refusal) or case.backward).fresh()
+    return _captured_case(case, not isinstance(case, Refusal) or case.backward, dynamic).fresh()
