@@ -134,6 +134,19 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "any": ("input dim=None keepdim=False", ("torch.any", ".any")),
     "item": ("input", (".item",)),
     "invert": ("input", ("operator.invert", "torch.logical_not", ".logical_not", "torch.bitwise_not", ".bitwise_not")),
+    # bits, used on routing values
+    **{
+        name: ("input other", (f"torch.{name}", f".{name}", f"operator.{short}", f".__{short.strip('_')}__"))
+        for name, short in (
+            ("bitwise_and", "and_"),
+            ("bitwise_or", "or_"),
+            ("bitwise_xor", "xor"),
+            ("bitwise_left_shift", "lshift"),
+            ("bitwise_right_shift", "rshift"),
+        )
+    },
+    "logical_and": ("input other", ("torch.logical_and", ".logical_and")),
+    "ceil": ("input", ("torch.ceil", ".ceil")),
     # comparisons, used on routing values
     **{
         name: ("input other", (f"torch.{name}", f".{name}", f"operator.{name}", f".__{name}__"))
@@ -181,7 +194,14 @@ _AUGMENTED = {
     "imul": "mul",
     "itruediv": "div",
     "ifloordiv": "floor_divide",
+    "imod": "remainder",
     "ipow": "pow",
+    "imatmul": "matmul",
+    "iand": "bitwise_and",
+    "ior": "bitwise_or",
+    "ixor": "bitwise_xor",
+    "ilshift": "bitwise_left_shift",
+    "irshift": "bitwise_right_shift",
 }
 # calls that write into their first argument although the name does not end in "_"
 _WRITES = frozenset({"setitem"})

@@ -168,7 +168,7 @@ def _bitwise_and(call: Call, state: Interpretation) -> Value:
 def _shift(call: Call, state: Interpretation) -> Value:
     def shifted(linear: Linear) -> Linear:
         power = 1 << _divisor(_number(call, state, "other"))
-        return scaled(linear, power) if call.name == "lshift" else floored(linear, power)
+        return scaled(linear, power) if call.name == "bitwise_left_shift" else floored(linear, power)
 
     return _mapped(call, state, "input", shifted)
 
@@ -220,7 +220,7 @@ RULES: dict[str, Rule] = {
     "clamp_min": _clamp,
     "maximum": _clamp,
     "bitwise_and": _bitwise_and,
-    "lshift": _shift,
-    "rshift": _shift,
+    "bitwise_left_shift": _shift,
+    "bitwise_right_shift": _shift,
     "cumsum": _cumsum,
 }
