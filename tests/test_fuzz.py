@@ -11,6 +11,7 @@ from torch import fx
 
 from fuzz_graphs import campaign, check, compare, edit
 from zoo_capture import Captured, captured_case, copied
+from zoo_case import TOKENS
 from zoo_forms import CASES, case
 
 SAMPLE = ("sort_histogram", "interleaved_biased", "batched_control", "scattered_infinity", "titan_control")
@@ -109,8 +110,9 @@ def fused(gm: fx.GraphModule) -> int:
     return fuse(gm.graph, detect(gm.graph).sites)
 
 
-def fuzz(count: int, seed: int, dynamic: bool = False) -> None:
-    result = campaign({item.name: captured_case(item, dynamic) for item in CASES}, fused, count, seed)
+def fuzz(count: int, seed: int, dynamic: bool = False, tokens: int = TOKENS) -> None:
+    """With 2 tokens nearly all dimensions agree: as many tokens as choices, as many assignments as experts."""
+    result = campaign({item.name: captured_case(item, dynamic, tokens) for item in CASES}, fused, count, seed)
     assert not result.wrong, str(result)
     assert result.rewritten * 5 > count, f"too few rewrites to prove anything: {result}"
 
@@ -122,7 +124,7 @@ def test_fuzzed_graphs() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_many_fuzzed_graphs(seed: int) -> None:
-    fuzz(1000, seed=100 + seed, dynamic=seed % 4 == 3)
+    fuzz(1000, seed=100 + seed, dynamic=seed % 4 == 3, tokens=2 if seed % 4 == 1 else TOKENS)
 
 
 def test_a_verdict_names_its_edits() -> None:

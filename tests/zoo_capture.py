@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from zoo_case import Case, Refusal, arguments, make
+from zoo_case import TOKENS, Case, Refusal, arguments, make
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def captured(module: nn.Module, inputs: tuple[Any, ...], fullgraph: bool = False
 
 
 @functools.cache
-def _captured_case(case: Case | Refusal, gradients: bool, dynamic: bool) -> Captured:
+def _captured_case(case: Case | Refusal, gradients: bool, dynamic: bool, tokens: int) -> Captured:
     module = make(case)
-    inputs = tuple(value.requires_grad_(gradients) for value in arguments(case))
+    inputs = tuple(value.requires_grad_(gradients) for value in arguments(case, tokens))
     torch.manual_seed(2)
     with torch.set_grad_enabled(gradients):
         return captured(module, inputs, case.fullgraph, dynamic)
 
 
-def captured_case(case: Case | Refusal, dynamic: bool = False) -> Captured:
+def captured_case(case: Case | Refusal, dynamic: bool = False, tokens: int = TOKENS) -> Captured:
     """The graph of a case on its standard inputs; Dynamo runs once a process, the graph is the caller's to rewrite."""
-    return _captured_case(case, not isinstance(case, Refusal) or case.backward, dynamic).fresh()
+    return _captured_case(case, not isinstance(case, Refusal) or case.backward, dynamic, tokens).fresh()
