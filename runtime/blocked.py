@@ -76,3 +76,11 @@ def blocked_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         # index_put_ adds in a fixed order, index_add_ would not
         result.index_put_((expert,), torch.bmm(left[row].mT, right[row]).to(inner), accumulate=True)
     return result.to(left.dtype)
+
+
+def blocked_sum(rows: Tensor, offsets: Tensor) -> Tensor:
+    """For each expert the sum of its rows (R, F): (E, F), in float32 or better."""
+    inner = torch.promote_types(rows.dtype, torch.float32)
+    blocks = blocks_of(offsets, rows.shape[0])
+    sums = _padded(rows)[blocks.rows].sum(1, dtype=inner)
+    return sums.new_zeros(offsets.shape[0], rows.shape[1]).index_put_((blocks.expert,), sums, accumulate=True)

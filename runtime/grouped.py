@@ -15,11 +15,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moecompile.runtime.blocked import blocked_mm, blocked_outer
+from moecompile.runtime.blocked import blocked_mm, blocked_outer, blocked_sum
 
 Gradients = dict[str, Tensor]
 
-RUN_BYTES = 1 << 20
+RUN_BYTES = 1 << 21
 """Room for the hidden rows of a run on the CPU: with their activation and gradients they should stay in a core's L2."""
 
 
@@ -135,7 +135,7 @@ class AllExperts:
     def __init__(self, offsets: Tensor, order: Tensor, top_k: int) -> None:
         self.offsets = offsets
         self.rows = slice(None)
-        self.valid = (order >= 0).unsqueeze(1)
+        self.unused = (order < 0).unsqueeze(1)
         self.assignments = order.clamp(min=0)
         self.tokens = self.assignments if top_k == 1 else self.assignments // top_k
         row = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
@@ -176,15 +176,13 @@ class AllExperts:
             found = torch._grouped_mm(left.t(), right, offs=self.offsets)
         else:
             found = blocked_outer(left, right, self.offsets)
-        like = grads[name]
-        grads[name] = found if found.stride() == like.stride() else like.copy_(found)
+        if found.stride() != grads[name].stride():
+            found = torch.empty_like(grads[name], device=found.device).copy_(found)
+        grads[name] = found
 
     def bias_gradient(self, grads: Gradients, name: str, grad: Tensor) -> None:
         """Stores the gradient of the biases for the sums' gradient (T*K, out)."""
-        like = grads[name]
-        member = self.expert == torch.arange(like.shape[0], device=grad.device).unsqueeze(1)
-        inner = torch.promote_types(grad.dtype, torch.float32)
-        grads[name] = torch.mm(member.to(inner), torch.where(self.valid, grad, 0).to(inner)).to(like.dtype)
+        grads[name] = blocked_sum(grad, self.offsets).to(grads[name].dtype)
 
     def bias_dot(self, bias: Tensor, grad: Tensor) -> Tensor:
         """Each row of grad (T*K, F) times its expert's bias of (E, F), summed in float32 or better, (T*K, 1)."""
@@ -194,12 +192,12 @@ class AllExperts:
         return bias.index_select(0, self.expert.clamp(max=bias.shape[0] - 1))
 
     def gradient_like(self, parameter: Tensor) -> Tensor:
-        """A tensor of the layout that the parameter's gradient (E, ...) has, its values unwritten."""
-        return torch.empty_like(parameter)
+        """The layout that a parameter's gradient (E, ...) is to have, without memory."""
+        return torch.empty_like(parameter, device="meta")
 
     def clear_rest(self, rows: Tensor) -> None:
         """Zeroes the rows (T*K, ...) that belong to no expert."""
-        rows.masked_fill_(~self.valid, 0)
+        rows.masked_fill_(self.unused, 0)
 
 
 Group = Run | AllExperts

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.utils.checkpoint import checkpoint
 
@@ -27,12 +29,9 @@ SAMPLES: dict[str, Callable[[], Case]] = {
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-@pytest.mark.parametrize("training", [True, False])
-def test_opcheck(sample: str, training: bool):
+def test_opcheck(sample: str):
     torch.manual_seed(0)
     case, ops = SAMPLES[sample](), torch.ops.moecompile
-    for tensor in case.given.values():
-        tensor.requires_grad_(training)
     arguments = case.arguments()
     torch.library.opcheck(ops.experts, arguments, case.attributes)
     torch.library.opcheck(ops.experts_forward, arguments, case.attributes)
@@ -41,7 +40,15 @@ def test_opcheck(sample: str, training: bool):
     needs = [case.tensors[name] is not None for name in case.tensors]
     backward = (torch.randn_like(out), hidden, *arguments)
     torch.library.opcheck(ops.experts_backward, backward, {**case.attributes, "needs": needs})
-    torch.library.opcheck(ops.plan, (case.ids, 3))
+
+
+def test_opcheck_of_plan_and_inference():
+    torch.manual_seed(0)
+    case = SAMPLES["halves"]()
+    torch.library.opcheck(torch.ops.moecompile.plan, (case.ids, 3))
+    for tensor in case.given.values():
+        tensor.requires_grad_(False)
+    torch.library.opcheck(torch.ops.moecompile.experts, case.arguments(), case.attributes)
 
 
 def rerouted(case: Case, tokens: int, seed: int) -> Case:
@@ -103,9 +110,6 @@ def test_graphs_hold_one_operator_forward_and_one_backward(training: bool):
         recorded.append(module)
         return module
 
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
     backend = aot_autograd(fw_compiler=lambda module, inputs: make_boxed_func(keep(module, inputs)))
     case = make_case(routing("random", 8, 2, 3), 3, dtype=torch.float32)
     for tensor in case.given.values():
@@ -150,6 +154,22 @@ def test_autocast_changes_nothing_inside(compile_it: bool):
         found = gradients(run, case)
         assert torch.is_autocast_enabled("cpu")
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_sizes_that_only_running_tells():
+    """T from a data-dependent selection: three unbacked sizes that the fake kernels tie together."""
+    torch.manual_seed(0)
+    case = make_case(routing("random", 12, 2, 3), 3, dtype=torch.float32)
+
+    def selected(mask: torch.Tensor) -> torch.Tensor:
+        chosen: dict[str, torch.Tensor | None] = {name: case.given[name][mask] for name in ("x", "weights")}
+        return Case(case.form, case.ids[mask], case.tensors | chosen, case.gate_up).run().sum(0)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(selected, backend="aot_eager", fullgraph=True)
+        for seed in range(2):
+            mask = torch.rand(12, generator=torch.Generator().manual_seed(seed)) < 0.5
+            torch.testing.assert_close(compiled(mask), selected(mask))
 
 
 def test_inference_mode_and_no_grad_save_nothing():
