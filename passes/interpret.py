@@ -167,6 +167,9 @@ def walk(content: Content) -> Iterator[Content]:
         yield from walk(content.right)
     elif isinstance(content, (terms.Total, terms.Equals)):
         yield from walk(content.content)
+    elif isinstance(content, terms.Meaning):
+        for inner in content.inside():
+            yield from walk(inner)
 
 
 def is_routed(value: Value | None) -> bool:

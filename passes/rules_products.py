@@ -19,6 +19,7 @@ from moecompile.passes.terms import (
     Index,
     Looked,
     Offsets,
+    Part,
     Total,
     Value,
     Variable,
@@ -84,7 +85,7 @@ def _is_gate(state: Interpretation, left: Value, right: Value) -> bool:
 
 
 def _named(value: Value, labels: str, groups: dict[str, Group]) -> Content:
-    pairs: list[tuple[Atom, Atom]] = []
+    pairs: list[tuple[Atom, Part]] = []
     for label, group in zip(labels, value.dims, strict=True):
         target = groups[label]
         if group and target and target[0].variable.kind == "bound":

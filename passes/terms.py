@@ -34,7 +34,7 @@ Size: TypeAlias = "int | sympy.Expr"
 class Variable:
     """An index variable. Rank says who gives way when two variables turn out to be the same index: the lower one."""
 
-    kind: str  # "free" (a repeated dimension), "leaf", "slice", "bound" (contracted), "order" (a permutation of `group`), "rows" (a subset of `group`)
+    kind: str  # "free" (a repeated dimension), "leaf", "slice", "bound" (contracted), "order" (a permutation of `group`), "rows" (a subset of `group`), "places" (slots of experts)
     key: Any  # what makes it this variable: a node, or a node and a number
     group: tuple[Atom, ...] = ()  # for "order" and "rows": the atoms it enumerates
     by: Content | None = None  # for "order": the key it is sorted by; for "rows": the condition that selects
@@ -173,7 +173,21 @@ class Special:
     about: tuple[Any, ...]
 
 
-Content: TypeAlias = "Element | Index | Constant | Apply | Contract | Equals | Count | Offsets | Total | Special"
+class Meaning:
+    """Base of the contents that one form's rules define for themselves: frozen dataclasses that say how indices in them are replaced."""
+
+    def substituted(self, old: Atom, new: Part) -> Content:
+        """The content with every occurrence of the digit `old` replaced by `new`."""
+        raise NotImplementedError(f"{type(self).__name__} must say how an index in it is replaced")
+
+    def inside(self) -> tuple[Content, ...]:
+        """The contents it is made of."""
+        return ()
+
+
+Content: TypeAlias = (
+    "Element | Index | Constant | Apply | Contract | Equals | Count | Offsets | Total | Special | Meaning"
+)
 Group: TypeAlias = "tuple[Atom, ...]"
 
 
@@ -332,20 +346,7 @@ def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
 def substitute(content: Content, old: Atom, new: Part) -> Content:
     """The content with every occurrence of the digit `old` replaced by `new`."""
     if isinstance(content, Element):
-        index: list[Part] = []
-        for part in content.index:
-            if isinstance(part, Atom):
-                index += _replace_atom(part, old, new)
-            elif isinstance(part, Affine):
-                if part.atom == old:
-                    index.append(_compose(part, new))
-                else:
-                    index.append(part)
-            elif isinstance(part, Looked):
-                index.append(Looked(substitute(part.content, old, new), part.extent))
-            else:
-                index.append(part)
-        return Element(content.root, _merge_parts(index), content.written)
+        return Element(content.root, substitute_index(content.index, old, new), content.written)
     if isinstance(content, Index):
         parts = [piece for atom in content.atoms for piece in _replace_atom(atom, old, new)]
         if all(isinstance(part, Atom) for part in parts):
@@ -360,10 +361,30 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
         return Equals(substitute(content.content, old, new), atom)
     if isinstance(content, Total):
         return replace(content, content=substitute(content.content, old, new))
+    if isinstance(content, Meaning):
+        return content.substituted(old, new)
+    if isinstance(content, Special) and content.kind == "spread":
+        mask, number = content.about
+        return Special("spread", (substitute(mask, old, new), substitute(number, old, new)))
     return content
 
 
-def _compose(outer: Affine, inner: Part) -> Part:
+def substitute_index(index: Sequence[Part], old: Atom, new: Part) -> tuple[Part, ...]:
+    """A flat index in mixed radix with every occurrence of the digit `old` replaced by `new`."""
+    parts: list[Part] = []
+    for part in index:
+        if isinstance(part, Atom):
+            parts += _replace_atom(part, old, new)
+        elif isinstance(part, Affine):
+            parts.append(compose(part, new) if part.atom == old else part)
+        elif isinstance(part, Looked):
+            parts.append(Looked(substitute(part.content, old, new), part.extent))
+        else:
+            parts.append(part)
+    return _merge_parts(parts)
+
+
+def compose(outer: Affine, inner: Part) -> Part:
     """start + step * inner."""
     if isinstance(inner, Atom):
         return replace(outer, atom=inner)
@@ -386,11 +407,11 @@ def _merge_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(merged)
 
 
-def rename(value: Value, pairs: Sequence[tuple[Atom, Atom]]) -> Value:
+def rename(value: Value, pairs: Sequence[tuple[Atom, Part]]) -> Value:
     """The value with digits renamed all at once (a swap stays a swap), in its dims and its content."""
     pairs = [(old, new) for old, new in pairs if old != new]
     through = [Atom(Variable("free", ("rename", number)), 1, old.size) for number, (old, _) in enumerate(pairs)]
-    steps = [(old, between) for (old, _), between in zip(pairs, through, strict=True)]
+    steps: list[tuple[Atom, Part]] = [(old, between) for (old, _), between in zip(pairs, through, strict=True)]
     steps += [(between, new) for (_, new), between in zip(pairs, through, strict=True)]
     dims, content = value.dims, value.content
     for old, new in steps:

@@ -7,7 +7,20 @@ from typing import Any
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
-from moecompile.passes.terms import Atom, Constant, Content, Count, Element, Fixed, Group, Index, Looked, Offsets, Value
+from moecompile.passes.terms import (
+    Atom,
+    Constant,
+    Content,
+    Count,
+    Element,
+    Fixed,
+    Group,
+    Index,
+    Looked,
+    Offsets,
+    Part,
+    Value,
+)
 
 
 def _rank(group: Group) -> int:
@@ -19,7 +32,7 @@ def _choose(groups: Sequence[Group]) -> Group:
     return max(groups, key=_rank, default=())
 
 
-def _renaming(group: Group, target: Group) -> list[tuple[Atom, Atom]]:
+def _renaming(group: Group, target: Group) -> list[tuple[Atom, Part]]:
     if group == target:
         return []
     pairs = terms.align(group, target)
@@ -28,7 +41,7 @@ def _renaming(group: Group, target: Group) -> list[tuple[Atom, Atom]]:
     for old, new in pairs:
         if old != new and old.variable.rank >= 3:
             raise Refused("rows in different orders meet")
-    return pairs
+    return [(old, new.variable.key.says(new) if new.variable.kind == "places" else new) for old, new in pairs]
 
 
 def unify(values: Sequence[Value]) -> tuple[tuple[Group, ...], list[Content]]:
@@ -41,7 +54,7 @@ def unify(values: Sequence[Value]) -> tuple[tuple[Group, ...], list[Content]]:
     dims = tuple(_choose([value.dims[number] for value in padded if value.dims[number]]) for number in range(rank))
     contents = []
     for value in padded:
-        pairs: list[tuple[Atom, Atom]] = []
+        pairs: list[tuple[Atom, Part]] = []
         for group, target in zip(value.dims, dims, strict=True):
             if group:
                 pairs += _renaming(group, target)
@@ -49,8 +62,8 @@ def unify(values: Sequence[Value]) -> tuple[tuple[Group, ...], list[Content]]:
     return dims, contents
 
 
-def _deduplicated(pairs: list[tuple[Atom, Atom]]) -> list[tuple[Atom, Atom]]:
-    seen: dict[Atom, Atom] = {}
+def _deduplicated(pairs: Sequence[tuple[Atom, Part]]) -> list[tuple[Atom, Part]]:
+    seen: dict[Atom, Part] = {}
     for old, new in pairs:
         if seen.setdefault(old, new) != new:
             raise Refused("one index would have to be two")
