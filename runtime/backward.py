@@ -24,7 +24,7 @@ from torch import Tensor
 from moecompile.runtime.combine import token_sum
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import vjp
-from moecompile.runtime.grouped import Group, row_dot
+from moecompile.runtime.grouped import Group, part, row_dot
 from moecompile.runtime.reference import gate_and_up, walk_over
 
 PARAMETERS = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
@@ -34,13 +34,15 @@ def experts_backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Colle
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and the saved hidden rows."""
     walk = walk_over(args)
     grads = {name: walk.gradient_like(getattr(args, name)) for name in PARAMETERS if name in needs}
-    of_x = args.x.new_empty(args.rows, args.x.shape[1]) if "x" in needs else None
+    of_x = walk.room(args.x, args.x.shape[1], args.x.dtype) if "x" in needs else None
     of_weight = None
     if args.weights is not None and "weights" in needs:
         of_weight = args.weights.new_empty(args.rows, 1)
     for group in walk:
         backward = _GroupBackward(args, group, needs, grads)
-        backward.run(grad, hidden, None if of_x is None else of_x[group.rows])
+        of_rows = backward.run(grad, hidden, part(of_x, group))
+        if "x" in needs and of_x is None:
+            of_x = of_rows
         if of_weight is not None:
             of_weight[group.rows] = backward.of_weight
     if of_x is not None:
@@ -62,8 +64,8 @@ class _GroupBackward:
         self.to_hidden = self.to_row or not {"w_in", "w_up", "b_in", "b_up"}.isdisjoint(needs)
         self.to_activation = self.to_hidden or not self.weight.isdisjoint(expression_leaves(args.activation))
 
-    def run(self, grad: Tensor, hidden: Tensor, of_x: Tensor | None) -> None:
-        """Goes back through the group; writes the rows' gradients of x to `of_x` (n, H)."""
+    def run(self, grad: Tensor, hidden: Tensor, of_x: Tensor | None) -> Tensor | None:
+        """Goes back through the group; the rows' gradients of x (n, H), if needed, in `of_x` if given."""
         args = self.args
         leaves = self.group.leaves(args.x, None if args.weights is None else args.weights.reshape(-1))
         features = gate_and_up(args, hidden[self.group.rows])
@@ -76,11 +78,13 @@ class _GroupBackward:
             of_a = self._output(of_result, a, leaves)
         else:
             of_a = self._weighted_output(form, of_result, a, leaves)
-        if self.to_activation and of_a is not None:
-            pulled = self._collect(pullback(of_a))
-            if self.to_hidden:
-                of_features = {name: pulled.get(name, torch.zeros_like(value)) for name, value in features.items()}
-                self._gemm1(of_features, leaves, of_x)
+        if of_a is None:
+            return None
+        pulled = self._collect(pullback(of_a))
+        if not self.to_hidden:
+            return None
+        of_features = {name: pulled.get(name, torch.zeros_like(value)) for name, value in features.items()}
+        return self._gemm1(of_features, leaves, of_x)
 
     def _collect(self, pulled: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds the weight's gradient to what it has so far and returns the other leaves' gradients."""
@@ -119,7 +123,7 @@ class _GroupBackward:
         if args.b_out is not None:
             of_weight = of_weight + self.group.bias_dot(args.b_out, of_product)
         self._collect({"weight": of_weight.to(leaves["weight"].dtype)})
-        return (unscaled * weight).to(a.dtype)
+        return (unscaled * weight).to(a.dtype) if self.to_activation else None
 
     def _gemm2(self, of_y: Tensor) -> Tensor:
         """Gradient of the activation (n, I)."""
@@ -132,8 +136,8 @@ class _GroupBackward:
         if "w_out" in self.needs:
             self.group.weight_gradient(self.grads, "w_out", a, of_y.to(a.dtype), self.args.w_out_transposed)
 
-    def _gemm1(self, of_hidden: dict[str, Tensor], leaves: dict[str, Tensor], of_x: Tensor | None) -> None:
-        """Back through GEMM1 and the input expression; writes the rows' gradients of x to `of_x`."""
+    def _gemm1(self, of_hidden: dict[str, Tensor], leaves: dict[str, Tensor], of_x: Tensor | None) -> Tensor | None:
+        """Back through GEMM1 and the input expression: the rows' gradients of x, if needed, in `of_x` if given."""
         args = self.args
         row, pullback = vjp(args.input, leaves, {"x", *self.weight})
         direct = of_x if args.input == "x" else None
@@ -143,11 +147,11 @@ class _GroupBackward:
             of_row = self._linear(of_hidden["gate"], row, "w_in", "b_in", direct)
             of_up = self._linear(of_hidden["up"], row, "w_up", "b_up", None)
             if of_row is not None and of_up is not None:
-                of_row = of_row.add_(of_up)
-        if of_row is not None and of_row is not direct:
-            pulled = self._collect(pullback(of_row))
-            if of_x is not None:
-                of_x.copy_(pulled["x"])
+                of_row.add_(of_up)
+        if of_row is None or args.input == "x":
+            return of_row
+        found = self._collect(pullback(of_row))["x"]
+        return found if of_x is None else of_x.copy_(found)
 
     def _linear(self, grad: Tensor, row: Tensor, weight: str, bias: str, into: Tensor | None) -> Tensor | None:
         """Gradient of a row through one matrix of GEMM1, if anything asks for it; stores its parameters'."""

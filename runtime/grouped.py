@@ -62,8 +62,9 @@ class Run:
                 torch.mm(rows, matrices[expert], out=result)
                 if bias is not None:
                     result.add_(bias[expert])
-            elif bias is not None:  # wider than the product
-                torch.add(torch.mm(rows, matrices[expert]), bias[expert], out=result)
+            else:  # a bias is wider than the product
+                product = torch.mm(rows, matrices[expert])
+                result.copy_(product if bias is None else product + bias[expert])
         return into
 
     def weight_gradient(self, grads: Gradients, name: str, a: Tensor, grad: Tensor, transposed: bool) -> None:
@@ -91,8 +92,9 @@ class RunByRun:
 
     def __init__(self, offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int) -> None:
         self.ends = offsets.tolist()
+        self.rows = order.shape[0]
         self.total = self.ends[-1]
-        self.complete = self.total == order.shape[0]
+        self.complete = self.total == self.rows
         self.assignments = order[: self.total]
         self.tokens = self.assignments if top_k == 1 else self.assignments // top_k
         self.most_rows = RUN_BYTES // max(1, bytes_per_row)
@@ -110,6 +112,10 @@ class RunByRun:
             start = end
         if spans:
             yield Run(self, spans)
+
+    def room(self, like: Tensor, features: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the groups write values of their rows, (T*K, features)."""
+        return like.new_empty((self.rows, features), dtype=dtype)
 
     def gradient_like(self, parameter: Tensor) -> Tensor:
         """Room for a parameter's gradient (E, ...): experts without rows are 0, the others unwritten."""
@@ -191,6 +197,10 @@ class AllExperts:
     def _bias(self, bias: Tensor) -> Tensor:
         return bias.index_select(0, self.expert.clamp(max=bias.shape[0] - 1))
 
+    def room(self, like: Tensor, features: int, dtype: torch.dtype) -> Tensor | None:
+        """None: what the one group returns is whole."""
+        return None
+
     def gradient_like(self, parameter: Tensor) -> Tensor:
         """The layout that a parameter's gradient (E, ...) is to have, without memory."""
         return torch.empty_like(parameter, device="meta")
@@ -202,6 +212,11 @@ class AllExperts:
 
 Group = Run | AllExperts
 Walk = RunByRun | AllExperts
+
+
+def part(rows: Tensor | None, group: Group) -> Tensor | None:
+    """The group's part of `room`."""
+    return None if rows is None else rows[group.rows]
 
 
 def groups(offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int) -> Walk:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moecompile.runtime.combine import weighted_sum
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.elementwise import evaluate
-from moecompile.runtime.grouped import Group, Walk, groups
+from moecompile.runtime.grouped import Group, Walk, groups, part
 
 
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,15 +50,16 @@ def _check_range(ids: Tensor, num_experts: int) -> None:
             )
 
 
-def experts(arguments: Arguments) -> Tensor:
+def experts(args: Arguments) -> Tensor:
     """The result of `moecompile::experts`, (T, H2)."""
-    return _forward(arguments, None)
+    return _forward(args, save=False)[0]
 
 
-def experts_forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def experts_forward(args: Arguments) -> tuple[Tensor, Tensor]:
     """The result, (T, H2), and the pre-activation rows in expert order, (T*K, N): gate then up if separate."""
-    hidden = arguments.x.new_empty((arguments.rows, arguments.width), dtype=arguments.dtypes.hidden)
-    return _forward(arguments, hidden), hidden
+    result, hidden = _forward(args, save=True)
+    assert hidden is not None
+    return result, hidden
 
 
 def walk_over(args: Arguments) -> Walk:
@@ -66,19 +67,22 @@ def walk_over(args: Arguments) -> Walk:
     return groups(args.offsets, args.order, args.slots.shape[1], args.width * args.dtypes.hidden.itemsize)
 
 
-def _forward(args: Arguments, hidden: Tensor | None) -> Tensor:
+def _forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
     walk = walk_over(args)
     weight_of = None if args.weights is None else args.weights.reshape(-1)
-    out = args.x.new_empty((args.rows, args.out_features), dtype=args.dtypes.out)
+    hidden = walk.room(args.x, args.width, args.dtypes.hidden) if save else None
+    out = walk.room(args.x, args.out_features, args.dtypes.out)
     for group in walk:
         leaves = group.leaves(args.x, weight_of)
-        row = evaluate(args.input, leaves)
-        pre = _gemm1(args, group, row, None if hidden is None else hidden[group.rows])
+        pre = _gemm1(args, group, evaluate(args.input, leaves), part(hidden, group))
         a = evaluate(args.activation, leaves | gate_and_up(args, pre))
-        group.linear(a, args.w_out, args.w_out_transposed, args.b_out, out[group.rows])
+        y = group.linear(a, args.w_out, args.w_out_transposed, args.b_out, part(out, group))
+        if out is None:
+            hidden, out = pre, y
+    assert out is not None
     if hidden is not None:
         walk.clear_rest(hidden)
-    return weighted_sum(args, out, walk.complete)
+    return weighted_sum(args, out, walk.complete), hidden
 
 
 def _gemm1(args: Arguments, group: Group, row: Tensor, into: Tensor | None) -> Tensor:

@@ -104,6 +104,17 @@ def test_dtypes(dtype: torch.dtype, weight_dtype: torch.dtype | None, walk: str,
             assert case.run().dtype == (out_dtype or torch.promote_types(dtype, weight_dtype or dtype))
 
 
+@pytest.mark.parametrize("wide", [("b_in",), ("b_up",), ("b_out",), BIASES])
+def test_biases_wider_than_the_gemms(wide: tuple[str, ...], walk: str, poisoned: None):
+    torch.manual_seed(0)
+    form = replace(SWIGLU, activation="cast(mul(silu(gate), up), bfloat16)")
+    case = make_case(routing("dropped", 24, 3, 5), 5, form, "separate", biases=wide, dtype=torch.bfloat16)
+    for name in wide:
+        case.tensors[name] = torch.randn_like(case.given[name], dtype=torch.float32).requires_grad_()
+    case.compare(*BOUNDS[torch.bfloat16])
+    assert case.run().dtype == (torch.float32 if "b_out" in wide else torch.bfloat16)
+
+
 @pytest.mark.parametrize("walk", ["device"], indirect=True)
 def test_bfloat16_through_torchs_grouped_gemm(walk: str, poisoned: None, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
