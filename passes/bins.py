@@ -13,12 +13,25 @@ expert it speaks, and is renamed like any content.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
-from moecompile.passes.terms import Apply, Atom, Constant, Content, Count, Element, Group, Index, Offsets, Size, Value
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Count,
+    Element,
+    Group,
+    Index,
+    Offsets,
+    Size,
+    Special,
+    Value,
+)
 from moecompile.passes.unify import per_expert
 
 # ("one",)  ("count", minimum)  ("offset",)  ("full", block)  ("blocks", block, minimum)  ("block_ends", block, minimum)  ("row", order)
@@ -48,11 +61,11 @@ class Numbers:
 
     @property
     def kind(self) -> str:
-        """ "plain", "bins" (one an expert), "slots" (one an assignment), "row" (each row's own number) or "run" (0, 1, 2, ...)."""
+        """What it speaks of: plain, bins (experts), slots (assignments), row (its number in an order), run (0, 1, 2, ...)."""
         symbols = {symbol[0] for symbol, _ in self.linear.terms}
         if self.linear.key is not None:
             return "bins" if self.at is None else "slots"
-        return next((name for name in ("row", "run") if name in symbols), "plain")
+        return next((name for name in ("row", "place", "run") if name in symbols), "plain")
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,22 @@ class Slot:
     @property
     def ends(self) -> Linear:
         """Where each expert's bin ends."""
-        ends = {("block_ends", self.block, self.minimum): self.block}
-        return Linear(self.key, self.num_experts, frozenset(ends.items()))
+        return Linear(self.key, self.num_experts, frozenset({(("block_ends", self.block, self.minimum), self.block)}))
+
+    @property
+    def linear(self) -> Linear:
+        """begin + (row - first)."""
+        return combined(before(self.ends), combined(plain(("row", self.order), 1), first_rows(self.ends), -1), 1)
+
+
+def first_rows(ends: Linear) -> Linear:
+    """The number of each expert's first row in the sorted order."""
+    return before(replace(ends, terms=frozenset({(OFFSET, 1)})))
+
+
+def counts_of(ends: Linear) -> Linear:
+    """How many rows each expert has."""
+    return replace(ends, terms=frozenset({(COUNT, 1)}))
 
 
 def numbers_of(value: Value) -> Numbers | None:
@@ -106,10 +133,12 @@ def is_slots(content: Content) -> bool:
 
 
 def plain(symbol: Symbol, factor: int) -> Linear:
+    """A number that belongs to no experts."""
     return Linear(None, 0, frozenset({(symbol, factor)} if factor else ()))
 
 
 def is_whole_order(atom: Atom) -> bool:
+    """Whether the atom runs through all rows of a sorted order."""
     variable = atom.variable
     return variable.kind == "order" and atom.divisor == 1 and atom.size == terms.group_size(variable.group)
 
@@ -125,9 +154,7 @@ def slot_of(content: Content) -> Slot | None:
     if order is None or blocks is None or not linear.key == at == order.variable.by:
         return None
     slot = Slot(order, linear.key, linear.num_experts, *blocks[1:])
-    ends = ("block_ends", slot.block, slot.minimum)
-    expected = {("row", order): 1, OFFSET: -1, COUNT: 1, ends: slot.block, blocks: -slot.block}
-    return slot if symbols == expected else None
+    return slot if linear == slot.linear else None
 
 
 def ends_of(value: Value) -> Linear | None:
@@ -139,12 +166,14 @@ def ends_of(value: Value) -> Linear | None:
 def at_ids(value: Value, index: Value) -> Value:
     """One number an expert, looked up at ids: the number of each assignment's expert."""
     found = numbers_of(value)
-    if found is None or found.kind != "bins" or not isinstance(index.content, Element):
+    clamped = isinstance(index.content, Special) and index.content.kind == "expert" and index.content.about[1]
+    if found is None or found.kind != "bins" or not (isinstance(index.content, Element) or clamped):
         raise Refused("the experts' counts, offsets or bins, looked up by something that is not the rows' expert ids")
     return Value(index.dims, content_of(found.linear, index.content))
 
 
 def content_of(linear: Linear, at: Content | None) -> Content:
+    """The content of one number an expert, or one an assignment."""
     assert linear.key is not None
     if at is not None:
         return Apply("slots", (at,), (linear,))
@@ -172,6 +201,7 @@ def combined(first: Linear, second: Linear, factor: int) -> Linear:
 
 
 def scaled(linear: Linear, factor: int) -> Linear:
+    """factor * linear."""
     return Linear(linear.key, linear.num_experts, _terms({symbol: factor * by for symbol, by in linear.terms}))
 
 
@@ -190,7 +220,9 @@ def floored(linear: Linear, divisor: int) -> Linear:
         ((symbol, factor),) = rest if len(rest) == 1 else [(ONE, 0)]
         if symbol[0] != "count":
             raise Refused(f"the experts' counts or bins divided by {divisor}, which does not divide them")
-        minimum, up = symbol[1], ("blocks", divisor, symbol[1])
+        minimum = symbol[1]
+        up: Symbol = ("blocks", divisor, minimum)
+        part: Symbol
         if factor != -1 and factor % divisor == 1 and constant % divisor == divisor - 1:
             part, sign, constant = up, 1, constant - (divisor - 1)
         elif factor != -1 and factor % divisor == 1 and constant % divisor == 0 and minimum == 0:
@@ -205,7 +237,7 @@ def floored(linear: Linear, divisor: int) -> Linear:
     return Linear(linear.key, linear.num_experts, _terms(whole))
 
 
-def at_least(linear: Linear, minimum: int) -> Linear:
+def bounded_below(linear: Linear, minimum: int) -> Linear:
     """max(linear, minimum)."""
     symbols = dict(linear.terms)
     if minimum <= 0 and all(factor >= 0 for factor in symbols.values()):

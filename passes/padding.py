@@ -28,7 +28,7 @@ from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, fake_of
 from moecompile.passes.region import Layout
 from moecompile.passes.rules_arithmetic import ELEMENTWISE
-from moecompile.passes.rules_padded import number, padded_atom, reads_zeros, table_of
+from moecompile.passes.slots import Table, kind_of, number, padded_atom, reads_zeros, table_of
 from moecompile.passes.terms import Special, Value
 from moecompile.runtime.elementwise import vjp
 
@@ -157,10 +157,12 @@ class _Walk:
         )
         if isinstance(index, tuple):
             index = index[0]
+        if kind_of(self._state.value(index).content) == "position":
+            return Unfilled(None, cut=False)
         table = self._table(index)
         if table is None:
             raise Refused(f"what {call.node} reads at padded slots of no row is not known")
-        if reads_zeros(self._state, self._state.value(source), table):
+        if reads_zeros(self._state.value(source), table):
             return Unfilled(0.0)
         return Unfilled(None, cut=False)
 
@@ -197,6 +199,8 @@ class _Walk:
         merged = Unfilled(
             None, all(one.known for one in found), all(one.whole for one in found), all(one.cut for one in found)
         )
+        if not merged.cut and not (merged.known and merged.whole) and fake_of(call.node).requires_grad:
+            raise Refused(f"{call.node} mixes tokens' rows at padded slots of no row with uninitialised memory")
         if not merged.known:
             return merged
         numbers = [one.number for one in found]
@@ -250,11 +254,10 @@ class _Walk:
                 " set it to zero there before the sum"
             )
 
-    def _table(self, index: fx.Node) -> Value | None:
-        """A table of padded slots as one dimension."""
+    def _table(self, index: fx.Node) -> Table | None:
+        """A table of padded slots, dimensions along which it repeats aside."""
         value = self._state.value(index)
-        flat = Value(tuple(group for group in value.dims if padded_atom(group)), value.content)
-        return flat if table_of(flat) is not None else None
+        return table_of(Value(tuple(group for group in value.dims if padded_atom(group)), value.content))
 
 
 def _spelled(call: Call) -> tuple[str, list[Any], tuple[Any, ...]]:

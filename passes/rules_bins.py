@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.bins import (
     ONE,
     Linear,
     Numbers,
-    at_least,
     before,
+    bounded_below,
     combined,
     content_of,
     floored,
@@ -27,15 +28,16 @@ from moecompile.passes.bins import (
 )
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
-from moecompile.passes.rules_views import free
-from moecompile.passes.terms import Apply, Constant, Value
+from moecompile.passes.rules_views import free, holds_integers
+from moecompile.passes.terms import Apply, Constant, Count, Value
 
 
-def _operand(call: Call, state: Interpretation, name: str) -> Numbers | None:
+def operand(call: Call, state: Interpretation, name: str) -> Numbers | None:
+    """An argument as such numbers, or None."""
     argument = call[name]
-    if not isinstance(argument, int) and not isinstance(fake_of(argument), torch.Tensor):
-        return None
-    return numbers_of(state.value(argument))
+    if isinstance(argument, int) or (isinstance(argument, fx.Node) and isinstance(fake_of(argument), torch.Tensor)):
+        return numbers_of(state.value(argument))
+    return None
 
 
 def _concerns(call: Call, state: Interpretation, names: tuple[str, ...]) -> bool:
@@ -44,12 +46,12 @@ def _concerns(call: Call, state: Interpretation, names: tuple[str, ...]) -> bool
 
 
 def _exactly(call: Call, state: Interpretation) -> None:
-    if state.dtype(call.node) not in (torch.int32, torch.int64):
+    if not holds_integers(state.dtype(call.node)):
         raise Passed
 
 
 def _number(call: Call, state: Interpretation, name: str) -> int:
-    found = _operand(call, state, name)
+    found = operand(call, state, name)
     if found is None or found.kind != "plain":
         raise Refused("the experts' counts or bins times, or divided by, something that is not a number")
     return dict(found.linear.terms).get(ONE, 0)
@@ -61,15 +63,16 @@ def _result(call: Call, state: Interpretation, found: Numbers) -> Value:
     return Value(found.dims, content_of(found.linear, found.at))
 
 
-def _joined(first: Numbers, second: Numbers, factor: int) -> Numbers:
+def joined(first: Numbers, second: Numbers, factor: int) -> Numbers:
     """first + factor * second, where both speak of the same experts or the same rows."""
     kinds = (first.kind, second.kind)
     if "run" in kinds and "slots" in kinds:
         slots = first if first.kind == "slots" else second
         group = slots.dims[0] if len(slots.dims) == 1 else ()
-        if len(group) != 1 or not is_whole_order(group[0]):
+        if len(group) != 1 or not (is_whole_order(group[0]) or group[0].variable.kind == "searched"):
             raise Refused("numbers 0, 1, 2, ... added to numbers of rows that are not in a sorted order")
-        row = Numbers(slots.dims, plain(("row", group[0]), 1))
+        symbol = "place" if group[0].variable.kind == "searched" else "row"
+        row = Numbers(slots.dims, plain((symbol, group[0]), 1))
         first, second = (row, second) if first.kind == "run" else (first, row)
         kinds = (first.kind, second.kind)
     linear = combined(first.linear, second.linear, factor)
@@ -80,7 +83,7 @@ def _joined(first: Numbers, second: Numbers, factor: int) -> Numbers:
     same = len({(owner.linear.key, owner.linear.num_experts, owner.at) for owner in owners}) == 1
     if kinds == ("bins", "bins") and same:
         return Numbers(first.dims, linear)
-    if set(kinds) <= {"slots", "row"} and "slots" in kinds and same and first.dims == second.dims:
+    if set(kinds) <= {"slots", "row", "place"} and "slots" in kinds and same and first.dims == second.dims:
         return Numbers(first.dims, linear, owners[0].at)
     raise Refused("arithmetic of numbers that speak of different experts, or of rows in different orders")
 
@@ -89,13 +92,13 @@ def _add(call: Call, state: Interpretation) -> Value:
     if call.arguments.get("alpha", 1) != 1 or not _concerns(call, state, ("input", "other")):
         raise Passed
     _exactly(call, state)
-    first, second = _operand(call, state, "input"), _operand(call, state, "other")
+    first, second = operand(call, state, "input"), operand(call, state, "other")
     if first is None or second is None:
         raise Refused("arithmetic of the experts' counts or bins with something else")
     reverse = call.name == "rsub" or call.node.target == "__rsub__"
     if reverse:
         first, second = second, first
-    return _result(call, state, _joined(first, second, 1 if call.name == "add" else -1))
+    return _result(call, state, joined(first, second, 1 if call.name == "add" else -1))
 
 
 def _mul(call: Call, state: Interpretation) -> Value:
@@ -110,7 +113,7 @@ def _mapped(call: Call, state: Interpretation, name: str, function: Callable[[Li
     if not _concerns(call, state, (name,)):
         raise Passed
     _exactly(call, state)
-    found = _operand(call, state, name)
+    found = operand(call, state, name)
     if found is None:
         raise Refused("the experts' counts or bins in another order than the experts'")
     return _result(call, state, Numbers(found.dims, function(found.linear), found.at))
@@ -129,7 +132,7 @@ def _divisor(number: int) -> int:
 def _floor_divide(call: Call, state: Interpretation) -> Value:
     mode = call.arguments.get("rounding_mode", "floor")
     if mode is None:
-        raise Passed
+        return _ratio(call, state)
 
     def divided(linear: Linear) -> Linear:
         if mode != "floor" and any(factor < 0 for _, factor in linear.terms):
@@ -137,6 +140,38 @@ def _floor_divide(call: Call, state: Interpretation) -> Value:
         return floored(linear, _divisor(_number(call, state, "other")))
 
     return _mapped(call, state, "input", divided)
+
+
+def _ratio(call: Call, state: Interpretation) -> Value:
+    """counts / block, to be rounded: exact enough, as float32 tells a whole quotient from any other up to 2**24."""
+    found, by = operand(call, state, "input"), call["other"]
+    if not _concerns(call, state, ("input",)) or found is None or found.kind != "bins":
+        raise Passed
+    if not isinstance(by, int) or by < 1 or state.dtype(call.node) not in (torch.float32, torch.float64):
+        raise Passed
+    return Value(found.dims, Apply("ratio", (), (found.linear, by)))
+
+
+def _ceil(call: Call, state: Interpretation) -> Value:
+    """ceil(counts / block) = -floor(-counts / block)."""
+    content = state.value(call["input"]).content
+    if not isinstance(content, Apply) or content.op != "ratio":
+        raise Passed
+    linear, by = content.params
+    dims = state.value(call["input"]).dims
+    return _result(call, state, Numbers(dims, scaled(floored(scaled(linear, -1), by), -1)))
+
+
+def _cast(call: Call, state: Interpretation) -> Value:
+    value = state.value(call["input"])
+    if (
+        not (is_bins(value.content) or is_slots(value.content))
+        or fake_of(call.node).device != fake_of(call["input"]).device
+    ):
+        raise Passed
+    if not (holds_integers(state.dtype(call["input"])) and holds_integers(state.dtype(call.node))):
+        raise Passed
+    return value
 
 
 def _modulo(linear: Linear, divisor: int) -> Linear:
@@ -151,7 +186,7 @@ def _clamp(call: Call, state: Interpretation) -> Value:
     minimum = call.arguments.get("other", call.arguments.get("min"))
     if call.arguments.get("max") is not None or not isinstance(minimum, int):
         raise Passed
-    return _mapped(call, state, "input", lambda linear: at_least(linear, minimum))
+    return _mapped(call, state, "input", lambda linear: bounded_below(linear, minimum))
 
 
 def _bitwise_and(call: Call, state: Interpretation) -> Value:
@@ -184,15 +219,17 @@ def _passed() -> Value:
     raise Passed
 
 
-def leading(value: Value, stop: Any) -> Value | None:
-    """ends[:-1]: the experts' numbers but the last."""
+def part(value: Value, item: Any) -> Value | None:
+    """ends[:-1], the experts' numbers but the last, or ends[-1], the last; None for other parts."""
     found = numbers_of(value)
     if found is None or found.kind != "bins" or not isinstance(found.linear.num_experts, int):
         return None
-    count = found.linear.num_experts - 1
-    if stop not in (-1, count) or count < 1:
-        return None
-    return Value((free(count, ("leading", found.linear)),), Apply("leading", (), (found.linear,)))
+    last = found.linear.num_experts - 1
+    if isinstance(item, int) and item in (-1, last) and not isinstance(value.content, Count):
+        return Value((), Apply("last", (), (found.linear,)))
+    if item in (slice(None, -1), slice(0, -1), slice(None, last), slice(0, last)) and last > 0:
+        return Value((free(last, ("leading", found.linear)),), Apply("leading", (), (found.linear,)))
+    return None
 
 
 def begins(call: Call, state: Interpretation) -> Value | None:
@@ -216,6 +253,8 @@ RULES: dict[str, Rule] = {
     "floor_divide": _floor_divide,
     "div": _floor_divide,
     "remainder": _remainder,
+    "ceil": _ceil,
+    "cast": _cast,
     "clamp": _clamp,
     "clamp_min": _clamp,
     "maximum": _clamp,

@@ -1,111 +1,51 @@
 """Rules for bins padded to a block: rows put at padded slots, worked on there, and brought back.
 
-rows = zeros(C, H); rows[slot] = x[order // k]       dims ((padded), (h)), content x[j/k, h]: `padded` runs through the slots, content speaks of
-                                                     the assignment whose slot it is; what stands at slots of none is passes/padding.py's matter
-table = full(C, total); table[slot] = order          "table": j at an assignment's slot, the number `total` at slots of none
-table < total,  table == total                       "filled", "unfilled"
-cat([x, zeros(1, H)])                                "appended": x, and rows of zeros after it
-cat([x, zeros(1, H)])[table // k]                    dims ((padded), (h)), content x[j/k, h]
-rows[slot]                                           dims of slot, content x[j/k, h]
-zeros(T + 1, H).index_add(0, token, rows)            "spare": the sum over each token's choices, and further rows for what slots of none add
+rows = zeros(C, H); rows[slot] = x[order // k]     dims ((padded), (h)), content x[j/k, h]: `padded` runs through the
+                                                   slots, content speaks of the assignment whose slot it is; what
+                                                   stands at slots of none is passes/padding.py's matter
+cat([x, zeros(1, H)])[table // k]                  the same
+rows[slot]                                         dims of slot, content x[j/k, h]
+grouped_mm(rows, w, offs=ends)                     the product that it is for rows in sorted order
+zeros(T + 1, H).index_add(0, token, rows)          the sum over each token's choices, and a row for slots of none
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from moecompile.passes import rules_bins, terms
-from moecompile.passes.bins import Slot, at_ids, ends_of, is_bins, is_slots, slot_of
+from moecompile.passes import rules_bins, rules_slots, terms
+from moecompile.passes.bins import at_ids, ends_of, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, Rule, fake_of, is_plain
 from moecompile.passes.rules_index import rows_index
 from moecompile.passes.rules_products import einsum
-from moecompile.passes.rules_views import constant, free
-from moecompile.passes.terms import (
-    Atom,
-    Constant,
-    Content,
-    Group,
-    Index,
-    Looked,
-    Offsets,
-    Size,
-    Special,
-    Total,
-    Value,
-    Variable,
+from moecompile.passes.rules_views import free
+from moecompile.passes.slots import (
+    Bins,
+    Table,
+    appended,
+    bins_of,
+    check_capacity,
+    difference,
+    integers,
+    is_at_least,
+    is_tensor,
+    kind_of,
+    number,
+    padded_atom,
+    reads_zeros,
+    slot_content,
+    slot_of_searched,
+    slots_atom,
+    table_of,
+    tensor,
+    whole,
 )
+from moecompile.passes.terms import Atom, Constant, Index, Looked, Offsets, Size, Special, Total, Value, Variable
 from moecompile.passes.unify import look_up, without
-
-
-def padded_atom(group: Group) -> Atom | None:
-    """The atom of a dimension that runs through padded slots."""
-    return group[0] if len(group) == 1 and group[0].variable.kind == "padded" else None
-
-
-def table_of(value: Value) -> tuple[Atom, Content, Size] | None:
-    """(padded slots, integer at an assignment's slot, integer at the others) of a table."""
-    content = value.content
-    if not isinstance(content, Special) or content.kind != "table":
-        return None
-    atom, inside, outside = content.about
-    if [group for group in value.dims if group] != [(atom,)]:
-        raise Refused("a table of padded slots in another layout")
-    return atom, inside, outside
-
-
-def _table(atom: Atom, inside: Content, outside: Size) -> Special:
-    return Special("table", (atom, inside, outside))
-
-
-def difference(first: Size, second: Size) -> int | None:
-    """first - second, where that is a number."""
-    if isinstance(first, int) and isinstance(second, int):
-        return first - second
-    import sympy
-
-    result = sympy.expand(sympy.sympify(first) - sympy.sympify(second))
-    return int(result) if result.is_number else None
-
-
-def at_least(first: Size, second: Size) -> bool:
-    """Whether first >= second for certain."""
-    found = difference(first, second)
-    return found is not None and found >= 0
-
-
-def number(state: Interpretation, argument: Any) -> Size | float | None:
-    """An argument that is one number: of Python, symbolic, or a tensor all of whose elements are the same."""
-    if isinstance(argument, (int, float)):
-        return argument
-    if not isinstance(argument, fx.Node):
-        return None
-    if not hasattr(fake_of(argument), "shape"):
-        return state.number(argument)
-    content = state.value(argument).content
-    if isinstance(content, Special) and content.kind == "number":
-        return content.about[0]
-    return content.value if isinstance(content, Constant) else None
-
-
-def _whole(state: Interpretation, argument: Any) -> Size:
-    found = number(state, argument)
-    if found is None or isinstance(found, float):
-        raise Refused("a table of padded slots with something that is not a whole number")
-    return found
-
-
-def _full(call: Call, state: Interpretation) -> Value:
-    """full(size, symbolic number), for integers."""
-    if not isinstance(call["fill_value"], fx.Node) or fake_of(call.node).dtype.is_floating_point:
-        raise Passed
-    found = number(state, call["fill_value"])
-    if found is None:
-        raise Passed
-    return constant(Special("number", (found,)), state.shape(call.node), call.node)
-
 
 # ---- rows put at slots
 
@@ -114,13 +54,13 @@ def _setitem(call: Call, state: Interpretation) -> Value:
     index = call["index"]
     if isinstance(index, tuple) and len(index) == 1:
         index = index[0]
-    return _put(call, state, state.value(_index(index)), call["value"])
+    return _put(call, state, state.value(integers(index)), call["value"])
 
 
-def _index_put(call: Call, state: Interpretation) -> Value:
+def _index_put(call: Call, state: Interpretation) -> Value | None:
     if len(call["indices"]) != 1:
         raise Passed
-    index = state.value(_index(call["indices"][0]))
+    index = state.value(integers(call["indices"][0]))
     if call["accumulate"] is True:
         return _added(call, state, index, call["values"])
     return _put(call, state, index, call["values"])
@@ -134,7 +74,7 @@ def _index_copy(call: Call, state: Interpretation) -> Value:
 
 def _scatter(call: Call, state: Interpretation) -> Value:
     source = call.arguments.get("src", call.arguments.get("value"))
-    index = _first_dimension(call, state)
+    index = _along_rows(call, state)
     if call["reduce"] is not None:
         raise Passed
     if isinstance(source, fx.Node) and state.shape(source) != state.shape(call["index"]):
@@ -142,46 +82,30 @@ def _scatter(call: Call, state: Interpretation) -> Value:
     return _put(call, state, index, source)
 
 
-def _first_dimension(call: Call, state: Interpretation) -> Value:
+def _along_rows(call: Call, state: Interpretation) -> Value:
     """The index of a gather or scatter along the first dimension, where it is the same along the others."""
-    index = state.value(_tensor(call.arguments.get("index", call.arguments.get("indices"))))
-    concerned = is_slots(index.content) or (isinstance(index.content, Special) and index.content.kind == "table")
+    index = state.value(tensor(call.arguments.get("index", call.arguments.get("indices"))))
+    concerned = is_slots(index.content) or kind_of(index.content) in ("table", "position")
     if not concerned or (call["dim"] or 0) not in (0, -len(index.dims)):
         raise Passed
     return rows_index(index, 0)
 
 
-def _tensor(argument: Any) -> fx.Node:
-    if not isinstance(argument, fx.Node) or not hasattr(fake_of(argument), "dtype"):
-        raise Passed
-    return argument
-
-
-def _index(argument: Any) -> fx.Node:
-    node = _tensor(argument)
-    if str(fake_of(node).dtype) in ("torch.bool", "torch.uint8"):
-        raise Passed
-    return node
-
-
 def _put(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
     """target[slot] = source, or target[table] = source."""
-    if isinstance(index.content, Special) and index.content.kind == "table":
+    if kind_of(index.content) == "table":
         return _put_back(call, state, index, source)
     if not is_slots(index.content):
         raise Passed
-    slot = slot_of(index.content)
-    if slot is None:
-        raise Refused("rows put at places that are not the slots of bins rounded up to a block")
-    target = call["input"]
+    slot, target = slot_of(index.content), call["input"]
     capacity, *rest = state.shape(target)
-    if len(index.dims) != 1:
-        raise Refused("rows put at slots along several dimensions")
-    _check_capacity(slot, capacity)
-    atom = Atom(Variable("padded", index.content, slot.order.variable.group, slot.key), 1, capacity)
+    if slot is None or len(index.dims) != 1:
+        raise Refused("rows put at places that are not the slots of bins rounded up to a block")
+    check_capacity(slot, capacity)
+    atom = slots_atom(index.content, slot, capacity)
     outside = number(state, target)
-    if not isinstance(source, fx.Node) or isinstance(state.value(source).content, Constant):
-        return _filled(state, target, atom, outside, number(state, source))
+    if not is_tensor(source) or isinstance(state.value(source).content, Constant):
+        return _marked(state, target, atom, outside, number(state, source))
     rows = state.value(source)
     if rows.dims[:1] != index.dims or state.shape(source)[1:] != tuple(rest):
         raise Refused("rows put at other rows' slots")
@@ -193,57 +117,44 @@ def _put(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
         return Value(((atom,), *rows.dims[1:]), rows.content)
     if not isinstance(rows.content, Index) or rest or outside is None or isinstance(outside, float):
         raise Refused("integers put at padded slots that are not the numbers of rows, or over unknown ones")
-    return Value(((atom,),), _table(atom, rows.content, outside))
+    return Value(((atom,),), Table(atom, rows.content, outside).content)
 
 
 def _is_empty(state: Interpretation, target: fx.Node) -> bool:
-    value = state.value(target)
-    made = state.calls.get(target)
+    """Whether the target is uninitialised memory."""
+    value, made = state.value(target), state.calls.get(target)
     return made is not None and made.name == "empty" and is_plain(value) and value == state.leaf(target)
 
 
-def _filled(state: Interpretation, target: fx.Node, atom: Atom, outside: Any, inside: Any) -> Value:
+def _marked(state: Interpretation, target: fx.Node, atom: Atom, outside: Any, inside: Any) -> Value:
     """zeros(C, dtype=bool)[slot] = True: the slots that hold a row."""
-    if str(state.dtype(target)) != "torch.bool" or len(state.shape(target)) != 1 or outside is None or inside is None:
+    if state.dtype(target) is not torch.bool or len(state.shape(target)) != 1 or outside is None or inside is None:
         raise Refused("a number put at padded slots")
     if bool(outside) == bool(inside):
         raise Refused("a mask of padded slots that is the same everywhere")
-    return Value(((atom,),), Special("filled" if inside else "unfilled", (atom,)))
-
-
-def _check_capacity(slot: Slot, capacity: Size) -> None:
-    """All bins must fit for every routing, or slots would lie outside the tensor."""
-    rows, experts, block = slot.order.size, slot.num_experts, slot.block
-    least = max(block, -(-slot.minimum // block) * block) if slot.minimum else block - 1
-    if isinstance(rows, int) and isinstance(experts, int) and not slot.minimum:
-        needed: Size = (rows + min(experts, rows) * least) // block * block
-    else:
-        needed = rows + experts * least
-    if not at_least(capacity, needed):
-        raise Refused(f"a tensor of {capacity} rows, where bins of whole blocks of {block} may need {needed}")
+    return Value(((atom,),), Special("filled" if inside else "unfilled", (bins_of((atom,)),)))
 
 
 def _put_back(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
     """target[table] = rows: each padded row at its assignment's number, the others beyond the last."""
-    found = table_of(index)
-    rows = state.value(source) if isinstance(source, fx.Node) else Value((), Constant(0))
-    if found is None or not rows.dims or rows.dims[0] != (found[0],) or index.dims != ((found[0],),):
+    table, rows = table_of(index), state.value(tensor(source))
+    assert table is not None
+    if not rows.dims or rows.dims[0] != (table.atom,) or len(index.dims) != 1:
         raise Refused("padded rows put back at the numbers of other rows")
-    atom, inside, outside = found
-    if not isinstance(inside, Index) or inside.atoms != atom.variable.group:
+    if not isinstance(table.inside, Index) or table.inside.atoms != table.atom.variable.group:
         raise Refused("padded rows put back at numbers that are not one for each assignment")
-    if state.dtype(source) != state.dtype(call["input"]):
-        raise Refused("rows put into a tensor of another dtype")
-    return _with_spare(call, state, Value((inside.atoms, *rows.dims[1:]), rows.content), outside)
+    if state.dtype(source) != state.dtype(call["input"]) or state.shape(source)[1:] != state.shape(call["input"])[1:]:
+        raise Refused("rows put into a tensor of another shape or dtype")
+    return _with_spare(call, state, Value((table.inside.atoms, *rows.dims[1:]), rows.content), table.outside)
 
 
-def _with_spare(call: Call, state: Interpretation, value: Value, outside: Size) -> Value:
-    """The value's rows, and further rows of the tensor at which the rows of unfilled slots end up."""
+def _with_spare(call: Call, state: Interpretation, value: Value, outside: Size | None) -> Value:
+    """The value's rows, and further rows at which those of unfilled slots end up."""
     made = state.calls.get(call["input"])
     rows, kept = state.shape(call["input"])[0], terms.group_size(value.dims[0])
     if made is None or made.name != "zeros" or number(state, call["input"]) != 0:
         raise Refused("padded rows collected in a tensor that is not new and zero")
-    if not at_least(outside, kept) or not at_least(rows, kept):
+    if outside is None or not is_at_least(outside, kept) or not is_at_least(rows, outside + 1):
         raise Refused("the rows of unfilled slots end up among those of tokens")
     dims = (free(rows, (call.node, "spare")), *value.dims[1:])
     return Value(dims, Special("spare", (value, call["input"] if call.inplace else None, call.node)))
@@ -254,157 +165,141 @@ def _with_spare(call: Call, state: Interpretation, value: Value, outside: Size) 
 
 def _getitem(call: Call, state: Interpretation) -> Value | None:
     source, index = call["input"], call["index"]
-    if source in state.results or not isinstance(source, fx.Node) or isinstance(fake_of(source), (tuple, list)):
+    if source in state.results or not is_tensor(source):
         raise Passed
-    items = list(index) if isinstance(index, tuple) else [index]
-    first, *rest = items or [None]
-    if isinstance(first, slice):
-        return _leading(call, state, first, rest)
-    if not isinstance(first, fx.Node) or any(
-        item is not None and item != slice(None) and item is not Ellipsis for item in rest
-    ):
+    first, *rest = index if isinstance(index, tuple) and index else [index]
+    if isinstance(first, (slice, int)):
+        return _part(call, state, first, rest)
+    if any(item is not None and item is not Ellipsis and item != slice(None) for item in rest):
         raise Passed
-    result = _looked_up(state, source, _index(first))
-    dims = list(result.dims)
-    dim = len(state.value(first).dims)
-    for item in rest:
+    result = _read(state, source, state.value(integers(first)))
+    dims, dim = list(result.dims), len(state.value(first).dims)
+    for place, item in enumerate(rest):
         if item is Ellipsis:
-            dim = len(dims) - sum(1 for later in rest[rest.index(item) + 1 :] if later is not None)
-        elif item is None:
+            dim = len(dims) - sum(1 for later in rest[place + 1 :] if later is not None)
+            continue
+        if item is None:
             dims.insert(dim, ())
-            dim += 1
-        else:
-            dim += 1
+        dim += 1
     return Value(tuple(dims), result.content)
 
 
-def _leading(call: Call, state: Interpretation, item: slice, rest: list[Any]) -> Value | None:
-    """The first rows of a tensor with spare ones, or the experts' numbers but the last."""
+def _part(call: Call, state: Interpretation, item: Any, rest: list[Any]) -> Value | None:
+    """The first rows of a tensor with spare ones, or some of the experts' numbers."""
     value = state.value(call["input"])
-    spare = isinstance(value.content, Special) and value.content.kind == "spare"
-    if not (spare or is_bins(value.content)) or any(other != slice(None) and other is not Ellipsis for other in rest):
+    if any(other is not Ellipsis and other != slice(None) for other in rest):
         raise Passed
-    if item.step not in (None, 1) or (item.start is not None and item.start != 0):
+    if is_bins(value.content):
+        found = rules_bins.part(value, item)
+        if found is None:
+            raise Passed
+        return found
+    if kind_of(value.content) != "spare" or not isinstance(item, slice):
         raise Passed
-    if not spare:
-        found = rules_bins.leading(value, item.stop)
-        return found if found is not None else _passed()
-    return _kept(call, state, value, _whole(state, item.stop))
+    if item.step not in (None, 1) or item.start not in (None, 0):
+        raise Refused("rows of tokens together with those of unfilled slots")
+    return _kept(call, state, value, whole(state, item.stop))
 
 
 def _narrow(call: Call, state: Interpretation) -> Value | None:
     value = state.value(call["input"])
-    if (
-        not isinstance(value.content, Special)
-        or value.content.kind != "spare"
-        or call["dim"] not in (0, -len(value.dims))
-    ):
+    if kind_of(value.content) != "spare" or call["dim"] not in (0, -len(value.dims)):
         raise Passed
     if call["start"] != 0:
         raise Refused("rows of tokens together with those of unfilled slots")
     return _kept(call, state, value, state.number(call["length"]))
 
 
-def _passed() -> None:
-    raise Passed
-
-
 def _kept(call: Call, state: Interpretation, value: Value, stop: Size) -> Value | None:
     """The rows without the spare ones. Nobody else may see the tensor that has them, as this one takes its place."""
     assert isinstance(value.content, Special)
     inner, base, node = value.content.about
-    kept = terms.group_size(inner.dims[0])
+    rows = state.shape(call["input"])[0]
+    if value.dims[:1] != (free(rows, (node, "spare")),):
+        raise Refused("rows of tokens and of unfilled slots in another layout")
     if isinstance(stop, int) and stop < 0:
-        stop = state.shape(call["input"])[0] + stop
-    if difference(stop, kept) != 0:
+        stop = rows + stop
+    if difference(stop, terms.group_size(inner.dims[0])) != 0:
         raise Refused("rows of tokens together with those of unfilled slots, or not all rows of tokens")
     names = [node] if base is None else [node, base]
-    users = {user for name in names for user in name.users if hasattr(fake_of(user), "dtype")}
-    if users - {node, call.node}:
+    if {user for name in names for user in name.users if is_tensor(user)} - {node, call.node}:
         raise Refused(f"{node}, which has rows for unfilled slots, is used in several places")
     if isinstance(inner.content, Total):
         state.combines.append(Combine(call.node, inner))
         return None
-    return inner
+    found: Value = inner
+    return found
 
 
-def _looked_up(state: Interpretation, source: fx.Node, index_node: fx.Node, index: Value | None = None) -> Value:
+def _read(state: Interpretation, source: fx.Node, index: Value) -> Value:
     """source[index] along the first dimension."""
     value = state.value(source)
-    index = index if index is not None else state.value(index_node)
     if is_bins(value.content):
         return at_ids(value, index)
     atom = padded_atom(value.dims[0]) if value.dims else None
-    if atom is not None and index.content == atom.variable.key:
-        content = value.content
-        if isinstance(content, Special):
-            if content.kind != "table":
-                raise Refused("a mask of padded slots, read at slots")
-            content = content.about[1]
-        return Value((*index.dims, *value.dims[1:]), content)
+    if atom is not None and index.content == slot_content(atom):
+        table = table_of(value)
+        if isinstance(value.content, Special) and table is None:
+            raise Refused("a mask of padded slots, read at slots")
+        return Value((*index.dims, *value.dims[1:]), value.content if table is None else table.inside)
     if atom is not None and not isinstance(index.content, Index):
         raise Refused("padded rows read at other slots than they were put at")
-    if isinstance(index.content, Special) and index.content.kind == "table":
-        return _by_table(state, value, index)
-    if isinstance(value.content, Special) and value.content.kind in ("appended", "spare", "table", "filled", "unfilled"):
-        raise Refused("rows of padded slots, or with zeros appended, read at something that detection does not understand")
+    if kind_of(index.content) == "table":
+        return _by_table(value, index)
+    if kind_of(index.content) == "position":
+        return _by_position(state, source, value, index)
+    if kind_of(value.content) in ("appended", "spare", "table", "filled", "unfilled", "binned", "position", "expert"):
+        raise Refused("rows or numbers of padded slots, read in a way that detection does not understand")
     raise Passed
 
 
-def _by_table(state: Interpretation, value: Value, index: Value) -> Value:
-    found = table_of(index)
-    assert found is not None
-    atom, inside, _ = found
-    rows = appended(value)
-    if rows is not None and not reads_zeros(state, value, index):
-        raise Refused("unfilled slots read neither a row of tokens nor a row of zeros")
+def _by_table(value: Value, index: Value) -> Value:
+    table, rows = table_of(index), appended(value)
+    assert table is not None
     if len(index.dims) != 1:
         raise Refused("a table of padded slots in another layout")
-    return look_up(rows if rows is not None else value, [0], [Value(index.dims, inside)], 0)
+    if rows is not None and not reads_zeros(value, table):
+        raise Refused("unfilled slots read neither a row of tokens nor a row of zeros")
+    return look_up(rows if rows is not None else value, [0], [Value(index.dims, table.inside)], 0)
 
 
-def appended(value: Value) -> Value | None:
-    """The rows before the appended zeros, or None if nothing was appended."""
-    content = value.content
-    if not isinstance(content, Special) or content.kind != "appended":
-        return None
-    atom, rows = content.about
-    if value.dims != ((atom,), *rows.dims[1:]):
-        raise Refused("rows with zeros appended, in another layout")
-    return rows
-
-
-def reads_zeros(state: Interpretation, value: Value, index: Value) -> bool:
-    """Whether unfilled slots of a table read appended zeros."""
-    rows, found = appended(value), table_of(index)
-    if rows is None or found is None:
-        return False
-    outside, size = found[2], terms.group_size(value.dims[0])
-    if isinstance(outside, int) and outside < 0:
-        outside = size + outside
-    return at_least(outside, terms.group_size(rows.dims[0])) and at_least(size, outside + 1)
+def _by_position(state: Interpretation, source: fx.Node, value: Value, index: Value) -> Value:
+    """Rows in a sorted order, read at each slot's place in that order."""
+    bins, order = bins_of(index.dims[0]), value.dims[0]
+    if bins is None or len(index.dims) != 1 or len(order) != 1 or not is_whole_order(order[0]):
+        raise Refused("rows that are not in a sorted order, read at their places in one")
+    if order[0].variable.by != bins.ends.key:
+        raise Refused("rows sorted by other ids than those that the bins count")
+    content, slot = slot_of_searched(order[0], bins)
+    check_capacity(slot, bins.capacity)
+    atom = slots_atom(content, slot, bins.capacity)
+    if isinstance(value.content, Index) and len(value.dims) == 1:
+        return Value(((atom,),), Table(atom, value.content, None).content)
+    if not fake_of(source).dtype.is_floating_point:
+        raise Refused("integers of padded slots that are not the numbers of rows")
+    return Value(((atom,), *value.dims[1:]), value.content)
 
 
 def _index_select(call: Call, state: Interpretation) -> Value:
     if call["dim"] not in (0, -len(state.shape(call["input"]))):
         raise Passed
-    return _looked_up(state, call["input"], call["index"])
+    return _read(state, call["input"], state.value(call["index"]))
 
 
 def _embedding(call: Call, state: Interpretation) -> Value:
     if call["max_norm"] is not None or call["scale_grad_by_freq"] or call["sparse"] or call["padding_idx"] is not None:
         raise Passed
-    return _looked_up(state, call["weight"], call["input"])
+    return _read(state, call["weight"], state.value(call["input"]))
 
 
 def _gather(call: Call, state: Interpretation) -> Value:
     value = state.value(call["input"])
     if is_bins(value.content):
         return at_ids(value, state.value(call.arguments.get("index", call.arguments.get("indices"))))
-    index = _first_dimension(call, state)
+    index = _along_rows(call, state)
     if state.shape(call.node)[1:] != state.shape(call["input"])[1:]:
         raise Passed
-    return _looked_up(state, call["input"], call.arguments.get("index", call.arguments.get("indices")), index)
+    return _read(state, call["input"], index)
 
 
 def _cat(call: Call, state: Interpretation) -> Value:
@@ -415,148 +310,13 @@ def _cat(call: Call, state: Interpretation) -> Value:
     found = rules_bins.begins(call, state)
     if found is not None:
         return found
-    rows, zeros = (state.value(tensor) for tensor in tensors)
-    if call["dim"] not in (0, -len(rows.dims)) or number(state, tensors[1]) != 0 or not rows.dims:
+    rows = state.value(tensors[0])
+    if call["dim"] not in (0, -len(rows.dims)) or not rows.dims or number(state, tensors[1]) != 0:
         raise Passed
-    if len({state.dtype(tensor) for tensor in (*tensors, call.node)}) != 1:
+    if len({state.dtype(node) for node in (*tensors, call.node)}) != 1:
         raise Passed
-    size = state.shape(call.node)[0]
-    atom = Atom(Variable("free", (call.node, "appended")), 1, size)
+    atom = Atom(Variable("free", (call.node, "appended")), 1, state.shape(call.node)[0])
     return Value(((atom,), *rows.dims[1:]), Special("appended", (atom, rows)))
-
-
-# ---- arithmetic on tables, and masks
-
-
-def _floor_divide(call: Call, state: Interpretation) -> Value:
-    table = _table_operand(call, state)
-    if table is None or call.arguments.get("rounding_mode", "floor") != "floor":
-        return _bins_rule(call, state)
-    return _digit(call, state, table, 0)
-
-
-def _remainder(call: Call, state: Interpretation) -> Value:
-    table = _table_operand(call, state)
-    return _digit(call, state, table, 1) if table is not None else _bins_rule(call, state)
-
-
-def _table_operand(call: Call, state: Interpretation) -> tuple[Atom, Content, Size] | None:
-    return table_of(state.value(call["input"])) if isinstance(call["input"], fx.Node) else None
-
-
-def _bins_rule(call: Call, state: Interpretation) -> Any:
-    return rules_bins.RULES[call.name](call, state)
-
-
-def _digit(call: Call, state: Interpretation, table: tuple[Atom, Content, Size], place: int) -> Value:
-    """table // k (place 0) or table % k (place 1)."""
-    atom, inside, outside = table
-    divisor = state.number(call["other"])
-    if not isinstance(inside, Index) or not isinstance(divisor, int) or divisor < 1:
-        raise Refused("a table of padded slots divided by something that is not a number")
-    high = terms.divide(terms.group_size(inside.atoms), divisor)
-    groups = terms.regroup(inside.atoms, (high, divisor)) if high is not None else None
-    if groups is None:
-        raise Refused(f"assignment numbers divided by {divisor}, which is not a digit of theirs")
-    if isinstance(outside, int):
-        rest: Size | None = divmod(outside, divisor)[place]
-    else:
-        rest = (
-            terms.divide(outside, divisor)
-            if place == 0
-            else (0 if terms.divide(outside, divisor) is not None else None)
-        )
-    if rest is None:
-        raise Refused("a table of padded slots whose number for unfilled ones does not divide")
-    return Value(state.value(call["input"]).dims, _table(atom, Index(groups[place]), rest))
-
-
-def _compare(call: Call, state: Interpretation) -> Value:
-    """table < total, table == total, table >= 0, ...: which slots hold a row."""
-    table = _table_operand(call, state)
-    if table is None:
-        raise Passed
-    atom, inside, outside = table
-    bound = _whole(state, call["other"])
-    if not isinstance(inside, Index):
-        raise Refused("a comparison of padded slots")
-    above = _relation(call.name, outside, outside, bound)
-    within = _relation(call.name, 0, terms.group_size(inside.atoms) - 1, bound)
-    if above is None or within is None or above == within:
-        raise Refused("a comparison that does not tell filled slots from unfilled ones")
-    return Value(state.value(call["input"]).dims, Special("filled" if within else "unfilled", (atom,)))
-
-
-def _relation(name: str, low: Size, high: Size, bound: Size) -> bool | None:
-    """Whether all numbers from low to high are in the relation to the bound (True), none is (False), or it is not known (None)."""
-    if name in ("ge", "lt"):
-        yes, no = at_least(low, bound), at_least(bound, high + 1)
-    elif name in ("gt", "le"):
-        yes, no = at_least(low, bound + 1), at_least(bound, high)
-    else:
-        yes, no = low == high and difference(low, bound) == 0, at_least(low, bound + 1) or at_least(bound, high + 1)
-    if not (yes or no):
-        return None
-    return yes if name in ("ge", "gt", "eq") else no
-
-
-def _invert(call: Call, state: Interpretation) -> Value:
-    value = state.value(call["input"])
-    opposite = {"filled": "unfilled", "unfilled": "filled"}
-    if not isinstance(value.content, Special) or value.content.kind not in opposite:
-        raise Passed
-    if str(state.dtype(call["input"])) != "torch.bool":
-        raise Refused("the bits of a mask inverted")
-    return Value(value.dims, Special(opposite[value.content.kind], value.content.about))
-
-
-def mask_of(state: Interpretation, node: Any) -> tuple[bool, Atom] | None:
-    """(whether the mask is true at filled slots, padded slots) of a mask of slots."""
-    if not isinstance(node, fx.Node) or not hasattr(fake_of(node), "dtype"):
-        return None
-    content = state.value(node).content
-    if not isinstance(content, Special) or content.kind not in ("filled", "unfilled"):
-        return None
-    return content.kind == "filled", content.about[0]
-
-
-def _where(call: Call, state: Interpretation) -> Value:
-    found = mask_of(state, call["condition"])
-    if found is None or call["input"] is None:
-        raise Passed
-    kept, other = (call["input"], call["other"]) if found[0] else (call["other"], call["input"])
-    return _masked(call, state, kept, call["condition"], other)
-
-
-def _masked_fill(call: Call, state: Interpretation) -> Value:
-    found = mask_of(state, call["mask"])
-    if found is None:
-        raise Passed
-    if found[0]:
-        raise Refused("rows of assignments overwritten by a number")
-    return _masked(call, state, call["input"], call["mask"], call["value"])
-
-
-def _masked(call: Call, state: Interpretation, kept: Any, mask: fx.Node, other: Any) -> Value:
-    """kept at filled slots, other at unfilled ones."""
-    found = mask_of(state, mask)
-    assert found is not None
-    kept = _tensor(kept)
-    value, atom = state.value(kept), found[1]
-    dims = state.value(mask).dims
-    aligned = ((),) * (len(value.dims) - len(dims)) + dims
-    if len(aligned) != len(value.dims) or [
-        (own, group) for own, group in zip(value.dims, aligned, strict=True) if group
-    ] != [((atom,), (atom,))]:
-        raise Refused("a mask of padded slots on rows that are not at these slots")
-    if state.shape(call.node) != state.shape(kept) or state.dtype(call.node) != state.dtype(kept):
-        raise Refused("a mask of padded slots that changes the rows' shape or dtype")
-    table = table_of(value)
-    if table is not None:
-        return Value(value.dims, _table(atom, table[1], _whole(state, other)))
-    if number(state, other) is None:
-        raise Refused("unfilled slots that are given something else than a number")
-    return value
 
 
 # ---- products and sums
@@ -564,26 +324,31 @@ def _masked(call: Call, state: Interpretation, kept: Any, mask: fx.Node, other: 
 
 def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
     """Rows at padded slots times their expert's matrix, by the ends of the padded bins."""
-    rows, ends = state.value(call["input"]), state.value(_tensor(call["offs"]))
-    weight_node = call.arguments.get("mat2", call.arguments.get("weight"))
-    atom = padded_atom(rows.dims[0]) if rows.dims else None
-    if atom is None:
+    rows, ends = state.value(call["input"]), state.value(tensor(call["offs"]))
+    weight = call.arguments.get("mat2", call.arguments.get("weight"))
+    bins = bins_of(rows.dims[0]) if rows.dims else None
+    if bins is None:
         if is_bins(ends.content) and not isinstance(ends.content, Offsets):
             raise Refused("a grouped GEMM with the ends of padded bins, over rows that are not at padded slots")
         raise Passed
-    slot = slot_of(atom.variable.key)
-    weights = state.value(weight_node)
-    if call.arguments.get("bias") is not None or slot is None or len(rows.dims) != 2 or len(weights.dims) != 3:
+    weights = state.value(weight)
+    if call.arguments.get("bias") is not None or len(rows.dims) != 2 or len(weights.dims) != 3:
         raise Refused("a grouped GEMM of padded rows that is not rows by stacked weights")
-    if ends_of(ends) != slot.ends:
+    if ends_of(ends) != bins.ends:
         raise Refused("a grouped GEMM whose offsets are not the ends of the bins that its rows were put into")
-    if len({state.dtype(node) for node in (call["input"], weight_node, call.node)}) != 1:
+    if len({state.dtype(node) for node in (call["input"], weight, call.node)}) != 1:
         raise Refused("a product of mixed dtypes")
-    if terms.group_size(weights.dims[0]) != slot.num_experts or len(weights.dims[0]) > 1:
-        raise Refused(f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with {slot.num_experts} bins")
+    return _product(call, state, bins, rows, weights)
+
+
+def _product(call: Call, state: Interpretation, bins: Bins, rows: Value, weights: Value) -> Value | None:
+    key, experts = bins.ends.key, bins.ends.num_experts
+    assert key is not None
+    if terms.group_size(weights.dims[0]) != experts or len(weights.dims[0]) > 1:
+        raise Refused(f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with {experts} bins")
     content = weights.content
     if weights.dims[0]:
-        content = terms.substitute(content, weights.dims[0][0], Looked(slot.key, slot.num_experts))
+        content = terms.substitute(content, weights.dims[0][0], Looked(key, experts))
     return einsum(state, call.node, rows, Value(weights.dims[1:], content), "sf,fn->sn")
 
 
@@ -594,7 +359,7 @@ def _index_add(call: Call, state: Interpretation) -> Value | None:
 
 
 def _scatter_add(call: Call, state: Interpretation) -> Value | None:
-    index = _first_dimension(call, state)
+    index = _along_rows(call, state)
     if state.shape(call["index"]) != state.shape(call["src"]):
         raise Passed
     return _added(call, state, index, call["src"])
@@ -602,30 +367,29 @@ def _scatter_add(call: Call, state: Interpretation) -> Value | None:
 
 def _added(call: Call, state: Interpretation, index: Value, source: fx.Node) -> Value | None:
     """base[token of slot] += row: a sum over each token's choices."""
-    found = table_of(index)
-    rows = state.value(source)
-    if found is None:
+    table, rows = table_of(index), state.value(source)
+    if table is None:
         raise Passed
-    atom, token, outside = found
-    if len(rows.dims) != 2 or rows.dims[0] != (atom,) or index.dims != ((atom,),):
+    if len(rows.dims) != 2 or rows.dims[0] != (table.atom,) or len(index.dims) != 1:
         raise Refused("rows added at the tokens of other slots")
-    over = without(atom.variable.group, token.atoms) if isinstance(token, Index) else None
-    if over is None or state.dtype(source) != state.dtype(call.node):
+    token = table.inside
+    over = without(table.atom.variable.group, token.atoms) if isinstance(token, Index) else None
+    if over is None or not isinstance(token, Index) or state.dtype(source) != state.dtype(call.node):
         raise Refused("padded rows added at an index that is not their token's number, or in another dtype")
-    total = Total(rows.content, over, state.dtype(source))
-    value = Value((token.atoms, rows.dims[1]), total)
-    kept, base = terms.group_size(token.atoms), state.value(call["input"])
-    if difference(state.shape(call["input"])[0], kept) == 0 and at_least(kept, outside + 1) and at_least(outside, 0):
-        state.combines.append(Combine(call.node, value, call["input"], base.content == Constant(0)))
-        return None
-    return _with_spare(call, state, value, outside)
+    value = Value((token.atoms, rows.dims[1]), Total(rows.content, over, state.dtype(source)))
+    kept, outside = terms.group_size(token.atoms), table.outside
+    within = outside is None or (is_at_least(kept, outside + 1) and is_at_least(outside, 0))
+    if not within:
+        return _with_spare(call, state, value, outside)
+    if difference(state.shape(call["input"])[0], kept) != 0:
+        raise Refused("rows added at an index that is not their token's number")
+    fresh = state.value(call["input"]).content == Constant(0)
+    state.combines.append(Combine(call.node, value, call["input"], fresh))
+    return None
 
 
 RULES: dict[str, Rule] = {
-    **rules_bins.RULES,
-    "full": _full,
-    "full_like": _full,
-    "new_full": _full,
+    **rules_slots.RULES,
     "setitem": _setitem,
     "index_put": _index_put,
     "index_copy": _index_copy,
@@ -637,13 +401,6 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "take_along_dim": _gather,
     "cat": _cat,
-    "floor_divide": _floor_divide,
-    "div": _floor_divide,
-    "remainder": _remainder,
-    **{name: _compare for name in ("eq", "ne", "lt", "gt", "le", "ge")},
-    "invert": _invert,
-    "where": _where,
-    "masked_fill": _masked_fill,
     "grouped_mm": _grouped_mm,
     "grouped_mm_fallback": _grouped_mm,
     "index_add": _index_add,
