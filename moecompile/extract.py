@@ -1,4 +1,9 @@
-"""Cutting one block out of a captured graph, twice: as the model wrote it, and as it is rewritten."""
+"""Cutting one block out of a captured graph, twice: as the model wrote it, and as it is rewritten.
+
+Where the routing weights come as a table of all experts, the code that makes the table is cut out along. The model's
+own code passes a gradient to every entry of the table, ours only to those of chosen experts; that is the same for the
+model, because the table's other entries are constant zeros, and that has to show in the comparison.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,16 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from moecompile.bodies import copy_graph
 from moecompile.passes.fuse import fuse
+from moecompile.passes.provenance import tensor_of
+from moecompile.passes.region import Layout
 from moecompile.passes.site import Operand, Site
+from moecompile.passes.spelling import operation_name
+
+_PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"})
 
 
 @dataclass(frozen=True)
@@ -18,8 +28,8 @@ class Cut:
     """One block as two functions of the same inputs.
 
     Attributes:
-        inputs: the nodes of the graph, outside the block, whose values the functions take.
-        original: the nodes of the block, as they are in the graph; returns the block's result.
+        inputs: the nodes of the graph, outside of what is cut out, whose values the functions take.
+        original: the nodes cut out, as they are in the graph; returns the block's result.
         replacement: what the pass `fuse` makes of `original`.
     """
 
@@ -30,9 +40,10 @@ class Cut:
 
 def cut(site: Site) -> Cut:
     """Cuts a block out of the graph that its nodes lie in, which stays as it is."""
-    block = [node for node in site.node.graph.nodes if node in site.region]
+    inside = site.region | _table_code(site)
+    block = [node for node in site.node.graph.nodes if node in inside]
     read = [argument for node in block for argument in node.all_input_nodes]
-    inputs = tuple(node for node in dict.fromkeys([*read, *_operand_nodes(site)]) if node not in site.region)
+    inputs = tuple(node for node in dict.fromkeys([*read, *_operand_nodes(site)]) if node not in inside)
 
     graph = fx.Graph()
     places: dict[fx.Node, fx.Node] = {}
@@ -57,6 +68,34 @@ def moved(site: Site, places: Mapping[fx.Node, fx.Node]) -> Site:
     base = None if site.base is None else places[site.base]
     region = frozenset(places[node] for node in site.region)
     return dataclasses.replace(site, node=places[site.node], base=base, operands=operands, region=region)
+
+
+def _table_code(site: Site) -> set[fx.Node]:
+    """What makes a table of routing weights, from the router's matrix product on, writes into it included."""
+    weights = site.operands.get("weights")
+    if weights is None or all(step != "gather" for step, _ in weights.steps):
+        return set()
+    layout = Layout(site.node.graph)
+    stops = set(_operand_nodes(site)) - {weights.node}
+    found: set[fx.Node] = set()
+    waiting = [weights.node]
+    while waiting:
+        node = waiting.pop()
+        if (
+            node in found
+            or node in stops
+            or node.op in ("placeholder", "get_attr")
+            or operation_name(node) in _PRODUCTS
+        ):
+            continue
+        found.add(node)
+        aliases = set(layout.aliases.of(node))
+        early = (writer for writer in layout.writers if layout.position[writer] < layout.position[weights.node])
+        waiting += [writer for writer in early if aliases & set(layout.writers[writer])]
+        waiting += [
+            argument for argument in node.all_input_nodes if isinstance(tensor_of(argument), Tensor | tuple | list)
+        ]
+    return found
 
 
 def _operand_nodes(site: Site) -> list[fx.Node]:

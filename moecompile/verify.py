@@ -144,62 +144,72 @@ def verify(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence
 
 def _differences(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence[Any]) -> dict[int, Difference]:
     differences: dict[int, Difference] = {}
-    cuts = untouched.cuts(sites)
+    cuts, training = untouched.cuts(sites), torch.is_grad_enabled()
 
     def observe(number: int, *values: Any) -> None:
         # a body that is called several times is judged by its first difference that is not small
         if number not in differences or differences[number].small:
-            differences[number] = compare(cuts[number], values)
+            differences[number] = compare(cuts[number], values, training)
 
     untouched.run(sites, cuts, example_inputs, observe)
     return differences
 
 
-def compare(block: Cut, values: Sequence[Any]) -> Difference:
-    """Runs both versions of a block on the same values, which stay as they are."""
+def compare(block: Cut, values: Sequence[Any], training: bool) -> Difference:
+    """Runs both versions of a block on the same values, which stay as they are; `training`: compares gradients too."""
     placeholders = block.original.graph.find_nodes(op="placeholder")
     wanted = [isinstance(tensor_of(node), Tensor) and tensor_of(node).requires_grad for node in placeholders]
-    result = tensor_of(next(iter(block.original.graph.find_nodes(op="output"))).args[0])
-    training = isinstance(result, Tensor) and result.requires_grad
     bounds = _bounds(block.original.graph)
+    gradient = None
     try:
-        with torch.set_grad_enabled(training):
-            (expected, expected_gradients), cotangent = _run(block.original, values, wanted, None)
-            (actual, actual_gradients), _ = _run(block.replacement, values, wanted, cotangent)
+        with torch.set_grad_enabled(training and any(wanted)):
+            expected, expected_leaves = _run(block.original, values, wanted)
+            actual, actual_leaves = _run(block.replacement, values, wanted)
+        if expected.requires_grad:
+            cotangent = torch.randn_like(expected)
+            gradient = _distance(
+                _gradients(actual, actual_leaves, cotangent), _gradients(expected, expected_leaves, cotangent)
+            )
     except Exception as error:  # a block that fails must not be used, whatever the reason
         return Difference(0.0, None, bounds, f"it cannot be run: {type(error).__name__}: {error}")
-    gradients = [_distance(a, b) for a, b in zip(actual_gradients, expected_gradients, strict=True)]
-    return Difference(_distance(actual, expected), max(gradients, default=None) if training else None, bounds)
+    return Difference(_distance([actual.detach()], [expected.detach()]), gradient, bounds)
 
 
-def _run(
-    function: fx.GraphModule, values: Sequence[Any], wanted: Sequence[bool], cotangent: Tensor | None
-) -> tuple[tuple[Tensor, list[Tensor]], Tensor | None]:
-    training = torch.is_grad_enabled()
-    # a tensor that carries gradients is a leaf of its own; what the block gets is a copy that it may write into
+def _run(function: fx.GraphModule, values: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
+    """The result, and the tensors that gradients are wanted for."""
     leaves = [
-        value.detach().requires_grad_(training and wants) if isinstance(value, Tensor) else value
+        value.detach().requires_grad_(wants and torch.is_grad_enabled()) if isinstance(value, Tensor) else value
         for value, wants in zip(values, wanted, strict=True)
     ]
+    # what the block gets is a copy: it may write into it, and autograd lets it
     result = function(*pytree.tree_map_only(Tensor, torch.clone, leaves))
-    if not training:
-        return (result, []), None
-    cotangent = torch.randn_like(result) if cotangent is None else cotangent
-    asked = [leaf for leaf, wants in zip(leaves, wanted, strict=True) if wants]
-    gradients = torch.autograd.grad(result, asked, cotangent, allow_unused=True, materialize_grads=True)
-    return (result.detach(), list(gradients)), cotangent
+    return result, [leaf for leaf, wants in zip(leaves, wanted, strict=True) if wants]
 
 
-def _distance(actual: Tensor, expected: Tensor) -> float:
+def _gradients(result: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(result, leaves, cotangent, allow_unused=True, materialize_grads=True))
+
+
+def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference, each tensor relative to its largest finite value, or to a thousandth of that of all tensors.
+
+    (A gradient that cancels out is rounding noise, and small next to the others.)
+    """
+    scales = [torch.where(tensor.isfinite(), tensor, 0).abs().max().double() for tensor in expected if tensor.numel()]
+    floor = max([1e-3 * float(scale) for scale in scales], default=0.0) or torch.finfo(torch.float32).tiny
+    return max((_tensor_distance(a, b, floor) for a, b in zip(actual, expected, strict=True)), default=0.0)
+
+
+def _tensor_distance(actual: Tensor, expected: Tensor, floor: float) -> float:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if actual.numel() == 0:
         return 0.0
     actual, expected = actual.double(), expected.double()
     equal = torch.eq(actual, expected) | (actual.isnan() & expected.isnan())
-    apart = torch.where(equal, 0.0, (actual - expected).abs())
-    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float(torch.nan_to_num(apart.max() / scale, nan=float("inf")))
+    apart = torch.where(equal, 0.0, (actual - expected).abs()).max()
+    scale = torch.where(expected.isfinite(), expected.abs(), 0.0).max().clamp(min=floor)
+    return float(torch.nan_to_num(apart / scale, nan=float("inf")))
 
 
 def _bounds(graph: fx.Graph) -> tuple[float, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moecompile
 import zoo_forms
+from moecompile import ranks
 from moecompile.passes import fuse
 from moecompile.passes.site import Site
 from small_models import HIDDEN, Layer, Model, assert_same, compiled, inputs
@@ -67,11 +70,16 @@ def test_inference_compares_results_only():
     assert len(graph().verify) == 2 and not any("gradients" in line for line in graph().verify)
 
 
-@pytest.mark.parametrize("name", ["grouped_control", "titan_control", "selected_by_index"])
+# In-place biases, a sum into the shared expert, a table of weights, writes row by row, padding.
+OTHER_FORMS = ["interleaved_biased", "shared_first", "stacked_experts", "equality_set_item", "padded_gather"]
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
 def test_right_rewrites_of_other_forms_pass(name: str):
     case = zoo_forms.case(name)
     verified(make(case), fullgraph=case.fullgraph)(*case.inputs(24))
     assert len(graph().sites) == len(graph().verify) == 1
+    assert "gradients by" in graph().verify[0]
 
 
 def test_a_wrong_rewrite_is_caught_named_and_undone(break_fuse: Break, caplog: Any):
@@ -140,3 +148,26 @@ def test_inputs_buffers_and_random_numbers_are_left_alone():
     assert len(graph().verify) == 1
     for other in results[:2]:
         torch.testing.assert_close(results[2], other)
+
+
+# Several ranks.
+
+
+def rank_main(rank: int, file: str, verdicts: list[bool]) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=len(verdicts))
+    for _ in range(2):  # the same graph may be compiled again
+        assert ranks.any_rank(verdicts[rank], "graph") == any(verdicts)
+    assert not ranks.any_rank(False, "graph")
+    ranks.PATIENCE = timedelta(seconds=1)
+    assert ranks.any_rank(True, f"a graph of rank {rank} only")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("verdicts", [[False, True], [False, False]])
+def test_all_ranks_decide_alike(verdicts: list[bool], tmp_path: Path):
+    torch.multiprocessing.spawn(rank_main, (str(tmp_path / "store"), verdicts), nprocs=2)
+
+
+def test_one_rank_decides_alone():
+    assert ranks.any_rank(True, "graph") and not ranks.any_rank(False, "graph")
