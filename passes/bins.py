@@ -1,13 +1,15 @@
-"""Whole numbers about the experts' rows: counts, bins rounded up to a block, where they begin, and a row's slot in them.
+"""Whole numbers about the experts' rows: counts, bins rounded up to a block, where they begin, a row's slot in them.
 
     counts                                      (E,)     count
     (counts + b - 1) // b * b                   (E,)     b * blocks(b)          blocks(b) = ceil(count / b)
     rounded.cumsum(0)                           (E,)     b * block_ends(b)
-    (ends - rounded)[ids] + arange(T*K) - ...   (T*K,)   such numbers of a row's own expert, and `row`, the row's number in the sorted order
+    (ends - rounded)[ids] + arange(T*K) - ...   (T*K,)   such numbers of a row's own expert, and `row`, its number in
+                                                         the sorted order
 
-Each is a sum of whole multiples of a few symbols, so that equal numbers are equal terms in whatever way they were added up. A tensor of one number an
-expert means Apply("bins", (), (linear,)); one number for each assignment means Apply("slots", (ids[j],), (linear,)), where the argument says of which
-expert it speaks, and is renamed like any content.
+Each is a sum of whole multiples of a few symbols, so that equal numbers are equal terms in whatever way they were
+added up. A tensor of one number an expert means Apply("bins", (), (linear,)); one number for each assignment means
+Apply("slots", (ids[j],), (linear,)), where the argument says of which expert it speaks, and is renamed like any
+content.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from moecompile.passes.terms import (
 )
 from moecompile.passes.unify import per_expert
 
-# ("one",)  ("count", minimum)  ("offset",)  ("full", block)  ("blocks", block, minimum)  ("block_ends", block, minimum)  ("row", order)
+# ("one",)  ("count", minimum)  ("offset",)  ("full", block)  ("blocks", block, minimum)  ("block_ends", block,
+# minimum)  ("row", order)
 Symbol: TypeAlias = "tuple[Any, ...]"
 
 ONE: Symbol = ("one",)
@@ -44,7 +47,10 @@ OFFSET: Symbol = ("offset",)
 
 @dataclass(frozen=True)
 class Linear:
-    """A sum of whole multiples of symbols, of the assignments that `key` gives to `num_experts` experts; key is None for plain numbers."""
+    """A sum of whole multiples of symbols, of the assignments that `key` gives to `num_experts` experts.
+
+    Key is None for plain numbers.
+    """
 
     key: Content | None
     num_experts: Size
@@ -61,7 +67,10 @@ class Numbers:
 
     @property
     def kind(self) -> str:
-        """What it speaks of: plain, bins (experts), slots (assignments), row (its number in an order), run (0, 1, 2, ...)."""
+        """What it speaks of.
+
+        Plain, bins (experts), slots (assignments), row (its number in an order), run (0, 1, 2, ...).
+        """
         symbols = {symbol[0] for symbol, _ in self.linear.terms}
         if self.linear.key is not None:
             return "bins" if self.at is None else "slots"

@@ -1,12 +1,12 @@
 """One call for every way to write an operation.
 
-A Dynamo graph spells one operation many ways: `torch.mul`, `operator.mul`, `x.mul(...)`, `x *= ...`, `aten.mul.Tensor`. This table maps each
-spelling to one canonical name and binds its arguments to one signature, so that rules are written once.
+A Dynamo graph spells one operation many ways: `torch.mul`, `operator.mul`, `x.mul(...)`, `x *= ...`. This table maps
+each spelling to one canonical name and binds its arguments to one signature, so that rules are written once.
 
-    call = bind(node)   ->  Call(name="mul", arguments={"input": n1, "other": n2}, inplace=False), or None for an operation the table lacks
+    call = bind(node)    Call(name="mul", arguments={"input": n1, "other": n2}, inplace=False), or None if unknown
 
-Nothing here decides what an operation means; that is the rules' work. (`passes/spelling.py` names operations for people to read; here they are
-bound for rules to reason about.)
+Nothing here decides what an operation means; that is the rules' work. (`passes/spelling.py` names operations for people
+to read; here they are bound for rules to reason about.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
-# canonical name -> (signature, spellings). A spelling is a function, "torch.x.y" looked up when used (it may not exist in every version),
+# canonical name -> (signature, spellings). A spelling is a function, "torch.x.y" looked up when used (it may not
+# exist in every version),
 # or ".method". A signature entry "name=default" has a default; "*name" takes the remaining positional arguments.
 _F = "torch.nn.functional."
 _NN = "torch._C._nn."
@@ -283,7 +284,10 @@ def _methods() -> dict[str, tuple[str, bool]]:
 
 @cache
 def _operators() -> dict[str, str]:
-    """Qualified name of an operator -> canonical name; compared by name because an operator may be registered later than this table is made."""
+    """Qualified name of an operator -> canonical name.
+
+    Compared by name because an operator may be registered later than this table is made.
+    """
     return {
         spelling.removeprefix("torch.ops.").replace(".", "::"): name
         for name, (_, spellings) in TABLE.items()
@@ -309,7 +313,7 @@ def _canonical(node: fx.Node) -> tuple[str, bool] | None:
 
 
 def bind(node: fx.Node) -> Call | None:
-    """The node's canonical name and bound arguments, or None if the table lacks it or its arguments do not fit the signature."""
+    """The node's canonical name and bound arguments; None if the table lacks it or its arguments do not fit."""
     found = _canonical(node)
     if found is None:
         return None
@@ -335,7 +339,10 @@ def bind(node: fx.Node) -> Call | None:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether the node may write into one of its arguments: by spelling, by schema, or by a name that ends in an underscore."""
+    """Whether the node may write into one of its arguments.
+
+    By spelling, by schema, or by a name that ends in an underscore.
+    """
     if node.op not in ("call_function", "call_method"):
         return False
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:

@@ -3,7 +3,8 @@
     sum over e of  F_e(x[t], G[t, e])      with  G[t, e] = 0  wherever e is not in ids[t]
   = sum over k of  F_ids[t,k](x[t], G[t, ids[t, k]])      if  F_e(x, 0) = 0  and the ids of a token are distinct
 
-Where G vanishes its derivative must vanish as well, or the router's gradient would differ: `Interpretation.sparse` holds only such leaves (a scatter
+Where G vanishes its derivative must vanish as well, or the router's gradient would differ: `Interpretation.sparse`
+holds only such leaves (a scatter
 into a constant, and functions of it that are flat there).
 """
 
@@ -61,7 +62,10 @@ def _by_choice(total: Total, tokens: Group, expert: Atom, sparse: Sparse, state:
 
 
 def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
-    """Dense mixtures written expert by expert: additions of one term an expert, each with its own column of the gates."""
+    """Dense mixtures written expert by expert.
+
+    Additions of one term an expert, each with its own column of the gates.
+    """
     for node, value in state.values.items():
         content = value.content
         if (
@@ -92,7 +96,10 @@ def _is_sum_of_more(user: fx.Node, content: Content, state: Interpretation) -> b
 
 
 def _by_gate(additions: list[Content], state: Interpretation) -> dict[int, Content] | None:
-    """Each term under the number of the one gates' column it uses; None unless the numbers are all experts, once each."""
+    """Each term under the number of the one gates' column it uses.
+
+    None unless the numbers are all experts, once each.
+    """
     found: dict[int, Content] = {}
     for term in additions:
         columns = {

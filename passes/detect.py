@@ -2,8 +2,8 @@
 
 Contract
 - Reads a Dynamo graph (meta["example_value"]); changes nothing.
-- A `Site` is proven: the tensor at its node equals the fused operator on its operands for all inputs, gradients included, and the nodes between can be
-  taken out without anyone outside noticing.
+- A `Site` is proven: the tensor at its node equals the fused operator on its operands for all inputs, gradients
+  included, and the nodes between can be taken out without anyone outside noticing.
 - A block that shows experts' products but is not proven is a `NearMiss`, with the first thing that differed.
 
     state = interpret(graph)                         # what every tensor means
@@ -93,7 +93,10 @@ def _written(block: Block) -> dict[fx.Node, fx.Node | None]:
 
 
 def _single_choices(state: Interpretation) -> Iterator[Combine]:
-    """Rows of one expert a token need no sum: where such rows, back in the tokens' order, meet the rest of the graph."""
+    """Rows of one expert a token need no sum.
+
+    Where such rows, back in the tokens' order, meet the rest of the graph.
+    """
     for node, value in state.values.items():
         fake = fake_of(node)
         if (
@@ -128,7 +131,7 @@ def _holds_expert_product(*contents: Content) -> bool:
 
 
 def _operands(block: Block, state: Interpretation) -> dict[str, Operand]:
-    """The fused operator's tensors, as the graph's own nodes and the reshapes that bring them to the operator's shapes."""
+    """The fused operator's tensors: the graph's own nodes, and what brings them to the operator's shapes."""
     assert block.x is not None and block.key is not None and block.out is not None
     top_k = terms.group_size(block.choices)
     if not isinstance(top_k, int) or not isinstance(block.num_experts, int):

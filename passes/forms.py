@@ -1,7 +1,8 @@
-"""The forms of mixture-of-experts code that detection knows: one row each, shared by detection, near misses, docs and tests.
+"""The forms of mixture-of-experts code that detection knows.
 
-A form is not a template to match: what a block computes is read off its meaning (passes/recognise.py), whatever its spelling. A row says which
-operations run the experts' matrix products in this form (its anchors: where a block of this form must show, so that one which was refused can be
+One row each, shared by detection, near misses, docs and tests. A form is not a template to match: what a block computes
+is read off its meaning (passes/recognise.py), whatever its spelling. A row says which operations run the experts'
+matrix products in this form (its anchors: where a block of this form must show, so that one which was refused can be
 named), and how a block that was read is told from other forms.
 """
 
@@ -47,21 +48,24 @@ FORMS: tuple[Form, ...] = (
         "sort, bins padded to a block, grouped GEMM (MegaBlocks)",
         _GROUPED,
         lambda traits: _has(traits, _GROUPED) and "padded" in traits.operations,
-        "bins = round_up(histogram(ids), 128).cumsum(0); y = grouped_mm(padded_gather(x, ids.argsort(), bins), w, offs=bins)",
+        "bins = round_up(histogram(ids), 128).cumsum(0); "
+        "y = grouped_mm(padded_gather(x, ids.argsort(), bins), w, offs=bins)",
     ),
     Form(
         "torchtitan",
         "three grouped GEMMs, outputs added back by token (torchtitan)",
         _GROUPED,
         lambda traits: _has(traits, _GROUPED) and traits.gate_up == "separate" and traits.combine in _ADDS,
-        "h = silu(grouped_mm(x[order // k], w1, offs=offs)) * grouped_mm(x[order // k], w3, offs=offs); out.scatter_add_(0, token, grouped_mm(h, w2, offs=offs) * w)",
+        "h = silu(grouped_mm(x[order // k], w1, offs=offs)) * grouped_mm(x[order // k], w3, offs=offs); "
+        "out.scatter_add_(0, token, grouped_mm(h, w2, offs=offs) * w)",
     ),
     Form(
         "grouped_mm",
         "sort, grouped GEMM, un-permute, sum (transformers grouped_mm)",
         _GROUPED,
         lambda traits: _has(traits, _GROUPED),
-        "y = grouped_mm(act(grouped_mm(x[order // k], w_in, offs=offs)), w_out, offs=offs); (y * w[order])[inverse].view(t, k, h).sum(1)",
+        "y = grouped_mm(act(grouped_mm(x[order // k], w_in, offs=offs)), w_out, offs=offs); "
+        "(y * w[order])[inverse].view(t, k, h).sum(1)",
     ),
     Form(
         "expert_loop",
@@ -82,7 +86,8 @@ FORMS: tuple[Form, ...] = (
         "every expert on every token, weighted by gates that vanish away from the top k (llama4)",
         _BATCHED | {"einsum", "linear"},
         lambda traits: "dense" in traits.operations,
-        "gates = sigmoid(full(-inf).scatter(1, ids, logits)); (bmm(act(bmm(x.expand(E, T, H), w_in)), w_out) * gates.T.unsqueeze(-1)).sum(0)",
+        "gates = sigmoid(full(-inf).scatter(1, ids, logits)); "
+        "(bmm(act(bmm(x.expand(E, T, H), w_in)), w_out) * gates.T.unsqueeze(-1)).sum(0)",
     ),
     Form(
         "gather_einsum",
@@ -96,7 +101,8 @@ FORMS: tuple[Form, ...] = (
         "each assignment's expert weights gathered, batched products (transformers batched_mm)",
         _BATCHED,
         lambda traits: _has(traits, _BATCHED),
-        "y = bmm(w_out[ids], act(bmm(w_in[ids], x.repeat_interleave(k, 0).unsqueeze(-1)))); (y.squeeze(-1) * w).view(t, k, h).sum(1)",
+        "y = bmm(w_out[ids], act(bmm(w_in[ids], x.repeat_interleave(k, 0).unsqueeze(-1)))); "
+        "(y.squeeze(-1) * w).view(t, k, h).sum(1)",
     ),
 )
 

@@ -1,7 +1,8 @@
 """Replace each Site by moecompile's operators.
 
 Contract
-- The graph computes the same, gradients included; only the Sites' own nodes are taken out, and only those that nobody else uses.
+- The graph computes the same, gradients included; only the Sites' own nodes are taken out, and only those that nobody
+  else uses.
 - The router stays: its ids and weights become operands. Routing values with users outside the Site stay alive.
 
     plan   = moecompile.plan(expert_ids, num_experts)

@@ -1,13 +1,14 @@
 """Walk a graph once, in order, and give every tensor its meaning.
 
 Contract
-- Every rule is exact: it says what its result is, or refuses. Nothing is guessed; a tensor without a rule is a leaf, which means only itself.
-- Mutations happen in program order. A write through one name changes the meaning of every name of the same elements; any other alias of the
-  written memory becomes a new leaf, so that no stale meaning survives.
+- Every rule is exact: it says what its result is, or refuses. Nothing is guessed; a tensor without a rule is a leaf,
+  which means only itself.
+- Mutations happen in program order. A write through one name changes the meaning of every name of the same elements;
+  any other alias of the written memory becomes a new leaf, so that no stale meaning survives.
 - The graph is not changed. The result is one `Interpretation`.
 
     for node in graph:                       # program order
-        call  = bind(node)                  # canonical name, or none
+        call  = bind(node)                   # canonical name, or none
         value = RULES[call.name](call)       # a meaning, or a reason why there is none
         if the node writes: give every alias its new meaning
 """
@@ -27,7 +28,10 @@ from moecompile.passes.terms import Atom, Constant, Content, Element, Size, Valu
 
 
 class Refused(Exception):
-    """Something is not what a rule, or a form, is about. The message says why; `node` is the tensor that it is about, if there is one."""
+    """Something is not what a rule, or a form, is about.
+
+    The message says why; `node` is the tensor that it is about, if there is one.
+    """
 
     def __init__(self, message: str, node: fx.Node | None = None) -> None:
         super().__init__(message)
@@ -120,7 +124,10 @@ class Interpretation:
         return Value(groups, Element(node, terms.merge([atom]), written))
 
     def sparse_leaf(self, content: Content) -> Sparse | None:
-        """What is known of the gates that an element is taken from; None for a leaf that is no gates, or was written into since."""
+        """What is known of the gates that an element is taken from.
+
+        None for a leaf that is no gates, or was written into since.
+        """
         if isinstance(content, Element) and content.written is None and isinstance(content.root, fx.Node):
             return self.sparse.get(content.root)
         return None
@@ -241,7 +248,10 @@ def _check_distinct(value: Value | None) -> None:
 
 
 def _write(state: Interpretation, aliases: Aliases, node: fx.Node, value: Value | None) -> None:
-    """Give the written tensor, and all names of the same elements, the new meaning; every other alias becomes a new leaf."""
+    """Give the written tensor, and all names of the same elements, the new meaning.
+
+    Every other alias becomes a new leaf.
+    """
     for target in aliases.written(node):
         for alias in aliases.of(target):
             if alias not in state.values and alias not in state.results:
@@ -265,7 +275,8 @@ def _written_leaf(state: Interpretation, node: fx.Node, writer: fx.Node) -> Valu
 class Aliases:
     """Which tensors of a graph may share memory, and which names stand for exactly the same elements.
 
-    Views share the storage of their FakeTensor, which Dynamo's own tracing kept true; operations that may or may not copy (reshape, to, contiguous)
+    Views share the storage of their FakeTensor, which Dynamo's own tracing kept true; operations that may or may
+    not copy (reshape, to, contiguous)
     are told apart by it as well. What has no FakeTensor is taken to alias nothing.
     """
 

@@ -1,7 +1,8 @@
 """One term for all experts out of one term an expert.
 
-Code that names its experts one by one (a loop, unrolled by the time the graph is captured) computes E terms that differ only in the expert: its fixed
-number in a stacked weight, or its own weight tensors. `merge` finds the term they are all instances of.
+Code that names its experts one by one (a loop, unrolled by the time the graph is captured) computes E terms that differ
+only in the expert: its fixed number in a stacked weight, or its own weight tensors. `merge` finds the term they are all
+instances of.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def expert_atom(num_experts: Size) -> Atom:
 
 
 def merge(contents: Sequence[Content], key: fx.Node) -> Content:
-    """contents[e] is expert e's term; the result has `expert_atom` where they differ. `key`, the node of the result, names its contracted indices.
+    """The one term that contents[e], expert e's term, are instances of; `expert_atom` stands where they differ.
+
+    `key`, the node of the result, names its contracted indices.
 
     Raises Refused if the terms differ in anything but the expert.
     """
@@ -103,7 +106,10 @@ def _merged_elements(elements: Sequence[Element], expert: Atom) -> Element:
 
 
 def _numbered(indices: Sequence[tuple[Part, ...]], expert: Atom) -> tuple[Part, ...]:
-    """Indices that are equal but for one fixed digit, which is 0, 1, 2, ... for the experts in order: that digit becomes the expert."""
+    """Indices that are equal but for one fixed digit, which is 0, 1, 2, ...
+
+    For the experts in order: that digit becomes the expert.
+    """
     first = indices[0]
     if any(len(index) != len(first) for index in indices):
         raise Refused("the experts' weights are used at different indices")

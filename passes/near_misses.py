@@ -1,8 +1,8 @@
-"""Name the blocks that were not rewritten: what they resemble, the first thing that differed, and the cure if there is one.
+"""Name the blocks that were not rewritten: what they resemble, what differed first, and the cure if there is one.
 
-An expert product (a grouped GEMM, or a product with weights looked up by expert) that no Site covers is a near miss. The reason is the one that a
-refused sum gave; if a tensor inside it was not understood, the operation that made it so; else the first operation after the product that no rule
-explains.
+An expert product (a grouped GEMM, or a product with weights looked up by expert) that no Site covers is a near miss.
+The reason is the one that a refused sum gave; if a tensor inside it was not understood, the operation that made it so;
+else the first operation after the product that no rule explains.
 """
 
 from __future__ import annotations

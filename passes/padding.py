@@ -1,12 +1,16 @@
 """What stands at padded slots of no row, and why it reaches nothing.
 
-A tensor of padded slots has the meaning of its rows (passes/rules_padded.py); this room proves that the other slots add nothing, to the result or to a
-gradient. Slots of none lie in the bins, below the last bin's end, where grouped GEMMs read and write, or in the tail above it, which grouped GEMMs leave
+A tensor of padded slots has the meaning of its rows (passes/rules_padded.py); this room proves that the other slots
+add nothing, to the result or to a
+gradient. Slots of none lie in the bins, below the last bin's end, where grouped GEMMs read and write, or in the tail
+above it, which grouped GEMMs leave
 as it was: uninitialised memory, in their gradients too.
 
 Contract: `check_padding` walks a block's nodes in program order and raises Refused unless
-- rows reach padded slots by ways that let no gradient of an unfilled slot through: written into zeros, read from appended zeros, or masked,
-- every GEMM reads finite numbers in the bins, and every operation between has a finite value and derivative there: the gradients that arrive from the
+- rows reach padded slots by ways that let no gradient of an unfilled slot through: written into zeros, read from
+  appended zeros, or masked,
+- every GEMM reads finite numbers in the bins, and every operation between has a finite value and derivative there: the
+  gradients that arrive from the
   results' readers are zero, and zero times finite stays zero in the weights' gradients,
 - rows of unfilled slots that are added to a token's sum are exactly zero, tail included.
 
@@ -45,8 +49,8 @@ class Unfilled:
 
 _ANYTHING = Unfilled(known=False, whole=False)
 _VIEWS = frozenset(
-    "view view_as flatten unflatten unsqueeze squeeze transpose t permute getattr expand expand_as contiguous clone chunk split"
-    " tensor_split unbind select narrow getitem".split()
+    "view view_as flatten unflatten unsqueeze squeeze transpose t permute getattr expand expand_as contiguous clone "
+    "chunk split tensor_split unbind select narrow getitem".split()
 )
 _PUTS = frozenset({"setitem", "index_put", "index_copy", "scatter"})
 _READS = frozenset({"getitem", "index_select", "embedding", "gather", "take_along_dim"})
@@ -55,7 +59,10 @@ _PRODUCTS = frozenset({"grouped_mm", "grouped_mm_fallback"})
 
 
 def check_padding(region: frozenset[fx.Node], state: Interpretation, layout: Layout) -> bool:
-    """Whether a block has padded slots. Raises Refused unless what stands at unfilled ones reaches nothing (contract above)."""
+    """Whether a block has padded slots.
+
+    Raises Refused unless what stands at unfilled ones reaches nothing (contract above).
+    """
     if not any(is_padded(node, state) for node in region):
         return False
     walk = _Walk(state, layout)
@@ -183,7 +190,8 @@ class _Walk:
         if fake_of(call.node).requires_grad:
             if not rows.known:
                 raise Refused(
-                    f"{call['input']} holds uninitialised memory at padded slots, which the weights' gradients would read"
+                    f"{call['input']} holds uninitialised memory at padded slots, which the weights' gradients would "
+                    "read"
                 )
             if not rows.cut:
                 raise Refused(

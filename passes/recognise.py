@@ -2,11 +2,12 @@
 
 A combine's content is one term, whatever the model's code looked like:
 
-    sum over k of   output( activation( input(x[t], w[t,k]) @ W_in[ids[t,k]] + b_in, ... ) @ W_out[ids[t,k]] + b_out,  w[t,k] )
+    sum over k of  output( a @ W_out[ids[t,k]] + b_out, w[t,k] )
+        with  a = activation( row @ W_in[ids[t,k]] + b_in, ... )  and  row = input( x[t], w[t,k] )
 
-This room takes such a term apart from the outside in: the second GEMM, what happens to its result, the activation, the first GEMM, what happens to
-the token before it. Every leaf must be one of x, routing weight, expert weight or bias, at exactly the index that the fused operator assumes; anything
-else is a `Refused` that says what was found.
+This room takes such a term apart from the outside in: the second GEMM, what happens to its result, the activation, the
+first GEMM, what happens to the token before it. Every leaf must be one of x, routing weight, expert weight or bias, at
+exactly the index that the fused operator assumes; anything else is a `Refused` that says what was found.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Product:
-    """rows @ weight[expert] (+ bias[expert]); `start`, `step`, `width` say which of the weight's `extent` output features these are."""
+    """rows @ weight[expert] (+ bias[expert]).
+
+    `start`, `step`, `width` say which of the weight's `extent` output features these are.
+    """
 
     content: Content
     rows: Content
@@ -155,8 +159,8 @@ def _expression(content: Content, block: Block, match: Match) -> expression.Expr
 def _not_understood(content: Content) -> Refused:
     if isinstance(content, Element) and isinstance(content.root, fx.Node):
         return Refused(
-            f"{content.root} takes part in the expert computation, which is neither a token's row, a routing weight nor an "
-            "expert's weight there",
+            f"{content.root} takes part in the expert computation, and is neither a token's row, a routing weight "
+            "nor an expert's weight there",
             content.root,
         )
     if isinstance(content, Contract):

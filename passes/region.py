@@ -1,10 +1,11 @@
 """The nodes of one block, and the proof that they can be taken out.
 
-Contract: `region_of` returns the nodes between the operands (tokens, ids, routing weights, expert weights, biases) and the combine, or raises Refused
-if replacing them could change anything outside:
-- a row value (from the first token gather to the combine) that someone outside uses; routing values may be used outside and then stay alive,
+Contract: `region_of` returns the nodes between the operands (tokens, ids, routing weights, expert weights, biases) and
+the combine, or raises Refused if replacing them could change anything outside:
+- a row value (from the first token gather to the combine) that someone outside uses; routing values may be used
+  outside and then stay alive,
 - a write to an operand's memory between the operand and the combine: the fused operator reads it at the combine,
-- a write to a row's memory that the combine does not account for,
+- a write inside the block to memory that is not the block's own,
 - a border of no_grad, autocast or another global mode inside the block.
 """
 
@@ -109,7 +110,8 @@ def region_of(
 
     Args:
         end: the combine.
-        roots: the operands' nodes, each with the write after which the block reads it, None for the tensor as it was made.
+        roots: the operands' nodes, each with the write after which the block reads it, None for the tensor as
+        it was made.
         state: what every tensor means.
         layout: the graph's order, aliases and writers.
         partials: the additions that lead to `end`, where the sum took several.
@@ -222,7 +224,7 @@ def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
 
 
 def checks_size(node: fx.Node) -> bool:
-    """Whether a node serves only assertions that a row count is at least 0 and at most all rows, or that the counts add up to them.
+    """Whether a node serves only assertions that row counts are at least 0 and at most all rows, or add up to them.
 
     Capturing a selection of rows records these; they hold for every routing.
     """
@@ -254,7 +256,10 @@ def _size_checks(region: frozenset[fx.Node]) -> set[fx.Node]:
 
 
 def removable(end: fx.Node, region: frozenset[fx.Node], layout: Layout) -> list[fx.Node]:
-    """The region's nodes that nobody outside needs once `end` is replaced, last first; writes go only with all names of what they write."""
+    """The region's nodes that nobody outside needs once `end` is replaced, last first.
+
+    Writes go only with all names of what they write.
+    """
     gone = (set(region) | _size_checks(region)) - {end}
     while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}

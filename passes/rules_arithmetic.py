@@ -1,4 +1,7 @@
-"""Rules for elementwise arithmetic: operands meet at common indices, the content is the operation as the model wrote it."""
+"""Rules for elementwise arithmetic.
+
+Operands meet at common indices; the content is the operation as the model wrote it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ ELEMENTWISE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{
         name: (("input",), ())
         for name in (
-            "neg exp log log1p sqrt rsqrt reciprocal abs sign square sigmoid logsigmoid silu tanh relu relu6 selu erf mish hardswish hardsigmoid".split()
+            "neg exp log log1p sqrt rsqrt reciprocal abs sign square sigmoid logsigmoid silu tanh relu relu6 selu erf "
+            "mish hardswish hardsigmoid".split()
         )
     },
     "leaky_relu": (("input",), ("negative_slope",)),
@@ -93,7 +97,10 @@ def _spreads(call: Call, state: Interpretation, values: list[Value]) -> bool:
 
 
 def _propagate_sparsity(call: Call, state: Interpretation) -> None:
-    """A function of a sparse leaf is sparse, with its outside value at the function; a product with one that is 0 outside is 0 outside."""
+    """A function of a sparse leaf is sparse, with its outside value at the function.
+
+    A product with one that is 0 outside is 0 outside.
+    """
     first = call.arguments.get("input")
     sources = [argument for argument in call.arguments.values() if isinstance(argument, fx.Node)]
     roots = [state.sparse_leaf(state.value(source).content) for source in sources]

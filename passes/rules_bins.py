@@ -1,4 +1,7 @@
-"""Rules for whole numbers about the experts' rows: arithmetic on counts, bins and slots (passes/bins.py says what they are)."""
+"""Rules for whole numbers about the experts' rows.
+
+Arithmetic on counts, bins and slots (passes/bins.py says what they are).
+"""
 
 from __future__ import annotations
 

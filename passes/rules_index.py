@@ -70,7 +70,10 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
 
 
 def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
-    """The weight of each token's choice of one expert, read at the tokens that chose it: the weight of those assignments."""
+    """The weight of each token's choice of one expert, read at the tokens that chose it.
+
+    The weight of those assignments.
+    """
     content = value.content
     if not isinstance(content, Special) or content.kind != "picked" or len(lookups) != 1:
         return None
@@ -149,7 +152,7 @@ def _from_integers(ids: fx.Node) -> bool:
 
 
 def _gather(call: Call, state: Interpretation) -> Value | None:
-    """gather along one dimension, where the index repeats along all the others (which is then a lookup of whole rows)."""
+    """A gather along one dimension whose index repeats along all the others: a lookup of whole rows."""
     value, index = state.value(call["input"]), state.value(call.arguments.get("index", call.arguments.get("indices")))
     if (
         is_plain(value)
@@ -208,7 +211,10 @@ def _index_copy(call: Call, state: Interpretation) -> Value | None:
 
 
 def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Any) -> Value:
-    """target[index] = source along dimension 0, where index is a permutation of all its rows: the source's rows in the other order."""
+    """target[index] = source along dimension 0, where index is a permutation of all its rows.
+
+    The source's rows in the other order.
+    """
     rows = state.value(source)
     if rows_of_one(index) is not None:
         return assigned_rows(call, state, target, index, rows)
@@ -263,7 +269,10 @@ def _scatter(call: Call, state: Interpretation) -> Value | None:
 
 
 def _marks(call: Call, state: Interpretation, outside: float | int, index: Value, source: Any) -> Value | None:
-    """full(outside).scatter(1, ids, source): a (tokens, experts) leaf that is `outside` away from each token's experts; a mask if 0 and 1."""
+    """full(outside).scatter(1, ids, source).
+
+    A (tokens, experts) leaf that is `outside` away from each token's experts; a mask if 0 and 1.
+    """
     from moecompile.passes.interpret import Sparse
 
     tokens, experts = state.shape(call.node)

@@ -1,7 +1,9 @@
-"""Rules for loops over experts: rows selected by a mask, results added back expert by expert, until the last expert completes the sum.
+"""Rules for loops over experts: rows selected by a mask, results added back until the last expert completes the sum.
 
-place, token = where(ids == e)        dims ((rows)), contents: the choice and token digits; `rows` enumerates the assignments with ids[j] == e
-out[token] += f_e(x[token]) * w       out means a partial sum: {e: term}; complete once every expert 0..E-1 has added exactly one term
+place, token = where(ids == e)        two indices over the rows that chose e: the choice and token digits of
+                                      the assignments with ids[j] == e
+out[token] += f_e(x[token]) * w       a partial sum {e: term}, complete once every expert that the ids can name
+                                      has added exactly one term
 """
 
 from __future__ import annotations
@@ -206,7 +208,10 @@ def _item(call: Call, state: Interpretation) -> None:
 
 
 def split_by_counts(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
-    """Rows sorted by expert, split by the experts' counts: one piece an expert. None if the sizes are not such counts."""
+    """Rows sorted by expert, split by the experts' counts.
+
+    One piece an expert. None if the sizes are not such counts.
+    """
     sizes = call["split_size_or_sections"]
     counts = (
         [state.numbers.get(size) if isinstance(size, fx.Node) else None for size in sizes]

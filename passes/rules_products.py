@@ -1,4 +1,7 @@
-"""Rules for matrix products: everything is an einsum over named dimensions; grouped GEMMs look their expert up by the rows' sorted ids."""
+"""Rules for matrix products.
+
+Everything is an einsum over named dimensions; grouped GEMMs look their expert up by the rows' sorted ids.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,10 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
 
 
 def _is_gate(state: Interpretation, left: Value, right: Value) -> bool:
-    """Whether one operand is a sparse leaf of gates and the other the experts' outputs: their product sums over experts."""
+    """Whether one operand is a sparse leaf of gates and the other the experts' outputs.
+
+    Their product sums over experts.
+    """
     gates = [state.sparse_leaf(value.content) is not None for value in (left, right)]
     return gates in ([True, False], [False, True]) and is_routed(right if gates[0] else left)
 
@@ -111,7 +117,10 @@ def _summed(contents: list[Content], bound: list[Atom], summed: Group, dtype: to
 
 
 def _expert_like(state: Interpretation, value: Value, other: Value) -> bool:
-    """Whether a plain value may be stacked expert weights: an input of three dimensions, a parameter rather than not, casts and views aside."""
+    """Whether a plain value may be stacked expert weights.
+
+    An input of three dimensions, a parameter rather than not, casts and views aside.
+    """
     source = _input_of(state, value)
     if source is None or len(value.dims) != 3:
         return False

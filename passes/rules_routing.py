@@ -30,7 +30,10 @@ from moecompile.passes.unify import enumerates, per_expert, rows_covered
 
 
 def _sort(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
-    """sort of a one-dimensional key: its values in a new order, and the assignment each row came from. Any order within equal keys is fine."""
+    """sort of a one-dimensional key.
+
+    Its values in a new order, and the assignment each row came from. Any order within equal keys is fine.
+    """
     key = state.value(call["input"])
     if len(key.dims) != 1 or not key.dims[0]:
         return None
@@ -188,7 +191,10 @@ def scattered_counts(call: Call, state: Interpretation) -> Value | None:
 
 
 def distinct(ids: Value, state: Interpretation) -> bool:
-    """Whether no token can name one expert twice: the ids are indices of a topk or sort along experts, or one a token."""
+    """Whether no token can name one expert twice.
+
+    The ids are indices of a topk or sort along experts, or one a token.
+    """
     if len(ids.dims) < 2 or terms.group_size(ids.dims[-1]) == 1:
         return True
     content = ids.content
@@ -220,7 +226,10 @@ def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
 
 
 def id_range(ids: Content, state: Interpretation) -> int:
-    """How many experts the ids can name: the size of the dimension they were chosen along. Raises Refused if that is not known."""
+    """How many experts the ids can name.
+
+    The size of the dimension they were chosen along. Raises Refused if that is not known.
+    """
     call = routing_call(ids.root, state) if isinstance(ids, Element) and ids.written is None else None
     if call is None or not isinstance(call["dim"], int):
         raise Refused("a loop over experts whose ids may lie outside the experts it runs")

@@ -143,7 +143,7 @@ def _by_number(call: Call, state: Interpretation, table: Table) -> Value:
 
 
 def _relation(name: str, low: Size, high: Size, bound: Size) -> bool | None:
-    """Whether all numbers from low to high are in the relation to the bound (True), none is (False), or that is not known (None)."""
+    """Whether all numbers from low to high are in the relation to the bound, none is (False), or it is not known."""
     if name in ("ge", "lt"):
         yes, no = is_at_least(low, bound), is_at_least(bound, high + 1)
     elif name in ("gt", "le"):
@@ -234,7 +234,10 @@ def _masked(call: Call, state: Interpretation, kept: Any, mask: fx.Node, other: 
 
 
 def _searchsorted(call: Call, state: Interpretation) -> Value:
-    """searchsorted(ends, arange(C), right=True): the expert in whose bin a slot lies; the number of experts beyond the last."""
+    """searchsorted(ends, arange(C), right=True).
+
+    The expert in whose bin a slot lies; the number of experts beyond the last.
+    """
     bounds = call.arguments.get("sorted_sequence", call.arguments.get("boundaries"))
     ends, slots = state.value(bounds), state.value(tensor(call["input"]))
     if not is_bins(ends.content) or isinstance(ends.content, terms.Offsets):
@@ -252,7 +255,10 @@ def _searchsorted(call: Call, state: Interpretation) -> Value:
 
 
 def _clamp(call: Call, state: Interpretation) -> Value | None:
-    """A slot's expert clamped to the last one, or its row's number to the last row: what they are at filled slots stays."""
+    """A slot's expert clamped to the last one, or its row's number to the last row.
+
+    What they are at filled slots stays.
+    """
     value = state.value(tensor(call["input"]))
     low, high = call.arguments.get("min"), call.arguments.get("max")
     if call.name == "minimum":

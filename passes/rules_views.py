@@ -232,7 +232,10 @@ def _narrow(call: Call, state: Interpretation) -> Value | None:
 
 
 def _cast(call: Call, state: Interpretation) -> Value | None:
-    """A cast of integers (and to float, which counts exactly here) keeps the meaning; one of floats is an operation of its own."""
+    """A cast of integers (and to float, which counts exactly here) keeps the meaning.
+
+    One of floats is an operation of its own.
+    """
     value = state.value(call["input"])
     before, after = state.dtype(call["input"]), state.dtype(call.node)
     if fake_of(call.node).device != fake_of(call["input"]).device:
@@ -267,7 +270,8 @@ def keep_sparse(call: Call, state: Interpretation) -> None:
 
 def holds_integers(dtype: torch.dtype) -> bool:
     """Whether a dtype holds counts of assignments exactly."""
-    # float32 counts exactly to 2**24, more assignments than one expert's histogram bin ever holds in a step; half and bfloat16 do not
+    # float32 counts exactly to 2**24, more assignments than one expert's histogram bin ever holds in a step; half
+    # and bfloat16 do not
     return dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
 
 

@@ -10,7 +10,10 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Operand:
-    """How to make one operand of the fused operator from a node of the graph: `steps` are (operation, arguments), applied in order."""
+    """How to make one operand of the fused operator from a node of the graph.
+
+    `steps` are (operation, arguments), applied in order.
+    """
 
     node: fx.Node
     steps: tuple[tuple[str, tuple[object, ...]], ...] = ()
@@ -21,7 +24,8 @@ class Operand:
 class Site:
     """One MoE block: tokens (T, H), top_k experts of num_experts a token, and everything the fused operator needs.
 
-    `input`, `activation` and `output` are expressions as text (codegen/expression.py): of `x` and `weight` before the first GEMM; of `gate` and `up`
+    `input`, `activation` and `output` are expressions as text (codegen/expression.py): of `x` and `weight` before
+    the first GEMM; of `gate` and `up`
     (or `hidden`) between the GEMMs; of `out` and `weight` after the second. Private fields hold graph nodes.
     """
 

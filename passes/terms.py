@@ -1,17 +1,21 @@
 """What a tensor of the graph means: its elements as terms over named index variables.
 
-Detection interprets the graph. A tensor's meaning is a `Value`: one group of index atoms for each dimension, and a `Content`, the term that gives
-the element at those indices. An atom is a digit of a variable, `(variable // divisor) % size`, so that reshapes are exact regroupings of digits:
+Detection interprets the graph. A tensor's meaning is a `Value`: one group of index atoms for each dimension, and a
+`Content`, the term that gives the element at those indices. An atom is a digit of a variable,
+`(variable // divisor) % size`, so that reshapes are exact regroupings of digits:
 
-    x                (B, S, H)    dims ((x/SH%B), (x/H%S), (x%H))     content x[x/SH%B, x/H%S, x%H]
-    x.view(-1, H)    (T, H)       dims ((x/H%T), (x%H))              the same content
-    ids.view(-1)     (T*K,)       dims ((j))                         ids[j]            j names an assignment: token j/K, choice j%K
-    ids.sort().indices            dims ((order))                     index j           `order` enumerates every j once, sorted by ids[j]
-    x[order // K]                 dims ((order), (x%H))              x[j/K, x%H]       a row's content speaks of its assignment, never of its place
-    W[ids]                        dims ((j), (n), (h))               W[ids[j], n, h]
+    tensor               shape      dims                          content
+    x                    (B, S, H)  ((x/SH%B), (x/H%S), (x%H))    x[x/SH%B, x/H%S, x%H]
+    x.view(-1, H)        (T, H)     ((x/H%T), (x%H))              the same
+    ids.view(-1)         (T*K,)     ((j))                         ids[j]
+    ids.sort().indices   (T*K,)     ((order))                     the index j
+    x[order // K]        (T*K, H)   ((order), (x%H))              x[j/K, x%H]
+    W[ids]               (T*K,N,H)  ((j), (n), (h))               W[ids[j], n, h]
 
-Contents speak of assignments and dims of where they lie, so gathers, permutations, sorts and un-permutations leave the content alone; only the dims
-change. Two tensors computed in different ways mean the same if their values are equal. Whatever has no rule is a leaf and means itself.
+Here j names an assignment, token j/K and choice j%K, and `order` enumerates every j once, sorted by ids[j]. Contents
+speak of assignments and dims of where they lie, so gathers, permutations, sorts and un-permutations leave the content
+alone; only the dims change. Two tensors computed in different ways mean the same if their values are equal. Whatever
+has no rule is a leaf and means itself.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ Size: TypeAlias = "int | sympy.Expr"
 class Variable:
     """An index variable. Rank says who gives way when two variables turn out to be the same index: the lower one."""
 
-    kind: str  # "free" (a repeated dimension), "leaf", "slice", "bound" (contracted), "order" (a permutation of `group`), "rows" (a subset of `group`), "places" (slots of experts)
+    # "free" (a repeated dimension), "leaf", "ids" (a leaf of integers), "slice", "bound" (contracted), "expert"
+    # (merged), "order" (a permutation of `group`), "rows" (a subset), "places" and "padded" (slots of experts)
+    kind: str
     key: Any  # what makes it this variable: a node, or a node and a number
     group: tuple[Atom, ...] = ()  # for "order" and "rows": the atoms it enumerates
     by: Content | None = None  # for "order": the key it is sorted by; for "rows": the condition that selects
@@ -92,7 +98,10 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Element:
-    """An element of the leaf `root`, at a flat index in mixed radix, most significant digit first; as it is after `written`, if that is a node."""
+    """An element of the leaf `root`, at a flat index in mixed radix, most significant digit first.
+
+    As it is after `written`, if that is a node.
+    """
 
     root: fx.Node | Stacked
     index: tuple[Part, ...]
@@ -174,7 +183,10 @@ class Special:
 
 
 class Meaning:
-    """Base of the contents that one form's rules define for themselves: frozen dataclasses that say how indices in them are replaced."""
+    """Base of the contents that one form's rules define for themselves.
+
+    Frozen dataclasses that say how indices in them are replaced.
+    """
 
     def substituted(self, old: Atom, new: Part) -> Content:
         """The content with every occurrence of the digit `old` replaced by `new`."""
@@ -304,7 +316,10 @@ def regroup(atoms: Sequence[Atom], sizes: Sequence[Size]) -> tuple[Group, ...] |
 
 
 def align(first: Sequence[Atom], second: Sequence[Atom]) -> list[tuple[Atom, Atom]] | None:
-    """Two groups of the same extent, cut at common boundaries: pairs of digits of equal size. None if that is not possible."""
+    """Two groups of the same extent, cut at common boundaries.
+
+    Pairs of digits of equal size. None if that is not possible.
+    """
     left, right = list(reversed(first)), list(reversed(second))
     pairs: list[tuple[Atom, Atom]] = []
     while left and right:

@@ -71,9 +71,10 @@ def _deduplicated(pairs: Sequence[tuple[Atom, Part]]) -> list[tuple[Atom, Part]]
 
 
 def look_up(value: Value, dims: Sequence[int], indices: Sequence[Value], place: int) -> Value:
-    """value[..., index, ...]: dimension dims[i] read at indices[i]; the indices' common dims stand at `place` of the result.
+    """value[..., index, ...]: dimension dims[i] read at indices[i]; their common dims stand at `place` of the result.
 
-    A lookup along exactly the index a dimension enumerates (rows in an order, at that order's inverse) leaves the content as it is.
+    A lookup along exactly the index a dimension enumerates (rows in an order, at that order's inverse) leaves the
+    content as it is.
     """
     if isinstance(value.content, (Count, Offsets)):
         raise Refused("the experts' counts or offsets, read in another order than the experts'")
@@ -117,7 +118,10 @@ def per_expert(value: Value) -> bool:
 
 
 def enumerates(group: Group) -> Group | None:
-    """The assignments' digits a dimension runs through, each combination once: its own atoms, or those of the order it stands for."""
+    """The assignments' digits a dimension runs through, each combination once.
+
+    Its own atoms, or those of the order it stands for.
+    """
     if (
         len(group) == 1
         and group[0].variable.kind == "order"
@@ -146,6 +150,9 @@ def without(group: Group, digits: Group) -> Group | None:
 
 
 def rows_covered(group: Group) -> bool:
-    """Whether a dimension runs through assignments (or a permutation of all of them), each once: no repeats, no subsets."""
+    """Whether a dimension runs through assignments (or a permutation of all of them), each once.
+
+    No repeats, no subsets.
+    """
     covered = enumerates(group)
     return covered is not None and all(atom.variable.kind in ("ids", "leaf") for atom in covered)

@@ -81,7 +81,13 @@ def test_routing_values_may_be_used_outside() -> None:
             gate, up = torch._grouped_mm(rows, self.w_in.bfloat16(), offs=offsets).chunk(2, -1)
             y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, self.w_out.bfloat16(), offs=offsets)
             y = y * weights.view(-1)[permutation].unsqueeze(-1)
-            return torch.zeros_like(y[: x.shape[0]]).index_add(0, permutation // 2, y), ids, permutation, counts, offsets
+            return (
+                torch.zeros_like(y[: x.shape[0]]).index_add(0, permutation // 2, y),
+                ids,
+                permutation,
+                counts,
+                offsets,
+            )
 
     torch.manual_seed(0)
     known = captured(Model(), (torch.randn(24, 32),), fullgraph=True)
