@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +170,11 @@ def rounding(gm: fx.GraphModule) -> float:
 
 
 def difference(expected: Sequence[Any], got: Sequence[Any], what: str, tolerance: float) -> str | None:
-    """What differs by more than the tolerance; numbers that are not finite raise Undefined if they are expected."""
+    """What differs by more than the tolerance; numbers that are not finite raise Undefined if they are expected.
+
+    A tensor much smaller than the largest of its kind may be all rounding, a gradient that cancels for example.
+    """
+    largest = max((size for size in map(magnitude, expected) if math.isfinite(size)), default=0.0)
     if len(expected) != len(got):
         return f"{len(got)} {what}s instead of {len(expected)}"
     for number, (a, b) in enumerate(zip(expected, got, strict=True)):
@@ -187,11 +192,17 @@ def difference(expected: Sequence[Any], got: Sequence[Any], what: str, tolerance
             continue
         if not a.isfinite().all():
             raise Undefined(f"{what} {number} is not finite")
-        gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
-        scale = a.double().abs().max().item() if a.numel() else 0.0
-        if not gap <= tolerance * scale + 1e-7:
+        gap, scale = magnitude(a.double() - b.double()), magnitude(a)
+        if not gap <= tolerance * (scale + largest / 50) + 1e-7:
             return f"{what} {number}: off by {gap:.2e} where the largest is {scale:.2e}"
     return None
+
+
+def magnitude(value: Any) -> float:
+    """The largest entry of a floating-point tensor without its sign, infinite for NaN; zero for anything else."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return 0.0
+    return value.detach().double().abs().nan_to_num(float("inf")).max().item()
 
 
 def describe(value: Any) -> str:

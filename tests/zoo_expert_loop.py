@@ -116,6 +116,29 @@ class TopOneAssign(nn.Module):
         return out
 
 
+class SharedBase(nn.Module):
+    """The shared expert's output is what the loop adds to, in place; masks by equality."""
+
+    def __init__(self, dim: int = 32, inner: int = 32, experts: int = 4, top_k: int = 2) -> None:
+        super().__init__()
+        self.n, self.top_k = experts, top_k
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.shared = nn.Linear(dim, dim)
+        self.w_gate = weight(experts, dim, inner, fan_in=dim)
+        self.w_up = weight(experts, dim, inner, fan_in=dim)
+        self.w_down = weight(experts, inner, dim, fan_in=inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = torch.softmax(self.router(x), -1).topk(self.top_k)
+        out = self.shared(x)
+        for e in range(self.n):
+            token, place = torch.nonzero(ids == e, as_tuple=True)
+            rows = x[token]
+            rows = (F.silu(rows @ self.w_gate[e]) * (rows @ self.w_up[e])) @ self.w_down[e]
+            out.index_add_(0, token, rows * weights[token, place].unsqueeze(-1))
+        return out
+
+
 class SplitBySizes(nn.Module):
     """As jetmoe writes it: sorted rows split by a list of unbacked sizes, one linear for each part, cat, index_add."""
 
@@ -149,5 +172,6 @@ CASES = [
     Case("equality_set_item", FORM, EqualitySetItem, flat(32), "where(ids == e), y[idx] +=, stacked weights", True),
     Case("nonzero_index_put", FORM, NonzeroIndexPut, flat(32), "nonzero, index_put(accumulate=True), biases", True),
     Case("top_one_assign", FORM, TopOneAssign, flat(32), "top-1, out[rows] = ..., index_select, relu^2", True),
+    Case("shared_base", FORM, SharedBase, flat(32), "nonzero tuples, index_add_ onto the shared output, x @ w", True),
     Case("split_by_sizes", FORM, SplitBySizes, flat(32), "jetmoe: tolist, split, a linear a part, cat", True),
 ]
