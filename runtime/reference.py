@@ -23,15 +23,16 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     """Counts, offsets, slots and order of `moecompile::plan`: a stable sort by expert, without atomics."""
     flat = expert_ids.reshape(-1).to(torch.int64)
     _check_range(flat, num_experts)
-    key = torch.where(flat < 0, num_experts, flat)
-    sorted_key, assignment = torch.sort(key, stable=True)
+    sorted_key, assignment = torch.sort(torch.where(flat < 0, num_experts, flat), stable=True)
     experts = torch.arange(num_experts, device=flat.device)
     offsets = torch.searchsorted(sorted_key, experts, right=True, out_int32=True)
-    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    counts = offsets.clone()
+    counts[1:] -= offsets[:-1]
     row = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
-    order = torch.where(sorted_key < num_experts, assignment, -1).to(torch.int32)
-    slots = torch.empty_like(row).scatter_(0, assignment, row)
-    return counts, offsets, torch.where(flat < 0, -1, slots).view(expert_ids.shape), order
+    used = row < offsets[-1]
+    order = torch.where(used, assignment.to(torch.int32), -1)
+    slots = torch.empty_like(row).scatter_(0, assignment, torch.where(used, row, -1))
+    return counts, offsets, slots.view(expert_ids.shape), order
 
 
 def _check_range(ids: Tensor, num_experts: int) -> None:
