@@ -12,11 +12,12 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch._subclasses import FakeTensor
 
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
@@ -27,6 +28,9 @@ log = logging.getLogger("moecompile")
 
 SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
 ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
+# DistributedDataParallel's graphs come in pieces, one for each bucket of gradients, and on fake inputs.
+SPLIT = "torch cut the captured graph where a bucket of DistributedDataParallel's gradients is full, also inside blocks"
+KEEP_WHOLE = "before compiling: torch._dynamo.config.optimize_ddp = False"
 COMMAND = "python -m moecompile explain FILE.py:FUNCTION"
 # The note a record carries when the warning went out with it: once, until the records are reset.
 WARNED = "the user was warned that nothing was rewritten"
@@ -49,11 +53,14 @@ class Obstacle:
         return f"{self.reason}{where}." + (f" Cure: {self.cure}" if self.cure else "")
 
 
-def obstacle_of(gm: fx.GraphModule, record: GraphReport) -> Obstacle | None:
+def obstacle_of(gm: fx.GraphModule, record: GraphReport, example_inputs: Sequence[Any] = ()) -> Obstacle | None:
     """The best reason why nothing in a captured graph was rewritten; None if it shows no trace of MoE.
 
     What is known of the graph break at its end, if there is one, goes into the record.
     """
+    if any(isinstance(value, FakeTensor) for value in example_inputs):
+        record.notes.append(f"{SPLIT}; {KEEP_WHOLE}")
+        return Obstacle(SPLIT, "", KEEP_WHOLE)
     if record.ended_by is not None:
         end: Any = gm.compile_subgraph_reason
         record.ended_by = graph_break(end.reason, end.user_stack)

@@ -59,7 +59,7 @@ def moecompile(
     sites = pipeline.run_passes(gm, chosen, record)
     if untouched:
         verify.verify(untouched, sites, example_inputs, record)
-    obstacle = advice.obstacle_of(gm, record)
+    obstacle = advice.obstacle_of(gm, record, example_inputs)
 
     # 4. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     #    (Tracing may teach AOTAutograd something that Dynamo should have known. Dynamo then captures the frame again.)

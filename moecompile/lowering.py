@@ -46,7 +46,7 @@ def lower(
     patches = dict(options.inductor)
     _refuse_ahead_of_time(patches)
     salt = cache.salt(options)
-    sidecar = cache.Sidecar(cache.graph_key(salt, text_of(gm), example_inputs, patches))
+    sidecar = cache.Sidecar(cache.graph_key(salt, record.after or text_of(gm), example_inputs, patches))
 
     def note_and_store(kind: str, graph_module: fx.GraphModule) -> None:
         note(kind, graph_module)

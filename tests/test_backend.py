@@ -9,6 +9,7 @@ import logging
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moecompile
-from moecompile import options, pipeline
+from moecompile import advice, options, pipeline
 from moecompile.backend import moecompile as backend
 from moecompile.report import GraphReport
 from small_models import HIDDEN, Layer, Model, assert_same, compiled, inputs
@@ -162,6 +163,24 @@ def test_frozen_experts_get_no_gradient_computed():
     assert_same(model, compiled(model), inputs())
     assert sites() == 1
     assert all(parameter.grad is None for parameter in frozen.parameters())
+
+
+def test_data_parallel_is_rewritten_where_torch_does_not_cut_the_graph(tmp_path: Path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        # the first bucket holds 1 MiB, about 14 layers
+        model = Model(layers=16)
+        fast = compiled(nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1), fullgraph=False)
+        torch.testing.assert_close(fast(inputs()), model(inputs()))
+        assert len(graphs()) > 1
+        assert all(advice.KEEP_WHOLE in graph.notes[0] for graph in graphs())
+        torch._dynamo.reset()
+        moecompile.reset()
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            assert_same(model, compiled(nn.parallel.DistributedDataParallel(model), fullgraph=False), inputs())
+        assert sites() == 16
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # What the user may set.
