@@ -136,6 +136,11 @@ def is_bins(content: Content) -> bool:
     return isinstance(content, (Count, Offsets)) or (isinstance(content, Apply) and content.op == "bins")
 
 
+def concerns_bins(content: Content) -> bool:
+    """Whether the content is about bins that are rounded up, not only about counts."""
+    return isinstance(content, Apply) and content.op in ("bins", "slots")
+
+
 def is_slots(content: Content) -> bool:
     """Whether the content is one such number for each assignment."""
     return isinstance(content, Apply) and content.op == "slots"

@@ -141,6 +141,21 @@ class Interpretation:
             and value.dims == self.leaf(content.root).dims
         )
 
+    def first_refused(self, node: fx.Node, reach: int = 60) -> fx.Node | None:
+        """The first operation on the way to a tensor, writes into it included, that a rule refused; `reach` is in nodes."""
+        seen: dict[fx.Node, None] = {}
+        waiting = [node]
+        while waiting and len(seen) < reach:
+            found = waiting.pop(0)
+            if found in seen:
+                continue
+            seen[found] = None
+            waiting += found.all_input_nodes
+            content = self.values[found].content if found in self.values else None
+            if isinstance(content, Element) and content.written is not None:
+                waiting.append(content.written)
+        return next((found for found in self.graph.nodes if found in seen and found in self.refusals), None)
+
     def number(self, argument: Any) -> Size:
         """An integer argument that may be a symbolic size."""
         if isinstance(argument, fx.Node):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import fx
 
 from moecompile.passes import terms
+from moecompile.passes.bins import concerns_bins
 from moecompile.passes.interpret import Combine, Interpretation, Refused, walk
 from moecompile.passes.provenance import module_of, source_of
 from moecompile.passes.site import NearMiss, Site
@@ -50,6 +51,9 @@ def near_misses(
         block = set(_reachable([combine.node], lambda node: node.all_input_nodes))
         if any(_is_product(node, state) and node not in covered for node in block):
             node, text = _first_difference(combine.node, reason, state)
+            cause = state.first_refused(combine.node) if _resembles(block, state) == "padded_bins" else None
+            if cause is not None:
+                node, text = cause, state.refusals[cause]
             misses.append(_near_miss(node, text, block, state))
             covered |= block
     for node in state.graph.nodes:
@@ -137,6 +141,8 @@ def _resembles(block: set[fx.Node], state: Interpretation) -> str:
         if node in state.values
         for part in _index_of(state.values[node].content)
     )
+    if any(concerns_bins(state.values[node].content) for node in block if node in state.values):
+        return "padded_bins"
     if names & {"grouped_mm", "grouped_mm_fallback"}:
         return "torchtitan" if names & {"scatter_add", "index_add"} else "grouped_mm"
     if "nonzero" in names or "where" in names:

@@ -122,14 +122,15 @@ class _Walk:
                 self._found[alias] = after
 
     def _after(self, call: Call) -> Unfilled:
-        name, state = call.name, self._state
+        name, node, state = call.name, call.node, self._state
         if name in ("zeros", "ones", "full", "full_like", "new_full"):
-            return Unfilled(self._number(call.node, call))
+            made = {"zeros": 0, "ones": 1}.get(name)
+            return Unfilled(self._one(number(state, call["fill_value"]) if made is None else made, node))
         if name == "empty":
             return _ANYTHING
         source = call.arguments.get("input", call.arguments.get("tensor"))
-        if name in _PUTS and _is_rows(source, state):
-            return self._of(source)
+        if name in _PUTS:
+            return self._base(source)
         if name in _READS and not _is_rows(source, state) and source not in self._found:
             return self._read(call)
         if name in ("where", "masked_fill"):
@@ -144,11 +145,18 @@ class _Walk:
             return self._elementwise(call)
         raise Refused(f"what {call.node} leaves at padded slots of no row is not known")
 
-    def _number(self, node: fx.Node, call: Call) -> float:
-        found = {"zeros": 0, "ones": 1}.get(call.name)
-        value = number(self._state, call["fill_value"]) if found is None else found
+    def _base(self, node: fx.Node) -> Unfilled:
+        """What rows are put into."""
+        made = self._state.calls.get(node)
+        if node in self._found:
+            return self._found[node]
+        if made is not None and made.name == "empty":
+            return _ANYTHING
+        return Unfilled(self._one(number(self._state, node), node))
+
+    def _one(self, value: Any, node: fx.Node) -> float:
         if not isinstance(value, (int, float)):
-            raise Refused(f"what {node} holds is not one number")
+            raise Refused(f"what {node} holds at padded slots of no row is not one number")
         return float(value)
 
     def _of(self, node: Any) -> Unfilled:

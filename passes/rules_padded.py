@@ -45,7 +45,7 @@ from moecompile.passes.slots import (
     whole,
 )
 from moecompile.passes.terms import Atom, Constant, Index, Looked, Offsets, Size, Special, Total, Value, Variable
-from moecompile.passes.unify import look_up, without
+from moecompile.passes.unify import look_up, unify, without
 
 # ---- rows put at slots
 
@@ -107,8 +107,12 @@ def _put(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
     if not is_tensor(source) or isinstance(state.value(source).content, Constant):
         return _marked(state, target, atom, outside, number(state, source))
     rows = state.value(source)
-    if rows.dims[:1] != index.dims or state.shape(source)[1:] != tuple(rest):
+    if len(rows.dims) != len(rest) + 1 or state.shape(source)[1:] != tuple(rest):
+        raise Refused("rows put at slots that they do not fill")
+    dims, (_, content) = unify([Value((*index.dims, *((),) * len(rest)), index.content), rows])
+    if dims[0] != index.dims[0]:
         raise Refused("rows put at other rows' slots")
+    rows = Value(dims, content)
     if state.dtype(source) != state.dtype(target):
         raise Refused("rows put into a tensor of another dtype")
     if fake_of(source).dtype.is_floating_point:
@@ -329,7 +333,9 @@ def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
     bins = bins_of(rows.dims[0]) if rows.dims else None
     if bins is None:
         if is_bins(ends.content) and not isinstance(ends.content, Offsets):
-            raise Refused("a grouped GEMM with the ends of padded bins, over rows that are not at padded slots")
+            cause = state.first_refused(call["input"])
+            reason = "a grouped GEMM with the ends of padded bins, over rows that are not at padded slots"
+            raise Refused(reason if cause is None else state.refusals[cause])
         raise Passed
     weights = state.value(weight)
     if call.arguments.get("bias") is not None or len(rows.dims) != 2 or len(weights.dims) != 3:

@@ -30,6 +30,7 @@ from moecompile.passes.slots import (
     kind_of,
     mask_of,
     number,
+    padded_atom,
     table_of,
     tensor,
     whole,
@@ -190,13 +191,23 @@ def _and(call: Call, state: Interpretation) -> Value | None:
 def _where(call: Call, state: Interpretation) -> Value:
     found = mask_of(state, call["condition"])
     if found is None or call["input"] is None:
+        _check_unmasked(state, call["condition"], (call["input"], call["other"]))
         raise Passed
     kept, other = (call["input"], call["other"]) if found[0] == "filled" else (call["other"], call["input"])
     return _masked(call, state, kept, call["condition"], other)
 
 
+def _check_unmasked(state: Interpretation, mask: Any, sides: tuple[Any, ...]) -> None:
+    """Rows of padded slots are masked by what tells filled slots from unfilled ones, or not at all."""
+    for side in sides:
+        if is_tensor(side) and any(padded_atom(group) for group in state.value(side).dims):
+            reason = state.refusals.get(mask, "rows of padded slots under a mask that does not tell which are filled")
+            raise Refused(reason)
+
+
 def _masked_fill(call: Call, state: Interpretation) -> Value:
     if mask_of(state, call["mask"]) is None:
+        _check_unmasked(state, call["mask"], (call["input"],))
         raise Passed
     return _masked(call, state, call["input"], call["mask"], call["value"], "unfilled")
 
@@ -310,6 +321,7 @@ RULES: dict[str, Rule] = {
     "bitwise_and": _and,
     "logical_and": _and,
     "where": _where,
+    "where_method": _where,
     "masked_fill": _masked_fill,
     "searchsorted": _searchsorted,
     "bucketize": _searchsorted,
