@@ -120,6 +120,7 @@ def region_of(
     _check_rows(end, region, state)
     _check_roots(end, region, roots, layout, frozenset((end, *partials)))
     _check_modes(end, region, layout)
+    _check_partials(end, region, partials, layout)
     return frozenset(region)
 
 
@@ -216,6 +217,17 @@ def _check_roots(
                 )
 
 
+def _check_partials(end: fx.Node, region: set[fx.Node], partials: Sequence[fx.Node], layout: Layout) -> None:
+    """Nobody outside reads the sum in place while experts are still adding to it: the fused sum comes at once."""
+    for addition in partials:
+        for target in layout.writers.get(addition, ()):
+            for alias in layout.aliases.of(target):
+                for user in alias.users:
+                    between = layout.position[addition] < layout.position[user] < layout.position[end]
+                    if between and user not in region and isinstance(fake_of(user), torch.Tensor):
+                        raise Refused(f"{user} reads the sum before all experts have added to it")
+
+
 def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
     for node in sorted(region):
         fake = fake_of(node)
@@ -255,15 +267,18 @@ def _size_checks(region: frozenset[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def removable(end: fx.Node, region: frozenset[fx.Node], layout: Layout) -> list[fx.Node]:
+def removable(
+    end: fx.Node, region: frozenset[fx.Node], layout: Layout, partials: Sequence[fx.Node] = ()
+) -> list[fx.Node]:
     """The region's nodes that nobody outside needs once `end` is replaced, last first.
 
-    Writes go only with all names of what they write.
+    Writes go only with all names of what they write; but `partials`, the additions that led to `end`, go in any case:
+    what they added is in the sum that replaces `end`.
     """
     gone = (set(region) | _size_checks(region)) - {end}
     while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
-        for writer in gone & layout.writers.keys():
+        for writer in (gone & layout.writers.keys()) - set(partials):
             # names made after the end are names of the end, or have a user that keeps what they are made of
             names = [
                 alias

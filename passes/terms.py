@@ -229,6 +229,8 @@ def divide(dividend: Size, divisor: Size) -> Size | None:
     """The exact quotient, or None if it is not known to be whole."""
     if isinstance(dividend, int) and isinstance(divisor, int):
         return dividend // divisor if divisor and dividend % divisor == 0 else None
+    if divisor == 0:
+        return None
     import sympy
 
     quotient = sympy.sympify(dividend) / sympy.sympify(divisor)
