@@ -8,8 +8,9 @@ model, because the table's other entries are constant zeros, and that has to sho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -61,13 +62,22 @@ def cut(site: Site) -> Cut:
 
 def moved(site: Site, places: Mapping[fx.Node, fx.Node]) -> Site:
     """The same block in a copy of its graph, `places` saying where each node went."""
-    operands = {
-        name: Operand(places[operand.node], operand.steps, tuple(places[part] for part in operand.parts))
-        for name, operand in site.operands.items()
-    }
-    base = None if site.base is None else places[site.base]
-    region = frozenset(places[node] for node in site.region)
-    return dataclasses.replace(site, node=places[site.node], base=base, operands=operands, region=region)
+    private = {entry.name: getattr(site, entry.name) for entry in dataclasses.fields(site) if not entry.repr}
+    return dataclasses.replace(site, **{name: _mapped(value, places) for name, value in private.items()})
+
+
+def _mapped(value: Any, places: Mapping[fx.Node, fx.Node]) -> Any:
+    """A value of a block's private field, whatever it is made of, with every node replaced."""
+    if isinstance(value, fx.Node):
+        return places[value]
+    if isinstance(value, Operand):
+        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_mapped(parts, places))
+    if isinstance(value, dict):
+        return {key: _mapped(part, places) for key, part in value.items()}
+    if isinstance(value, tuple | frozenset):
+        return type(value)(_mapped(part, places) for part in value)
+    return value
 
 
 def _table_code(site: Site) -> set[fx.Node]:
@@ -99,5 +109,14 @@ def _table_code(site: Site) -> set[fx.Node]:
 
 
 def _operand_nodes(site: Site) -> list[fx.Node]:
-    operands = [node for operand in site.operands.values() for node in (operand.node, *operand.parts)]
-    return operands if site.base is None else [*operands, site.base]
+    return list(_nodes((*site.operands.values(), site.base)))
+
+
+def _nodes(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, Operand):
+        yield from _nodes(tuple(getattr(value, entry.name) for entry in dataclasses.fields(value)))
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _nodes(part)
