@@ -125,14 +125,19 @@ def uses_gates(block: Block) -> bool:
 
 def check_vanishing(block: Block) -> None:
     """Raises Refused unless an expert whose gate is 0 adds exactly 0 to the sum."""
-    zeros = {"weight"}
+    if not vanishes(block, "weight"):
+        raise Refused("experts that are not chosen add something to the sum although their gate is 0")
+
+
+def vanishes(block: Block, leaf: str) -> bool:
+    """Whether a block adds exactly 0 to the sum where `leaf`, the routing weight or the token's row, is 0."""
+    zeros = {leaf}
     if _is_zero(block.input, zeros) and all(product.bias is None for product in block.inner):
         zeros |= {"gate", "up", "hidden"}
     assert block.out is not None
     if _is_zero(block.activation, zeros) and block.out.bias is None:
         zeros |= {"out"}
-    if not _is_zero(block.output, zeros):
-        raise Refused("experts that are not chosen add something to the sum although their gate is 0")
+    return _is_zero(block.output, zeros)
 
 
 # functions that are 0 at 0

@@ -29,11 +29,12 @@ from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_o
 from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import module_of, source_of
-from moecompile.passes.recognise import Block, Product, feature_atoms, read, weight_steps
+from moecompile.passes.recognise import Block, Product, feature_atoms, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.rules_routing import routing_call
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
+from moecompile.passes.vacant import has_places, read_block, routing_operands
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -65,13 +66,12 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     tokens = terms.merge(atom for group in dims[:-1] for atom in group)
     if any(atom.variable.kind != "ids" for atom in content.over):
         content, tokens = as_assignments(content, tokens, state)
-    block = read(content, tokens)
-    if uses_gates(block):
+    block, comparison = read_block(content, tokens)
+    if uses_gates(block) and not has_places(block):
         check_vanishing(block)
-    operands = _operands(block, state)
-    roots: dict[fx.Node, fx.Node | None] = {
-        node: None for operand in operands.values() for node in (operand.node, *operand.parts)
-    }
+    routed = routing_operands(block, comparison, state, layout, combine.node) if has_places(block) else {}
+    operands = _operands(block, state, routed)
+    roots: dict[fx.Node, fx.Node | None] = {node: None for operand in operands.values() for node in operand.nodes}
     roots |= _written(block)
     if combine.base is not None and not combine.fresh:
         roots.setdefault(combine.base, None)
@@ -130,21 +130,25 @@ def _holds_expert_product(*contents: Content) -> bool:
     )
 
 
-def _operands(block: Block, state: Interpretation) -> dict[str, Operand]:
-    """The fused operator's tensors: the graph's own nodes, and what brings them to the operator's shapes."""
+def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -> dict[str, Operand]:
+    """The fused operator's tensors: the graph's own nodes, and what brings them to the operator's shapes.
+
+    `routed` are those that are known already.
+    """
     assert block.x is not None and block.key is not None and block.out is not None
     top_k = terms.group_size(block.choices)
     if not isinstance(top_k, int) or not isinstance(block.num_experts, int):
         raise Refused("a symbolic number of experts or choices")
-    assert isinstance(block.x.root, fx.Node) and isinstance(block.key.root, fx.Node)
-    operands = {
-        "x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)),
-        "expert_ids": Operand(block.key.root, (("reshape", (-1, top_k)), *_counted_from_zero(block, state))),
-    }
-    if block.weight is not None:
-        steps = weight_steps(block.weight, block)
-        assert steps is not None and isinstance(block.weight.root, fx.Node)
-        operands["weights"] = Operand(block.weight.root, steps)
+    assert isinstance(block.x.root, fx.Node)
+    operands = {"x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)), **routed}
+    if not routed:
+        assert isinstance(block.key.root, fx.Node)
+        steps = (("reshape", (-1, top_k)), *_counted_from_zero(block, state))
+        operands["expert_ids"] = Operand(block.key.root, steps)
+    if block.weight is not None and not routed:
+        weighted = weight_steps(block.weight, block)
+        assert weighted is not None and isinstance(block.weight.root, fx.Node)
+        operands["weights"] = Operand(block.weight.root, weighted)
     gate, *up = block.inner
     if block.gate_up == "separate":
         if gate.transposed != up[0].transposed:
@@ -208,6 +212,8 @@ def _described(
         names |= {"dense"}
     if any(is_padded(node, state) for node in region):
         names |= {"padded"}
+    if has_places(block):
+        names = frozenset({"capacity"})
     traits = Traits(names, block.gate_up, state.calls[combine.node].name)
     inner = block.inner[0]
     products = [node for node in region if node in state.calls and state.calls[node].name in _PRODUCTS]
@@ -235,6 +241,7 @@ def _described(
         node=combine.node,
         base=combine.base,
         fresh=combine.fresh,
+        partials=combine.partials,
         operands=operands,
         region=region,
     )

@@ -36,7 +36,10 @@ def fuse(graph: fx.Graph, sites: Sequence[Site]) -> int:
     for site in sites:
         _free_from_metadata(graph, site)
     for site in sites:
-        gone = removable(site.node, site.region, layout)
+        inplace = [addition for addition in site.partials if addition in layout.writers and addition is not site.node]
+        gone = removable(site.node, site.region, layout, inplace)
+        for addition in inplace:  # whoever used an addition's result used the sum's own tensor by another name
+            addition.replace_all_uses_with(layout.writers[addition][0])
         with graph.inserting_before(site.node):
             result = emit(graph, site)
             _replace(graph, site, result, layout)
@@ -83,6 +86,7 @@ class _Emitter:
 
     def __init__(self, graph: fx.Graph, site: Site) -> None:
         self._graph, self._site = graph, site
+        self._done: dict[Any, fx.Node] = {}
         self._key = "example_value" if "example_value" in site.node.meta else "val"
         self._meta: dict[str, Any] = {
             name: site.node.meta[name]
@@ -111,25 +115,47 @@ class _Emitter:
     def operand(self, name: str, ids: fx.Node | None = None) -> fx.Node:
         """The operand's node, brought to the shape the operator takes."""
         operand: Operand = self._site.operands[name]
-        node = operand.node
-        for step, arguments in operand.steps:
-            if step == "stack":
-                node = self.call(torch.stack, (list(operand.parts),))
-            elif step == "from_end":
-                negative = self.call(operator.lt, (node, 0))
-                node = self.call(torch.where, (negative, self.call(operator.add, (node, *arguments)), node))
-            elif step == "gather":
-                assert ids is not None
-                node = self.call(torch.gather, (node, 1, ids))
-            elif step != "reshape" or not _has_shape(node, arguments):
-                node = self.method(step, (node, *arguments))
-        return node
+        return self._made_of(operand, len(operand.steps), ids)
+
+    def _made_of(self, operand: Operand, steps: int, ids: fx.Node | None) -> fx.Node:
+        """The operand's node after some of its steps; equal ones are made once."""
+        if steps == 0:
+            return operand.node
+        made = (operand.node, operand.parts, operand.steps[:steps])
+        if made not in self._done:
+            self._done[made] = self._step(operand, steps, ids)
+        return self._done[made]
+
+    def _step(self, operand: Operand, steps: int, ids: fx.Node | None) -> fx.Node:
+        node = self._made_of(operand, steps - 1, ids)
+        step, given = operand.steps[steps - 1]
+        arguments = tuple(
+            self._made_of(inner, len(inner.steps), ids) if isinstance(inner, Operand) else inner for inner in given
+        )
+        if step == "stack":
+            return self.call(torch.stack, (list(operand.parts),))
+        if step == "cat":
+            return self.call(torch.cat, ([node, *arguments], 1))
+        if step == "from_end":
+            negative = self.call(operator.lt, (node, 0))
+            return self.call(torch.where, (negative, self.call(operator.add, (node, *arguments)), node))
+        if step == "gather" and arguments == ("expert_ids",):
+            assert ids is not None
+            return self.call(torch.gather, (node, 1, ids))
+        if step == "reshape" and _has_shape(node, arguments):
+            return node
+        return self.method(step, (node, *arguments))
 
 
 def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:
     """Whether a reshape to (-1, size) would change nothing."""
     fake = fake_of(node)
-    return fake.dim() == 2 and shape[0] == -1 and isinstance(fake.shape[1], int) and fake.shape[1] == shape[1]
+    return (
+        fake.dim() == len(shape) == 2
+        and shape[0] == -1
+        and isinstance(fake.shape[1], int)
+        and fake.shape[1] == shape[1]
+    )
 
 
 def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> None:

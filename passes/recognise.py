@@ -172,14 +172,16 @@ def _weight_leaf(content: Content, block: Block) -> str | None:
     """The routing weight: one number for each assignment."""
     if (
         not isinstance(content, Element)
-        or isinstance(content.root, Stacked)
         or any(isinstance(part, (Affine, Fixed)) for part in content.index)
+        or weight_steps(content, block) is None
     ):
         return None
-    if weight_steps(content, block) is None:
+    roots = content.root.nodes if isinstance(content.root, Stacked) else (content.root,)
+    if isinstance(content.root, Stacked) and any(isinstance(part, Looked) for part in content.index):
         return None
-    if not fake_of(content.root).dtype.is_floating_point:
-        raise Refused(f"the routing weight {content.root} is not a floating-point number", content.root)
+    for root in roots:
+        if not fake_of(root).dtype.is_floating_point:
+            raise Refused(f"the routing weight {root} is not a floating-point number", root)
     if block.weight is not None and block.weight != content:
         raise Refused(f"two routing weights, {block.weight.root} and {content.root}, in one block")
     block.weight = content

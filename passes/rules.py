@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moecompile.passes import (
     rules_arithmetic,
+    rules_capacity,
     rules_index,
     rules_loop,
     rules_padded,
@@ -37,10 +38,13 @@ def _before(own: Rule, general: Rule | None) -> Rule:
             if general is None:
                 raise Refused(f"{call.node.target} is not an operation that detection understands") from None
             return general(call, state)
+        except Refused as reason:
+            state.refusals[call.node] = str(reason)
+            raise
 
     return rule
 
 
 # forms with meanings of their own: each table's rules look at an operation before the rules above do
-for _own in (rules_padded.RULES,):
+for _own in (rules_padded.RULES, rules_capacity.RULES):
     RULES.update({name: _before(rule, RULES.get(name)) for name, rule in _own.items()})

@@ -5,12 +5,14 @@ Everything is an einsum over named dimensions; grouped GEMMs look their expert u
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import rules_dispatch, terms
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of, is_plain, is_routed
+from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, Rule, fake_of, is_plain, is_routed
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -32,6 +34,8 @@ from moecompile.passes.unify import _choose, _deduplicated, _renaming, per_exper
 
 def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
     """A product of two tensors by a two-operand equation in single letters, e.g. "sf,fn->sn"."""
+    with contextlib.suppress(Passed):
+        return rules_dispatch.einsum(state, node, left, right, equation)
     inputs, output = equation.split("->")
     first, second = inputs.split(",")
     if (
@@ -211,8 +215,11 @@ def _matmul(call: Call, state: Interpretation) -> Value | None:
     left, right = state.value(call["input"]), state.value(call[second])
     if len(left.dims) < 1 or len(right.dims) < 1 or (is_plain(left) and is_plain(right) and len(right.dims) != 3):
         return None
+    plain = is_plain(left) and is_plain(right)
+    if not plain:  # before a sum over choices is noted
+        _check_dtypes(state, call, "input", second)
     result = _matrix_product(state, call, left, right)
-    if result is not None:
+    if plain and result is not None:
         _check_dtypes(state, call, "input", second)
     return result
 

@@ -12,12 +12,22 @@ from torch import fx
 class Operand:
     """How to make one operand of the fused operator from a node of the graph.
 
-    `steps` are (operation, arguments), applied in order.
+    `steps` are (operation, arguments), applied in order. An argument may be an operand itself.
     """
 
     node: fx.Node
     steps: tuple[tuple[str, tuple[object, ...]], ...] = ()
     parts: tuple[fx.Node, ...] = ()  # for "stack": one node an expert
+
+    @property
+    def inner(self) -> tuple[Operand, ...]:
+        """The operands among the steps' arguments."""
+        return tuple(argument for _, arguments in self.steps for argument in arguments if isinstance(argument, Operand))
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes it is made of."""
+        return (self.node, *self.parts, *(node for operand in self.inner for node in operand.nodes))
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Site:
     out_dtype: torch.dtype | None = None
     node: fx.Node = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
     base: fx.Node | None = field(repr=False, compare=False, default=None)
+    partials: tuple[fx.Node, ...] = field(repr=False, compare=False, default=())
     fresh: bool = field(repr=False, compare=False, default=True)
     operands: dict[str, Operand] = field(repr=False, compare=False, default_factory=dict)
     region: frozenset[fx.Node] = field(repr=False, compare=False, default=frozenset())

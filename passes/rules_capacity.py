@@ -1,0 +1,483 @@
+"""Rules of the capacity form: arithmetic on one-hot masks, on the places counted by them, and on tensors made of both.
+
+Each rule is exact for every routing, or passes the operation on to the general rules. What the meanings are:
+passes/capacity.py. What products of dispatch and combine tensors with rows are: passes/rules_dispatch.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes import terms
+from moecompile.passes.calls import Call
+from moecompile.passes.capacity import (
+    At,
+    Below,
+    Marks,
+    Number,
+    Sum,
+    Support,
+    Tally,
+    as_terms,
+    number,
+    of_terms,
+    over_choices,
+    own_expert,
+    product,
+    running,
+    scaled,
+    simplified,
+    tally,
+    tally_of_count,
+)
+from moecompile.passes.dispatch import check_disjoint
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of, is_plain
+from moecompile.passes.rules_views import holds_integers
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Count,
+    Element,
+    Equals,
+    Fixed,
+    Group,
+    Index,
+    Meaning,
+    Part,
+    Size,
+    Value,
+    Variable,
+)
+from moecompile.passes.unify import unify
+
+
+def _operands(state: Interpretation, *arguments: Any) -> list[Value]:
+    """The meanings of operands, at least one of which must be of this form."""
+    for argument in arguments:
+        if isinstance(argument, fx.Node) and not isinstance(fake_of(argument), torch.Tensor):
+            raise Passed
+    values = [state.value(argument) for argument in arguments]
+    if not any(isinstance(value.content, (Number, Marks, Sum)) for value in values):
+        raise Passed
+    return [_counts(value) for value in values]
+
+
+def _counts(value: Value) -> Value:
+    """Counts by expert as a tally: the one dimension that is not of size one is the expert's."""
+    groups = [group for group in value.dims if group]
+    if not isinstance(value.content, Count) or len(groups) != 1 or len(groups[0]) != 1:
+        return value
+    expert = groups[0][0]
+    if expert.variable.kind != "free" or expert.divisor != 1 or expert.size != value.content.num_experts:
+        return value
+    return Value(value.dims, tally_of_count(value.content, expert))
+
+
+def _check_counts(state: Interpretation, node: fx.Node) -> None:
+    if not holds_integers(state.dtype(node)):
+        raise Refused(f"places of assignments in {state.dtype(node)}, which rounds them")
+
+
+# ---- products
+
+
+def _mul(call: Call, state: Interpretation) -> Value:
+    """mask * mask, place * mask, weight * mask."""
+    arguments = [call["input"], call["other"]]
+    values = _operands(state, *arguments)
+    dims, contents = unify(values)
+    numbers = [content for content in contents if isinstance(content, Number)]
+    if numbers:
+        _check_counts(state, call.node)
+        other = contents[1] if contents[0] is numbers[0] else contents[0]
+        return Value(dims, scaled(numbers[0], other))
+    sides = [_weighted(call, state, content, argument) for content, argument in zip(contents, arguments, strict=True)]
+    return Value(dims, of_terms([product(first, second) for first in sides[0] for second in sides[1]]))
+
+
+def _weighted(call: Call, state: Interpretation, content: Content, argument: Any) -> tuple[Marks, ...]:
+    """An operand of a product as marks, a weight as marks of everything; in the dtype of the product."""
+    found = as_terms(content)
+    if found is None:
+        if isinstance(content, (Meaning, Index, Count, terms.Offsets, terms.Special, terms.Total)):
+            raise Refused("marks of assignments multiplied by something else than a mask or a weight")
+        found = (Marks(frozenset(), content),)
+    if not isinstance(argument, fx.Node) or state.dtype(argument) == state.dtype(call.node):
+        return found
+    return tuple(
+        marks if marks.weight is None else replace(marks, weight=_cast_weight(marks.weight, state.dtype(call.node)))
+        for marks in found
+    )
+
+
+def _cast_weight(weight: Content, dtype: torch.dtype) -> Content:
+    name = str(dtype).removeprefix("torch.")
+    if not dtype.is_floating_point:
+        raise Refused(f"weights of assignments as {name}")
+    return replace(weight, dtype=name) if isinstance(weight, Support) else Apply("cast", (weight,), (name,))
+
+
+def _and(call: Call, state: Interpretation) -> Value:
+    """mask & mask."""
+    dims, contents = unify(_operands(state, call["input"], call["other"]))
+    factors: frozenset[Content] = frozenset()
+    for content in contents:
+        marks = as_terms(content)
+        if marks is None or len(marks) != 1 or not marks[0].is_mask:
+            raise Refused("a mask of assignments and something that is no such mask")
+        factors |= marks[0].factors
+    return Value(dims, Marks(simplified(factors)))
+
+
+# ---- sums and differences
+
+
+def _add(call: Call, state: Interpretation) -> Value:
+    return _added(call, state, call["input"], call["other"], 1)
+
+
+def _sub(call: Call, state: Interpretation) -> Value:
+    if call.node.target == "__rsub__":
+        return _added(call, state, call["other"], call["input"], -1)
+    return _added(call, state, call["input"], call["other"], -1)
+
+
+def _rsub(call: Call, state: Interpretation) -> Value:
+    return _added(call, state, call["other"], call["input"], -1)
+
+
+def _added(call: Call, state: Interpretation, first: Any, second: Any, sign: int) -> Value:
+    """Numbers added or subtracted; terms of a dispatch or combine tensor added."""
+    values = _operands(state, first, second)
+    if call["alpha"] != 1:
+        raise Refused("an addition with alpha")
+    dims, contents = unify(values)
+    if any(isinstance(content, Number) for content in contents):
+        _check_counts(state, call.node)
+        a, b = (_as_number(content) for content in contents)
+        return Value(dims, _sum_of_numbers(a, b if sign == 1 else scaled(b, Constant(-1))))
+    if sign != 1:
+        raise Refused("a difference of masks of assignments")
+    found: list[Marks] = []
+    for content, argument in zip(contents, (first, second), strict=True):
+        if content != Constant(0):
+            if as_terms(content) is None:
+                raise Refused("marks of assignments are added to something else")
+            found += _weighted(call, state, content, argument)
+    return Value(dims, of_terms(found))
+
+
+def _as_number(content: Content) -> Number:
+    if isinstance(content, Number):
+        return content
+    if (
+        isinstance(content, Constant)
+        and isinstance(content.value, (int, float))
+        and content.value == int(content.value)
+    ):
+        return number({}, int(content.value))
+    marks = as_terms(content)
+    if marks is not None and len(marks) == 1 and marks[0].is_mask:
+        return number({marks[0]: 1})
+    raise Refused("places of assignments are added to something that is no number of assignments")
+
+
+def _sum_of_numbers(a: Number, b: Number) -> Number:
+    if a.where != b.where:
+        a, b = _as_plain_number(a), _as_plain_number(b)
+    if a.where != b.where and not a.where:
+        a, b = b, a
+    if a.where != b.where and (b.where or b.items):
+        raise Refused("places of assignments that are masked differently are added")
+    if a.most is not None or b.most is not None:
+        raise Refused("clamped places are added")
+    items: Counter[Content] = Counter()
+    for content, count in (*a.items, *b.items):
+        items[content] += count
+    outside = b.otherwise if b.where else b.constant
+    return number(items, a.constant + b.constant, a.where, a.otherwise + outside)
+
+
+def _as_plain_number(value: Number) -> Number:
+    """A number that is one constant where marked and another elsewhere, without the condition."""
+    if not value.where or value.items:
+        return value
+    constant = value.constant if value.most is None else min(value.constant, value.most)
+    return number({Marks(value.where): constant - value.otherwise}, value.otherwise)
+
+
+def _cumsum(call: Call, state: Interpretation) -> Value:
+    """An inclusive cumsum of a one-hot mask over assignments.
+
+    Each one's place in its expert's room, counted from one.
+    """
+    value = state.value(call["input"])
+    marks = as_terms(value.content)
+    if marks is None or isinstance(value.content, terms.Special):
+        raise Passed
+    order = value.dims[_dim(call["dim"], value)]
+    if len(marks) != 1 or not marks[0].is_mask or len(marks[0].factors) != 1:
+        raise Refused("a running sum over something else than a one-hot mask of expert ids")
+    (mark,) = marks[0].factors
+    if not isinstance(mark, Equals) or not isinstance(mark.atom, Atom):
+        raise Refused("a running sum over something else than a one-hot mask of expert ids")
+    if not order or any(atom.variable.kind != "ids" for atom in order):
+        raise Refused("a running sum that does not run over assignments")
+    _check_counts(state, call.node)
+    return Value(value.dims, running(mark.content, order, mark.atom))
+
+
+def _dim(dim: Any, value: Value) -> int:
+    if not isinstance(dim, int) or not value.dims:
+        raise Refused(f"a sum over dimension {dim!r}")
+    return dim % len(value.dims)
+
+
+def _sum(call: Call, state: Interpretation) -> Value | None:
+    """Sums over experts read an assignment's own.
+
+    Sums of a mask over assignments count; sums over choices stay sums.
+    """
+    value = state.value(call["input"])
+    content = value.content
+    if not isinstance(content, (Number, Marks, Sum, Equals)):
+        raise Passed
+    dims = call["dim"] if isinstance(call["dim"], (tuple, list)) else [call["dim"]]
+    if any(dim is None for dim in dims):
+        return None
+    if isinstance(content, Sum):
+        raise Refused("a sum over a sum of marks")
+    places = sorted(_dim(dim, value) for dim in dims)
+    if isinstance(content, Equals) and not call["keepdim"] and len(value.dims) == len(places) + 1:
+        raise Passed  # the experts' counts, or what the general rules make of it
+    over: Group = tuple(atom for place in places for atom in value.dims[place])
+    result = _summed(
+        content if isinstance(content, (Number, Marks)) else Marks(frozenset({content})), over, call, state
+    )
+    if result is None:
+        return None
+    kept: list[Group] = []
+    for place, group in enumerate(value.dims):
+        if place not in places:
+            kept.append(group)
+        elif call["keepdim"]:
+            kept.append(())
+    return Value(tuple(kept), result)
+
+
+def _summed(content: Number | Marks, over: Group, call: Call, state: Interpretation) -> Content | None:
+    marks = content.where if isinstance(content, Number) else content.factors
+    experts = [mark.atom for mark in marks if isinstance(mark, Equals) and mark.atom in over]
+    if isinstance(content, Number):
+        if over != tuple(experts):
+            raise Refused("a sum of places over something else than experts")
+        return own_expert(content, over[0])
+    if len(over) == 1 and over == tuple(experts):
+        if not content.is_mask:
+            return None
+        rest = own_expert(content, over[0])
+        return rest if isinstance(rest, Marks) and rest.factors else None
+    if any(atom.variable.kind != "ids" for atom in over) or not over:
+        return None
+    if any(isinstance(mark, At) for mark in marks):
+        return over_choices(content, over, call.node)
+    if not content.is_mask:
+        return None
+    _check_counts(state, call.node)
+    expert = next((mark.atom for mark in marks if isinstance(mark, Equals)), None)
+    if not isinstance(expert, Atom):
+        raise Refused("a sum over assignments of a mask that marks no experts")
+    return tally(content.factors, over, expert)
+
+
+# ---- conditions
+
+
+def _compare(call: Call, state: Interpretation) -> Value:
+    """place < capacity, place >= 0; combine != 0; place == arange(capacity)."""
+    name, first, second = call.name, call["input"], call["other"]
+    mirrored = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
+    if not isinstance(first, fx.Node) or not isinstance(fake_of(first), torch.Tensor):
+        name, first, second = mirrored[name], second, first
+    value = state.value(first)
+    if isinstance(value.content, Index) and isinstance(second, fx.Node):
+        name, first, second = mirrored[name], second, first
+        value = state.value(first) if isinstance(fake_of(first), torch.Tensor) else value
+    if isinstance(value.content, (Marks, Sum)) and second == 0 and name in ("ne", "gt"):
+        return Value(value.dims, support(value, name == "gt"))
+    if not isinstance(value.content, Number):
+        raise Passed
+    if name == "eq":
+        return _at(value, state.value(second))
+    bound = _bound(state, second)
+    if name in ("lt", "le"):
+        if name == "le":
+            bound = bound + 1 if not isinstance(bound, float) else math.floor(bound) + 1
+        return Value(value.dims, Marks(frozenset({Below(value.content, _whole(bound))})))
+    if name in ("gt", "ge"):
+        return _from_below(value, bound if name == "ge" else math.floor(bound) + 1)
+    raise Refused(f"places of assignments compared by {name}")
+
+
+def _bound(state: Interpretation, argument: Any) -> Any:
+    if isinstance(argument, (int, float)):
+        return argument
+    return state.number(argument)
+
+
+def _whole(bound: Any) -> Size:
+    return math.ceil(bound) if isinstance(bound, float) else bound
+
+
+def _from_below(value: Value, bound: Any) -> Value:
+    """place >= 0 where places of assignments that are not marked are -1."""
+    content = value.content
+    assert isinstance(content, Number)
+    least = content.least()
+    if not content.where or least is None or not isinstance(bound, (int, float)) or content.most is not None:
+        raise Refused("places of assignments compared from below")
+    if least < bound or content.otherwise >= bound:
+        raise Refused("places of assignments compared from below")
+    return Value(value.dims, Marks(content.where))
+
+
+def _at(value: Value, other: Value) -> Value:
+    """place == arange(capacity)."""
+    assert isinstance(value.content, Number)
+    if not isinstance(other.content, Index):
+        raise Refused("places of assignments compared with something else than all places")
+    dims, contents = unify([value, other])
+    index, found = contents[1], contents[0]
+    if (
+        not isinstance(index, Index)
+        or len(index.atoms) > 1
+        or any(atom.variable.kind != "free" for atom in index.atoms)
+    ):
+        raise Refused("places of assignments compared with something else than all places")
+    assert isinstance(found, Number)
+    place: Part = index.atoms[0] if index.atoms else Fixed(0, 1)
+    return Value(dims, Marks(simplified(frozenset({At(found, place)}))))
+
+
+def _one_hot(call: Call, state: Interpretation) -> Value:
+    value = state.value(call["input"])
+    if not isinstance(value.content, Number):
+        raise Passed
+    classes = state.number(call["num_classes"])
+    if isinstance(classes, int) and classes < 1:
+        raise Refused("one_hot of as many places as there happen to be")
+    place: Part = Fixed(0, 1) if classes == 1 else Atom(Variable("free", (call.node, "place")), 1, classes)
+    group: Group = (place,) if isinstance(place, Atom) else ()
+    return Value((*value.dims, group), Marks(simplified(frozenset({At(value.content, place)}))))
+
+
+def _clamp(call: Call, state: Interpretation) -> Value:
+    """place.clamp(max=capacity - 1)."""
+    value = state.value(call["input"])
+    content = value.content
+    if not isinstance(content, Number):
+        raise Passed
+    most, low = call.arguments.get("max"), call.arguments.get("min")
+    least = content.least()
+    if low is not None and (least is None or low > min(least, content.otherwise if content.where else least)):
+        raise Refused("places of assignments clamped from below")
+    if most is None:
+        return value
+    if not isinstance(most, int) or content.most is not None:
+        raise Refused("places of assignments clamped twice, or by something that is no number")
+    return Value(value.dims, replace(content, most=most, otherwise=min(content.otherwise, most)))
+
+
+def _where(call: Call, state: Interpretation) -> Value:
+    """where(mask, place, a number); where(mask, weight, 0)."""
+    if call["input"] is None:
+        raise Passed
+    condition = state.value(call["condition"])
+    if not isinstance(condition.content, Marks) or not condition.content.is_mask:
+        raise Passed
+    kept, other = state.value(call["input"]), state.value(call["other"])
+    factors = condition.content.factors
+    if isinstance(kept.content, Number) and isinstance(other.content, Constant):
+        _check_counts(state, call.node)
+        dims, contents = unify([condition, kept, other])
+        mask, found, outside = contents
+        assert isinstance(mask, Marks) and isinstance(found, Number) and isinstance(outside, Constant)
+        if not isinstance(outside.value, int) or (found.where and not found.where <= factors):
+            raise Refused("places of assignments where something else stands for others")
+        return Value(dims, number(dict(found.items), found.constant, mask.factors, outside.value, found.most))
+    if other.content != Constant(0) or not (is_plain(kept) or as_terms(kept.content)):
+        raise Passed
+    dims, contents = unify([condition, kept])
+    mask, found = contents
+    assert isinstance(mask, Marks)
+    return Value(dims, of_terms([product(term, mask) for term in _weighted(call, state, found, call["input"])]))
+
+
+def support(value: Value, positive: bool) -> Content:
+    """Where a combine tensor is not 0.
+
+    Its marks, each where its own weight is not 0, as no two of them mark the same place.
+    """
+    marks = as_terms(value.content)
+    assert marks is not None
+    if len(marks) > 1 or marks[0].over:
+        check_disjoint(marks, value.dims)
+    return of_terms([replace(term, weight=_support(term.weight, positive)) for term in marks])
+
+
+def _support(weight: Content | None, positive: bool) -> Content | None:
+    if weight is None:
+        return None
+    return replace(weight, dtype=None) if isinstance(weight, Support) else Support(weight, positive)
+
+
+def _cast(call: Call, state: Interpretation) -> Value | None:
+    value, content = state.value(call["input"]), None
+    content = value.content
+    before, after = state.dtype(call["input"]), state.dtype(call.node)
+    if not isinstance(content, (Number, Marks, Sum)) or fake_of(call.node).device != fake_of(call["input"]).device:
+        raise Passed
+    if before == after:
+        return value
+    if isinstance(content, Number):
+        if after is torch.bool or not holds_integers(after):
+            raise Refused(f"places of assignments as {after}")
+        return value
+    if after is torch.bool:
+        return Value(value.dims, support(value, positive=False))
+    marks = as_terms(content)
+    assert marks is not None
+    return Value(
+        value.dims,
+        of_terms(
+            [term if term.weight is None else replace(term, weight=_cast_weight(term.weight, after)) for term in marks]
+        ),
+    )
+
+
+RULES: dict[str, Rule] = {
+    "mul": _mul,
+    "logical_and": _and,
+    "bitwise_and": _and,
+    "add": _add,
+    "sub": _sub,
+    "rsub": _rsub,
+    "cumsum": _cumsum,
+    "sum": _sum,
+    **{name: _compare for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+    "one_hot": _one_hot,
+    "clamp": _clamp,
+    "clamp_max": _clamp,
+    "where": _where,
+    "cast": _cast,
+}
+
+__all__ = ["RULES", "Element", "Tally"]
