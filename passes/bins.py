@@ -7,9 +7,7 @@
                                                          the sorted order
 
 Each is a sum of whole multiples of a few symbols, so that equal numbers are equal terms in whatever way they were
-added up. A tensor of one number an expert means Apply("bins", (), (linear,)); one number for each assignment means
-Apply("slots", (ids[j],), (linear,)), where the argument says of which expert it speaks, and is renamed like any
-content.
+added up. `PerExpert` is a tensor of one number an expert, `PerRow` one of a number for each assignment.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from typing import Any, TypeAlias
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
-    Apply,
     Atom,
     Constant,
     Content,
@@ -29,7 +26,9 @@ from moecompile.passes.terms import (
     Element,
     Group,
     Index,
+    Meaning,
     Offsets,
+    Part,
     Size,
     Special,
     Value,
@@ -55,6 +54,33 @@ class Linear:
     key: Content | None
     num_experts: Size
     terms: frozenset[tuple[Symbol, int]]
+
+
+@dataclass(frozen=True)
+class PerExpert(Meaning):
+    """One number an expert, in the experts' order."""
+
+    linear: Linear
+
+    def substituted(self, old: Atom, new: Part) -> Content:
+        """The same: the expert is that of the dimension."""
+        return self
+
+
+@dataclass(frozen=True)
+class PerRow(Meaning):
+    """The number of the expert `at`, with the row's own number where `linear` has that."""
+
+    linear: Linear
+    at: Content
+
+    def substituted(self, old: Atom, new: Part) -> Content:
+        """The number at another index: no longer one of the row's own expert, if `at` is another then."""
+        return replace(self, at=terms.substitute(self.at, old, new))
+
+    def inside(self) -> tuple[Content, ...]:
+        """The expert."""
+        return (self.at,)
 
 
 @dataclass(frozen=True)
@@ -115,11 +141,11 @@ def numbers_of(value: Value) -> Numbers | None:
         symbol = COUNT if isinstance(content, Count) else OFFSET
         linear = Linear(content.key, content.num_experts, frozenset({(symbol, 1)}))
         return Numbers(dims, linear) if per_expert(value) else None
-    if isinstance(content, Apply) and content.op == "bins":
-        linear = content.params[0]
+    if isinstance(content, PerExpert):
+        linear = content.linear
         return Numbers(dims, linear) if per_expert(Value(dims, Count(linear.key, linear.num_experts))) else None
-    if isinstance(content, Apply) and content.op == "slots":
-        return Numbers(dims, content.params[0], content.args[0])
+    if isinstance(content, PerRow):
+        return Numbers(dims, content.linear, content.at)
     if isinstance(content, Constant) and isinstance(content.value, int) and not isinstance(content.value, bool):
         return Numbers((), plain(ONE, content.value))
     if isinstance(content, Index) and len(content.atoms) == 1:
@@ -133,17 +159,17 @@ def numbers_of(value: Value) -> Numbers | None:
 
 def is_bins(content: Content) -> bool:
     """Whether the content is one number an expert."""
-    return isinstance(content, (Count, Offsets)) or (isinstance(content, Apply) and content.op == "bins")
+    return isinstance(content, (Count, Offsets, PerExpert))
 
 
 def concerns_bins(content: Content) -> bool:
     """Whether the content is about bins that are rounded up, not only about counts."""
-    return isinstance(content, Apply) and content.op in ("bins", "slots")
+    return isinstance(content, (PerExpert, PerRow))
 
 
 def is_slots(content: Content) -> bool:
     """Whether the content is one such number for each assignment."""
-    return isinstance(content, Apply) and content.op == "slots"
+    return isinstance(content, PerRow)
 
 
 def plain(symbol: Symbol, factor: int) -> Linear:
@@ -159,9 +185,9 @@ def is_whole_order(atom: Atom) -> bool:
 
 def slot_of(content: Content) -> Slot | None:
     """The content as a row's slot in padded bins, or None if it is any other number."""
-    if not isinstance(content, Apply) or content.op != "slots":
+    if not isinstance(content, PerRow):
         return None
-    linear, (at,) = content.params[0], content.args
+    linear, at = content.linear, content.at
     symbols = dict(linear.terms)
     order = next((symbol[1] for symbol in symbols if symbol[0] == "row"), None)
     blocks = next((symbol for symbol in symbols if symbol[0] == "blocks"), None)
@@ -190,12 +216,12 @@ def content_of(linear: Linear, at: Content | None) -> Content:
     """The content of one number an expert, or one an assignment."""
     assert linear.key is not None
     if at is not None:
-        return Apply("slots", (at,), (linear,))
+        return PerRow(linear, at)
     if linear.terms == {(COUNT, 1)}:
         return Count(linear.key, linear.num_experts)
     if linear.terms == {(OFFSET, 1)}:
         return Offsets(linear.key, linear.num_experts)
-    return Apply("bins", (), (linear,))
+    return PerExpert(linear)
 
 
 # ---- arithmetic on one linear form

@@ -32,7 +32,7 @@ from moecompile.passes.bins import (
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
 from moecompile.passes.rules_views import free, holds_integers
-from moecompile.passes.terms import Apply, Constant, Count, Value
+from moecompile.passes.terms import Constant, Count, Special, Value
 
 
 def operand(call: Call, state: Interpretation, name: str) -> Numbers | None:
@@ -152,15 +152,15 @@ def _ratio(call: Call, state: Interpretation) -> Value:
         raise Passed
     if not isinstance(by, int) or by < 1 or state.dtype(call.node) not in (torch.float32, torch.float64):
         raise Passed
-    return Value(found.dims, Apply("ratio", (), (found.linear, by)))
+    return Value(found.dims, Special("ratio", (found.linear, by)))
 
 
 def _ceil(call: Call, state: Interpretation) -> Value:
     """ceil(counts / block) = -floor(-counts / block)."""
     content = state.value(call["input"]).content
-    if not isinstance(content, Apply) or content.op != "ratio":
+    if not isinstance(content, Special) or content.kind != "ratio":
         raise Passed
-    linear, by = content.params
+    linear, by = content.about
     dims = state.value(call["input"]).dims
     return _result(call, state, Numbers(dims, scaled(floored(scaled(linear, -1), by), -1)))
 
@@ -229,9 +229,9 @@ def part(value: Value, item: Any) -> Value | None:
         return None
     last = found.linear.num_experts - 1
     if isinstance(item, int) and item in (-1, last) and not isinstance(value.content, Count):
-        return Value((), Apply("last", (), (found.linear,)))
+        return Value((), Special("last", (found.linear,)))
     if item in (slice(None, -1), slice(0, -1), slice(None, last), slice(0, last)) and last > 0:
-        return Value((free(last, ("leading", found.linear)),), Apply("leading", (), (found.linear,)))
+        return Value((free(last, ("leading", found.linear)),), Special("leading", (found.linear,)))
     return None
 
 
@@ -241,9 +241,9 @@ def begins(call: Call, state: Interpretation) -> Value | None:
     if len(values) != 2 or values[0].content != Constant(0) or state.shape(call["tensors"][0]) != (1,):
         return None
     content = values[1].content
-    if not isinstance(content, Apply) or content.op != "leading" or len(values[1].dims) != 1:
+    if not isinstance(content, Special) or content.kind != "leading" or len(values[1].dims) != 1:
         return None
-    linear = content.params[0]
+    linear = content.about[0]
     return Value((free(linear.num_experts, (call.node, "expert")),), content_of(before(linear), None))
 
 

@@ -45,7 +45,7 @@ from moecompile.passes.slots import (
     whole,
 )
 from moecompile.passes.terms import Atom, Constant, Index, Looked, Offsets, Size, Special, Total, Value, Variable
-from moecompile.passes.unify import look_up, unify, without
+from moecompile.passes.unify import enumerates, look_up, unify, without
 
 # ---- rows put at slots
 
@@ -101,6 +101,8 @@ def _put(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
     capacity, *rest = state.shape(target)
     if slot is None or len(index.dims) != 1:
         raise Refused("rows put at places that are not the slots of bins rounded up to a block")
+    if enumerates(index.dims[0]) != slot.order.variable.group:
+        raise Refused("rows put at slots that are not one for each assignment")
     check_capacity(slot, capacity)
     atom = slots_atom(index.content, slot, capacity)
     outside = number(state, target)

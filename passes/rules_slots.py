@@ -35,7 +35,7 @@ from moecompile.passes.slots import (
     tensor,
     whole,
 )
-from moecompile.passes.terms import Apply, Atom, Index, Size, Special, Value, Variable
+from moecompile.passes.terms import Atom, Index, Size, Special, Value, Variable
 
 
 def _full(call: Call, state: Interpretation) -> Value:
@@ -109,8 +109,8 @@ def _compare(call: Call, state: Interpretation) -> Value:
     if call.name in ("eq", "ne") or not is_tensor(left) or not is_tensor(right):
         raise Passed
     last = state.value(right).content
-    if is_run(state.value(left)) and isinstance(last, Apply) and last.op == "last":
-        bins = Bins(last.params[0], state.shape(left)[0])
+    if is_run(state.value(left)) and isinstance(last, Special) and last.kind == "last":
+        bins = Bins(last.about[0], state.shape(left)[0])
         if call.name not in ("lt", "gt"):
             raise Refused("a comparison of slots with the end of the last bin that does not tell which lie in bins")
         return Value(state.value(left).dims, Special("binned", (bins,)))

@@ -21,9 +21,9 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.bins import Linear, Slot, slot_of
+from moecompile.passes.bins import Linear, PerRow, Slot, slot_of
 from moecompile.passes.interpret import Interpretation, Passed, Refused, fake_of
-from moecompile.passes.terms import Apply, Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
+from moecompile.passes.terms import Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def slot_of_searched(order: Atom, bins: Bins) -> tuple[Content, Slot]:
     at = bins.ends.key
     assert at is not None
     slot = Slot(order, at, bins.ends.num_experts, block, minimum)
-    content = Apply("slots", (at,), (slot.linear,))
+    content = PerRow(slot.linear, at)
     return content, slot
 
 

@@ -365,6 +365,8 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
     if isinstance(content, Element):
         return Element(content.root, substitute_index(content.index, old, new), content.written)
     if isinstance(content, Index):
+        if any(overlap(old, digit) for atom in content.atoms for digit in atom.variable.group):
+            return Special("index", (content, old, new))  # the place of `old` in an order; `new` has another
         parts = [piece for atom in content.atoms for piece in _replace_atom(atom, old, new)]
         if all(isinstance(part, Atom) for part in parts):
             return Index(merge(part for part in parts if isinstance(part, Atom)))
