@@ -214,7 +214,7 @@ def _axes(found: Sequence[Marks]) -> tuple[Atom, Part]:
 
 def _digits(atoms: Sequence[Atom], variable: Variable) -> Group:
     own = [atom for atom in atoms if atom.variable == variable]
-    return terms.merge(sorted(own, key=lambda atom: atom.divisor, reverse=True))  # type: ignore[arg-type]
+    return terms.merge(sorted(own, key=lambda atom: atom.divisor, reverse=True))
 
 
 # ---- the assignments

@@ -79,7 +79,7 @@ def look_up(value: Value, dims: Sequence[int], indices: Sequence[Value], place: 
     if isinstance(value.content, (Count, Offsets)):
         raise Refused("the experts' counts or offsets, read in another order than the experts'")
     common, contents = unify(indices)
-    content = value.content
+    content: Content = value.content
     for dim, index in zip(dims, contents, strict=True):
         content = _at(content, value.dims[dim], index)
     rest = [group for number, group in enumerate(value.dims) if number not in dims]
