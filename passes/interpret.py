@@ -142,7 +142,7 @@ class Interpretation:
         )
 
     def first_refused(self, node: fx.Node, reach: int = 60) -> fx.Node | None:
-        """The first operation on the way to a tensor, writes into it included, that a rule refused; `reach` is in nodes."""
+        """The first operation on the way to a tensor, writes included, that a rule refused; `reach` is in nodes."""
         seen: dict[fx.Node, None] = {}
         waiting = [node]
         while waiting and len(seen) < reach:
