@@ -19,6 +19,7 @@ import moecompile
 
 pytest.importorskip("transformers")
 
+from moecompile.report import Report
 from tiny_transformers import OWN_CODE, architectures, build_block, build_model, experts_of
 
 QUICK = ("deepseek_v3", "deepseek_v4", "gpt_oss", "inkling2", "nemotron_h", "phimoe", "qwen3_moe", "zaya")
@@ -65,7 +66,7 @@ def run(module: nn.Module, call: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [output.detach() for output in outputs], gradients
 
 
-def check(module: nn.Module, call: Any, dtype: torch.dtype) -> moecompile.Report:
+def check(module: nn.Module, call: Any, dtype: torch.dtype) -> Report:
     """Compile a copy, compare with eager, return the report."""
     compiled = copy.deepcopy(module)
     compiled.compile(backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
