@@ -156,6 +156,13 @@ def test_autocast(place: str):
     torch.testing.assert_close(actual, expected, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.xfail(reason="bmm that autocast gives a float32 weight and bfloat16 rows is not read yet", strict=True)
+def test_autocast_blocks_are_rewritten():
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(Model())(inputs())
+    assert sites() == 2
+
+
 def test_frozen_experts_get_no_gradient_computed():
     model = Model(layers=1)
     frozen = model.layers.get_submodule("0.moe")
