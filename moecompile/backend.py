@@ -39,8 +39,6 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from torch._dynamo import exc
-
     from moecompile import advice, lowering, pipeline, report, verify
 
     # 1. What the user asked for.
@@ -62,12 +60,7 @@ def moecompile(
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
     # 4. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    #    (Tracing may teach AOTAutograd something that Dynamo should have known. Dynamo then captures the frame again.)
-    try:
-        compiled = lowering.lower(gm, example_inputs, chosen, record, name)
-    except exc.RestartAnalysis:
-        report.discard(record)
-        raise
+    compiled = lowering.lower(gm, example_inputs, chosen, record, name)
 
     # 5. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

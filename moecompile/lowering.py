@@ -18,7 +18,7 @@ from moecompile import cache
 from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes.printer import input_names
-from moecompile.report import GraphReport
+from moecompile.report import GraphReport, discard
 
 Compiled = Callable[..., Any]
 Seen = Callable[[str, fx.GraphModule], None]
@@ -34,6 +34,19 @@ def lower(
 
     The record never holds a graph itself: a graph holds fake tensors, and the record lives as long as the process.
     """
+    from torch._dynamo.exc import RestartAnalysis
+
+    try:
+        return _lower(gm, example_inputs, options, record, name)
+    except RestartAnalysis:
+        # tracing taught AOTAutograd what Dynamo should have known: Dynamo captures the frame again and calls us again
+        discard(record)
+        raise
+
+
+def _lower(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphReport, name: str | None
+) -> Compiled:
     inputs = input_names(gm.graph)
 
     def note(kind: str, graph_module: fx.GraphModule) -> None:
