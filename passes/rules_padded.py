@@ -264,9 +264,13 @@ def _by_table(value: Value, index: Value) -> Value:
     assert table is not None
     if len(index.dims) != 1:
         raise Refused("a table of padded slots in another layout")
-    if rows is not None and not reads_zeros(value, table):
+    source = rows if rows is not None else value
+    inside = terms.group_size(table.inside.atoms) if isinstance(table.inside, Index) else 0
+    if (rows is not None and not reads_zeros(value, table)) or difference(
+        terms.group_size(source.dims[0]), inside
+    ) != 0:
         raise Refused("unfilled slots read neither a row of tokens nor a row of zeros")
-    return look_up(rows if rows is not None else value, [0], [Value(index.dims, table.inside)], 0)
+    return look_up(source, [0], [Value(index.dims, table.inside)], 0)
 
 
 def _by_position(state: Interpretation, source: fx.Node, value: Value, index: Value) -> Value:
