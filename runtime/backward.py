@@ -1,7 +1,7 @@
 """Readable torch reference of the backward of `experts`, for the CPU and any GPU.
 
 Only `hidden`, GEMM1's rows, is kept from the forward; the rest is elementwise in x, weight and hidden, and is computed
-again. For each group of rows (see `moecompile.runtime.grouped`), from the result's gradient back:
+again, in chunks of rows on the CPU. From the result's gradient back, over rows in expert order:
 
     output       of_z = gradient of the row's token;  of_y, of_weight = pullback of the output expression
     GEMM2        of_a = of_y @ w_out.T;               w_out and b_out get theirs from (a, of_y)
@@ -24,145 +24,215 @@ from torch import Tensor
 from moecompile.runtime.combine import token_sum
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import vjp
-from moecompile.runtime.grouped import Group, part, row_dot
-from moecompile.runtime.reference import gate_and_up, walk_over
-
-PARAMETERS = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+from moecompile.runtime.grouped import row_dot
+from moecompile.runtime.reference import activate, by_chunk, features, feed, gate_and_up, part, rows_for
 
 
 def experts_backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and the saved hidden rows."""
-    walk = walk_over(args)
-    grads = {name: walk.gradient_like(getattr(args, name)) for name in PARAMETERS if name in needs}
-    of_x = walk.room(args.x, args.x.shape[1], args.x.dtype) if "x" in needs else None
-    of_weight = None
-    if args.weights is not None and "weights" in needs:
-        of_weight = args.weights.new_empty(args.rows, 1)
-    for group in walk:
-        backward = _GroupBackward(args, group, needs, grads)
-        of_rows = backward.run(grad, hidden, part(of_x, group))
-        if "x" in needs and of_x is None:
-            of_x = of_rows
-        if of_weight is not None:
-            of_weight[group.rows] = backward.of_weight
-    if of_x is not None:
-        grads["x"] = token_sum(of_x, args.slots, args.x.dtype, walk.complete)
-    if of_weight is not None:
-        each = args.slots.reshape(-1, 1)
-        grads["weights"] = token_sum(of_weight, each, of_weight.dtype, walk.complete).view(args.slots.shape)
-    return grads
+    return _Backward(args, grad, hidden, needs).run()
 
 
-class _GroupBackward:
-    """The backward of one group of rows; parameters' gradients go to `grads`, the weight's adds up in `of_weight`."""
+class _Backward:
+    """One backward: `grads` holds the parameters' gradients, `of_weight` (R, 1) adds up the routing weight's."""
 
-    def __init__(self, args: Arguments, group: Group, needs: Collection[str], grads: dict[str, Tensor]) -> None:
-        self.args, self.group, self.needs, self.grads = args, group, needs, grads
-        self.of_weight: Tensor | float = 0.0
+    def __init__(self, args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> None:
+        self.args, self.needs = args, needs
+        self.rows = rows_for(args)
+        self.chunks = self.rows.chunks()
+        self.leaves = self.rows.leaves(args.x, args.weights)
+        self.of_result = self.rows.gather(grad)
+        self.hidden = hidden[: self.of_result.shape[0]]
+        self.grads: dict[str, Tensor] = {}
+        self.of_weight = None if args.weights is None else torch.zeros_like(self.leaves["weight"])
         self.weight = {"weight"} if "weights" in needs else set()
         self.to_row = "x" in needs or not self.weight.isdisjoint(expression_leaves(args.input))
         self.to_hidden = self.to_row or not {"w_in", "w_up", "b_in", "b_up"}.isdisjoint(needs)
         self.to_activation = self.to_hidden or not self.weight.isdisjoint(expression_leaves(args.activation))
 
-    def run(self, grad: Tensor, hidden: Tensor, of_x: Tensor | None) -> Tensor | None:
-        """Goes back through the group; the rows' gradients of x (n, H), if needed, in `of_x` if given."""
+    def run(self) -> dict[str, Tensor]:
+        """The needed gradients by name."""
         args = self.args
-        leaves = self.group.leaves(args.x, None if args.weights is None else args.weights.reshape(-1))
-        features = gate_and_up(args, hidden[self.group.rows])
-        wanted = {*self.weight, *(features if self.to_hidden else ())}
-        a, pullback = vjp(args.activation, leaves | features, wanted)
-        of_result = self.group.gather(grad)
         form = weighting(args.output)
-        if form is None or ("weights" in self.needs and a.dtype == torch.float16):
+        if form is None or (self.weight and args.dtypes.activation == torch.float16):
             # float16 might overflow in of_z @ w_out, which the weight has not scaled yet
-            of_a = self._output(of_result, a, leaves)
+            of_hidden = self._back_through_output()
+        elif form.of_weight is None or not self.weight:
+            of_hidden = self._back_from(self._of_y(form))
         else:
-            of_a = self._weighted_output(form, of_result, a, leaves)
-        if of_a is None:
-            return None
-        pulled = self._collect(pullback(of_a))
-        if not self.to_hidden:
-            return None
-        of_features = {name: pulled.get(name, torch.zeros_like(value)) for name, value in features.items()}
-        return self._gemm1(of_features, leaves, of_x)
+            of_hidden = self._back_through_weighting(form)
+        if self.to_hidden:
+            assert of_hidden is not None
+            of_x = self._back_through_gemm1(of_hidden)
+            if of_x is not None:
+                self.grads["x"] = token_sum(of_x, args.slots, args.x.dtype, self.rows.complete)
+        if self.weight:
+            assert self.of_weight is not None
+            each = args.slots.reshape(-1, 1)
+            of_weights = token_sum(self.of_weight, each, self.of_weight.dtype, self.rows.complete)
+            self.grads["weights"] = of_weights.view(args.slots.shape)
+        return self.grads
 
-    def _collect(self, pulled: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds the weight's gradient to what it has so far and returns the other leaves' gradients."""
-        if "weight" in pulled:
-            self.of_weight = pulled.pop("weight") + self.of_weight
-        return pulled
-
-    def _output(self, of_result: Tensor, a: Tensor, leaves: dict[str, Tensor]) -> Tensor | None:
-        """Back through an output expression of any form, which needs y once more, and GEMM2."""
+    def _back_through_output(self) -> dict[str, Tensor] | None:
+        """Back through an output expression of any form, which needs y once more, to the hidden rows."""
         args = self.args
-        y = self.group.linear(a, args.w_out, args.w_out_transposed, args.b_out)
-        _, pullback = vjp(args.output, leaves | {"out": y}, {"out", *self.weight})
-        of_y = self._collect(pullback(of_result.to(args.dtypes.weighted)))["out"]
-        self._gemm2_parameters(of_y, a)
-        return self._gemm2(of_y) if self.to_activation else None
+        a = activate(args, self.leaves, self.hidden, self.chunks)
+        y = self.rows.linear(a, args.w_out, args.w_out_transposed, args.b_out)
 
-    def _weighted_output(
-        self, form: Weighting, of_result: Tensor, a: Tensor, leaves: dict[str, Tensor]
-    ) -> Tensor | None:
-        """Back through `mul(out, weight)` with any casts, or `out` alone, and GEMM2, without y."""
-        args, weight = self.args, None
-        of_product = of_z = of_result.to(args.dtypes.weighted)
-        if form.of_weight is not None:
-            weight = functools.reduce(Tensor.to, form.of_weight, leaves["weight"])
-            product = torch.promote_types((args.dtypes.out, *form.of_out)[-1], weight.dtype)
-            of_product = _uncast(of_z, product, form.after)
-        if weight is None or not self.weight or not {"w_out", "b_out"}.isdisjoint(self.needs):
-            casts = form.after if weight is None else form.of_out
-            of_y = _uncast(of_product if weight is None else of_product * weight, args.dtypes.out, casts)
-            self._gemm2_parameters(of_y, a)
-            if weight is None or not self.weight:
-                return self._gemm2(of_y) if self.to_activation else None
-        widened = not form.after and torch.promote_types(of_result.dtype, of_product.dtype) == of_product.dtype
-        unscaled = self._gemm2(of_result if widened and of_result.dtype == a.dtype else of_product)
-        of_weight = row_dot(unscaled, a)
+        def compute(chunk: slice, into: Tensor | None) -> Tensor:
+            _, pullback = vjp(args.output, part(self.leaves, chunk) | {"out": y[chunk]}, {"out", *self.weight})
+            pulled = self._collect(chunk, pullback(self.of_result[chunk].to(args.dtypes.weighted)))
+            return pulled["out"] if into is None else into.copy_(pulled["out"])
+
+        return self._back_from(by_chunk(self.chunks, lambda: torch.empty_like(y), compute))
+
+    def _back_from(self, of_y: Tensor) -> dict[str, Tensor] | None:
+        """Back from y to the hidden rows."""
+        of_a = self._gemm2(of_y) if self.to_activation else None
+        a, of_hidden = self._activation(of_a, None)
+        self._gemm2_parameters(of_y, a)
+        return of_hidden
+
+    def _back_through_weighting(self, form: Weighting) -> dict[str, Tensor] | None:
+        """Back through `mul(out, weight)` with any casts to the hidden rows, and to the weight, without y."""
+        args = self.args
+        weight, product = self._weight_and_product(form)
+        of_product = self.of_result
+        if form.after or torch.promote_types(of_product.dtype, product) != product:
+            of_product = _uncast(of_product.to(args.dtypes.weighted), product, form.after)
+        unscaled = self._gemm2(of_product)
         if args.b_out is not None:
-            of_weight = of_weight + self.group.bias_dot(args.b_out, of_product)
-        self._collect({"weight": of_weight.to(leaves["weight"].dtype)})
-        return (unscaled * weight).to(a.dtype) if self.to_activation else None
+            self._add_to_weight(slice(None), self.rows.bias_dot(args.b_out, of_product))
+        a, of_hidden = self._activation(unscaled, weight)
+        if not {"w_out", "b_out"}.isdisjoint(self.needs):
+            self._gemm2_parameters(self._of_y(form), a)
+        return of_hidden
+
+    def _of_y(self, form: Weighting) -> Tensor:
+        """Gradient of y (R, H2) under `mul(out, weight)` with any casts, or `out` alone."""
+        args, out = self.args, self.args.dtypes.out
+        if form.of_weight is None:
+            return _uncast(self.of_result.to(args.dtypes.weighted), out, form.after)
+        weight, product = self._weight_and_product(form)
+
+        def compute(chunk: slice, into: Tensor | None) -> Tensor:
+            of_product = _uncast(self.of_result[chunk].to(args.dtypes.weighted), product, form.after)
+            of_y = _uncast(of_product * weight[chunk], out, form.of_out)
+            return of_y if into is None else into.copy_(of_y)
+
+        return by_chunk(self.chunks, lambda: self.of_result.new_empty(self.of_result.shape, dtype=out), compute)
+
+    def _weight_and_product(self, form: Weighting) -> tuple[Tensor, torch.dtype]:
+        """The weight as it is multiplied (R, 1), and the product's dtype."""
+        weight = functools.reduce(Tensor.to, form.of_weight or (), self.leaves["weight"])
+        return weight, torch.promote_types((self.args.dtypes.out, *form.of_out)[-1], weight.dtype)
 
     def _gemm2(self, of_y: Tensor) -> Tensor:
-        """Gradient of the activation (n, I)."""
+        """Gradient of the activation (R, I)."""
         args = self.args
-        return self.group.linear(of_y.to(args.dtypes.activation), args.w_out, not args.w_out_transposed)
+        return self.rows.linear(of_y.to(args.dtypes.activation), args.w_out, not args.w_out_transposed)
 
-    def _gemm2_parameters(self, of_y: Tensor, a: Tensor) -> None:
-        if "b_out" in self.needs:
-            self.group.bias_gradient(self.grads, "b_out", of_y)
+    def _gemm2_parameters(self, of_y: Tensor, a: Tensor | None) -> None:
+        args = self.args
+        if args.b_out is not None and "b_out" in self.needs:
+            self.grads["b_out"] = self.rows.bias_gradient(args.b_out, of_y)
         if "w_out" in self.needs:
-            self.group.weight_gradient(self.grads, "w_out", a, of_y.to(a.dtype), self.args.w_out_transposed)
+            assert a is not None
+            of_product = of_y.to(a.dtype)
+            self.grads["w_out"] = self.rows.weight_gradient(args.w_out, a, of_product, args.w_out_transposed)
 
-    def _gemm1(self, of_hidden: dict[str, Tensor], leaves: dict[str, Tensor], of_x: Tensor | None) -> Tensor | None:
-        """Back through GEMM1 and the input expression: the rows' gradients of x, if needed, in `of_x` if given."""
+    def _activation(self, of_a: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, dict[str, Tensor] | None]:
+        """The activation, if w_out needs it, and the gradient of the hidden rows, if anything does.
+
+        With a scale (R, 1), of_a is the gradient before the weight scales it, and its product with the activation is
+        the weight's own gradient.
+        """
+        args, count = self.args, self.hidden.shape[0]
+        keep, whole = "w_out" in self.needs, len(self.chunks) == 1
+        a = (
+            None
+            if whole or not keep
+            else self.hidden.new_empty((count, args.intermediate), dtype=args.dtypes.activation)
+        )
+        of_hidden = _HiddenGradient(args, self.hidden) if self.to_hidden else None
+        for chunk in self.chunks if keep or of_a is not None else ():
+            inputs = gate_and_up(args, self.hidden[chunk])
+            wanted = {*self.weight, *(inputs if self.to_hidden else ())}
+            into = None if a is None else a[chunk]
+            value, pullback = vjp(args.activation, part(self.leaves, chunk) | inputs, wanted, into)
+            if keep and whole:
+                a = value
+            if of_a is None:
+                continue
+            upstream = of_a[chunk]
+            if scale is not None:
+                self._add_to_weight(chunk, row_dot(upstream, value))
+                upstream = (upstream * scale[chunk]).to(value.dtype)
+            if self.to_activation:
+                pulled = self._collect(chunk, pullback(upstream))
+                if of_hidden is not None:
+                    of_hidden.put(chunk, pulled)
+        return a, None if of_hidden is None else of_hidden.value
+
+    def _collect(self, chunk: slice, pulled: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adds the weight's gradient to what it has so far and returns the other leaves' gradients."""
+        if "weight" in pulled:
+            self._add_to_weight(chunk, pulled.pop("weight"))
+        return pulled
+
+    def _add_to_weight(self, chunk: slice, grad: Tensor) -> None:
+        assert self.of_weight is not None
+        self.of_weight[chunk] += grad
+
+    def _back_through_gemm1(self, of_hidden: dict[str, Tensor]) -> Tensor | None:
+        """Back through GEMM1 and the input expression: the rows' gradients of x (R, H), if needed."""
         args = self.args
-        row, pullback = vjp(args.input, leaves, {"x", *self.weight})
-        direct = of_x if args.input == "x" else None
-        if args.w_up is None:
-            of_row = self._linear(_join(args, of_hidden), row, "w_in", "b_in", direct)
-        else:
-            of_row = self._linear(of_hidden["gate"], row, "w_in", "b_in", direct)
-            of_up = self._linear(of_hidden["up"], row, "w_up", "b_up", None)
-            if of_row is not None and of_up is not None:
-                of_row.add_(of_up)
+        row = feed(args, self.leaves, self.chunks)
+        of_row = self._linear(of_hidden["in"], row, "w_in", "b_in")
+        if args.w_up is not None:
+            of_up = self._linear(of_hidden["up"], row, "w_up", "b_up")
+            of_row = None if of_row is None or of_up is None else of_row.add_(of_up)
         if of_row is None or args.input == "x":
             return of_row
-        found = self._collect(pullback(of_row))["x"]
-        return found if of_x is None else of_x.copy_(found)
+        upstream = of_row
 
-    def _linear(self, grad: Tensor, row: Tensor, weight: str, bias: str, into: Tensor | None) -> Tensor | None:
+        def compute(chunk: slice, into: Tensor | None) -> Tensor:
+            _, pullback = vjp(args.input, part(self.leaves, chunk), {"x", *self.weight})
+            of_x = self._collect(chunk, pullback(upstream[chunk]))["x"]
+            return of_x if into is None else into.copy_(of_x)
+
+        of_x = by_chunk(self.chunks, lambda: torch.empty_like(self.leaves["x"]), compute)
+        return of_x if "x" in self.needs else None
+
+    def _linear(self, grad: Tensor, row: Tensor, weight: str, bias: str) -> Tensor | None:
         """Gradient of a row through one matrix of GEMM1, if anything asks for it; stores its parameters'."""
-        of_product, transposed = grad.to(row.dtype), self.args.w_in_transposed
+        of_product, transposed, matrices = grad.to(row.dtype), self.args.w_in_transposed, getattr(self.args, weight)
         if bias in self.needs:
-            self.group.bias_gradient(self.grads, bias, grad)
+            self.grads[bias] = self.rows.bias_gradient(getattr(self.args, bias), grad)
         if weight in self.needs:
-            self.group.weight_gradient(self.grads, weight, row, of_product, transposed)
-        if not self.to_row:
-            return None
-        return self.group.linear(of_product, getattr(self.args, weight), not transposed, into=into)
+            self.grads[weight] = self.rows.weight_gradient(matrices, row, of_product, transposed)
+        return self.rows.linear(of_product, matrices, not transposed) if self.to_row else None
+
+
+class _HiddenGradient:
+    """The gradient of the hidden rows, put together from chunks of its features.
+
+    `value` holds it as GEMM1's backward wants it: "in" (R, N), and "up" apart where there are two matrices.
+    """
+
+    def __init__(self, args: Arguments, hidden: Tensor) -> None:
+        count, inner = hidden.shape[0], args.intermediate
+        if args.gate_up == "separate":
+            parts = {"gate": hidden.new_empty(count, inner), "up": hidden.new_empty(count, inner)}
+            self.value, self.parts = {"in": parts["gate"], "up": parts["up"]}, parts
+        else:
+            whole = torch.empty_like(hidden)
+            self.value, self.parts = {"in": whole}, features(args, whole)
+
+    def put(self, chunk: slice, grads: dict[str, Tensor]) -> None:
+        """Stores a chunk's gradients; a feature that the activation does not read has none."""
+        for name, destination in self.parts.items():
+            destination[chunk] = grads.get(name, 0)
 
 
 def _uncast(grad: Tensor, dtype: torch.dtype, casts: Sequence[torch.dtype]) -> Tensor:
@@ -170,14 +240,3 @@ def _uncast(grad: Tensor, dtype: torch.dtype, casts: Sequence[torch.dtype]) -> T
     for before in reversed((dtype, *casts[:-1]) if casts else (dtype,)):
         grad = grad.to(before)
     return grad
-
-
-def _join(args: Arguments, features: dict[str, Tensor]) -> Tensor:
-    """Gradients of `gate` and `up`, or of `hidden`, laid out as the rows of hidden (n, N)."""
-    if "hidden" in features:
-        return features["hidden"]
-    if args.gate_up == "interleaved":
-        joined = features["gate"].new_empty(features["gate"].shape[0], args.width)
-        joined[:, 0::2], joined[:, 1::2] = features["gate"], features["up"]
-        return joined
-    return torch.cat((features["gate"], features["up"]), 1)

@@ -18,9 +18,9 @@ BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def weighted_sum(args: Arguments, rows: Tensor, complete: bool) -> Tensor:
-    """The result (T, H2) of rows (T*K, H2) that GEMM2 left in expert order.
+    """The result (T, H2) of rows (R, H2) that GEMM2 left in expert order.
 
-    complete says that every assignment has an expert; the rows of those without may hold anything.
+    complete says that every assignment has an expert; otherwise rows of those without are absent or hold anything.
     """
     weights, dtype = args.weights, args.dtypes.result
     form = weighting(args.output)
@@ -38,7 +38,7 @@ def weighted_sum(args: Arguments, rows: Tensor, complete: bool) -> Tensor:
 
 
 def token_sum(rows: Tensor, slots: Tensor, dtype: torch.dtype, complete: bool) -> Tensor:
-    """Sums the rows (T*K, F) of each token's slots (T, K), shape (T, F); slots of -1 add nothing."""
+    """Sums the rows (R, F) of each token's slots (T, K), shape (T, F); slots of -1 add nothing."""
     if slots.shape[1] > 1 and _fits_bag(rows, rows.dtype, dtype):
         return _bag(rows, slots, None, complete).to(dtype)
     return _sum(_gather(rows, slots), slots, dtype, complete)
@@ -53,6 +53,8 @@ def _evaluated_sum(args: Arguments, rows: Tensor, complete: bool) -> Tensor:
 
 def _gather(rows: Tensor, slots: Tensor) -> Tensor:
     """Rows in token order (T*K, F); those of slot -1 hold anything."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(slots.numel(), rows.shape[1])
     return rows.index_select(0, slots.reshape(-1).clamp(min=0))
 
 
@@ -80,7 +82,7 @@ def _fits_bag(rows: Tensor, inner: torch.dtype, dtype: torch.dtype) -> bool:
 
 
 def _bag(rows: Tensor, slots: Tensor, weights: Tensor | None, complete: bool) -> Tensor:
-    if not complete:  # then the last row belongs to no expert
-        rows[-1].zero_()
-        slots = torch.where(slots < 0, rows.shape[0] - 1, slots)
+    if not complete:  # a row of zeros for the slots without an expert
+        slots = torch.where(slots < 0, rows.shape[0], slots)
+        rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
     return torch.nn.functional.embedding_bag(slots, rows, mode="sum", per_sample_weights=weights)

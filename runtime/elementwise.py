@@ -201,6 +201,10 @@ assert OPERATORS.keys() == OPERATIONS.keys(), (
 )
 
 
+WRITING: dict[str, Callable[..., Tensor]] = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
+"""Operations that can write their result where it is wanted."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation of a program; its arguments are indices of earlier values, or constants."""
@@ -217,12 +221,18 @@ class Program:
     leaves: tuple[str, ...]
     steps: tuple[Step, ...]
 
-    def run(self, env: Mapping[str, Tensor]) -> list[Tensor]:
-        """All values, leaves first."""
+    def run(self, env: Mapping[str, Tensor], into: Tensor | None = None) -> list[Tensor]:
+        """All values, leaves first; the result is written to `into`, of its shape and dtype, if that is given."""
         values = [env[name] for name in self.leaves]
         for step in self.steps:
-            forward, _ = OPERATORS[step.op]
-            values.append(forward(*_arguments(step, values), *step.params))
+            arguments = _arguments(step, values)
+            if into is not None and step is self.steps[-1] and step.op in WRITING and isinstance(arguments[0], Tensor):
+                values.append(WRITING[step.op](*arguments, out=into))
+            else:
+                forward, _ = OPERATORS[step.op]
+                values.append(forward(*arguments, *step.params))
+        if into is not None and values[-1] is not into:
+            values[-1] = into.copy_(values[-1])
         return values
 
 
@@ -257,12 +267,12 @@ def compiled(expression: Expression | str) -> Program:
     return Program(tuple(sorted(leaves(tree))), tuple(steps))
 
 
-def evaluate(expression: Expression | str, env: Mapping[str, Tensor]) -> Tensor:
-    """The expression's value where each leaf is the tensor `env` gives it.
+def evaluate(expression: Expression | str, env: Mapping[str, Tensor], into: Tensor | None = None) -> Tensor:
+    """The expression's value where each leaf is the tensor `env` gives it, written to `into` if that is given.
 
     Leaves broadcast against each other as in torch: rows (R, I) with a weight of each row (R, 1).
     """
-    return compiled(expression).run(env)[-1]
+    return compiled(expression).run(env, into)[-1]
 
 
 def result_dtype(expression: Expression | str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
@@ -278,15 +288,15 @@ def result_dtype(expression: Expression | str, dtypes: Mapping[str, torch.dtype]
 
 
 def vjp(
-    expression: Expression | str, env: Mapping[str, Tensor], wanted: Collection[str]
+    expression: Expression | str, env: Mapping[str, Tensor], wanted: Collection[str], into: Tensor | None = None
 ) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
-    """The expression's value and its pullback.
+    """The expression's value, written to `into` if that is given, and its pullback.
 
     The pullback takes the gradient of the value (same shape and dtype) and returns the gradient of each leaf in
     `wanted` that the expression reads, in the leaf's own shape and dtype.
     """
     program = compiled(expression)
-    values = program.run(env)
+    values = program.run(env, into)
 
     def pullback(grad: Tensor) -> dict[str, Tensor]:
         return _pull(program, values, grad, wanted)

@@ -1,14 +1,17 @@
 """Readable torch reference of `plan` and `experts`, for the CPU and any GPU; `moecompile.runtime.backward` goes back.
 
-Rows are assignments of a token to an expert, sorted by expert. The walk over the experts (`moecompile.runtime.grouped`)
-is a few at a time on the CPU, so that their rows stay in cache between the two GEMMs, and all experts at once in
-grouped GEMMs on other devices, where the host never asks how many rows an expert got.
+Rows are assignments of a token to an expert, sorted by expert (`moecompile.runtime.grouped`):
 
     row = input(x, weight)        hidden = row @ w_in + b_in        a = activation(hidden, weight)
     y = a @ w_out + b_out         z = output(y, weight)             result[token] = sum of its rows' z
+
+The products run over all rows at once; on the CPU the elementwise work between them runs over chunks of rows that stay
+in cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 from moecompile.runtime.combine import weighted_sum
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.elementwise import evaluate
-from moecompile.runtime.grouped import Group, Walk, groups, part
+from moecompile.runtime.grouped import CpuRows, DeviceRows, rows_of
 
 
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,43 +66,73 @@ def experts_forward(args: Arguments) -> tuple[Tensor, Tensor]:
     return result, hidden
 
 
-def walk_over(args: Arguments) -> Walk:
-    """The groups of rows in which this device computes the experts."""
-    return groups(args.offsets, args.order, args.slots.shape[1], args.width * args.dtypes.hidden.itemsize)
-
-
 def _forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
-    walk = walk_over(args)
-    weight_of = None if args.weights is None else args.weights.reshape(-1)
-    hidden = walk.room(args.x, args.width, args.dtypes.hidden) if save else None
-    out = walk.room(args.x, args.out_features, args.dtypes.out)
-    for group in walk:
-        leaves = group.leaves(args.x, weight_of)
-        pre = _gemm1(args, group, evaluate(args.input, leaves), part(hidden, group))
-        a = evaluate(args.activation, leaves | gate_and_up(args, pre))
-        y = group.linear(a, args.w_out, args.w_out_transposed, args.b_out, part(out, group))
-        if out is None:
-            hidden, out = pre, y
-    assert out is not None
-    if hidden is not None:
-        walk.clear_rest(hidden)
-    return weighted_sum(args, out, walk.complete), hidden
+    rows = rows_for(args)
+    leaves = rows.leaves(args.x, args.weights)
+    row = feed(args, leaves, rows.chunks())
+    hidden = rows.linear(row, args.w_in, args.w_in_transposed, args.b_in)
+    if args.w_up is not None:
+        hidden = torch.cat((hidden, rows.linear(row, args.w_up, args.w_in_transposed, args.b_up)), 1)
+    a = activate(args, leaves, hidden, rows.chunks())
+    out = rows.linear(a, args.w_out, args.w_out_transposed, args.b_out)
+    saved = rows.every(hidden, args.rows) if save else None
+    return weighted_sum(args, out, rows.complete), saved
 
 
-def _gemm1(args: Arguments, group: Group, row: Tensor, into: Tensor | None) -> Tensor:
-    if args.w_up is None:
-        return group.linear(row, args.w_in, args.w_in_transposed, args.b_in, into)
-    if into is None:
-        into = row.new_empty((row.shape[0], args.width), dtype=args.dtypes.hidden)
-    group.linear(row, args.w_in, args.w_in_transposed, args.b_in, into[:, : args.intermediate])
-    group.linear(row, args.w_up, args.w_in_transposed, args.b_up, into[:, args.intermediate :])
-    return into
+def rows_for(args: Arguments) -> CpuRows | DeviceRows:
+    """The rows of a call, in expert order."""
+    return rows_of(args.offsets, args.order, args.slots.shape[1], args.width * args.dtypes.hidden.itemsize)
+
+
+def feed(args: Arguments, leaves: Mapping[str, Tensor], chunks: Sequence[slice]) -> Tensor:
+    """The value of the input expression, (R, H): what GEMM1 multiplies."""
+    if args.input == "x":
+        return leaves["x"]
+    return by_chunk(
+        chunks,
+        lambda: leaves["x"].new_empty(leaves["x"].shape, dtype=args.dtypes.row),
+        lambda chunk, into: evaluate(args.input, part(leaves, chunk), into),
+    )
+
+
+def activate(args: Arguments, leaves: Mapping[str, Tensor], hidden: Tensor, chunks: Sequence[slice]) -> Tensor:
+    """The value of the activation, (R, I): what GEMM2 multiplies."""
+    return by_chunk(
+        chunks,
+        lambda: hidden.new_empty((hidden.shape[0], args.intermediate), dtype=args.dtypes.activation),
+        lambda chunk, into: evaluate(args.activation, part(leaves, chunk) | gate_and_up(args, hidden[chunk]), into),
+    )
+
+
+def by_chunk(
+    chunks: Sequence[slice], room: Callable[[], Tensor], compute: Callable[[slice, Tensor | None], Tensor]
+) -> Tensor:
+    """What compute(chunk, into) gives for all chunks; several are written to their parts of `room`."""
+    if len(chunks) == 1:
+        return compute(chunks[0], None)
+    whole = room()
+    for chunk in chunks:
+        compute(chunk, whole[chunk])
+    return whole
+
+
+def part(leaves: Mapping[str, Tensor], chunk: slice) -> dict[str, Tensor]:
+    """The chunk of each leaf."""
+    return {name: leaf[chunk] for name, leaf in leaves.items()}
 
 
 def gate_and_up(args: Arguments, hidden: Tensor) -> dict[str, Tensor]:
     """The activation's leaves in hidden rows (n, N): `gate` and `up` (n, I) each, or `hidden`."""
+    found = features(args, hidden)
+    if args.gate_up == "interleaved":  # packed, because elementwise kernels are slow on every other element
+        return {name: feature.contiguous() for name, feature in found.items()}
+    return found
+
+
+def features(args: Arguments, hidden: Tensor) -> dict[str, Tensor]:
+    """Views of the hidden rows (n, N) where `gate` and `up`, or `hidden`, lie."""
     if args.gate_up == "single":
         return {"hidden": hidden}
-    if args.gate_up == "interleaved":  # packed, because elementwise kernels are slow on every other element
-        return {"gate": hidden[:, 0::2].contiguous(), "up": hidden[:, 1::2].contiguous()}
+    if args.gate_up == "interleaved":
+        return {"gate": hidden[:, 0::2], "up": hidden[:, 1::2]}
     return {"gate": hidden[:, : args.intermediate], "up": hidden[:, args.intermediate :]}

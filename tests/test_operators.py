@@ -33,7 +33,7 @@ def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The CPU's walk over the experts, and that of other devices, run here on the CPU."""
     if request.param == "device":
         monkeypatch.setattr(
-            reference, "groups", lambda offsets, order, top_k, bytes_per_row: grouped.AllExperts(offsets, order, top_k)
+            reference, "rows_of", lambda offsets, order, top_k, bytes_per_row: grouped.DeviceRows(offsets, order, top_k)
         )
     return request.param
 
@@ -72,11 +72,13 @@ def test_routings(kind: str, walk: str, poisoned: None):
         make_case(ids, num_experts, biases=("b_out",), sizes=(2, 3, 4)).compare(1e-12, 1e-12)
 
 
-def test_runs_of_several_experts_and_of_one(monkeypatch: pytest.MonkeyPatch, poisoned: None):
+@pytest.mark.parametrize("gate_up", GATED)
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_in_chunks(form: str, gate_up: str, monkeypatch: pytest.MonkeyPatch, poisoned: None):
     torch.manual_seed(0)
-    case = make_case(routing("skewed", 40, 3, 9), 9, GPT_OSS, "interleaved", biases=BIASES)
-    for limit in (0, 2000, 1 << 30):
-        monkeypatch.setattr(grouped, "RUN_BYTES", limit)
+    case = make_case(routing("dropped", 9, 3, 4), 4, FORMS[form], gate_up, biases=BIASES)
+    for limit in (0, 1000):
+        monkeypatch.setattr(grouped, "CHUNK_BYTES", limit)
         case.compare(1e-12, 1e-12)
 
 
@@ -203,7 +205,7 @@ def test_frozen_experts_cost_no_weight_gradients(monkeypatch: pytest.MonkeyPatch
     case = make_case(routing("random", 8, 2, 3), 3)
     for name in ("w_in", "w_out"):
         case.given[name].requires_grad_(False)
-    monkeypatch.setattr(grouped.Run, "weight_gradient", None)
+    monkeypatch.setattr(grouped.Rows, "weight_gradient", None)
     case.run().sum().backward()
     assert case.given["x"].grad is not None and case.given["w_in"].grad is None
 
