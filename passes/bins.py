@@ -143,6 +143,7 @@ def numbers_of(value: Value) -> Numbers | None:
         return Numbers(dims, linear) if per_expert(value) else None
     if isinstance(content, PerExpert):
         linear = content.linear
+        assert linear.key is not None
         return Numbers(dims, linear) if per_expert(Value(dims, Count(linear.key, linear.num_experts))) else None
     if isinstance(content, PerRow):
         return Numbers(dims, content.linear, content.at)

@@ -108,7 +108,7 @@ class _Walk:
         if not (written or _is_rows(node, state)):
             return
         after = self._after(call)
-        if written:
+        if written and isinstance(target, fx.Node):
             self._write(target, after)
         if fake_of(node) is not None:
             self._found[node] = after
@@ -145,7 +145,7 @@ class _Walk:
             return self._elementwise(call)
         raise Refused(f"what {call.node} leaves at padded slots of no row is not known")
 
-    def _base(self, node: fx.Node) -> Unfilled:
+    def _base(self, node: Any) -> Unfilled:
         """What rows are put into."""
         made = self._state.calls.get(node)
         if node in self._found:
@@ -270,7 +270,7 @@ class _Walk:
                 " set it to zero there before the sum"
             )
 
-    def _table(self, index: fx.Node) -> Table | None:
+    def _table(self, index: Any) -> Table | None:
         """A table of padded slots, dimensions along which it repeats aside."""
         value = self._state.value(index)
         return table_of(Value(tuple(group for group in value.dims if padded_atom(group)), value.content))

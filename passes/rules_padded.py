@@ -16,22 +16,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import rules_bins, rules_slots, terms
-from moecompile.passes.bins import at_ids, ends_of, is_bins, is_slots, is_whole_order, slot_of
+from moecompile.passes import rules_bins, rules_padded_sums, rules_slots, terms
+from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, Rule, fake_of, is_plain
-from moecompile.passes.rules_index import rows_index
-from moecompile.passes.rules_products import einsum
-from moecompile.passes.rules_views import free
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of, is_plain
 from moecompile.passes.slots import (
-    Bins,
     Table,
+    along_rows,
     appended,
     bins_of,
     check_capacity,
     difference,
     integers,
-    is_at_least,
     is_tensor,
     kind_of,
     number,
@@ -41,11 +37,10 @@ from moecompile.passes.slots import (
     slot_of_searched,
     slots_atom,
     table_of,
-    tensor,
     whole,
 )
-from moecompile.passes.terms import Atom, Constant, Index, Looked, Offsets, Size, Special, Total, Value, Variable
-from moecompile.passes.unify import enumerates, look_up, unify, without
+from moecompile.passes.terms import Atom, Constant, Index, Special, Value, Variable
+from moecompile.passes.unify import enumerates, look_up, unify
 
 # ---- rows put at slots
 
@@ -62,7 +57,7 @@ def _index_put(call: Call, state: Interpretation) -> Value | None:
         raise Passed
     index = state.value(integers(call["indices"][0]))
     if call["accumulate"] is True:
-        return _added(call, state, index, call["values"])
+        return rules_padded_sums.added(call, state, index, call["values"])
     return _put(call, state, index, call["values"])
 
 
@@ -74,7 +69,7 @@ def _index_copy(call: Call, state: Interpretation) -> Value:
 
 def _scatter(call: Call, state: Interpretation) -> Value:
     source = call.arguments.get("src", call.arguments.get("value"))
-    index = _along_rows(call, state)
+    index = along_rows(call, state)
     if call["reduce"] is not None:
         raise Passed
     if isinstance(source, fx.Node) and state.shape(source) != state.shape(call["index"]):
@@ -82,19 +77,10 @@ def _scatter(call: Call, state: Interpretation) -> Value:
     return _put(call, state, index, source)
 
 
-def _along_rows(call: Call, state: Interpretation) -> Value:
-    """The index of a gather or scatter along the first dimension, where it is the same along the others."""
-    index = state.value(tensor(call.arguments.get("index", call.arguments.get("indices"))))
-    concerned = is_slots(index.content) or kind_of(index.content) in ("table", "position")
-    if not concerned or (call["dim"] or 0) not in (0, -len(index.dims)):
-        raise Passed
-    return rows_index(index, 0)
-
-
 def _put(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
     """target[slot] = source, or target[table] = source."""
     if kind_of(index.content) == "table":
-        return _put_back(call, state, index, source)
+        return rules_padded_sums.put_back(call, state, index, source)
     if not is_slots(index.content):
         raise Passed
     slot, target = slot_of(index.content), call["input"]
@@ -141,31 +127,6 @@ def _marked(state: Interpretation, target: fx.Node, atom: Atom, outside: Any, in
     return Value(((atom,),), Special("filled" if inside else "unfilled", (bins_of((atom,)),)))
 
 
-def _put_back(call: Call, state: Interpretation, index: Value, source: Any) -> Value:
-    """target[table] = rows: each padded row at its assignment's number, the others beyond the last."""
-    table, rows = table_of(index), state.value(tensor(source))
-    assert table is not None
-    if not rows.dims or rows.dims[0] != (table.atom,) or len(index.dims) != 1:
-        raise Refused("padded rows put back at the numbers of other rows")
-    if not isinstance(table.inside, Index) or table.inside.atoms != table.atom.variable.group:
-        raise Refused("padded rows put back at numbers that are not one for each assignment")
-    if state.dtype(source) != state.dtype(call["input"]) or state.shape(source)[1:] != state.shape(call["input"])[1:]:
-        raise Refused("rows put into a tensor of another shape or dtype")
-    return _with_spare(call, state, Value((table.inside.atoms, *rows.dims[1:]), rows.content), table.outside)
-
-
-def _with_spare(call: Call, state: Interpretation, value: Value, outside: Size | None) -> Value:
-    """The value's rows, and further rows at which those of unfilled slots end up."""
-    made = state.calls.get(call["input"])
-    rows, kept = state.shape(call["input"])[0], terms.group_size(value.dims[0])
-    if made is None or made.name != "zeros" or number(state, call["input"]) != 0:
-        raise Refused("padded rows collected in a tensor that is not new and zero")
-    if outside is None or not is_at_least(outside, kept) or not is_at_least(rows, outside + 1):
-        raise Refused("the rows of unfilled slots end up among those of tokens")
-    dims = (free(rows, (call.node, "spare")), *value.dims[1:])
-    return Value(dims, Special("spare", (value, call["input"] if call.inplace else None, call.node)))
-
-
 # ---- rows read at slots, or at what a table says
 
 
@@ -204,37 +165,7 @@ def _part(call: Call, state: Interpretation, item: Any, rest: list[Any]) -> Valu
         raise Passed
     if item.step not in (None, 1) or item.start not in (None, 0):
         raise Refused("rows of tokens together with those of unfilled slots")
-    return _kept(call, state, value, whole(state, item.stop))
-
-
-def _narrow(call: Call, state: Interpretation) -> Value | None:
-    value = state.value(call["input"])
-    if kind_of(value.content) != "spare" or call["dim"] not in (0, -len(value.dims)):
-        raise Passed
-    if call["start"] != 0:
-        raise Refused("rows of tokens together with those of unfilled slots")
-    return _kept(call, state, value, state.number(call["length"]))
-
-
-def _kept(call: Call, state: Interpretation, value: Value, stop: Size) -> Value | None:
-    """The rows without the spare ones. Nobody else may see the tensor that has them, as this one takes its place."""
-    assert isinstance(value.content, Special)
-    inner, base, node = value.content.about
-    rows = state.shape(call["input"])[0]
-    if value.dims[:1] != (free(rows, (node, "spare")),):
-        raise Refused("rows of tokens and of unfilled slots in another layout")
-    if isinstance(stop, int) and stop < 0:
-        stop = rows + stop
-    if difference(stop, terms.group_size(inner.dims[0])) != 0:
-        raise Refused("rows of tokens together with those of unfilled slots, or not all rows of tokens")
-    names = [node] if base is None else [node, base]
-    if {user for name in names for user in name.users if is_tensor(user)} - {node, call.node}:
-        raise Refused(f"{node}, which has rows for unfilled slots, is used in several places")
-    if isinstance(inner.content, Total):
-        state.combines.append(Combine(call.node, inner))
-        return None
-    found: Value = inner
-    return found
+    return rules_padded_sums.kept(call, state, value, whole(state, item.stop))
 
 
 def _read(state: Interpretation, source: fx.Node, index: Value) -> Value:
@@ -306,7 +237,7 @@ def _gather(call: Call, state: Interpretation) -> Value:
     value = state.value(call["input"])
     if is_bins(value.content):
         return at_ids(value, state.value(call.arguments.get("index", call.arguments.get("indices"))))
-    index = _along_rows(call, state)
+    index = along_rows(call, state)
     if state.shape(call.node)[1:] != state.shape(call["input"])[1:]:
         raise Passed
     return _read(state, call["input"], index)
@@ -329,77 +260,6 @@ def _cat(call: Call, state: Interpretation) -> Value:
     return Value(((atom,), *rows.dims[1:]), Special("appended", (atom, rows)))
 
 
-# ---- products and sums
-
-
-def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
-    """Rows at padded slots times their expert's matrix, by the ends of the padded bins."""
-    rows, ends = state.value(call["input"]), state.value(tensor(call["offs"]))
-    weight = call.arguments.get("mat2", call.arguments.get("weight"))
-    bins = bins_of(rows.dims[0]) if rows.dims else None
-    if bins is None:
-        if is_bins(ends.content) and not isinstance(ends.content, Offsets):
-            cause = state.first_refused(call["input"])
-            reason = "a grouped GEMM with the ends of padded bins, over rows that are not at padded slots"
-            raise Refused(reason if cause is None else state.refusals[cause])
-        raise Passed
-    weights = state.value(weight)
-    if call.arguments.get("bias") is not None or len(rows.dims) != 2 or len(weights.dims) != 3:
-        raise Refused("a grouped GEMM of padded rows that is not rows by stacked weights")
-    if ends_of(ends) != bins.ends:
-        raise Refused("a grouped GEMM whose offsets are not the ends of the bins that its rows were put into")
-    if len({state.dtype(node) for node in (call["input"], weight, call.node)}) != 1:
-        raise Refused("a product of mixed dtypes")
-    return _product(call, state, bins, rows, weights)
-
-
-def _product(call: Call, state: Interpretation, bins: Bins, rows: Value, weights: Value) -> Value | None:
-    key, experts = bins.ends.key, bins.ends.num_experts
-    assert key is not None
-    if terms.group_size(weights.dims[0]) != experts or len(weights.dims[0]) > 1:
-        raise Refused(f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with {experts} bins")
-    content = weights.content
-    if weights.dims[0]:
-        content = terms.substitute(content, weights.dims[0][0], Looked(key, experts))
-    return einsum(state, call.node, rows, Value(weights.dims[1:], content), "sf,fn->sn")
-
-
-def _index_add(call: Call, state: Interpretation) -> Value | None:
-    if call["alpha"] != 1 or call["dim"] not in (0, -2):
-        raise Passed
-    return _added(call, state, state.value(call["index"]), call["source"])
-
-
-def _scatter_add(call: Call, state: Interpretation) -> Value | None:
-    index = _along_rows(call, state)
-    if state.shape(call["index"]) != state.shape(call["src"]):
-        raise Passed
-    return _added(call, state, index, call["src"])
-
-
-def _added(call: Call, state: Interpretation, index: Value, source: fx.Node) -> Value | None:
-    """base[token of slot] += row: a sum over each token's choices."""
-    table, rows = table_of(index), state.value(source)
-    if table is None:
-        raise Passed
-    if len(rows.dims) != 2 or rows.dims[0] != (table.atom,) or len(index.dims) != 1:
-        raise Refused("rows added at the tokens of other slots")
-    token = table.inside
-    over = without(table.atom.variable.group, token.atoms) if isinstance(token, Index) else None
-    if over is None or not isinstance(token, Index) or state.dtype(source) != state.dtype(call.node):
-        raise Refused("padded rows added at an index that is not their token's number, or in another dtype")
-    value = Value((token.atoms, rows.dims[1]), Total(rows.content, over, state.dtype(source)))
-    kept, outside = terms.group_size(token.atoms), table.outside
-    within = outside is None or (is_at_least(kept, outside + 1) and is_at_least(outside, 0))
-    if not within:
-        return _with_spare(call, state, value, outside)
-    if difference(state.shape(call["input"])[0], kept) != 0:
-        raise Refused("rows added at an index that is not their token's number")
-    fresh = state.value(call["input"]).content == Constant(0)
-    state.combines.append(Combine(call.node, value, call["input"], fresh))
-    return None
-
-
 RULES: dict[str, Rule] = {
     **rules_slots.RULES,
     "setitem": _setitem,
@@ -407,14 +267,14 @@ RULES: dict[str, Rule] = {
     "index_copy": _index_copy,
     "scatter": _scatter,
     "getitem": _getitem,
-    "narrow": _narrow,
+    "narrow": rules_padded_sums.narrow,
     "index_select": _index_select,
     "embedding": _embedding,
     "gather": _gather,
     "take_along_dim": _gather,
     "cat": _cat,
-    "grouped_mm": _grouped_mm,
-    "grouped_mm_fallback": _grouped_mm,
-    "index_add": _index_add,
-    "scatter_add": _scatter_add,
+    "grouped_mm": rules_padded_sums.grouped_mm,
+    "grouped_mm_fallback": rules_padded_sums.grouped_mm,
+    "index_add": rules_padded_sums.index_add,
+    "scatter_add": rules_padded_sums.scatter_add,
 }

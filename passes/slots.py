@@ -21,8 +21,10 @@ import torch
 from torch import fx
 
 from moecompile.passes import terms
-from moecompile.passes.bins import Linear, PerRow, Slot, slot_of
+from moecompile.passes.bins import Linear, PerRow, Slot, is_slots, slot_of
+from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, fake_of
+from moecompile.passes.rules_index import rows_index
 from moecompile.passes.terms import Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
 
 
@@ -225,3 +227,12 @@ def is_run(value: Value) -> bool:
         and content.atoms[0].variable.kind == "free"
         and value.dims == (content.atoms,)
     )
+
+
+def along_rows(call: Call, state: Interpretation) -> Value:
+    """The index of a gather or scatter along the first dimension, where it is the same along the others."""
+    index = state.value(tensor(call.arguments.get("index", call.arguments.get("indices"))))
+    concerned = is_slots(index.content) or kind_of(index.content) in ("table", "position")
+    if not concerned or (call["dim"] or 0) not in (0, -len(index.dims)):
+        raise Passed
+    return rows_index(index, 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,7 +179,7 @@ def detected(module: Padded) -> Detection:
     return detect(captured(module, (tokens(),)).gm.graph)
 
 
-def observed(module: torch.nn.Module, parameters: list[Tensor], x: Tensor) -> list[Tensor]:
+def observed(module: Callable[[Tensor], Any], parameters: list[Tensor], x: Tensor) -> list[Tensor]:
     """The result, and the gradients of the tokens and of the parameters."""
     out = module(x)
     out = out[0] if isinstance(out, tuple) else out
