@@ -300,8 +300,7 @@ def _prove(columns: Sequence[Column], draft: Routing) -> frozenset[int]:
     choices: Group = (Atom(ASSIGNMENT, 1, draft.top_k),) if shared else ()
     domains: set[int] = set()
     for column in columns:
-        own = _own_running(column)
-        counted_by = [part for part in own.at if isinstance(part, Atom)]
+        counted_by = [part for part in _counted_by(column) if isinstance(part, Atom)]
         if shared and not _covers(counted_by, choices[0]):
             raise Refused("choices whose places are counted apart share them")
         domains |= {number for number, digit in enumerate(tokens) if digit.size != 1 and not _covers(counted_by, digit)}
@@ -327,18 +326,22 @@ def _covers(digits: Sequence[Atom], digit: Atom) -> bool:
     )
 
 
-def _own_running(column: Column) -> Running:
-    """The running count that the place of an assignment is: that of its own expert's assignments, itself the last."""
-    own = Looked(column.key, 0)
+def _counted_by(column: Column) -> tuple[Part, ...]:
+    """The digits of the running count that a place is: that of its own expert's assignments, itself the last.
+
+    No digits where each assignment is counted for itself alone.
+    """
+    if not column.place.items:
+        return ()
     runs = [(content, count) for content, count in column.place.items if isinstance(content, Running)]
     if len(runs) != 1 or runs[0][1] != 1:
         raise Refused("places of assignments that are not one running count of their expert's assignments")
     run = runs[0][0]
-    if not isinstance(run.expert, Looked) or run.expert.content != own.content:
+    if not isinstance(run.expert, Looked) or run.expert.content != column.key:
         raise Refused("places of assignments that are counted for another expert")
     if closed(column.key, run.at) != run.key:
         raise Refused("places of assignments that are counted over other expert ids")
-    return run
+    return run.at
 
 
 def _check_offset(column: Column, inside: Group) -> None:

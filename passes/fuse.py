@@ -148,13 +148,10 @@ class _Emitter:
 
 
 def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:
-    """Whether a reshape to (-1, size) would change nothing."""
+    """Whether a reshape, with one size left open, would change nothing."""
     fake = fake_of(node)
-    return (
-        fake.dim() == len(shape) == 2
-        and shape[0] == -1
-        and isinstance(fake.shape[1], int)
-        and fake.shape[1] == shape[1]
+    return fake.dim() == len(shape) and all(
+        size == -1 or (isinstance(own, int) and own == size) for own, size in zip(fake.shape, shape, strict=True)
     )
 
 

@@ -145,6 +145,9 @@ def _resembles(block: set[fx.Node], state: Interpretation) -> str:
         return "padded_bins"
     if names & {"grouped_mm", "grouped_mm_fallback"}:
         return "torchtitan" if names & {"scatter_add", "index_add"} else "grouped_mm"
+    before = _reachable(block, lambda node: node.all_input_nodes)
+    if any(node in state.calls and state.calls[node].name == "cumsum" for node in before):
+        return "capacity"
     if "nonzero" in names or "where" in names:
         return "expert_loop"
     if looked:

@@ -229,7 +229,10 @@ def _cumsum(call: Call, state: Interpretation) -> Value:
     (mark,) = marks[0].factors
     if not isinstance(mark, Equals) or not isinstance(mark.atom, Atom):
         raise Refused("a running sum over something else than a one-hot mask of expert ids")
-    if not order or any(atom.variable.kind != "ids" for atom in order):
+    if not order:  # one assignment: its own place is the first
+        _check_counts(state, call.node)
+        return Value(value.dims, number({marks[0]: 1}))
+    if any(atom.variable.kind != "ids" for atom in order):
         raise Refused("a running sum that does not run over assignments")
     _check_counts(state, call.node)
     return Value(value.dims, running(mark.content, order, mark.atom))

@@ -14,12 +14,14 @@ from torch import fx
 from moecompile.passes import terms
 from moecompile.passes.capacity import Marks, Number, Sum, as_terms, of_terms, over_choices, own_expert, product, scaled
 from moecompile.passes.dispatch import ASSIGNMENT, Places, Tensor, is_whole, take_apart
-from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused
+from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, walk
 from moecompile.passes.terms import (
     Apply,
     Atom,
     Content,
+    Contract,
     Count,
+    Element,
     Equals,
     Group,
     Index,
@@ -31,6 +33,7 @@ from moecompile.passes.terms import (
 from moecompile.passes.unify import _choose, _deduplicated, _renaming
 
 Labels = Mapping[str, Group]
+_REACH = 60  # how far back a reason is looked for, in nodes
 
 
 def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
@@ -39,6 +42,7 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     marked = [_is_marks(value) for value in values]
     placed = [any(_is_place(atom) for group in value.dims for atom in group) for value in values]
     if not any(marked) and not any(placed):
+        _check_sum_over_places(state, left, right, equation)
         raise Passed
     inputs, output = equation.split("->")
     first, second = inputs.split(",")
@@ -57,7 +61,8 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
             and not set(others) <= set(own)
         ):
             return _recorded(_put_in, state, node, (value, own), (other, others), output, number)
-    if any(placed):
+    contracted = any(label not in output for label in labels[0] if label in labels[1])
+    if any(placed) or (contracted and not all(marked) and any(isinstance(value.content, Equals) for value in values)):
         raise Passed
     return _multiplied(state, node, values, labels, output)
 
@@ -142,8 +147,10 @@ def _put_in(
     rows, others = tokens
     if isinstance(rows.content, (Meaning, Index, Count, terms.Offsets, terms.Special)):
         raise Refused("a dispatch tensor multiplied by something that is no tokens' rows")
+    if any(isinstance(inner, Contract) for inner in walk(rows.content)):
+        raise Refused(_refused_before(rows.content, state) or "rows are read back from places they were not put at")
     tensor = take_apart(value, state, node)
-    contracted, groups = _token_labels(tensor, own, output)
+    contracted, groups = _token_labels(tensor, own, others, output)
     if not set(contracted) | set(groups) <= set(others) or any(
         label in others for label in own if label not in (*contracted, *groups)
     ):
@@ -168,13 +175,44 @@ def _put_in(
     return Value(tuple(dims), _weighted(tensor, content, number))
 
 
+def _check_sum_over_places(state: Interpretation, left: Value, right: Value, equation: str) -> None:
+    """Experts' rows summed over two dimensions at once: what the other operand would have to be was refused earlier."""
+    inputs, output = equation.split("->")
+    first, second = inputs.split(",")
+    if sum(label in second and label not in output for label in first) < 2:
+        return
+    for rows, other in ((left, right), (right, left)):
+        experts = any(isinstance(inner, Contract) for inner in walk(rows.content))
+        if experts and isinstance(other.content, Element) and isinstance(other.content.root, fx.Node):
+            reason = _refused_above(other.content.root, state)
+            raise Refused(reason or f"experts' rows are summed by {other.content.root}, whose zeros are not known")
+
+
+def _refused_above(node: fx.Node, state: Interpretation) -> str | None:
+    """The nearest refusal among what a tensor is made of."""
+    waiting = [node]
+    for earlier in waiting:
+        if earlier in state.refusals:
+            return state.refusals[earlier]
+        waiting += [argument for argument in earlier.all_input_nodes if argument not in waiting]
+        if len(waiting) > _REACH:
+            break
+    return None
+
+
+def _refused_before(content: Content, state: Interpretation) -> str | None:
+    """Why a tensor that experts' rows are made of was not understood, if a reason is known."""
+    roots = [inner.root for inner in walk(content) if isinstance(inner, Element) and isinstance(inner.root, fx.Node)]
+    return next((state.refusals[root] for root in roots if root in state.refusals), None)
+
+
 def _weighted(tensor: Tensor, content: Content, number: int) -> Content:
     if tensor.weight is None:
         return content
     return Apply("mul", (tensor.weight, content) if number == 0 else (content, tensor.weight))
 
 
-def _token_labels(tensor: Tensor, own: Labels, output: str) -> tuple[list[str], list[str]]:
+def _token_labels(tensor: Tensor, own: Labels, others: Labels, output: str) -> tuple[list[str], list[str]]:
     """The labels of tokens that are summed over, and those that are kept: groups. Experts and places are kept."""
     contracted: list[str] = []
     groups: list[str] = []
@@ -184,7 +222,7 @@ def _token_labels(tensor: Tensor, own: Labels, output: str) -> tuple[list[str], 
             raise Refused("a dispatch tensor whose tokens and experts are one dimension")
         if not any(rows) and label not in output and group:
             raise Refused("a sum over experts or places of a dispatch tensor")
-        if any(rows):
+        if any(rows) or (not group and label in others):
             (groups if label in output else contracted).append(label)
     return contracted, groups
 
@@ -244,12 +282,12 @@ def _check_label(
 ) -> None:
     if own is None:
         assert other is not None
-        if any(_is_place(atom) for atom in other) or not kept:
+        if any(_is_place(atom) for atom in other) or (other and not kept):
             raise Refused("experts' rows are read back by expert or by place alone")
         return
     if other is None:
         numbers = {tensor.rows.index(atom) if tensor.is_row(atom) else -1 for atom in own}
-        if not kept or not numbers.isdisjoint({-1, *places.groups}):
+        if (own and not kept) or not numbers.isdisjoint({-1, *places.groups}):
             raise Refused("a combine tensor summed over its tokens, experts or places alone")
         return
     aligned = terms.align(own, other)

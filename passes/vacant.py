@@ -12,7 +12,7 @@ operator's rows are multiplied by [weight != 0], as the model's are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -27,7 +27,7 @@ from moecompile.passes.interpret import Interpretation, Refused, walk
 from moecompile.passes.recognise import Block, read, weight_steps
 from moecompile.passes.region import Layout
 from moecompile.passes.site import Operand
-from moecompile.passes.terms import Apply, Atom, Content, Fixed, Group, Looked, Total, Value, substitute
+from moecompile.passes.terms import Apply, Atom, Content, Fixed, Group, Looked, Special, Total, Value, substitute
 from moecompile.runtime.elementwise import vjp
 
 # finite, with finite derivatives, wherever their arguments are finite
@@ -35,6 +35,8 @@ _FINITE = frozenset(
     "add sub mul neg exp sigmoid logsigmoid silu tanh relu relu6 leaky_relu elu celu selu gelu erf softplus mish"
     " hardswish hardsigmoid clamp minimum maximum abs sign square cast".split()
 )
+
+Steps: TypeAlias = "tuple[tuple[str, tuple[object, ...]], ...]"
 
 
 def has_places(block: Block) -> bool:
@@ -44,6 +46,8 @@ def has_places(block: Block) -> bool:
 
 def read_block(content: Total, tokens: Group) -> tuple[Block, str | None]:
     """A block, and the comparison with 0 by which assignments are dropped for their weight: "eq", "le", or None."""
+    if any(isinstance(inner, Special) and inner.kind == "place" for inner in walk(content)):
+        raise Refused("what experts compute differs by the place of a row among its expert's")
     supports = {inner for inner in walk(content) if isinstance(inner, Support)}
     if not supports:
         return read(content, tokens), None
@@ -224,7 +228,17 @@ def _ids(column: Column, routing: Routing) -> Operand:
     raise Refused("expert ids that do not lie one row a token")
 
 
-def _rows(routing: Routing, order: str, last: tuple[int, ...] = ()) -> tuple[tuple[str, tuple[object, ...]], ...]:
+def _rows_of_own(routing: Routing, order: str, ids: Operand) -> Steps:
+    """The steps from a tensor of (assignments in this order, experts) to each one's own expert, (T, choices)."""
+    experts = routing.num_experts
+    assert isinstance(experts, int)
+    if not _shared(routing):
+        return (("reshape", (-1, experts)), ("gather", (1, ids)))
+    own = Operand(ids.node, (*ids.steps, ("unsqueeze", (-1,))), ids.parts)
+    return (*_rows(routing, order, (experts,)), ("gather", (2, own)), ("squeeze", (-1,)))
+
+
+def _rows(routing: Routing, order: str, last: tuple[int, ...] = ()) -> Steps:
     """The steps from a tensor in this order to (T, choices), or (T, choices, last)."""
     width = routing.top_k if _shared(routing) else 1
     if not isinstance(width, int):
@@ -240,7 +254,7 @@ def _full(
     """Whether an assignment's place is not below the bound, (T, its choices); read off a tensor of places."""
     if not isinstance(column.bound, int):
         raise Refused("a capacity of symbolic size")
-    found: dict[bool, tuple[fx.Node, tuple[tuple[str, tuple[object, ...]], ...], int]] = {}
+    found: dict[bool, tuple[fx.Node, str, int]] = {}
     for node, value in state.values.items():
         if not isinstance(value.content, Number) or not node < end or _is_written_later(node, layout):
             continue
@@ -248,15 +262,11 @@ def _full(
         for order, digits in _layouts(routing).items():
             more = _difference(value, expert, column, routing, digits)
             if more is not None:
-                last = () if expert is None else (routing.num_experts,)
-                found[expert is None] = (node, _rows(routing, order, last), more)
+                found[expert is None] = (node, order, more)
     if not found:
         raise Refused("the places of assignments are not kept, so that dropped ones cannot be told")
-    plain = True in found
-    node, steps, more = found[plain]
-    if not plain:
-        own = Operand(ids.node, (*ids.steps, ("unsqueeze", (-1,))), ids.parts)
-        steps = (*steps, ("gather", (2, own)), ("squeeze", (-1,)))
+    node, order, more = found[True in found]
+    steps = _rows(routing, order) if True in found else _rows_of_own(routing, order, ids)
     return Operand(node, (*steps, ("ge", (column.bound + more,))))
 
 
