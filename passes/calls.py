@@ -50,6 +50,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "narrow": ("input dim start length", ("torch.narrow", ".narrow")),
     "getattr": ("input name", ("builtins.getattr",)),
     "getitem": ("input index", ("operator.getitem", ".__getitem__")),
+    "pad": ("input pad mode='constant' value=None", (_NN + "pad", _F + "pad")),
     "cat": ("tensors dim=0", ("torch.cat", "torch.concat", "torch.concatenate")),
     "stack": ("tensors dim=0", ("torch.stack",)),
     # casts: one canonical operation, the target read off the result

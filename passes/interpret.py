@@ -84,6 +84,7 @@ class Interpretation:
     calls: dict[fx.Node, Call] = field(default_factory=dict)
     sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
     numbers: dict[fx.Node, Content] = field(default_factory=dict)  # meanings of Python numbers read off tensors
+    appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The shape of the tensor at a node."""

@@ -177,7 +177,7 @@ class _Walk:
         table = self._table(index)
         if table is None:
             raise Refused(f"what {call.node} reads at padded slots of no row is not known")
-        if reads_zeros(self._state.value(source), table):
+        if reads_zeros(self._state, source, table):
             return Unfilled(0.0)
         return Unfilled(None, cut=False)
 

@@ -32,7 +32,7 @@ from moecompile.passes.bins import (
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
 from moecompile.passes.rules_views import free, holds_integers
-from moecompile.passes.terms import Constant, Count, Special, Value
+from moecompile.passes.terms import Count, Special, Value
 
 
 def operand(call: Call, state: Interpretation, name: str) -> Numbers | None:
@@ -235,14 +235,12 @@ def part(value: Value, item: Any) -> Value | None:
     return None
 
 
-def begins(call: Call, state: Interpretation) -> Value | None:
-    """cat([zeros(1), ends[:-1]]): where each expert's rows, or its bin, begin. None if the pieces are others."""
-    values = [state.value(tensor) for tensor in call["tensors"]]
-    if len(values) != 2 or values[0].content != Constant(0) or state.shape(call["tensors"][0]) != (1,):
-        return None
-    content = values[1].content
-    if not isinstance(content, Special) or content.kind != "leading" or len(values[1].dims) != 1:
-        return None
+def begins(call: Call, state: Interpretation, rest: fx.Node) -> Value:
+    """A zero before ends[:-1]: where each expert's rows, or its bin, begin."""
+    value = state.value(rest)
+    content = value.content
+    if not isinstance(content, Special) or content.kind != "leading" or len(value.dims) != 1:
+        raise Passed
     linear = content.about[0]
     return Value((free(linear.num_experts, (call.node, "expert")),), content_of(before(linear), None))
 

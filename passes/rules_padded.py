@@ -39,7 +39,7 @@ from moecompile.passes.slots import (
     table_of,
     whole,
 )
-from moecompile.passes.terms import Atom, Constant, Index, Special, Value, Variable
+from moecompile.passes.terms import Atom, Constant, Index, Special, Value
 from moecompile.passes.unify import enumerates, look_up, unify
 
 # ---- rows put at slots
@@ -182,26 +182,25 @@ def _read(state: Interpretation, source: fx.Node, index: Value) -> Value:
     if atom is not None and not isinstance(index.content, Index):
         raise Refused("padded rows read at other slots than they were put at")
     if kind_of(index.content) == "table":
-        return _by_table(value, index)
+        return _by_table(state, source, index)
     if kind_of(index.content) == "position":
         return _by_position(state, source, value, index)
-    if kind_of(value.content) in ("appended", "spare", "table", "filled", "unfilled", "binned", "position", "expert"):
+    if kind_of(value.content) in ("spare", "table", "filled", "unfilled", "binned", "position", "expert"):
         raise Refused("rows or numbers of padded slots, read in a way that detection does not understand")
     raise Passed
 
 
-def _by_table(value: Value, index: Value) -> Value:
-    table, rows = table_of(index), appended(value)
+def _by_table(state: Interpretation, source: fx.Node, index: Value) -> Value:
+    table, rows = table_of(index), appended(state, source)
     assert table is not None
     if len(index.dims) != 1:
         raise Refused("a table of padded slots in another layout")
-    source = rows if rows is not None else value
+    value = state.value(source) if rows is None else rows
     inside = terms.group_size(table.inside.atoms) if isinstance(table.inside, Index) else 0
-    if (rows is not None and not reads_zeros(value, table)) or difference(
-        terms.group_size(source.dims[0]), inside
-    ) != 0:
+    fits = difference(terms.group_size(value.dims[0]), inside) == 0
+    if not fits or (rows is not None and not reads_zeros(state, source, table)):
         raise Refused("unfilled slots read neither a row of tokens nor a row of zeros")
-    return look_up(source, [0], [Value(index.dims, table.inside)], 0)
+    return look_up(value, [0], [Value(index.dims, table.inside)], 0)
 
 
 def _by_position(state: Interpretation, source: fx.Node, value: Value, index: Value) -> Value:
@@ -243,21 +242,41 @@ def _gather(call: Call, state: Interpretation) -> Value:
     return _read(state, call["input"], index)
 
 
-def _cat(call: Call, state: Interpretation) -> Value:
+def _cat(call: Call, state: Interpretation) -> Value | None:
     """[rows, zeros]: rows with zeros appended; [zero, ends[:-1]]: where the experts' rows begin."""
     tensors = call["tensors"]
     if not isinstance(tensors, (list, tuple)) or len(tensors) != 2:
         raise Passed
-    found = rules_bins.begins(call, state)
-    if found is not None:
-        return found
-    rows = state.value(tensors[0])
-    if call["dim"] not in (0, -len(rows.dims)) or not rows.dims or number(state, tensors[1]) != 0:
+    if number(state, tensors[1]) == 0:
+        return _append(call, state, tensors[0], call["dim"])
+    if number(state, tensors[0]) == 0 and state.shape(tensors[0]) == (1,):
+        return rules_bins.begins(call, state, tensors[1])
+    raise Passed
+
+
+def _pad(call: Call, state: Interpretation) -> Value | None:
+    """The same by zeros before or after the first dimension."""
+    if not isinstance(call["pad"], (list, tuple)):
         raise Passed
-    if len({state.dtype(node) for node in (*tensors, call.node)}) != 1:
+    *others, before, after = call["pad"]
+    if call["mode"] != "constant" or call["value"] not in (None, 0) or any(others):
         raise Passed
-    atom = Atom(Variable("free", (call.node, "appended")), 1, state.shape(call.node)[0])
-    return Value(((atom,), *rows.dims[1:]), Special("appended", (atom, rows)))
+    if len(call["pad"]) != 2 * len(state.shape(call["input"])):
+        raise Passed
+    if before == 0:
+        return _append(call, state, call["input"], 0)
+    if (before, after) != (1, 0):
+        raise Passed
+    return rules_bins.begins(call, state, call["input"])
+
+
+def _append(call: Call, state: Interpretation, rows: fx.Node, dim: int) -> Value | None:
+    """Remember rows with zeros appended; for all who do not read them by a table, they are a leaf."""
+    value = state.value(rows)
+    if dim not in (0, -len(value.dims)) or not value.dims or state.dtype(rows) != state.dtype(call.node):
+        raise Passed
+    state.appended[call.node] = value
+    return None
 
 
 RULES: dict[str, Rule] = {
@@ -273,6 +292,7 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "take_along_dim": _gather,
     "cat": _cat,
+    "pad": _pad,
     "grouped_mm": rules_padded_sums.grouped_mm,
     "grouped_mm_fallback": rules_padded_sums.grouped_mm,
     "index_add": rules_padded_sums.index_add,

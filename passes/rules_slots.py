@@ -221,7 +221,8 @@ def _masked(call: Call, state: Interpretation, kept: Any, mask: fx.Node, other: 
     kept = tensor(kept)
     value, dims = state.value(kept), state.value(mask).dims
     aligned = ((),) * (len(value.dims) - len(dims)) + dims
-    masked = [own for own, group in zip(value.dims, aligned, strict=False) if group]
+    repeats = [all(atom.variable.kind == "free" for atom in group) for group in aligned]
+    masked = [own for own, repeated in zip(value.dims, repeats, strict=False) if not repeated]
     if len(aligned) != len(value.dims) or [bins_of(own) for own in masked] != [found[1]]:
         raise Refused("a mask of padded slots on rows that are not at these slots")
     if state.shape(call.node) != state.shape(kept) or state.dtype(call.node) != state.dtype(kept):

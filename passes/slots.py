@@ -7,8 +7,7 @@ Integers and masks over them are Specials:
     "table"     (slots, integer at an assignment's slot, number at slots of none; None if it is the number of some row)
     "position"  (slots,): at an assignment's slot its place in the sorted order, at slots of none the place of some row
     "filled", "unfilled", "binned"   (bins,): slots that hold a row, that hold none, that lie below the last bin's end
-and of rows that slots of none may read or write:
-    "appended"  (dimension, rows): rows, and rows of zeros after them
+and of rows that slots of none write:
     "spare"     (rows, base, node): the rows that `node` put into `base`, and further rows for what slots of none bring
 """
 
@@ -172,24 +171,17 @@ def whole(state: Interpretation, argument: Any) -> Size:
 # ---- rows that unfilled slots may read
 
 
-def appended(value: Value) -> Value | None:
-    """The rows before the appended zeros, or None if nothing was appended."""
-    if kind_of(value.content) != "appended":
-        return None
-    assert isinstance(value.content, Special)
-    atom, rows = value.content.about
-    if value.dims != ((atom,), *rows.dims[1:]):
-        raise Refused("rows with zeros appended, in another layout")
-    found: Value = rows
-    return found
+def appended(state: Interpretation, node: fx.Node) -> Value | None:
+    """The rows before the appended zeros, or None if nothing was appended, or something was written into it since."""
+    return state.appended.get(node) if state.value(node) == state.leaf(node) else None
 
 
-def reads_zeros(value: Value, table: Table) -> bool:
+def reads_zeros(state: Interpretation, node: fx.Node, table: Table) -> bool:
     """Whether unfilled slots of a table read appended zeros."""
-    rows, outside = appended(value), table.outside
+    rows, outside = appended(state, node), table.outside
     if rows is None or outside is None:
         return False
-    size = terms.group_size(value.dims[0])
+    size = state.shape(node)[0]
     if isinstance(outside, int) and outside < 0:
         outside = size + outside
     return is_at_least(outside, terms.group_size(rows.dims[0])) and is_at_least(size, outside + 1)

@@ -51,6 +51,9 @@ FOUND: dict[str, Padded] = {
     "one row at least": Padded(rounded=lambda c: (c.clamp_min(1) + B - 1) // B * B),
     "shifted": Padded(slot=lambda key, c, p, ids, o: (p.cumsum(0) - c.cumsum(0) + c - p)[key] + torch.arange(len(key))),
     "starts": Padded(slot=lambda key, c, p, ids, o: torch.arange(len(key)) + starts(p)[key] - starts(c)[key]),
+    "starts by pad": Padded(
+        slot=lambda key, c, p, ids, o: rank(key, c) + F.pad(p.cumsum(0)[:-1], (1, 0))[key],
+    ),
     "by assignment": Padded(
         slot=lambda key, c, p, ids, o: (p.cumsum(0) - c.cumsum(0) + c - p)[ids.view(-1)] + o.argsort(),
         put=lambda x, slot, rows: put(x, slot, x.repeat_interleave(K, 0)),
@@ -75,6 +78,10 @@ FOUND: dict[str, Padded] = {
         table=lambda size, total, slot, order: torch.full((size,), -1).index_copy(0, slot, order),
         masked=lambda y, table, total: torch.where(table[:, None] >= 0, y, 0),
         sum=lambda x, token, y, tokens, table: torch.zeros_like(x).index_add(0, token.where(table > -1, 0), y),
+    ),
+    "zeros by pad": Table(
+        rows=lambda x, token, table, total: F.pad(x, (0, 0, 0, 1))[token],
+        masked=lambda y, table, total: y.masked_fill((table == total).unsqueeze(-1).expand_as(y), 0),
     ),
     "unmasked": Table(masked=lambda y, table, total: y),
     "inverted mask": Table(masked=lambda y, table, total: y.masked_fill(~(table < total)[:, None], 0)),
