@@ -23,6 +23,7 @@ from moecompile.passes.interpret import Aliases, Interpretation, Refused, fake_o
 from moecompile.passes.terms import Apply, Contract, Element, Total
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
+_LIKE = frozenset({"cast", "view_as", "expand_as"})
 _BORDERS = ("torch._C", "torch.amp", "torch.autograd", "torch._functorch", "torch.cuda", "torch.utils")
 
 
@@ -147,6 +148,11 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
         call = bind(node)
         if call is not None and call.name in _MAKERS:
             continue
+        if call is not None and call.name in _LIKE:  # of the other tensor they read the dtype or shape only
+            waiting += [
+                argument for argument in node.all_input_nodes if argument is call["input"] or is_row(argument, state)
+            ]
+            continue
         # a size read off a tensor depends on the tensor only if that is one of the block's rows
         waiting += [argument for argument in node.all_input_nodes if _holds_tensor(node) or is_row(argument, state)]
     return region
@@ -166,7 +172,11 @@ def is_row(node: fx.Node, state: Interpretation) -> bool:
     fake, value = fake_of(node), state.values.get(node)
     if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or value is None or is_plain(value):
         return False
-    return fake.dim() > 1 and bool(value.dims[-1]) and isinstance(value.content, (Element, Apply, Contract, Total))
+    return (
+        fake.dim() > 1
+        and bool(value.dims and value.dims[-1])
+        and isinstance(value.content, (Element, Apply, Contract, Total))
+    )
 
 
 def only_reads_dtype(user: fx.Node, node: fx.Node) -> bool:
@@ -231,7 +241,8 @@ def _check_partials(end: fx.Node, region: set[fx.Node], partials: Sequence[fx.No
 def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
     for node in sorted(region):
         fake = fake_of(node)
-        if isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point and layout.mode[node] != layout.mode[end]:
+        computes = (isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point) or node in layout.writers
+        if computes and layout.mode[node] != layout.mode[end]:
             raise Refused(f"no_grad, autocast or another mode begins or ends between {node} and {end}")
 
 

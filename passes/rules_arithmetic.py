@@ -12,10 +12,25 @@ from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain
+from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain, walk
 from moecompile.passes.rules_routing import distinct
 from moecompile.passes.rules_views import constant
-from moecompile.passes.terms import Apply, Constant, Content, Element, Equals, Index, Special, Value
+from moecompile.passes.terms import (
+    Affine,
+    Apply,
+    Atom,
+    Constant,
+    Content,
+    Contract,
+    Element,
+    Equals,
+    Fixed,
+    Group,
+    Index,
+    Special,
+    Total,
+    Value,
+)
 from moecompile.passes.unify import unify
 
 # canonical name -> (names of tensor or number operands, names of parameters)
@@ -55,7 +70,7 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
     params = tuple(call[name] for name in parameters)
     if any(isinstance(param, fx.Node) for param in params):
         raise Refused(f"{call.name} with a tensor or symbolic bound")
-    if all(is_plain(value) or isinstance(value.content, Constant) for value in values):
+    if all(_is_local(value) or isinstance(value.content, Constant) for value in values):
         if not _spreads(call, state, values):
             _propagate_sparsity(call, state)
             return None
@@ -69,9 +84,35 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
             f"{call.name} gives {state.dtype(call.node)} where its operands give {expected}: autocast changes it"
         )
     dims, contents = unify(values)
+    if _is_routing_number(dims, values):
+        return None
     if call.name == "sub" and call.node.target == "__rsub__":
         contents.reverse()
     return Value(dims, Apply(call.name, tuple(contents), params))
+
+
+def _is_local(value: Value) -> bool:
+    """Whether the value is a leaf or cut from one, at indices of its own: nothing that routing chose."""
+    if is_plain(value):
+        return True
+    content = value.content
+    if not isinstance(content, Element):
+        return False
+    atoms = [part.atom if isinstance(part, Affine) else part for part in content.index]
+    return all(
+        isinstance(a, Fixed) or (isinstance(a, Atom) and a.variable.kind in ("leaf", "slice", "free")) for a in atoms
+    )
+
+
+def _is_routing_number(dims: tuple[Group, ...], values: list[Value]) -> bool:
+    """Whether the result is one number an assignment, in the ids' own order, that no expert computed: a routing weight.
+
+    Routing weights may be made of several (a scale of the expert's among them); the result is one of its own.
+    """
+    in_order = all(atom.variable.kind == "ids" for group in dims for atom in group)
+    return in_order and not any(
+        isinstance(inner, (Contract, Total)) for value in values for inner in walk(value.content)
+    )
 
 
 def _is_mask(value: Value) -> bool:

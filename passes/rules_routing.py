@@ -198,7 +198,9 @@ def distinct(ids: Value, state: Interpretation) -> bool:
     if len(ids.dims) < 2 or terms.group_size(ids.dims[-1]) == 1:
         return True
     content = ids.content
-    return isinstance(content, Element) and origin(content.root, state) in ("topk", "sort", "argsort")
+    if not isinstance(content, Element) or content.written is not None:
+        return False
+    return origin(content.root, state) in ("topk", "sort", "argsort")
 
 
 def origin(node: fx.Node | Stacked, state: Interpretation) -> str | None:

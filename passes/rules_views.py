@@ -188,7 +188,7 @@ def _pieces(call: Call, state: Interpretation, dim: int) -> tuple[Value | None, 
     source = call.arguments.get("input", call.arguments.get("tensor"))
     value = state.value(source)
     dim = _dim(dim, len(value.dims))
-    if is_plain(value) and len(value.dims) < 3:
+    if _is_whole(value, state):
         return tuple(None for _ in fake_of(call.node))
     pieces, start = [], 0
     for number, piece in enumerate(fake_of(call.node)):
@@ -198,6 +198,15 @@ def _pieces(call: Call, state: Interpretation, dim: int) -> tuple[Value | None, 
         pieces.append(sliced(value, dim, start, length, 1, (call.node, number)))
         start += length
     return tuple(pieces)
+
+
+def _is_whole(value: Value, state: Interpretation) -> bool:
+    """A leaf that is neither a graph input, as weights are, nor gates: what is cut from it is a leaf of its own."""
+    content = value.content
+    if not is_plain(value) or not isinstance(content, Element) or state.sparse_leaf(content) is not None:
+        return False
+    assert isinstance(content.root, fx.Node)
+    return content.root.op not in ("placeholder", "get_attr") and fake_of(content.root).dtype.is_floating_point
 
 
 def _split(call: Call, state: Interpretation) -> tuple[Value | None, ...]:
@@ -213,19 +222,21 @@ def _split(call: Call, state: Interpretation) -> tuple[Value | None, ...]:
 def _unbind(call: Call, state: Interpretation) -> tuple[Value | None, ...]:
     value = state.value(call["input"])
     dim = _dim(call["dim"], len(value.dims))
+    if _is_whole(value, state):
+        return tuple(None for _ in fake_of(call.node))
     return tuple(selected(value, dim, number) for number in range(len(fake_of(call.node))))
 
 
 def _select(call: Call, state: Interpretation) -> Value | None:
     value = state.value(call["input"])
-    if not isinstance(call["index"], int):
+    if not isinstance(call["index"], int) or _is_whole(value, state):
         return None
     return selected(value, _dim(call["dim"], len(value.dims)), call["index"])
 
 
 def _narrow(call: Call, state: Interpretation) -> Value | None:
     value = state.value(call["input"])
-    if not isinstance(call["start"], int):
+    if not isinstance(call["start"], int) or _is_whole(value, state):
         return None
     dim = _dim(call["dim"], len(value.dims))
     return sliced(value, dim, call["start"], state.number(call["length"]), 1, (call.node, 0))
