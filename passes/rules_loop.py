@@ -255,7 +255,7 @@ def _cat(call: Call, state: Interpretation) -> Value | None:
         not isinstance(by, Equals)
         or not isinstance(by.atom, Fixed)
         or keys != [(order, number) for number in range(by.atom.extent)]
-    ):  # type: ignore[arg-type]
+    ):
         raise Refused("pieces of rows put together in another order, or not all of them")
     aligned = [value.dims[1:] for value in values]
     named = [terms.rename(value, _same_names(dims, aligned[0])) for value, dims in zip(values, aligned, strict=True)]
