@@ -13,7 +13,7 @@ from torch import fx
 from moecompile.passes import terms
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain, walk
-from moecompile.passes.rules_routing import distinct
+from moecompile.passes.rules_routing import distinct, unclamped
 from moecompile.passes.rules_views import constant
 from moecompile.passes.terms import (
     Affine,
@@ -63,6 +63,12 @@ _OUTSIDE: dict[tuple[str, float], float] = {
 
 def elementwise(call: Call, state: Interpretation) -> Value | None:
     """The operation on its operands' contents; None (a new leaf) where nothing routed is involved."""
+    if (
+        call.name == "clamp"
+        and isinstance(call["input"], fx.Node)
+        and not fake_of(call["input"]).dtype.is_floating_point
+    ):
+        return unclamped(call, state)
     operands, parameters = ELEMENTWISE[call.name]
     if call.arguments.get("alpha", 1) != 1 and call.name in ("add", "sub"):
         raise Refused("an addition with alpha")
@@ -195,6 +201,8 @@ def _masked_fill(call: Call, state: Interpretation) -> Value | None:
     """logits.masked_fill(~chosen, number): a leaf that holds the number away from each token's experts."""
     value, mask = state.value(call["input"]), call["mask"]
     content = state.value(mask).content
+    if content == Constant(False):
+        return value
     if (
         not is_plain(value)
         or not isinstance(content, Special)

@@ -263,7 +263,28 @@ def compare(call: Call, state: Interpretation) -> Value | None:
     return None
 
 
+def _beyond(call: Call, state: Interpretation) -> Value | None:
+    """ids >= E, ids < E: known where all ids are below E. Code for expert parallelism marks foreign assignments so."""
+    value, bound = state.value(call["input"]), call["other"]
+    if isinstance(value.content, Element) and isinstance(bound, int) and bound >= id_range(value.content, state):
+        return Value(value.dims, Constant(call.name == "lt"))
+    return None
+
+
+def unclamped(call: Call, state: Interpretation) -> Value | None:
+    """ids.clamp(0, E - 1) where all ids are in that range anyway: the ids. None for anything else."""
+    if fake_of(call["input"]).dtype.is_floating_point:
+        return None
+    value, low, high = state.value(call["input"]), call["min"], call["max"]
+    if not isinstance(value.content, Element) or not (low is None or (isinstance(low, int) and low <= 0)):
+        return None
+    fits = high is None or (isinstance(high, int) and high >= id_range(value.content, state) - 1)
+    return value if fits else None
+
+
 RULES: dict[str, Rule] = {
+    "ge": _beyond,
+    "lt": _beyond,
     "sort": _sort,
     "argsort": _argsort,
     "floor_divide": _floor_divide,

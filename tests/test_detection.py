@@ -99,3 +99,32 @@ def test_a_graph_without_experts_is_left_alone() -> None:
     known = captured(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), (torch.randn(4, 8),))
     detection = detect(known.gm.graph)
     assert detection.sites == () and detection.near_misses == ()
+
+
+@pytest.mark.parametrize("bound", [4, 3])
+def test_marks_of_foreign_assignments(bound: int) -> None:
+    """Expert parallelism masks ids beyond the local experts: nothing where all ids are local, else not understood."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(32, 4, bias=False)
+            self.w_in = nn.Parameter(torch.randn(4, 32, 64) / 6)
+            self.w_out = nn.Parameter(torch.randn(4, 32, 32) / 6)
+
+        def forward(self, x):
+            weights, ids = self.router(x).softmax(-1).topk(2)
+            ids_sorted, order = ids.reshape(-1).sort()
+            foreign = (ids_sorted >= bound).unsqueeze(-1)
+            offsets = torch.histc(ids_sorted.float(), 4, 0, 3).cumsum(0).to(torch.int32)
+            ids_sorted.clamp_(max=bound - 1)
+            rows = x[order // 2].masked_fill(foreign, 0.0).bfloat16()
+            gate, up = torch._grouped_mm(rows, self.w_in.bfloat16(), offs=offsets).chunk(2, -1)
+            y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, self.w_out.bfloat16(), offs=offsets)
+            y = y.masked_fill(foreign, 0.0) * weights.view(-1)[order].unsqueeze(-1)
+            return y[order.argsort()].view(-1, 2, 32).sum(1)
+
+    torch.manual_seed(0)
+    known = captured(Model(), (torch.randn(24, 32),), fullgraph=True)
+    verdict = compare(known.gm, known.inputs, rewrite, (), "marks")
+    assert (verdict.outcome, verdict.sites) == ("equal", int(bound == 4)), verdict.detail
