@@ -184,7 +184,7 @@ class Marks(Meaning):
         factors = frozenset(substitute(mark, old, new) for mark in self.factors)
         weight = substitute(self.weight, old, new) if self.weight is not None else None
         over = tuple(new if atom == old and isinstance(new, Atom) else atom for atom in self.over)
-        return Marks(frozenset(mark for mark in factors if not _is_trivial(mark)), weight, over)
+        return Marks(simplified(factors), weight, over)
 
     def inside(self) -> tuple[Content, ...]:
         """Factors and weight."""
@@ -358,15 +358,11 @@ def product(first: Marks, second: Marks) -> Marks:
     return Marks(factors, weight, first.over + second.over)
 
 
-def simplified(factors: frozenset[Content]) -> frozenset[Content]:
+def simplified(factors: Iterable[Content]) -> frozenset[Content]:
     """Conditions, each in the form it has given the others."""
     found = set(factors)
-    for equals in [mark for mark in factors if isinstance(mark, Equals) and isinstance(mark.atom, Atom)]:
-        assert isinstance(equals.atom, Atom)
-        own = Looked(equals.content, equals.atom.size)
-        found = {equals} | {substitute(mark, equals.atom, own) for mark in found if mark != equals}
-    found = {mark for mark in found if not _is_trivial(mark)}
     while True:
+        found = _by_own_expert(found)
         for mark in found:
             given = _given(mark, found - {mark})
             if given != {mark}:
@@ -374,6 +370,16 @@ def simplified(factors: frozenset[Content]) -> frozenset[Content]:
                 break
         else:
             return frozenset(found)
+
+
+def _by_own_expert(factors: set[Content]) -> set[Content]:
+    """Conditions with the expert that a mask picks looked up by its key, as its place is when it stands alone."""
+    found = factors
+    for equals in factors:
+        if isinstance(equals, Equals) and isinstance(equals.atom, Atom):
+            own = Looked(equals.content, equals.atom.size)
+            found = {equals} | {substitute(mark, equals.atom, own) for mark in found if mark != equals}
+    return {mark for mark in found if not _is_trivial(mark)}
 
 
 def _given(mark: Content, others: set[Content]) -> set[Content]:

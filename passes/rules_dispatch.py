@@ -49,19 +49,15 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     if len(set(first)) != len(first) or len(set(second)) != len(second):
         raise Refused(f"a product {equation} along a diagonal")
     labels = (dict(zip(first, left.dims, strict=True)), dict(zip(second, right.dims, strict=True)))
+    contracted = any(label not in output for label in labels[0] if label in labels[1])
     for number, (value, own) in enumerate(zip(values, labels, strict=True)):
         other, others = values[1 - number], labels[1 - number]
         if placed[number] and (marked[1 - number] or _contracts_places(own, output)):
             return _recorded(_read_back, state, node, (other, others), (value, own), output, number)
-        if (
-            marked[number]
-            and not any(placed)
-            and is_whole(value)
-            and not marked[1 - number]
-            and not set(others) <= set(own)
-        ):
+        if marked[number] and contracted and not any(placed) and not marked[1 - number] and not set(others) <= set(own):
+            if isinstance(value.content, Equals):
+                raise Passed
             return _recorded(_put_in, state, node, (value, own), (other, others), output, number)
-    contracted = any(label not in output for label in labels[0] if label in labels[1])
     if any(placed) or (contracted and not all(marked) and any(isinstance(value.content, Equals) for value in values)):
         raise Passed
     return _multiplied(state, node, values, labels, output)
@@ -145,6 +141,8 @@ def _put_in(
     """dispatch, tokens -> rows in places."""
     value, own = dispatch
     rows, others = tokens
+    if not is_whole(value):
+        raise Refused("tokens' rows multiplied by a mask that is not of one place of one expert for each assignment")
     if isinstance(rows.content, (Meaning, Index, Count, terms.Offsets, terms.Special)):
         raise Refused("a dispatch tensor multiplied by something that is no tokens' rows")
     if any(isinstance(inner, Contract) for inner in walk(rows.content)):
