@@ -1,0 +1,125 @@
+"""README.md and docs/ are true: their tables are the code's, their examples run, their links and tests exist."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from moecompile.options import Options
+from moecompile.passes.forms import FORMS
+from zoo_forms import CASES
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def section(path: Path, name: str) -> str:
+    """What stands between the marks of a section."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found is not None, f"{path.name} has no section {name}"
+    return found[1]
+
+
+def forms_table() -> str:
+    """README's: name and title."""
+    rows = "".join(f"| `{form.name}` | {form.title} |\n" for form in FORMS)
+    return f"| form | what it is |\n|---|---|\n{rows}"
+
+
+def forms_in_full() -> str:
+    """docs/forms.md's: the example, a statement a line, and the spellings in tests."""
+    sections = []
+    for form in FORMS:
+        head, colon, body = form.example.partition(": ") if form.example.startswith("for ") else ("", "", form.example)
+        lines = body.split("; ")
+        example = "\n".join([f"{head}:", *(f"    {line}" for line in lines)] if colon else lines)
+        spellings = "\n".join(
+            f"- `{case.name}`: {case.spelling}{' (*fullgraph*)' if case.fullgraph else ''}"
+            for case in CASES
+            if case.form == form.name and not case.name.endswith("_control")
+        )
+        sections.append(f"## `{form.name}`: {form.title}\n\n```python\n{example}\n```\n\n{spellings}\n")
+    return "\n" + "\n".join(sections) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "produce"), [(README, forms_table), (ROOT / "docs" / "forms.md", forms_in_full)], ids=["README", "forms"]
+)
+def test_the_forms_are_those_of_the_code(
+    path: Path, produce: Callable[[], str], request: pytest.FixtureRequest
+) -> None:
+    before, produced = section(path, "forms"), produce()
+    if request.config.getoption("--accept"):
+        text = path.read_text(encoding="utf-8")
+        marked = "<!-- forms -->\n{}<!-- /forms -->"
+        path.write_text(text.replace(marked.format(before), marked.format(produced)), encoding="utf-8")
+    else:
+        assert before == produced, f"run `pytest --accept tests/{Path(__file__).name}`"
+
+
+def test_every_option_is_named() -> None:
+    paragraph = README.read_text(encoding="utf-8").partition("## Options and environment")[2].partition("\n\n")[2]
+    assert all(f"`{name}`" in paragraph.partition(";")[0] for name in Options().as_dict())
+
+
+def test_every_limit_names_tests_that_exist() -> None:
+    there = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    rows = section(README, "limits").splitlines()[2:]
+    for row in rows:
+        *_, proof = row.strip("| ").split(" | ")
+        named = re.findall(r"`(test_\w+)`", proof)
+        assert named and there.issuperset(named), f"{row}\nnot there: {set(named) - there}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("https://"):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Fenced blocks: language and content."""
+    return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)
+
+
+def printed_by(source: str, tmp_path: Path) -> str:
+    """What an example prints, compiled without Inductor and run as a file, so that reports can name its lines."""
+    path = tmp_path / "readme.py"
+    path.write_text(source.replace('backend="moecompile"', 'backend="moecompile", options={"lowering": "eager"}'))
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        exec(compile(path.read_text(), str(path), "exec"), {"__name__": "__main__"})
+    return shown.getvalue()
+
+
+def without_versions(report: str) -> str:
+    """Without torch's version, and the lines of transformers' files."""
+    return re.sub(r"(?m)^torch \S+,|(?<=\.py):\d+", "", report)
+
+
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the reports in README.md."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_the_first_example_prints_what_it_says(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    first, shown = blocks(README.read_text(encoding="utf-8").partition("## In thirty seconds")[2])[:2]
+    assert first[0] == "python"
+    assert without_versions(printed_by(first[1], tmp_path)).startswith(without_versions(shown[1]))
+
+
+def test_the_near_miss_is_the_one_shown(tmp_path: Path) -> None:
+    example, shown = blocks(section(README, "near miss"))
+    assert shown[1] in printed_by(example[1], tmp_path)
