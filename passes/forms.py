@@ -79,7 +79,7 @@ FORMS: tuple[Form, ...] = (
         "one-hot einsum with capacity (GShard, Switch)",
         frozenset({"einsum", "bmm", "matmul"}),
         lambda traits: "capacity" in traits.operations,
-        "einsum('tec,ech->th', combine, experts(einsum('tec,th->ech', dispatch, x)))",
+        'einsum("tec,ech->th", combine, experts(einsum("tec,th->ech", dispatch, x)))',
     ),
     Form(
         "dense",
@@ -94,7 +94,7 @@ FORMS: tuple[Form, ...] = (
         "each token's expert weights gathered, products by einsum (gpt-fast)",
         frozenset({"einsum"}),
         lambda traits: "einsum" in traits.operations,
-        "einsum('tai,taoi->tao', act(einsum('ti,taoi->tao', x, w1[ids])), w2[ids])",
+        'einsum("tai,taoi->tao", act(einsum("ti,taoi->tao", x, w1[ids])), w2[ids])',
     ),
     Form(
         "batched_mm",

@@ -151,7 +151,7 @@ class LoopOfChoices(Spelling):
         capacity = self.capacity(x)
         weights, ids = torch.topk(scores, self.top_k)
         counts = torch.zeros(1, EXPERTS, dtype=torch.int64)
-        dispatch, combine = 0, 0
+        dispatch = combine = torch.zeros(())
         for k in range(self.top_k):
             mask = F.one_hot(ids[:, k], EXPERTS)
             position = mask.cumsum(0) - 1 + counts
