@@ -76,8 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(report)
     print(f"\nThe rewritten graph\n\n{report.graphs[0].after}")
     print(f"\nIts backward, reduced to moecompile's operators\n\n{report.graphs[0].backward}")
-    error = (result - expected).float().norm() / expected.float().norm()
-    print(f"\nAgainst eager: relative error {error.item():.1e}")
+    # The median token: rounding in the first layer may change the second layer's choice between two equal scores.
+    errors = (result - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    print(f"\nAgainst eager: relative error {errors.median().item():.1e} (median over tokens)")
     if chosen.html:
         print(f"Report written to {report.html(chosen.html)}")
 

@@ -21,5 +21,5 @@ def test_inspect_graph(tmp_path, capsys):
     assert backward.count("= moecompile.experts_backward(") == 2
     assert len(moecompile.last_report().sites) == 2
     error = float(printed.rpartition("relative error ")[2].split()[0])
-    assert error < 3e-2  # bfloat16
+    assert error < 1e-2  # bfloat16
     assert "moecompile.experts" in page.read_text()
