@@ -23,6 +23,7 @@ from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.interpret import Refused
+from moecompile.passes.slots import difference, is_at_least
 from moecompile.passes.terms import (
     Affine,
     Apply,
@@ -99,8 +100,8 @@ class Number(Meaning):
     items: frozenset[tuple[Content, int]]
     constant: int = 0
     where: frozenset[Content] = frozenset()
-    otherwise: int = 0
-    most: int | None = None
+    otherwise: Size = 0
+    most: Size | None = None
 
     def substituted(self, old: Atom, new: Part) -> Number:
         """The number at another index."""
@@ -248,8 +249,8 @@ def number(
     items: Mapping[Content, int],
     constant: int = 0,
     where: Iterable[Content] = (),
-    otherwise: int = 0,
-    most: int | None = None,
+    otherwise: Size = 0,
+    most: Size | None = None,
 ) -> Number:
     """A number in its simplest form: no conditions that always hold, nothing counted zero times."""
     kept: dict[Content, int] = {}
@@ -399,27 +400,23 @@ def _given(mark: Content, others: set[Content]) -> set[Content]:
     place = mark.place
     if isinstance(place, Affine) and place.step == 1 and not value.where and value.most is None:
         value, place = replace(value, constant=value.constant - place.start), place.atom
+    if isinstance(place, Fixed) and place.extent != 1 and not value.where and value.most is None:
+        value, place = replace(value, constant=value.constant - place.index), Fixed(0, 1)
     return {At(value, place), *where}
 
 
-def _stays_below(value: Number, bound: int, others: set[Content]) -> bool:
+def _stays_below(value: Number, bound: Size, others: set[Content]) -> bool:
     """Whether one of the other conditions says that the number is below the bound."""
-    return any(
-        isinstance(other, Below) and other.number == value and isinstance(other.bound, int) and other.bound <= bound
-        for other in others
-    )
+    return any(isinstance(mark, Below) and mark.number == value and is_at_least(bound, mark.bound) for mark in others)
 
 
-def _may_be(value: int, place: Part) -> bool:
+def _may_be(value: Size, place: Part) -> bool:
     """Whether a place can be this number."""
     if isinstance(place, Fixed):
-        return value == place.index
-    if isinstance(place, Affine):
-        steps = value - place.start
-        return (
-            isinstance(place.atom.size, int) and steps % place.step == 0 and 0 <= steps // place.step < place.atom.size
-        )
-    return not isinstance(place, Atom) or not isinstance(place.size, int) or 0 <= value < place.size
+        return difference(value, place.index) in (0, None)
+    if isinstance(place, Affine) and place.step == 1:
+        value, place = value - place.start, place.atom
+    return not isinstance(place, Atom) or not (is_at_least(value, place.size) or is_at_least(-1, value))
 
 
 def own_expert(content: Number | Marks, expert: Atom) -> Number | Marks:

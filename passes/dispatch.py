@@ -40,6 +40,7 @@ from moecompile.passes.capacity import (
 from moecompile.passes.interpret import Interpretation, Refused, walk
 from moecompile.passes.merge import expert_atom, merge
 from moecompile.passes.rules_routing import id_range
+from moecompile.passes.slots import is_at_least
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -283,11 +284,11 @@ def _column(marks: Marks, expert: Atom, place: Part, names: Sequence[tuple[Atom,
 
 
 def _least(first: Size, second: Size) -> Size:
-    if first == second:
+    if is_at_least(second, first):
         return first
-    if not isinstance(first, int) or not isinstance(second, int):
-        raise Refused("a capacity of symbolic size")
-    return min(first, second)
+    if not is_at_least(first, second):
+        raise Refused("a capacity of symbolic size that is not the number of places")
+    return second
 
 
 # ---- no two assignments at one place
@@ -380,17 +381,13 @@ def _after(later: Column, earlier: Column, inside: Group, draft: Routing) -> boo
     for marks, count in more.items():
         bounds = [mark for mark in marks if isinstance(mark, Below)]
         if count > 0 and key in marks and len(bounds) + 1 == len(marks):
-            if all(mark.number == place and _at_least(mark.bound, earlier.bound) for mark in bounds):
+            if all(mark.number == place and is_at_least(mark.bound, earlier.bound) for mark in bounds):
                 return True
     return False
 
 
 def _tallies(column: Column) -> dict[frozenset[Content], int]:
     return {content.marks: count for content, count in column.place.items if isinstance(content, Tally)}
-
-
-def _at_least(first: Size, second: Size) -> bool:
-    return first == second or (isinstance(first, int) and isinstance(second, int) and first >= second)
 
 
 # ---- weights

@@ -118,7 +118,7 @@ def region_of(
         partials: the additions that lead to `end`, where the sum took several.
     """
     region = _between((end, *partials), frozenset(roots), state, layout)
-    _check_rows(end, region, state)
+    _check_rows(end, region, state, layout)
     _check_roots(end, region, roots, layout, frozenset((end, *partials)))
     _check_modes(end, region, layout)
     _check_partials(end, region, partials, layout)
@@ -146,7 +146,8 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
             if position[node] < position[writer] < position[end] and not _of_root(node, roots, layout)
         ]
         call = bind(node)
-        if call is not None and call.name in _MAKERS:
+        if call is not None and call.name in _MAKERS:  # zeros_like(rows[:n]) reads a shape only
+            waiting += [argument for argument in node.all_input_nodes if _is_of_rows(argument, state, layout)]
             continue
         if call is not None and call.name in _LIKE:  # of the other tensor they read the dtype or shape only
             waiting += [
@@ -179,15 +180,23 @@ def is_row(node: fx.Node, state: Interpretation) -> bool:
     )
 
 
+def _is_of_rows(node: fx.Node, state: Interpretation, layout: Layout) -> bool:
+    """Whether the node holds rows of assignments, or some that were cut out of them."""
+    return is_row(node, state) or (
+        node not in layout.writers
+        and any(is_row(argument, state) and layout.aliases.share(node, argument) for argument in node.all_input_nodes)
+    )
+
+
 def only_reads_dtype(user: fx.Node, node: fx.Node) -> bool:
     """Whether the user casts another tensor to the node's dtype: x.type_as(node), x.to(node)."""
     call = bind(user)
     return call is not None and call.name == "cast" and user.op == "call_method" and call["input"] is not node
 
 
-def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation) -> None:
+def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation, layout: Layout) -> None:
     for node in sorted(region):
-        if node is end or not is_row(node, state):
+        if node is end or not _is_of_rows(node, state, layout):
             continue
         outside = next(
             (

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moecompile.passes import terms
 from moecompile.passes.calls import Call
@@ -38,7 +39,8 @@ from moecompile.passes.capacity import (
 )
 from moecompile.passes.dispatch import check_disjoint
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of, is_plain
-from moecompile.passes.rules_views import holds_integers
+from moecompile.passes.rules_views import holds_integers, sliced
+from moecompile.passes.slots import is_at_least
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -221,7 +223,7 @@ def _cumsum(call: Call, state: Interpretation) -> Value:
     """
     value = state.value(call["input"])
     marks = as_terms(value.content)
-    if marks is None or isinstance(value.content, terms.Special):
+    if marks is None or isinstance(value.content, terms.Special) or _is_of_one_expert(value.content):
         raise Passed
     order = value.dims[_dim(call["dim"], value)]
     if len(marks) != 1 or not marks[0].is_mask or len(marks[0].factors) != 1:
@@ -238,6 +240,11 @@ def _cumsum(call: Call, state: Interpretation) -> Value:
     return Value(value.dims, running(mark.content, order, mark.atom))
 
 
+def _is_of_one_expert(content: Content) -> bool:
+    """ids == 3, as loops over experts write it."""
+    return isinstance(content, Equals) and not isinstance(content.atom, Atom)
+
+
 def _dim(dim: Any, value: Value) -> int:
     if not isinstance(dim, int) or not value.dims:
         raise Refused(f"a sum over dimension {dim!r}")
@@ -251,7 +258,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     """
     value = state.value(call["input"])
     content = value.content
-    if not isinstance(content, (Number, Marks, Sum, Equals)):
+    if not isinstance(content, (Number, Marks, Sum, Equals)) or _is_of_one_expert(content):
         raise Passed
     dims = call["dim"] if isinstance(call["dim"], (tuple, list)) else [call["dim"]]
     if any(dim is None for dim in dims):
@@ -331,8 +338,12 @@ def _compare(call: Call, state: Interpretation) -> Value:
 
 
 def _bound(state: Interpretation, argument: Any) -> Any:
+    """A number that places are compared with; a symbolic one that the graph's guards have settled as what it is."""
     if isinstance(argument, (int, float)):
         return argument
+    fake = fake_of(argument) if isinstance(argument, fx.Node) else None
+    if isinstance(fake, torch.SymInt) and fake.node.has_hint() and statically_known_true(fake == fake.node.hint):
+        return int(fake.node.hint)
     return state.number(argument)
 
 
@@ -344,10 +355,10 @@ def _from_below(value: Value, bound: Any) -> Value:
     """place >= 0 where places of assignments that are not marked are -1."""
     content = value.content
     assert isinstance(content, Number)
-    least = content.least()
-    if not content.where or least is None or not isinstance(bound, (int, float)) or content.most is not None:
+    least, bound = content.least(), _whole(bound)
+    if not content.where or least is None or content.most is not None:
         raise Refused("places of assignments compared from below")
-    if least < bound or content.otherwise >= bound:
+    if not is_at_least(least, bound) or not is_at_least(bound - 1, content.otherwise):
         raise Refused("places of assignments compared from below")
     return Value(value.dims, Marks(content.where))
 
@@ -374,7 +385,7 @@ def _one_hot(call: Call, state: Interpretation) -> Value:
     value = state.value(call["input"])
     if not isinstance(value.content, Number):
         raise Passed
-    classes = state.number(call["num_classes"])
+    classes = _bound(state, call["num_classes"])
     if isinstance(classes, int) and classes < 1:
         raise Refused("one_hot of as many places as there happen to be")
     place: Part = Fixed(0, 1) if classes == 1 else Atom(Variable("free", (call.node, "place")), 1, classes)
@@ -390,13 +401,20 @@ def _clamp(call: Call, state: Interpretation) -> Value:
         raise Passed
     most, low = call.arguments.get("max"), call.arguments.get("min")
     least = content.least()
-    if low is not None and (least is None or low > min(least, content.otherwise if content.where else least)):
-        raise Refused("places of assignments clamped from below")
+    if low is not None:
+        low = _whole(_bound(state, low))
+        if least is None or not is_at_least(least, low) or (content.where and not is_at_least(content.otherwise, low)):
+            raise Refused("places of assignments clamped from below")
     if most is None:
         return value
-    if not isinstance(most, int) or content.most is not None:
-        raise Refused("places of assignments clamped twice, or by something that is no number")
-    return Value(value.dims, replace(content, most=most, otherwise=min(content.otherwise, most)))
+    if content.most is not None or isinstance(most, float):
+        raise Refused("places of assignments clamped twice, or by a fraction")
+    most, otherwise = _bound(state, most), content.otherwise
+    if content.where and not is_at_least(most, otherwise):
+        if not is_at_least(otherwise, most):
+            raise Refused("places of assignments clamped by something that is no number")
+        otherwise = most
+    return Value(value.dims, replace(content, most=most, otherwise=otherwise))
 
 
 def _where(call: Call, state: Interpretation) -> Value:
@@ -406,22 +424,34 @@ def _where(call: Call, state: Interpretation) -> Value:
     condition = state.value(call["condition"])
     if not isinstance(condition.content, Marks) or not condition.content.is_mask:
         raise Passed
-    kept, other = state.value(call["input"]), state.value(call["other"])
-    factors = condition.content.factors
-    if isinstance(kept.content, Number) and isinstance(other.content, Constant):
+    kept = state.value(call["input"])
+    if isinstance(kept.content, Number):
         _check_counts(state, call.node)
-        dims, contents = unify([condition, kept, other])
-        mask, found, outside = contents
-        assert isinstance(mask, Marks) and isinstance(found, Number) and isinstance(outside, Constant)
-        if not isinstance(outside.value, int) or (found.where and not found.where <= factors):
+        dims, contents = unify([condition, kept])
+        mask, found = contents
+        assert isinstance(mask, Marks) and isinstance(found, Number)
+        if found.where and not found.where <= mask.factors:
             raise Refused("places of assignments where something else stands for others")
-        return Value(dims, number(dict(found.items), found.constant, mask.factors, outside.value, found.most))
+        outside = _number_of(state, call["other"])
+        return Value(dims, number(dict(found.items), found.constant, mask.factors, outside, found.most))
+    other = state.value(call["other"])
     if other.content != Constant(0) or not (is_plain(kept) or as_terms(kept.content)):
         raise Passed
     dims, contents = unify([condition, kept])
     mask, found = contents
     assert isinstance(mask, Marks)
     return Value(dims, of_terms([product(term, mask) for term in _weighted(call, state, found, call["input"])]))
+
+
+def _number_of(state: Interpretation, argument: Any) -> Size:
+    """A whole number, or a tensor that holds nothing else."""
+    if isinstance(argument, fx.Node) and isinstance(fake_of(argument), torch.Tensor):
+        content = state.value(argument).content
+        argument = content.value if isinstance(content, Constant) else None
+    number = _bound(state, argument)
+    if isinstance(number, float):
+        raise Refused(f"{number} stands for the places of assignments that are dropped")
+    return number
 
 
 def support(value: Value, positive: bool) -> Content:
@@ -466,7 +496,31 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
     )
 
 
+def _getitem(call: Call, state: Interpretation) -> Value:
+    """one_hot(place, capacity + 1)[..., :capacity] where the capacity is symbolic."""
+    source, index = call["input"], call["index"]
+    value = state.values.get(source)
+    if value is None or not isinstance(value.content, (Number, Marks, Sum)):
+        raise Passed
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(not (item is None or item is Ellipsis or isinstance(item, slice)) for item in items):
+        raise Passed
+    if Ellipsis in items:
+        place = items.index(Ellipsis)
+        items[place : place + 1] = [slice(None)] * (len(value.dims) + 1 + items.count(None) - len(items))
+    for dim, item in enumerate(items):
+        if item is None:
+            value = Value((*value.dims[:dim], (), *value.dims[dim:]), value.content)
+        elif item != slice(None):
+            start = item.start or 0
+            if item.step not in (None, 1) or not isinstance(start, int) or start < 0:
+                raise Refused("places of assignments cut in steps, or from the end")
+            value = sliced(value, dim, start, state.shape(call.node)[dim], 1, (call.node, dim))
+    return value
+
+
 RULES: dict[str, Rule] = {
+    "getitem": _getitem,
     "mul": _mul,
     "logical_and": _and,
     "bitwise_and": _and,

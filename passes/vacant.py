@@ -23,11 +23,12 @@ from moecompile.passes import terms
 from moecompile.passes.capacity import Number, Running, Support
 from moecompile.passes.dense import vanishes
 from moecompile.passes.dispatch import ASSIGNMENT, Column, Routing
-from moecompile.passes.interpret import Interpretation, Refused, walk
+from moecompile.passes.interpret import Interpretation, Refused, fake_of, walk
 from moecompile.passes.recognise import Block, read, weight_steps
 from moecompile.passes.region import Layout
 from moecompile.passes.site import Operand
-from moecompile.passes.terms import Apply, Atom, Content, Fixed, Group, Looked, Special, Total, Value, substitute
+from moecompile.passes.slots import difference
+from moecompile.passes.terms import Apply, Atom, Content, Fixed, Group, Looked, Size, Special, Total, Value, substitute
 from moecompile.runtime.elementwise import vjp
 
 # finite, with finite derivatives, wherever their arguments are finite
@@ -252,8 +253,6 @@ def _full(
     column: Column, routing: Routing, ids: Operand, state: Interpretation, layout: Layout, end: fx.Node
 ) -> Operand:
     """Whether an assignment's place is not below the bound, (T, its choices); read off a tensor of places."""
-    if not isinstance(column.bound, int):
-        raise Refused("a capacity of symbolic size")
     found: dict[bool, tuple[fx.Node, str, int]] = {}
     for node, value in state.values.items():
         if not isinstance(value.content, Number) or not node < end or _is_written_later(node, layout):
@@ -267,7 +266,21 @@ def _full(
         raise Refused("the places of assignments are not kept, so that dropped ones cannot be told")
     node, order, more = found[True in found]
     steps = _rows(routing, order) if True in found else _rows_of_own(routing, order, ids)
-    return Operand(node, (*steps, ("ge", (column.bound + more,))))
+    return Operand(node, (*steps, *_at_or_above(column.bound + more, state, end)))
+
+
+def _at_or_above(bound: Size, state: Interpretation, end: fx.Node) -> Steps:
+    """The comparison with a bound; a symbolic one is made of a number of the graph that differs by a constant."""
+    if isinstance(bound, int):
+        return (("ge", (bound,)),)
+    for node in state.graph.nodes:
+        if node is end:
+            break
+        if isinstance(fake_of(node), torch.SymInt):
+            less = difference(terms.size_of(fake_of(node)), bound)
+            if less is not None:
+                return (*((("add", (less,)),) if less else ()), ("ge", (Operand(node),)))
+    raise Refused("a capacity of symbolic size that the graph does not hold")
 
 
 def _is_written_later(node: fx.Node, layout: Layout) -> bool:
@@ -290,6 +303,8 @@ def _expert_of(value: Value) -> Atom | None:
 
 def _difference(value: Value, expert: Atom | None, column: Column, routing: Routing, digits: Group) -> int | None:
     """By how much a tensor of these digits exceeds the column's places; None if it holds something else."""
+    if expert is not None and expert != Atom(expert.variable, 1, routing.num_experts):
+        return None
     atoms = tuple(atom for group in value.dims for atom in group if atom != expert)
     pairs = terms.align(atoms, digits)
     if pairs is None or any(old.variable.rank >= 3 for old, _ in pairs):
