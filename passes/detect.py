@@ -17,6 +17,7 @@ Contract
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -35,6 +36,7 @@ from moecompile.passes.rules_routing import routing_call
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 from moecompile.passes.vacant import has_places, read_block, routing_operands
+from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -83,7 +85,24 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     result = combine.node if fake_of(combine.node) is not None or combine.base is None else combine.base
     if sum(not isinstance(size, int) for size in state.shape(result)) > 1:
         raise Refused("a result of several symbolic dimensions")
-    return _described(combine, block, operands, region, state, layout)
+    return _described(combine, block, operands, region, state, layout, _out_dtype(block, operands, state.dtype(result)))
+
+
+def _out_dtype(block: Block, operands: dict[str, Operand], result: torch.dtype) -> torch.dtype | None:
+    """The dtype of the model's sum, where it is not the one that the operator would give it."""
+    tensors = tuple(_dtype(operands[name]) if name in operands else None for name in DIFFERENTIABLE)
+    try:
+        given = operator_dtypes(tensors, block.activation, block.gate_up, block.input, block.output).result
+    except TypeError as error:
+        raise Refused(str(error)) from error
+    return None if given == result else result
+
+
+def _dtype(operand: Operand) -> torch.dtype:
+    dtypes = [arguments[0] for step, arguments in operand.steps if step == "to"]
+    found = dtypes[-1] if dtypes else fake_of(operand.node).dtype
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _written(block: Block) -> dict[fx.Node, fx.Node | None]:
@@ -125,8 +144,8 @@ def _is_expert_output(value: Value) -> bool:
 
 def _holds_expert_product(*contents: Content) -> bool:
     return any(isinstance(inner, Contract) for content in contents for inner in walk(content)) and any(
-        isinstance(content, Element) and any(isinstance(part, terms.Looked) for part in content.index)
-        for content in contents
+        isinstance(weight, Element) and any(isinstance(part, terms.Looked) for part in weight.index)
+        for weight, _ in map(terms.uncast, contents)
     )
 
 
@@ -170,10 +189,14 @@ def _matrices(weight: str, bias: str, product: Product, num_experts: int, state:
     """One matrix, and one bias vector if there is one, for each expert."""
     inner, outer = product.over.size, product.extent
     shape = (num_experts, inner, outer) if product.transposed else (num_experts, outer, inner)
-    found = {weight: _shaped(product.weight, shape, state)}
+    found = {weight: _converted(_shaped(product.weight, shape, state), product.cast)}
     if product.bias is not None:
-        found[bias] = _shaped(product.bias, (num_experts, outer), state)
+        found[bias] = _converted(_shaped(product.bias, (num_experts, outer), state), product.bias_cast)
     return found
+
+
+def _converted(operand: Operand, dtype: str | None) -> Operand:
+    return operand if dtype is None else replace(operand, steps=(*operand.steps, ("to", (getattr(torch, dtype),))))
 
 
 def _shaped(node: fx.Node | Stacked, shape: tuple[Size, ...], state: Interpretation) -> Operand:
@@ -202,6 +225,7 @@ def _described(
     region: frozenset[fx.Node],
     state: Interpretation,
     layout: Layout,
+    out_dtype: torch.dtype | None,
 ) -> Site:
     assert block.out is not None and isinstance(block.num_experts, int)
     names = frozenset(state.calls[node].name for node in region if node in state.calls)
@@ -231,13 +255,13 @@ def _described(
         input=block.input,
         output=block.output,
         gate_up=block.gate_up,
-        dtype=str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
+        dtype=inner.cast or str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
         biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
         module=module_of(anchor),
         source=source_of(anchor),
         w_in_transposed=inner.transposed,
         w_out_transposed=block.out.transposed,
-        out_dtype=combine.out_dtype,
+        out_dtype=out_dtype,
         node=combine.node,
         base=combine.base,
         fresh=combine.fresh,

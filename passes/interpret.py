@@ -50,7 +50,6 @@ class Combine:
     value: Value  # content is a Total, or a Special sum of partial results
     base: fx.Node | None = None  # what the sum is added to
     fresh: bool = True  # the base is zeros, or there is none
-    out_dtype: torch.dtype | None = None  # the sum's dtype where it is not that of its terms
     partials: tuple[fx.Node, ...] = ()  # the additions that made it, where it took several
 
 

@@ -94,7 +94,7 @@ def _is_product(node: fx.Node, state: Interpretation) -> bool:
     return isinstance(content, Contract) and any(
         (isinstance(side, Element) and any(isinstance(part, (terms.Looked, terms.Fixed)) for part in side.index))
         or _is_stack(side)
-        for side in (content.left, content.right)
+        for side, _ in map(terms.uncast, (content.left, content.right))
     )
 
 

@@ -84,6 +84,8 @@ class Product:
     extent: Size
     features: tuple[Part, ...]  # the weight's index of its output features
     bias: fx.Node | Stacked | None = None
+    cast: str | None = None  # the dtype that the weight is converted to before the product
+    bias_cast: str | None = None
 
 
 def read(total: Total, tokens: Group) -> Block:
@@ -212,15 +214,17 @@ def weight_steps(content: Element, block: Block) -> tuple[tuple[str, tuple[objec
 def _product(content: Content, block: Block) -> Product | None:
     """content as rows @ weight[expert], with a bias if one is added; None if it is something else."""
     if isinstance(content, Contract):
-        for weight, rows in ((content.right, content.left), (content.left, content.right)):
+        for side, rows in ((content.right, content.left), (content.left, content.right)):
+            weight, dtype = terms.uncast(side)
             if isinstance(weight, Element) and _by_expert(weight, block):
-                return _weight_product(content, rows, weight, block)
+                return _weight_product(content, rows, weight, dtype, block)
         return None
     if isinstance(content, Apply) and content.op == "add" and len(content.args) == 2:
-        for product, bias in (content.args, content.args[::-1]):
+        for product, side in (content.args, content.args[::-1]):
+            bias, dtype = terms.uncast(side)
             found = _product(product, block) if isinstance(product, Contract) else None
             if found is not None and isinstance(bias, Element) and _by_expert(bias, block):
-                return _with_bias(content, found, bias, block)
+                return _with_bias(content, found, bias, dtype, block)
     return None
 
 
@@ -235,7 +239,7 @@ def _by_expert(content: Element, block: Block) -> bool:
     )
 
 
-def _weight_product(content: Contract, rows: Content, weight: Element, block: Block) -> Product:
+def _weight_product(content: Contract, rows: Content, weight: Element, dtype: str | None, block: Block) -> Product:
     assert block.key is not None
     expert, *rest = weight.index
     if expert != Looked(block.key, block.num_experts):
@@ -258,6 +262,7 @@ def _weight_product(content: Contract, rows: Content, weight: Element, block: Bl
         width,
         extent,
         tuple(features),
+        cast=dtype,
     )
 
 
@@ -278,14 +283,14 @@ def _unit_product(content: Content, block: Block) -> Product | None:
     return None
 
 
-def _with_bias(content: Content, product: Product, bias: Element, block: Block) -> Product:
+def _with_bias(content: Content, product: Product, bias: Element, dtype: str | None, block: Block) -> Product:
     assert block.key is not None
     expert, *features = bias.index
     if expert != Looked(block.key, block.num_experts) or bias.written is not None:
         raise Refused(f"the experts are not the first dimension of {bias.root}")
     if tuple(features) != product.features:
         raise Refused(f"the bias {bias.root} is added to other features than its own")
-    return replace(product, content=content, bias=bias.root)
+    return replace(product, content=content, bias=bias.root, bias_cast=dtype)
 
 
 def _affine(parts: list[Part], root: fx.Node | Stacked) -> tuple[int, int, Size, Size]:
@@ -365,7 +370,15 @@ def _name_gate_and_up(block: Block) -> None:
     layouts = [(product.weight, product.start, product.step, product.width, product.extent) for product in block.inner]
     if len(layouts) == 1 and layouts[0][1:3] == (0, 1) and layouts[0][3] == layouts[0][4]:
         block.gate_up = "single"
-    elif len(layouts) == 2 and layouts[0][0] is layouts[1][0] and block.inner[0].bias is block.inner[1].bias:
+    elif (
+        len(layouts) == 2
+        and layouts[0][0] is layouts[1][0]
+        and (block.inner[0].bias, *_dtypes(block.inner[0]))
+        == (
+            block.inner[1].bias,
+            *_dtypes(block.inner[1]),
+        )
+    ):
         width, extent = layouts[0][3], layouts[0][4]
         spans = {layouts[0][1:3], layouts[1][1:3]}
         if extent != width * 2 or spans not in ({(0, 1), (width, 1)}, {(0, 2), (1, 2)}):
@@ -376,6 +389,10 @@ def _name_gate_and_up(block: Block) -> None:
     else:
         raise Refused(f"{len(layouts)} parts of first GEMMs, or only some of their features, enter the activation")
     _rename_leaves(block)
+
+
+def _dtypes(product: Product) -> tuple[str | None, str | None]:
+    return product.cast, product.bias_cast
 
 
 def _rename_leaves(block: Block) -> None:

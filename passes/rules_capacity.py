@@ -120,6 +120,18 @@ def _weighted(call: Call, state: Interpretation, content: Content, argument: Any
     )
 
 
+def in_dtype(content: Content, dtype: torch.dtype) -> Content:
+    """Marks of assignments in another dtype: marks are 0 and 1 in all of them, weights are converted."""
+    marks = as_terms(content)
+    if marks is None:
+        raise Refused(f"places of assignments as {dtype}")
+    if all(term.weight is None for term in marks):
+        return content
+    return of_terms(
+        [term if term.weight is None else replace(term, weight=_cast_weight(term.weight, dtype)) for term in marks]
+    )
+
+
 def _cast_weight(weight: Content, dtype: torch.dtype) -> Content:
     name = str(dtype).removeprefix("torch.")
     if not dtype.is_floating_point:
@@ -486,14 +498,7 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
         return value
     if after is torch.bool:
         return Value(value.dims, support(value, positive=False))
-    marks = as_terms(content)
-    assert marks is not None
-    return Value(
-        value.dims,
-        of_terms(
-            [term if term.weight is None else replace(term, weight=_cast_weight(term.weight, after)) for term in marks]
-        ),
-    )
+    return Value(value.dims, in_dtype(content, after))
 
 
 def _getitem(call: Call, state: Interpretation) -> Value:

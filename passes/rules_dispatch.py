@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.capacity import Marks, Number, Sum, as_terms, of_terms, over_choices, own_expert, product, scaled
 from moecompile.passes.dispatch import ASSIGNMENT, Places, Tensor, is_whole, take_apart
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, walk
+from moecompile.passes.rules_capacity import in_dtype
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -36,9 +38,11 @@ Labels = Mapping[str, Group]
 _REACH = 60  # how far back a reason is looked for, in nodes
 
 
-def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
+def einsum(
+    state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str, casts: tuple[str | None, ...]
+) -> Value | None:
     """A product of two operands by an equation in single letters. Raises Passed if none of them is of this form."""
-    values = (left, right)
+    values = (_converted(left, casts[0]), _converted(right, casts[1]))
     marked = [_is_marks(value) for value in values]
     placed = [any(_is_place(atom) for group in value.dims for atom in group) for value in values]
     if not any(marked) and not any(placed):
@@ -48,7 +52,7 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     first, second = inputs.split(",")
     if len(set(first)) != len(first) or len(set(second)) != len(second):
         raise Refused(f"a product {equation} along a diagonal")
-    labels = (dict(zip(first, left.dims, strict=True)), dict(zip(second, right.dims, strict=True)))
+    labels = (dict(zip(first, values[0].dims, strict=True)), dict(zip(second, values[1].dims, strict=True)))
     contracted = any(label not in output for label in labels[0] if label in labels[1])
     for number, (value, own) in enumerate(zip(values, labels, strict=True)):
         other, others = values[1 - number], labels[1 - number]
@@ -61,6 +65,15 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
     if any(placed) or (contracted and not all(marked) and any(isinstance(value.content, Equals) for value in values)):
         raise Passed
     return _multiplied(state, node, values, labels, output)
+
+
+def _converted(value: Value, dtype: str | None) -> Value:
+    """The operand as autocast converts it."""
+    if dtype is None:
+        return value
+    if _is_marks(value):
+        return Value(value.dims, in_dtype(value.content, getattr(torch, dtype)))
+    return Value(value.dims, Apply("cast", (value.content,), (dtype,)))
 
 
 Side = tuple[Value, dict[str, Group]]

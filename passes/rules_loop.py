@@ -160,9 +160,7 @@ def _complete(call: Call, state: Interpretation, partial: Partial, key: Equals, 
         return
     content = terms.substitute(merged, expert_atom(count), Looked(key.content, count))
     total = Total(content, choices, state.dtype(call.node if fake_of(call.node) is not None else call["input"]))
-    state.combines.append(
-        Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, None, partial.nodes)
-    )
+    state.combines.append(Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, partial.nodes))
 
 
 def assigned_rows(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Value) -> Value:

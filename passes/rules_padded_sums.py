@@ -16,7 +16,7 @@ from moecompile.passes import terms
 from moecompile.passes.bins import ends_of, is_bins
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused
-from moecompile.passes.rules_products import einsum
+from moecompile.passes.rules_products import Casts, casts_of, einsum
 from moecompile.passes.rules_views import free
 from moecompile.passes.slots import (
     Bins,
@@ -52,12 +52,10 @@ def grouped_mm(call: Call, state: Interpretation) -> Value | None:
         raise Refused("a grouped GEMM of padded rows that is not rows by stacked weights")
     if ends_of(ends) != bins.ends:
         raise Refused("a grouped GEMM whose offsets are not the ends of the bins that its rows were put into")
-    if len({state.dtype(node) for node in (call["input"], weight, call.node)}) != 1:
-        raise Refused("a product of mixed dtypes")
-    return _product(call, state, bins, rows, weights)
+    return _product(call, state, bins, rows, weights, casts_of(state, call.node, call["input"], weight))
 
 
-def _product(call: Call, state: Interpretation, bins: Bins, rows: Value, weights: Value) -> Value | None:
+def _product(call: Call, state: Interpretation, bins: Bins, rows: Value, weights: Value, casts: Casts) -> Value | None:
     key, experts = bins.ends.key, bins.ends.num_experts
     assert key is not None
     if terms.group_size(weights.dims[0]) != experts or len(weights.dims[0]) > 1:
@@ -65,7 +63,7 @@ def _product(call: Call, state: Interpretation, bins: Bins, rows: Value, weights
     content = weights.content
     if weights.dims[0]:
         content = terms.substitute(content, weights.dims[0][0], Looked(key, experts))
-    return einsum(state, call.node, rows, Value(weights.dims[1:], content), "sf,fn->sn")
+    return einsum(state, call.node, rows, Value(weights.dims[1:], content), "sf,fn->sn", casts)
 
 
 # ---- rows that go back to their tokens

@@ -1,11 +1,13 @@
 """Rules for matrix products.
 
-Everything is an einsum over named dimensions; grouped GEMMs look their expert up by the rows' sorted ids.
+Everything is an einsum over named dimensions; grouped GEMMs look their expert up by the rows' sorted ids. Operands that
+autocast converts unseen are converted in the terms.
 """
 
 from __future__ import annotations
 
 import contextlib
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -31,11 +33,22 @@ from moecompile.passes.terms import (
 )
 from moecompile.passes.unify import _choose, _deduplicated, _renaming, per_expert, unify
 
+# of each operand, the dtype that autocast gives it, or None
+Casts: TypeAlias = "tuple[str | None, ...]"
+_LOWER = (torch.bfloat16, torch.float16)
 
-def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equation: str) -> Value | None:
+
+def einsum(
+    state: Interpretation,
+    node: fx.Node,
+    left: Value,
+    right: Value,
+    equation: str,
+    casts: Casts = (None, None),
+) -> Value | None:
     """A product of two tensors by a two-operand equation in single letters, e.g. "sf,fn->sn"."""
     with contextlib.suppress(Passed):
-        return rules_dispatch.einsum(state, node, left, right, equation)
+        return rules_dispatch.einsum(state, node, left, right, equation, casts)
     inputs, output = equation.split("->")
     first, second = inputs.split(",")
     if (
@@ -76,7 +89,10 @@ def einsum(state: Interpretation, node: fx.Node, left: Value, right: Value, equa
             size = terms.group_size(groups[label])
             groups[label] = (Atom(Variable("bound", (node, label, equation)), 1, size),) if size != 1 else ()
             bound += groups[label]
-    contents = [_named(value, labels, groups) for value, labels in ((left, first), (right, second))]
+    contents = [
+        _converted(_named(value, labels, groups), dtype)
+        for value, labels, dtype in ((left, first, casts[0]), (right, second, casts[1]))
+    ]
     content: Content = _summed(contents, bound, tuple(summed), state.dtype(node))
     result = Value(tuple(groups[label] for label in output), content)
     if isinstance(content, Total):
@@ -149,30 +165,36 @@ def _is_parameter(node: fx.Node | None) -> bool:
     )
 
 
-def _check_dtypes(state: Interpretation, call: Call, first: str, second: str) -> None:
-    """Both operands in the dtype of the result; autocast would cast them unseen."""
-    found = {state.dtype(call[first]), state.dtype(call[second]), state.dtype(call.node)}
-    if len(found) != 1:
-        names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+def casts_of(state: Interpretation, node: fx.Node, *operands: fx.Node) -> Casts:
+    """What autocast makes of a product's operands: it gives them the lower precision that the result has.
+
+    Raises Refused for any other mixture of dtypes.
+    """
+    dtypes, result = [state.dtype(operand) for operand in operands], state.dtype(node)
+    lowered = result in _LOWER and all(dtype in (torch.float32, *_LOWER) for dtype in dtypes)
+    if not lowered and set(dtypes) != {result}:
+        names = sorted({str(dtype).removeprefix("torch.") for dtype in (*dtypes, result)})
         raise Refused(f"a product of mixed dtypes {names}")
+    return tuple(None if dtype == result else str(result).removeprefix("torch.") for dtype in dtypes)
+
+
+def _converted(content: Content, dtype: str | None) -> Content:
+    return content if dtype is None else Apply("cast", (content,), (dtype,))
 
 
 def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
     if call.arguments.get("bias") is not None or call["offs"] is None:
         raise Refused("a grouped GEMM with a bias or without offsets")
-    rows, weights, offsets = (
-        state.value(call["input"]),
-        state.value(call.arguments.get("mat2", call.arguments.get("weight"))),
-        state.value(call["offs"]),
-    )
+    weight: fx.Node = call.arguments.get("mat2") or call["weight"]
+    rows, weights, offsets = state.value(call["input"]), state.value(weight), state.value(call["offs"])
     if len(rows.dims) != 2 or len(weights.dims) != 3:
         raise Refused("a grouped GEMM that is not rows by stacked weights")
     if isinstance(offsets.content, Offsets) and not per_expert(offsets):
         raise Refused("a grouped GEMM whose offsets are not in the experts' order")
-    return grouped(state, call.node, rows, weights, offsets.content)
+    return grouped(state, call.node, rows, weights, offsets.content, casts_of(state, call.node, call["input"], weight))
 
 
-def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, ends: Content) -> Value:
+def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, ends: Content, casts: Casts) -> Value:
     """Rows sorted by expert times their expert's matrix: row s of assignment j meets weights[ids[j]]."""
     order = rows.dims[0][0] if len(rows.dims[0]) == 1 else None
     if order is None or order.variable.kind != "order" or order.size != terms.group_size(order.variable.group):
@@ -188,7 +210,7 @@ def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, e
     content = weights.content
     if weights.dims[0]:
         content = terms.substitute(content, weights.dims[0][0], Looked(ends.key, ends.num_experts))
-    result = einsum(state, node, rows, Value(weights.dims[1:], content), "sf,fn->sn")
+    result = einsum(state, node, rows, Value(weights.dims[1:], content), "sf,fn->sn", casts)
     assert result is not None
     return result
 
@@ -202,12 +224,12 @@ def _linear(call: Call, state: Interpretation) -> Value | None:
     value, weight = state.value(call["input"]), state.value(call["weight"])
     if is_plain(value) and is_plain(weight):
         return None
-    _check_dtypes(state, call, "input", "weight")
+    casts = casts_of(state, call.node, call["input"], call["weight"])
     batch = "abcdefgh"[: len(value.dims) - 1]
-    result = einsum(state, call.node, value, weight, f"{batch}y,zy->{batch}z")
+    result = einsum(state, call.node, value, weight, f"{batch}y,zy->{batch}z", casts)
     if result is None or call["bias"] is None:
         return result
-    return with_bias(result, state.value(call["bias"]))
+    return _with_bias(result, state, call.node, call["bias"])
 
 
 def _matmul(call: Call, state: Interpretation) -> Value | None:
@@ -215,16 +237,10 @@ def _matmul(call: Call, state: Interpretation) -> Value | None:
     left, right = state.value(call["input"]), state.value(call[second])
     if len(left.dims) < 1 or len(right.dims) < 1 or (is_plain(left) and is_plain(right) and len(right.dims) != 3):
         return None
-    plain = is_plain(left) and is_plain(right)
-    if not plain:  # before a sum over choices is noted
-        _check_dtypes(state, call, "input", second)
-    result = _matrix_product(state, call, left, right)
-    if plain and result is not None:
-        _check_dtypes(state, call, "input", second)
-    return result
+    return _matrix_product(state, call, left, right, casts_of(state, call.node, call["input"], call[second]))
 
 
-def _matrix_product(state: Interpretation, call: Call, left: Value, right: Value) -> Value | None:
+def _matrix_product(state: Interpretation, call: Call, left: Value, right: Value, casts: Casts) -> Value | None:
     if len(right.dims) == 1 or len(left.dims) == 1:
         raise Refused("a product with a vector")
     batch = max(len(left.dims), len(right.dims)) - 2
@@ -244,7 +260,7 @@ def _matrix_product(state: Interpretation, call: Call, left: Value, right: Value
     ]
     present = [label for label in letters if label in kept[0] or label in kept[1]]
     equation = f"{''.join(kept[0])}xy,{''.join(kept[1])}yz->{''.join(present)}xz"
-    result = einsum(state, call.node, trimmed[0], trimmed[1], equation)
+    result = einsum(state, call.node, trimmed[0], trimmed[1], equation, casts)
     if result is None:
         return None
     dims = list(result.dims)
@@ -262,15 +278,15 @@ def _add_product(call: Call, state: Interpretation) -> Value | None:
         return None
     if call["beta"] != 1 or call["alpha"] != 1:
         raise Refused(f"{call.name} with a scale")
-    _check_dtypes(state, call, first, second)
-    product = _matrix_product(state, call, left, right)
-    return None if product is None else with_bias(product, state.value(call["input"]))
+    product = _matrix_product(state, call, left, right, casts_of(state, call.node, call[first], call[second]))
+    return None if product is None else _with_bias(product, state, call.node, call["input"])
 
 
-def with_bias(product: Value, bias: Value) -> Value:
+def _with_bias(product: Value, state: Interpretation, node: fx.Node, bias: fx.Node) -> Value:
     """product + bias."""
-    dims, contents = unify([product, bias])
-    return Value(dims, Apply("add", tuple(contents)))
+    (dtype,) = casts_of(state, node, bias)
+    dims, contents = unify([product, state.value(bias)])
+    return Value(dims, Apply("add", (contents[0], _converted(contents[1], dtype))))
 
 
 def _einsum(call: Call, state: Interpretation) -> Value | None:
@@ -281,10 +297,7 @@ def _einsum(call: Call, state: Interpretation) -> Value | None:
     values = [state.value(operand) for operand in operands]
     if len(values) < 2 or "..." in equation or "->" not in equation:
         raise Refused(f"einsum {equation!r}")
-    if {fake_of(operand).dtype for operand in operands} != {state.dtype(call.node)} and not all(
-        is_plain(value) for value in values
-    ):
-        raise Refused("a product of mixed dtypes")
+    casts: list[str | None] = list(casts_of(state, call.node, *operands))
     inputs, output = equation.split("->")
     labels = inputs.split(",")
     while len(values) > 2:  # pairwise from the left, as the sum is the same in any order
@@ -293,11 +306,12 @@ def _einsum(call: Call, state: Interpretation) -> Value | None:
             for label in dict.fromkeys(labels[0] + labels[1])
             if label in output or any(label in rest for rest in labels[2:])
         )
-        partial = einsum(state, call.node, values[0], values[1], f"{labels[0]},{labels[1]}->{kept}")
+        equation = f"{labels[0]},{labels[1]}->{kept}"
+        partial = einsum(state, call.node, values[0], values[1], equation, (casts[0], casts[1]))
         if partial is None:
             return None
-        values[:2], labels[:2] = [partial], [kept]
-    return einsum(state, call.node, values[0], values[1], f"{labels[0]},{labels[1]}->{output}")
+        values[:2], labels[:2], casts[:2] = [partial], [kept], [None]
+    return einsum(state, call.node, values[0], values[1], f"{labels[0]},{labels[1]}->{output}", (casts[0], casts[1]))
 
 
 RULES: dict[str, Rule] = {

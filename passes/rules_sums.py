@@ -38,10 +38,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
         raise Refused("a sum over rows in an order of their own")
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
     result = Value(rest, Total(value.content, over, state.dtype(call.node)))
-    source = state.dtype(call["input"])
-    state.combines.append(
-        Combine(call.node, result, out_dtype=None if source == state.dtype(call.node) else state.dtype(call.node))
-    )
+    state.combines.append(Combine(call.node, result))
     return None
 
 

@@ -211,6 +211,13 @@ class Value:
     content: Content
 
 
+def uncast(content: Content) -> tuple[Content, str | None]:
+    """An element without its conversion to another dtype, and that dtype; anything else as it is."""
+    if isinstance(content, Apply) and content.op == "cast" and isinstance(content.args[0], Element):
+        return content.args[0], content.params[0]
+    return content, None
+
+
 # ---- sizes
 
 

@@ -146,7 +146,7 @@ class Arguments:
         """Dtypes of the values inside; raises TypeError where a GEMM would get two different ones."""
         tensors = (self.x, self.weights, self.w_in, self.w_out, self.w_up, self.b_in, self.b_up, self.b_out)
         found = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
-        return _dtypes(found, self.activation, self.gate_up, self.input, self.output, self.out_dtype)
+        return operator_dtypes(found, self.activation, self.gate_up, self.input, self.output, self.out_dtype)
 
     def check(self) -> Arguments:
         """Itself; raises ValueError or TypeError naming the argument, what was expected and what came."""
@@ -234,14 +234,18 @@ def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], words: str) -> No
 
 
 @functools.lru_cache(maxsize=256)
-def _dtypes(
+def operator_dtypes(
     tensors: tuple[torch.dtype | None, ...],
     activation: str,
     gate_up: str,
     input: str,
     output: str,
-    out_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Dtypes:
+    """Dtypes of the values inside, for tensors of these dtypes in the order of DIFFERENTIABLE.
+
+    Raises TypeError where a GEMM would get two different ones.
+    """
     for name, dtype in zip((*DIFFERENTIABLE, "out_dtype"), (*tensors, out_dtype), strict=True):
         if dtype is not None and not dtype.is_floating_point:
             raise _error(TypeError, f"{name} must have a floating-point dtype, got {dtype}")
