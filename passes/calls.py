@@ -321,30 +321,34 @@ def bind(node: fx.Node) -> Call | None:
         return None
     name, inplace = found
     parameters, rest = _signature(name)
+    positional, keywords = node.args, node.kwargs
     arguments: dict[str, Any] = {}
-    positional = list(node.args)
-    for key, default in parameters:
-        if positional:
-            arguments[key] = positional.pop(0)
-        elif key in node.kwargs or default is not _REQUIRED:
-            arguments[key] = node.kwargs.get(key, default)
+    for place, (key, default) in enumerate(parameters):
+        if place < len(positional):
+            arguments[key] = positional[place]
+        elif key in keywords or default is not _REQUIRED:
+            arguments[key] = keywords.get(key, default)
         else:
             return None
     if rest is not None:
-        arguments[rest] = tuple(positional)
-    elif positional:
+        arguments[rest] = tuple(positional[len(parameters) :])
+    elif len(positional) > len(parameters):
         return None
-    extra = {key: value for key, value in node.kwargs.items() if key not in arguments and value is not None}
-    if rest is None and set(extra) - _HARMLESS:
-        return None
-    return Call(name, {**extra, **arguments}, inplace or arguments.get("inplace") is True, node)
+    for key, value in keywords.items():
+        if key not in arguments and value is not None:
+            if rest is None and key not in _HARMLESS:
+                return None
+            arguments[key] = value
+    return Call(name, arguments, inplace or arguments.get("inplace") is True, node)
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether the node may write into one of its arguments.
+def writes(node: fx.Node, call: Call | None = None) -> bool:
+    """Whether the node may write into one of its arguments; `call` is what it is bound to, if that is known.
 
     By spelling, by schema, or by a name that ends in an underscore.
     """
+    if call is not None:
+        return call.inplace or node.kwargs.get("out") is not None
     if node.op not in ("call_function", "call_method"):
         return False
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:

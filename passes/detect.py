@@ -44,7 +44,7 @@ def detect(graph: fx.Graph) -> Detection:
     if not any(_may_be_product(node) for node in graph.nodes):
         return Detection((), ())
     state = interpret(graph)
-    layout = Layout(graph)
+    layout = Layout(graph, state)
     sites: list[Site] = []
     refused: list[tuple[Combine, Refused]] = []
     for combine in sorted(
@@ -122,6 +122,7 @@ def _single_choices(state: Interpretation) -> Iterator[Combine]:
             not isinstance(fake, torch.Tensor)
             or not fake.dtype.is_floating_point
             or len(value.dims) != 2
+            or isinstance(value.content, Element)
             or not _is_expert_output(value)
         ):
             continue

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import fake_of
 from moecompile.passes.region import Layout, only_reads_dtype, removable
 from moecompile.passes.site import Operand, Site
+from moecompile.runtime import kernels
 
 _TENSORS = ("w_up", "b_in", "b_up", "b_out")
 
@@ -36,10 +38,10 @@ def fuse(graph: fx.Graph, sites: Sequence[Site]) -> int:
     for site in sites:
         _free_from_metadata(graph, site)
     for site in sites:
-        inplace = [addition for addition in site.partials if addition in layout.writers and addition is not site.node]
+        inplace = [addition for addition in site.partials if addition is not site.node and writes(addition)]
         gone = removable(site.node, site.region, layout, inplace)
         for addition in inplace:  # whoever used an addition's result used the sum's own tensor by another name
-            addition.replace_all_uses_with(layout.writers[addition][0])
+            addition.replace_all_uses_with(layout.aliases.written(addition)[0])
         with graph.inserting_before(site.node):
             result = emit(graph, site)
             _replace(graph, site, result, layout)
@@ -62,9 +64,8 @@ def emit(graph: fx.Graph, site: Site) -> fx.Node:
     """Insert the operators that compute the Site's sum (without its base) at the graph's insertion point."""
     made = _Emitter(graph, site)
     ids = made.operand("expert_ids")
-    plan = made.call(torch.ops.moecompile.plan.default, (ids, site.num_experts))
-    counts, offsets, slots, order = (made.call(operator.getitem, (plan, number)) for number in range(4))
-    graph.erase_node(counts)
+    plan = made.plan(ids)
+    offsets, slots, order = (made.part(plan, number) for number in (1, 2, 3))
     weights = made.operand("weights", ids) if "weights" in site.operands else None
     keywords: dict[str, Any] = {name: made.operand(name) for name in _TENSORS if name in site.operands}
     keywords |= {"activation": site.activation, "gate_up": site.gate_up}
@@ -78,7 +79,7 @@ def emit(graph: fx.Graph, site: Site) -> fx.Node:
         if getattr(site, name) != default:
             keywords[name] = getattr(site, name)
     arguments = (made.operand("x"), weights, offsets, slots, order, made.operand("w_in"), made.operand("w_out"))
-    return made.call(torch.ops.moecompile.experts.default, arguments, keywords)
+    return made.experts(arguments, keywords)
 
 
 class _Emitter:
@@ -99,6 +100,34 @@ class _Emitter:
         node = self._graph.call_function(target, arguments, keywords or {})
         return self._with_meta(node, lambda args, kwargs: target(*args, **kwargs))
 
+    def plan(self, ids: fx.Node) -> fx.Node:
+        """The layout of the rows by expert: counts, offsets, slots, order."""
+        arguments = (ids, self._site.num_experts)
+        node = self._graph.call_function(torch.ops.moecompile.plan.default, arguments)
+        fake = fake_of(ids)
+        shapes = kernels.plan_shapes(fake, self._site.num_experts)
+        node.meta.update(self._meta)
+        node.meta[self._key] = tuple(_empty(fake, shape, torch.int32) for shape in shapes)
+        return node
+
+    def experts(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> fx.Node:
+        """The experts' results, summed into tokens."""
+        node = self._graph.call_function(torch.ops.moecompile.experts.default, arguments, keywords)
+        args: Any = fx.node.map_arg(node.args, fake_of)
+        kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
+        result = _empty(args[0], *kernels.experts_shape(*args, **kwargs))
+        given = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor)]
+        node.meta.update(self._meta)
+        node.meta[self._key] = result.requires_grad_(any(tensor.requires_grad for tensor in given))
+        return node
+
+    def part(self, node: fx.Node, number: int) -> fx.Node:
+        """One of several results."""
+        part = self._graph.call_function(operator.getitem, (node, number))
+        part.meta.update(self._meta)
+        part.meta[self._key] = node.meta[self._key][number]
+        return part
+
     def method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
         """A method call with its example value computed."""
         node = self._graph.call_method(name, arguments)
@@ -107,7 +136,7 @@ class _Emitter:
     def _with_meta(self, node: fx.Node, run: Any) -> fx.Node:
         node.meta.update(self._meta)
         arguments = fx.node.map_arg((node.args, node.kwargs), fake_of)
-        fakes = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch._subclasses.FakeTensor)]
+        fakes = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, FakeTensor)]
         with fakes[0].fake_mode if fakes else contextlib.nullcontext():
             node.meta[self._key] = run(*arguments)
         return node
@@ -145,6 +174,17 @@ class _Emitter:
         if step == "reshape" and _has_shape(node, arguments):
             return node
         return self.method(step, (node, *arguments))
+
+
+def _empty(like: torch.Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor of these properties on the device of the other.
+
+    Made without PyTorch's dispatcher where it can be: a layer makes six of them, which would take ten times as long.
+    """
+    if isinstance(like, FakeTensor) and all(type(size) is int for size in shape):
+        return FakeTensor(like.fake_mode, torch.empty(shape, dtype=dtype, device="meta"), like.device)
+    with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
+        return like.detach().new_empty(shape, dtype=dtype)
 
 
 def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:

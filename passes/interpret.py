@@ -66,7 +66,8 @@ Rule = Callable[[Call, "Interpretation"], "Value | tuple[Value | None, ...] | No
 
 def fake_of(node: fx.Node) -> Any:
     """The example value Dynamo or AOTAutograd left on the node."""
-    return node.meta.get("example_value", node.meta.get("val"))
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Interpretation:
     """Meanings of all tensors of one graph after a walk through it."""
 
     graph: fx.Graph
+    aliases: Aliases
     values: dict[fx.Node, Value] = field(default_factory=dict)
     results: dict[fx.Node, tuple[Value | None, ...]] = field(default_factory=dict)
     refusals: dict[fx.Node, str] = field(
@@ -84,13 +86,15 @@ class Interpretation:
     sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
     numbers: dict[fx.Node, Content] = field(default_factory=dict)  # meanings of Python numbers read off tensors
     appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
+    writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The shape of the tensor at a node."""
         fake = fake_of(node)
         if not isinstance(fake, torch.Tensor):
             raise Refused(f"{node} is not a tensor")
-        return tuple(terms.size_of(size) for size in fake.shape)
+        shape: tuple[Any, ...] = tuple(fake.shape)
+        return shape if all(type(size) is int for size in shape) else tuple(map(terms.size_of, shape))
 
     def dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype of the tensor at a node."""
@@ -118,7 +122,7 @@ class Interpretation:
         integral = not (self.dtype(node).is_floating_point or self.dtype(node).is_complex)
         key = node if written is None else (node, written)
         atom = Atom(Variable("ids" if integral else "leaf", key), 1, terms.product(shape))
-        groups = terms.regroup([atom], shape)
+        groups = terms.digits(atom, shape)
         if groups is None or any(size == 0 for size in shape):
             raise Refused(f"{node} has dimensions this interpretation cannot index")
         return Value(groups, Element(node, terms.merge([atom]), written))
@@ -212,15 +216,16 @@ def is_routed(value: Value | None) -> bool:
 def interpret(graph: fx.Graph) -> Interpretation:
     """Give every tensor of the graph its meaning. Reads meta["example_value"] (or "val"); changes nothing."""
     from moecompile.passes.rules import RULES
+    from moecompile.passes.rules_arithmetic import ELEMENTWISE
 
-    state = Interpretation(graph)
-    aliases = Aliases(graph)
+    state = Interpretation(graph, Aliases(graph))
     for node in graph.nodes:
         call = bind(node) if node.op in ("call_function", "call_method") else None
         if call is not None:
             state.calls[node] = call
-        outcome = _outcome(call, state, RULES)
-        mutates = writes(node)
+        quiet = call is not None and (call.name in ELEMENTWISE or call.name == "cast") and _is_quiet(call, state)
+        outcome = None if quiet else _outcome(call, state, RULES)
+        mutates = writes(node, call)
         if isinstance(outcome, tuple):
             state.results[node] = outcome
         elif outcome is not None:
@@ -233,8 +238,25 @@ def interpret(graph: fx.Graph) -> Interpretation:
         ):
             state.refusals.setdefault(node, f"{node.target} is not an operation that detection understands")
         if mutates:
-            _write(state, aliases, node, outcome if isinstance(outcome, Value) else None)
+            state.writers[node] = state.aliases.written(node)
+            _write(state, node, outcome if isinstance(outcome, Value) else None)
     return state
+
+
+def _is_quiet(call: Call, state: Interpretation) -> bool:
+    """Whether this is arithmetic of floating-point leaves of which nothing is known: what most of a model is made of.
+
+    The rules would look at it from all sides, and find a leaf.
+    """
+    for argument in call.node.all_input_nodes:
+        fake, value = fake_of(argument), state.values.get(argument)
+        if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or argument in state.sparse:
+            return False
+        if value is not None and (not is_plain(value) or state.sparse_leaf(value.content) is not None):
+            return False
+        if call.name == "cast" and fake.dtype == state.dtype(call.node):
+            return False
+    return state.dtype(call.node).is_floating_point and not call.inplace
 
 
 def _outcome(
@@ -256,18 +278,23 @@ def _outcome(
 
 def _check_distinct(value: Value | None) -> None:
     """No index may run along two dimensions at once: such a tensor would be a diagonal, not what the terms say."""
-    atoms = [atom for group in value.dims for atom in group] if value is not None else []
+    if value is None:
+        return
+    atoms = [atom for group in value.dims for atom in group]
+    if len({atom.variable for atom in atoms}) == len(atoms):
+        return
     for number, first in enumerate(atoms):
         if any(terms.overlap(first, second) for second in atoms[number + 1 :]):
             raise Refused("one index along two dimensions")
 
 
-def _write(state: Interpretation, aliases: Aliases, node: fx.Node, value: Value | None) -> None:
+def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     """Give the written tensor, and all names of the same elements, the new meaning.
 
     Every other alias becomes a new leaf.
     """
-    for target in aliases.written(node):
+    aliases = state.aliases
+    for target in state.writers[node]:
         for alias in aliases.of(target):
             if alias not in state.values and alias not in state.results:
                 continue
@@ -299,7 +326,11 @@ class Aliases:
         self._by_storage: dict[int, list[fx.Node]] = {}
         self._storage: dict[fx.Node, tuple[int, ...]] = {}
         for node in graph.nodes:
-            keys = tuple(sorted({tensor.untyped_storage()._cdata for tensor in tensors_in(fake_of(node))}))
+            fake = fake_of(node)
+            if isinstance(fake, torch.Tensor):
+                keys: tuple[int, ...] = (fake.untyped_storage()._cdata,)
+            else:
+                keys = tuple(sorted({tensor.untyped_storage()._cdata for tensor in tensors_in(fake)}))
             self._storage[node] = keys
             for key in keys:
                 self._by_storage.setdefault(key, []).append(node)

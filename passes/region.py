@@ -32,6 +32,7 @@ class Layout:
     """A graph's order, aliases, writers and mode borders, computed once for all its blocks."""
 
     graph: fx.Graph
+    state: Interpretation | None = None  # what has been found out about the same graph, if it is known
 
     @cached_property
     def position(self) -> dict[fx.Node, int]:
@@ -41,12 +42,24 @@ class Layout:
     @cached_property
     def aliases(self) -> Aliases:
         """Which nodes share memory."""
-        return Aliases(self.graph)
+        return Aliases(self.graph) if self.state is None else self.state.aliases
 
     @cached_property
     def writers(self) -> dict[fx.Node, list[fx.Node]]:
         """Writing node -> the nodes it writes into."""
+        if self.state is not None:
+            return self.state.writers
         return {node: self.aliases.written(node) for node in self.graph.nodes if writes(node)}
+
+    @cached_property
+    def written(self) -> dict[fx.Node, list[fx.Node]]:
+        """Node -> what writes into memory that it may share."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for writer, targets in self.writers.items():
+            for target in targets:
+                for alias in self.aliases.of(target):
+                    found.setdefault(alias, []).append(writer)
+        return found
 
     @cached_property
     def mode(self) -> dict[fx.Node, tuple[object, ...]]:
@@ -130,11 +143,6 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
     region: set[fx.Node] = set()
     waiting, end = list(ends), ends[0]
     position = layout.position
-    written: dict[fx.Node, list[fx.Node]] = {}
-    for writer, targets in layout.writers.items():
-        for target in targets:
-            for alias in layout.aliases.of(target):
-                written.setdefault(alias, []).append(writer)
     while waiting:
         node = waiting.pop()
         if node in region or node in roots or node.op in ("placeholder", "get_attr"):
@@ -142,7 +150,7 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
         region.add(node)
         waiting += [
             writer
-            for writer in written.get(node, ())
+            for writer in layout.written.get(node, ())
             if position[node] < position[writer] < position[end] and not _of_root(node, roots, layout)
         ]
         call = bind(node)
@@ -298,11 +306,11 @@ def removable(
     gone = (set(region) | _size_checks(region)) - {end}
     while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
-        for writer in (gone & layout.writers.keys()) - set(partials):
+        for writer in {node for node in gone if writes(node)} - set(partials):
             # names made after the end are names of the end, or have a user that keeps what they are made of
             names = [
                 alias
-                for target in layout.writers[writer]
+                for target in layout.aliases.written(writer)
                 for alias in layout.aliases.of(target)
                 if layout.position[alias] < layout.position[end]
             ]

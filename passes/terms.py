@@ -324,6 +324,18 @@ def regroup(atoms: Sequence[Atom], sizes: Sequence[Size]) -> tuple[Group, ...] |
     return None if remaining else tuple(groups)
 
 
+def digits(atom: Atom, sizes: Sequence[Size]) -> tuple[Group, ...] | None:
+    """`regroup` for one whole variable, whose size is the product of the sizes."""
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return regroup([atom], sizes)
+    groups: list[Group] = []
+    divisor = atom.divisor
+    for size in reversed(sizes):
+        groups.append((Atom(atom.variable, divisor, size),) if size != 1 else ())
+        divisor = divisor * size
+    return tuple(reversed(groups))
+
+
 def align(first: Sequence[Atom], second: Sequence[Atom]) -> list[tuple[Atom, Atom]] | None:
     """Two groups of the same extent, cut at common boundaries.
 

@@ -22,11 +22,16 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     return reference.plan(expert_ids, num_experts)
 
 
-def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and dtypes of the layout."""
+def plan_shapes(expert_ids: Tensor, num_experts: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of counts, offsets, slots and order, all of int32; raises what `plan` raises for such arguments."""
     check_plan(expert_ids, num_experts)
     tokens, top_k = expert_ids.shape
-    shapes = ((num_experts,), (num_experts,), (tokens, top_k), (tokens * top_k,))
+    return ((num_experts,), (num_experts,), (tokens, top_k), (tokens * top_k,))
+
+
+def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and dtypes of the layout."""
+    shapes = plan_shapes(expert_ids, num_experts)
     counts, offsets, slots, order = (expert_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
     return counts, offsets, slots, order
 
@@ -37,11 +42,17 @@ def experts(*args: Any, **attributes: Any) -> Tensor:
         return reference.experts(Arguments(*args, **attributes).check())
 
 
+def experts_shape(*args: Any, **attributes: Any) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of the result; raises what `experts` raises for such arguments."""
+    arguments = Arguments(*args, **attributes).check()
+    return (arguments.x.shape[0], arguments.out_features), arguments.dtypes.result
+
+
 def fake_experts(*args: Any, **attributes: Any) -> Tensor:
     """Shape and dtype of the result."""
-    arguments = Arguments(*args, **attributes).check()
-    shape = (arguments.x.shape[0], arguments.out_features)
-    return arguments.x.new_empty(shape, dtype=arguments.dtypes.result)
+    shape, dtype = experts_shape(*args, **attributes)
+    x: Tensor = args[0]
+    return x.new_empty(shape, dtype=dtype)
 
 
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
