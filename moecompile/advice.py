@@ -28,6 +28,7 @@ log = logging.getLogger("moecompile")
 
 SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
 ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
+CAPTURE_COUNTS = "before compiling: torch._dynamo.config.capture_dynamic_output_shape_ops = True"
 # DistributedDataParallel's graphs come in pieces, one for each bucket of gradients, and on fake inputs.
 SPLIT = "torch cut the captured graph where a bucket of DistributedDataParallel's gradients is full, also inside blocks"
 KEEP_WHOLE = "before compiling: torch._dynamo.config.optimize_ddp = False"
@@ -97,6 +98,8 @@ def graph_break(reason: str, frames: Iterable[traceback.FrameSummary]) -> GraphB
     cure = _HINT.search(reason)
     if moe and any(has_switchable_experts(frame.filename) for frame in frames):
         return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
+    if moe and "aten.bincount" in reason:  # counts by expert: Dynamo captures them if it is told to
+        return dataclasses.replace(found, moe=moe, cure=CAPTURE_COUNTS)
     if moe and _LOOP_WORDS.search(reason):
         return dataclasses.replace(found, moe=moe, cure=ONE_PRODUCT)
     return dataclasses.replace(found, moe=moe, cure=" ".join(cure[1].split()) if cure else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from typing import Any
 
 import pytest
@@ -150,6 +151,33 @@ def test_a_break_inside_moe_code_comes_first_with_a_cure():
         assert inside.moe and inside.source.startswith("test_explain.py:") and inside.cure == advice.ONE_PRODUCT
         assert not outside.moe and "graph_break" in outside.reason
     assert advice.ONE_PRODUCT in str(report)
+
+
+def test_counts_by_bincount_are_captured_if_dynamo_is_told_to():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(HIDDEN, 4)
+            self.w_in = nn.Parameter(torch.randn(4, HIDDEN, 16))
+            self.w_out = nn.Parameter(torch.randn(4, 16, HIDDEN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, experts = self.router(x).softmax(-1).topk(2)
+            order = experts.view(-1).argsort(stable=True)
+            offsets = torch.bincount(experts.view(-1), minlength=4).cumsum(0).to(torch.int32)
+            hidden = torch._grouped_mm(x[order // 2].bfloat16(), self.w_in.bfloat16(), offs=offsets).relu()
+            rows = torch._grouped_mm(hidden, self.w_out.bfloat16(), offs=offsets)
+            rows = rows * weights.view(-1, 1)[order]
+            return torch.zeros_like(rows[: x.shape[0]]).index_add(0, order // 2, rows)
+
+    model, x = Counts(), torch.randn(12, HIDDEN)
+    (found,) = moecompile.explain(model, x).graph_breaks
+    assert "fullgraph=True" in (found.cure or "")
+    reason = "Dynamic shape operator\n  Explanation: Operator `aten.bincount.default`'s output shape depends on data"
+    frame = traceback.FrameSummary("moe.py", 3, "experts")
+    assert advice.graph_break(reason, [frame]).cure == advice.CAPTURE_COUNTS
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert len(moecompile.explain(model, x).sites) == 1
 
 
 def test_a_loop_over_all_experts_is_cured_by_fullgraph():
