@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution
 from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Atom,
@@ -76,7 +76,7 @@ class PerRow(Meaning):
 
     def substituted(self, old: Atom, new: Part) -> Content:
         """The number at another index: no longer one of the row's own expert, if `at` is another then."""
-        return replace(self, at=terms.substitute(self.at, old, new))
+        return replace(self, at=substitution.substitute(self.at, old, new))
 
     def inside(self) -> tuple[Content, ...]:
         """The expert."""
@@ -181,7 +181,7 @@ def plain(symbol: Symbol, factor: int) -> Linear:
 def is_whole_order(atom: Atom) -> bool:
     """Whether the atom runs through all rows of a sorted order."""
     variable = atom.variable
-    return variable.kind == "order" and atom.divisor == 1 and atom.size == terms.group_size(variable.group)
+    return variable.kind == "order" and atom.divisor == 1 and atom.size == radix.group_size(variable.group)
 
 
 def slot_of(content: Content) -> Slot | None:

@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution
 from moecompile.passes.interpret import Refused
 from moecompile.passes.slots import difference, is_at_least
+from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (
     Affine,
     Apply,
@@ -41,7 +42,6 @@ from moecompile.passes.terms import (
     Size,
     Special,
     Variable,
-    substitute,
 )
 
 _EARLIER = Variable("bound", "earlier")  # runs over the assignments of a Running
@@ -63,7 +63,7 @@ class Running(Meaning):
 
     def substituted(self, old: Atom, new: Part) -> Running:
         """The sum at another index."""
-        at = terms.substitute_index(self.at, old, new)
+        at = substitution.substitute_index(self.at, old, new)
         return Running(substitute(self.key, old, new), at, _part(self.expert, old, new))
 
     def inside(self) -> tuple[Content, ...]:
@@ -234,7 +234,7 @@ def _part(part: Part, old: Atom, new: Part) -> Part:
     if part == old:
         return new
     if isinstance(part, Affine) and part.atom == old:
-        return terms.compose(part, new)
+        return substitution.compose(part, new)
     return Looked(substitute(part.content, old, new), part.extent) if isinstance(part, Looked) else part
 
 
@@ -270,9 +270,9 @@ def _is_trivial(mark: Content) -> bool:
 
 def numbered(content: Content, digits: Sequence[Atom], variable: Variable) -> Content:
     """The content with these digits, most significant first, as one number: the variable's."""
-    divisor: Size = terms.product(digit.size for digit in digits)
+    divisor: Size = radix.product(digit.size for digit in digits)
     for digit in digits:
-        rest = terms.divide(divisor, digit.size)
+        rest = radix.divide(divisor, digit.size)
         assert rest is not None
         divisor = rest
         content = substitute(content, digit, Atom(variable, divisor, digit.size))
@@ -298,7 +298,7 @@ def counted(marks: Iterable[Content], key: Content, rows: Group) -> frozenset[Co
     by_row = numbered(key, rows, _ROWS)
     parts = by_row.index if isinstance(by_row, Element) else ()
     own = [part for part in parts if isinstance(part, Atom) and part.variable == _ROWS]
-    if terms.group_size(own) != terms.group_size(rows):
+    if radix.group_size(own) != radix.group_size(rows):
         raise Refused("expert ids that repeat are counted")
     return frozenset(numbered(numbered(mark, rows, _ROWS), own, _COUNTED) for mark in marks)
 

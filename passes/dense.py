@@ -15,12 +15,22 @@ from collections.abc import Iterator
 from torch import fx
 
 from moecompile.codegen import expression
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution
 from moecompile.passes.interpret import Combine, Interpretation, Refused, Sparse, walk
 from moecompile.passes.merge import expert_atom, flattened, merge
 from moecompile.passes.recognise import Block
 from moecompile.passes.rules_routing import distinct
-from moecompile.passes.terms import Apply, Atom, Content, Element, Fixed, Group, Looked, Total, Value
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Content,
+    Element,
+    Fixed,
+    Group,
+    Looked,
+    Total,
+    Value,
+)
 
 
 def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[Total, Group]:
@@ -30,7 +40,7 @@ def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[
     expert = total.over[0]
     marker = Fixed(0, expert.size)
     elements = {
-        inner: terms.substitute(inner, expert, marker)
+        inner: substitution.substitute(inner, expert, marker)
         for inner in walk(total.content)
         if isinstance(inner, Element) and state.sparse_leaf(inner) is not None
     }
@@ -53,11 +63,11 @@ def _by_choice(total: Total, tokens: Group, expert: Atom, sparse: Sparse, state:
     ids = sparse.ids
     if len(ids.dims) != 2 or not isinstance(ids.content, Element) or not distinct(ids, state):
         raise Refused("a token may name an expert twice, which a sum over all experts counts once")
-    pairs = terms.align(tokens, ids.dims[0])
+    pairs = radix.align(tokens, ids.dims[0])
     if pairs is None:
         raise Refused("the gates' ids are of other tokens")
-    content = terms.substitute(total.content, expert, Looked(ids.content, expert.size))
-    content = terms.rename(Value((), content), pairs).content
+    content = substitution.substitute(total.content, expert, Looked(ids.content, expert.size))
+    content = substitution.rename(Value((), content), pairs).content
     return Total(content, ids.dims[1], total.dtype), ids.dims[0]
 
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, terms
 from moecompile.passes.calls import writes
 from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.forms import FORMS, Traits, form_of
@@ -34,7 +34,15 @@ from moecompile.passes.recognise import Block, Product, feature_atoms, weight_st
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.rules_routing import routing_call
 from moecompile.passes.site import Detection, Operand, Site
-from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
+from moecompile.passes.terms import (
+    Content,
+    Contract,
+    Element,
+    Size,
+    Stacked,
+    Total,
+    Value,
+)
 from moecompile.passes.vacant import has_places, read_block, routing_operands
 from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
 
@@ -65,7 +73,7 @@ def _may_be_product(node: fx.Node) -> bool:
 def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     content, dims = combine.value.content, combine.value.dims
     assert isinstance(content, Total)
-    tokens = terms.merge(atom for group in dims[:-1] for atom in group)
+    tokens = radix.merge(atom for group in dims[:-1] for atom in group)
     if any(atom.variable.kind != "ids" for atom in content.over):
         content, tokens = as_assignments(content, tokens, state)
     block, comparison = read_block(content, tokens)
@@ -80,7 +88,7 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     region = region_of(combine.node, roots, state, layout, combine.partials)
     check_padding(region, state, layout)
     assert block.out is not None
-    if dims[-1:] != (terms.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
+    if dims[-1:] != (radix.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
         raise Refused("the summed rows are not the second GEMM's output features in order")
     result = combine.node if fake_of(combine.node) is not None or combine.base is None else combine.base
     if sum(not isinstance(size, int) for size in state.shape(result)) > 1:
@@ -156,7 +164,7 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
     `routed` are those that are known already.
     """
     assert block.x is not None and block.key is not None and block.out is not None
-    top_k = terms.group_size(block.choices)
+    top_k = radix.group_size(block.choices)
     if not isinstance(top_k, int) or not isinstance(block.num_experts, int):
         raise Refused("a symbolic number of experts or choices")
     assert isinstance(block.x.root, fx.Node)
@@ -208,13 +216,13 @@ def _shaped(node: fx.Node | Stacked, shape: tuple[Size, ...], state: Interpretat
         ):
             raise Refused("experts of different shapes or dtypes")
         present: tuple[Size, ...] = (len(node.nodes), *state.shape(first))
-        if present[0] != shape[0] or terms.product(present) != terms.product(shape):
+        if present[0] != shape[0] or radix.product(present) != radix.product(shape):
             raise Refused(f"{len(node.nodes)} experts' tensors of shape {state.shape(first)} where {shape} is needed")
         return Operand(first, (("stack", ()), *((("reshape", shape),) if present != shape else ())), node.nodes)
     present = state.shape(node)
     if present == shape:
         return Operand(node)
-    if terms.product(present) != terms.product(shape) or not all(isinstance(size, int) for size in shape):
+    if radix.product(present) != radix.product(shape) or not all(isinstance(size, int) for size in shape):
         raise Refused(f"{node} of shape {present} does not hold one {shape[1:]} for each of {shape[0]} experts")
     return Operand(node, (("reshape", shape),))
 
@@ -243,12 +251,12 @@ def _described(
     inner = block.inner[0]
     products = [node for node in region if node in state.calls and state.calls[node].name in _PRODUCTS]
     anchor = min(products, key=lambda node: layout.position[node], default=combine.node)
-    width, hidden = terms.group_size((block.out.over,)), terms.group_size((inner.over,))
+    width, hidden = radix.group_size((block.out.over,)), radix.group_size((inner.over,))
     assert isinstance(width, int) and isinstance(hidden, int)
     return Site(
         form=form_of(traits),
-        tokens=str(terms.group_size(block.tokens)),
-        top_k=str(terms.group_size(block.choices)),
+        tokens=str(radix.group_size(block.tokens)),
+        top_k=str(radix.group_size(block.choices)),
         num_experts=block.num_experts,
         hidden=hidden,
         intermediate=width,

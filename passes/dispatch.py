@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution
 from moecompile.passes.capacity import (
     At,
     Below,
@@ -41,6 +41,7 @@ from moecompile.passes.interpret import Interpretation, Refused, walk
 from moecompile.passes.merge import expert_atom, merge
 from moecompile.passes.rules_routing import id_range
 from moecompile.passes.slots import is_at_least
+from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -55,7 +56,6 @@ from moecompile.passes.terms import (
     Special,
     Value,
     Variable,
-    substitute,
 )
 
 ASSIGNMENT = Variable("ids", "assignment")
@@ -98,8 +98,8 @@ class Routing:
     @property
     def key(self) -> Element:
         """The expert's id of an assignment, as the operator takes it: -1 where it was dropped."""
-        whole = Atom(ASSIGNMENT, 1, self.top_k * terms.product(self.tokens))
-        return Element(self, terms.merge([whole]))  # type: ignore[arg-type]
+        whole = Atom(ASSIGNMENT, 1, self.top_k * radix.product(self.tokens))
+        return Element(self, radix.merge([whole]))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def take_apart(value: Value, state: Interpretation, node: fx.Node) -> Tensor:
     atoms = [atom for group in value.dims for atom in group]
     axes = [expert.variable] + ([place.variable] if isinstance(place, Atom) else [])
     for axis in (expert, place):
-        if isinstance(axis, Atom) and _digits(atoms, axis.variable) != terms.merge([axis]):
+        if isinstance(axis, Atom) and _digits(atoms, axis.variable) != radix.merge([axis]):
             raise Refused("only some of the experts or places of a dispatch tensor")
     rows = tuple(atom for atom in atoms if atom.variable not in axes)
     routing, names = _routing(found, expert, place, rows)
@@ -215,7 +215,7 @@ def _axes(found: Sequence[Marks]) -> tuple[Atom, Part]:
 
 def _digits(atoms: Sequence[Atom], variable: Variable) -> Group:
     own = [atom for atom in atoms if atom.variable == variable]
-    return terms.merge(sorted(own, key=lambda atom: atom.divisor, reverse=True))
+    return radix.merge(sorted(own, key=lambda atom: atom.divisor, reverse=True))
 
 
 # ---- the assignments
@@ -241,8 +241,8 @@ def _routing(
     shared = ordered[0].over
     if len(ordered) > 1 and any(marks.over for marks in ordered):
         raise Refused("a sum over choices beside further terms")
-    top_k: Size = terms.product(digit.size for digit in shared) if shared else len(ordered)
-    draft = Routing((), tuple(atom.size for atom in rows), top_k, expert.size, terms.extent_of(place), frozenset())
+    top_k: Size = radix.product(digit.size for digit in shared) if shared else len(ordered)
+    draft = Routing((), tuple(atom.size for atom in rows), top_k, expert.size, radix.extent_of(place), frozenset())
     names = list(zip(rows, draft.token_digits, strict=True))
     columns = tuple(_column(marks, expert, place, names, draft) for marks in ordered)
     domains = _prove(columns, draft)
@@ -253,13 +253,13 @@ def _choice_digits(over: Group, top_k: Size) -> list[tuple[Atom, Atom]]:
     pairs = []
     divisor: Any = top_k
     for digit in over:
-        divisor = terms.divide(divisor, digit.size)
+        divisor = radix.divide(divisor, digit.size)
         pairs.append((digit, Atom(ASSIGNMENT, divisor, digit.size)))
     return pairs
 
 
 def _named(content: Content, names: Sequence[tuple[Atom, Atom]]) -> Content:
-    return terms.rename(Value((), content), names).content
+    return substitution.rename(Value((), content), names).content
 
 
 def _column(marks: Marks, expert: Atom, place: Part, names: Sequence[tuple[Atom, Atom]], draft: Routing) -> Column:
@@ -275,7 +275,7 @@ def _column(marks: Marks, expert: Atom, place: Part, names: Sequence[tuple[Atom,
         raise Refused("expert ids that are computed")
     if at.where or at.most is not None:
         raise Refused("places of assignments that are dropped are not masked by the mask of those that are kept")
-    bound: Size = terms.extent_of(place)
+    bound: Size = radix.extent_of(place)
     for below in bounds:
         if below.number.where or below.number.most is not None or below.number.items != at.items:
             raise Refused("a capacity that is compared with something else than the assignment's own place")
@@ -321,8 +321,8 @@ def _covers(digits: Sequence[Atom], digit: Atom) -> bool:
     """Whether a digit is one of the digits, or a part of one."""
     return any(
         own.variable == digit.variable
-        and (below := terms.divide(digit.divisor, own.divisor)) is not None
-        and terms.divide(own.size, below * digit.size) is not None
+        and (below := radix.divide(digit.divisor, own.divisor)) is not None
+        and radix.divide(own.size, below * digit.size) is not None
         for own in digits
     )
 
@@ -357,7 +357,7 @@ def _check_offset(column: Column, inside: Group) -> None:
             raise Refused("places of assignments with something else than counts of their expert added")
         for mark in content.marks:
             for part in (part for inner in walk(mark) if isinstance(inner, Element) for part in inner.index):
-                if isinstance(part, Atom) and any(terms.overlap(part, digit) for digit in inside):
+                if isinstance(part, Atom) and any(radix.overlap(part, digit) for digit in inside):
                     raise Refused("places of assignments begin after counts that differ between them")
 
 

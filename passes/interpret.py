@@ -22,9 +22,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, terms
 from moecompile.passes.calls import Call, bind, writes
-from moecompile.passes.terms import Atom, Constant, Content, Element, Size, Value, Variable
+from moecompile.passes.terms import (
+    Atom,
+    Constant,
+    Content,
+    Element,
+    Size,
+    Value,
+    Variable,
+)
 
 
 class Refused(Exception):
@@ -94,7 +102,7 @@ class Interpretation:
         if not isinstance(fake, torch.Tensor):
             raise Refused(f"{node} is not a tensor")
         shape: tuple[Any, ...] = tuple(fake.shape)
-        return shape if all(type(size) is int for size in shape) else tuple(map(terms.size_of, shape))
+        return shape if all(type(size) is int for size in shape) else tuple(map(radix.size_of, shape))
 
     def dtype(self, node: fx.Node) -> torch.dtype:
         """The dtype of the tensor at a node."""
@@ -121,11 +129,11 @@ class Interpretation:
         shape = self.shape(node)
         integral = not (self.dtype(node).is_floating_point or self.dtype(node).is_complex)
         key = node if written is None else (node, written)
-        atom = Atom(Variable("ids" if integral else "leaf", key), 1, terms.product(shape))
-        groups = terms.digits(atom, shape)
+        atom = Atom(Variable("ids" if integral else "leaf", key), 1, radix.product(shape))
+        groups = radix.digits(atom, shape)
         if groups is None or any(size == 0 for size in shape):
             raise Refused(f"{node} has dimensions this interpretation cannot index")
-        return Value(groups, Element(node, terms.merge([atom]), written))
+        return Value(groups, Element(node, radix.merge([atom]), written))
 
     def sparse_leaf(self, content: Content) -> Sparse | None:
         """What is known of the gates that an element is taken from.
@@ -165,7 +173,7 @@ class Interpretation:
         if isinstance(argument, fx.Node):
             argument = fake_of(argument)
         if isinstance(argument, (int, torch.SymInt)):
-            return terms.size_of(argument)
+            return radix.size_of(argument)
         raise Refused(f"expected a number, got {argument!r}")
 
 
@@ -284,7 +292,7 @@ def _check_distinct(value: Value | None) -> None:
     if len({atom.variable for atom in atoms}) == len(atoms):
         return
     for number, first in enumerate(atoms):
-        if any(terms.overlap(first, second) for second in atoms[number + 1 :]):
+        if any(radix.overlap(first, second) for second in atoms[number + 1 :]):
             raise Refused("one index along two dimensions")
 
 
@@ -382,6 +390,6 @@ def tensors_in(fake: Any) -> list[torch.Tensor]:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    sizes = tuple(terms.size_of(size) for size in tensor.shape)
-    strides = tuple(terms.size_of(stride) for stride in tensor.stride())
-    return sizes, strides, terms.size_of(tensor.storage_offset()), tensor.dtype
+    sizes = tuple(radix.size_of(size) for size in tensor.shape)
+    strides = tuple(radix.size_of(stride) for stride in tensor.stride())
+    return sizes, strides, radix.size_of(tensor.storage_offset()), tensor.dtype

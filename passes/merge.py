@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import substitution
 from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Apply,
@@ -49,8 +49,8 @@ def _with_common_bounds(content: Content, key: fx.Node, seen: list[Atom]) -> Con
     if isinstance(content, Contract):
         bound = Atom(Variable("bound", (key, len(seen))), 1, content.over.size)
         seen.append(bound)
-        left = _with_common_bounds(terms.substitute(content.left, content.over, bound), key, seen)
-        right = _with_common_bounds(terms.substitute(content.right, content.over, bound), key, seen)
+        left = _with_common_bounds(substitution.substitute(content.left, content.over, bound), key, seen)
+        right = _with_common_bounds(substitution.substitute(content.right, content.over, bound), key, seen)
         return Contract(left, right, bound, content.dtype)
     if isinstance(content, Apply):
         return Apply(

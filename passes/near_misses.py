@@ -17,7 +17,10 @@ from moecompile.passes.interpret import Combine, Interpretation, Refused, walk
 from moecompile.passes.provenance import module_of, source_of
 from moecompile.passes.site import NearMiss, Site
 from moecompile.passes.spelling import operation_name
-from moecompile.passes.terms import Contract, Element
+from moecompile.passes.terms import (
+    Contract,
+    Element,
+)
 
 # how far a reason is looked for, in nodes: a block has some dozens, a model has thousands
 _REACH = 80

@@ -33,7 +33,10 @@ from moecompile.passes.interpret import Interpretation, Refused, fake_of
 from moecompile.passes.region import Layout
 from moecompile.passes.rules_arithmetic import ELEMENTWISE
 from moecompile.passes.slots import Table, kind_of, number, padded_atom, reads_zeros, table_of
-from moecompile.passes.terms import Special, Value
+from moecompile.passes.terms import (
+    Special,
+    Value,
+)
 from moecompile.runtime.elementwise import vjp
 
 

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from torch import fx
 
 from moecompile.codegen import expression
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.interpret import Refused, fake_of, walk
 from moecompile.passes.site import Operand
 from moecompile.passes.terms import (
@@ -63,7 +63,7 @@ class Block:
     @property
     def flat(self) -> tuple[Atom, ...]:
         """The assignment's digits, token first."""
-        return terms.merge((*self.tokens, *self.choices))
+        return radix.merge((*self.tokens, *self.choices))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def read(total: Total, tokens: Group) -> Block:
     _name_gate_and_up(block)
     over = block.inner[0].over
     rows = {
-        terms.substitute(product.rows, product.over, over) for product in block.inner if product.over.size == over.size
+        substitution.substitute(product.rows, product.over, over)
+        for product in block.inner
+        if product.over.size == over.size
     }
     if len(rows) != 1:
         raise Refused("gate and up are computed from different rows")
@@ -192,8 +194,8 @@ def _weight_leaf(content: Content, block: Block) -> str | None:
 
 def weight_steps(content: Element, block: Block) -> tuple[tuple[str, tuple[object, ...]], ...] | None:
     """The operations that bring a routing weight to (tokens, choices), or None if its index is not an assignment's."""
-    top_k = terms.group_size(block.choices)
-    token_major, choice_major = block.flat, terms.merge((*block.choices, *block.tokens))
+    top_k = radix.group_size(block.choices)
+    token_major, choice_major = block.flat, radix.merge((*block.choices, *block.tokens))
     index = content.index
     if index == token_major:
         return (("reshape", (-1, top_k)),)
@@ -297,7 +299,7 @@ def _affine(parts: list[Part], root: fx.Node | Stacked) -> tuple[int, int, Size,
     """Output features start + step * i of `extent`, i < width."""
     start, step, width, extent = 0, 1, 1, 1  # type: tuple[int, int, Size, Size]
     for part in reversed(parts):  # least significant first
-        size = terms.extent_of(part)
+        size = radix.extent_of(part)
         if isinstance(part, Fixed):
             start += part.index * _number(extent)
         elif width == 1 and isinstance(part, Atom):
@@ -344,7 +346,7 @@ def _inner_leaf(content: Content, block: Block) -> str | None:
         return None
     assert block.out is not None
     atoms = feature_atoms(product)
-    if terms.merge(atoms) != terms.merge((block.out.over,)):
+    if radix.merge(atoms) != radix.merge((block.out.over,)):
         raise Refused("the activation's features are not those that the second GEMM sums over")
     if product not in block.inner:
         block.inner.append(product)
@@ -353,7 +355,7 @@ def _inner_leaf(content: Content, block: Block) -> str | None:
 
 def _x_leaf(content: Content, block: Block) -> str | None:
     over = block.inner[0].over
-    if not isinstance(content, Element) or content.index != terms.merge((*block.tokens, over)):
+    if not isinstance(content, Element) or content.index != radix.merge((*block.tokens, over)):
         return None
     if block.x is not None and block.x != content:
         raise Refused("two different tokens' tensors in one block")

@@ -20,7 +20,12 @@ from torch import fx
 
 from moecompile.passes.calls import bind, writes
 from moecompile.passes.interpret import Aliases, Interpretation, Refused, fake_of, is_plain
-from moecompile.passes.terms import Apply, Contract, Element, Total
+from moecompile.passes.terms import (
+    Apply,
+    Contract,
+    Element,
+    Total,
+)
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain, walk
 from moecompile.passes.rules_routing import distinct, unclamped
@@ -139,8 +139,8 @@ def _operand(state: Interpretation, argument: Any) -> Value:
 def _spreads(call: Call, state: Interpretation, values: list[Value]) -> bool:
     """Whether a sparse leaf is spread over a further dimension: gates on tokens, the beginning of a dense mixture."""
     sparse = [value for value in values if state.sparse_leaf(value.content) is not None]
-    extent = terms.product(state.shape(call.node))
-    return any(terms.product(terms.group_size(group) for group in value.dims) != extent for value in sparse)
+    extent = radix.product(state.shape(call.node))
+    return any(radix.product(radix.group_size(group) for group in value.dims) != extent for value in sparse)
 
 
 def _propagate_sparsity(call: Call, state: Interpretation) -> None:

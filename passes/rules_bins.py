@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix
 from moecompile.passes.bins import (
     ONE,
     Linear,
@@ -32,7 +32,11 @@ from moecompile.passes.bins import (
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
 from moecompile.passes.rules_views import free, holds_integers
-from moecompile.passes.terms import Count, Special, Value
+from moecompile.passes.terms import (
+    Count,
+    Special,
+    Value,
+)
 
 
 def operand(call: Call, state: Interpretation, name: str) -> Numbers | None:
@@ -61,7 +65,7 @@ def _number(call: Call, state: Interpretation, name: str) -> int:
 
 
 def _result(call: Call, state: Interpretation, found: Numbers) -> Value:
-    if state.shape(call.node) != tuple(terms.group_size(group) for group in found.dims):
+    if state.shape(call.node) != tuple(radix.group_size(group) for group in found.dims):
         raise Refused("the experts' counts or bins in another shape")
     return Value(found.dims, content_of(found.linear, found.at))
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.capacity import Marks, Number, Sum, as_terms, of_terms, over_choices, own_expert, product, scaled
 from moecompile.passes.dispatch import ASSIGNMENT, Places, Tensor, is_whole, take_apart
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, walk
@@ -113,7 +113,7 @@ def _multiplied(
     contents = []
     for value, own in zip(values, labels, strict=True):
         pairs = [pair for label, group in own.items() if group for pair in _renaming(group, groups[label])]
-        contents.append(terms.rename(Value((), value.content), _deduplicated(pairs)).content)
+        contents.append(substitution.rename(Value((), value.content), _deduplicated(pairs)).content)
     contracted = [label for label in groups if label not in output]
     if any(label not in own for label in contracted for own in labels):
         raise Refused("a product that sums one operand alone")
@@ -171,16 +171,16 @@ def _put_in(
     places = _places(tensor, groups, own)
     pairs: list[tuple[Atom, Part]] = []
     for label in (*contracted, *groups):
-        aligned = terms.align(others[label], tuple(tensor.token(atom) for atom in own[label]))
+        aligned = radix.align(others[label], tuple(tensor.token(atom) for atom in own[label]))
         if aligned is None or any(old.variable.rank >= 3 for old, _ in aligned):
             raise Refused("a dispatch tensor of other tokens than the rows'")
         pairs += aligned
-    content = terms.rename(Value((), rows.content), _deduplicated(pairs)).content
+    content = substitution.rename(Value((), rows.content), _deduplicated(pairs)).content
     dims: list[Group] = []
     for label in output:
         if label in own:
             found = [tensor.stands_at(atom, places) for atom in own[label]]
-            dims.append(terms.merge(atom for atom in found if atom is not None))
+            dims.append(radix.merge(atom for atom in found if atom is not None))
         else:
             dims.append(others[label])
     return Value(tuple(dims), _weighted(tensor, content, number))
@@ -268,7 +268,7 @@ def _read_back(
     dims = []
     for label in output:
         group = own.get(label)
-        dims.append(others[label] if group is None else terms.merge(tensor.token(atom) for atom in group))
+        dims.append(others[label] if group is None else radix.merge(tensor.token(atom) for atom in group))
     content = _weighted(tensor, rows.content, 1 - number)
     top_k = tensor.routing.top_k
     over: Group = () if top_k == 1 else (Atom(ASSIGNMENT, 1, top_k),)
@@ -301,7 +301,7 @@ def _check_label(
         if (own and not kept) or not numbers.isdisjoint({-1, *places.groups}):
             raise Refused("a combine tensor summed over its tokens, experts or places alone")
         return
-    aligned = terms.align(own, other)
+    aligned = radix.align(own, other)
     if aligned is None or any(tensor.stands_at(atom, places) != at for atom, at in aligned):
         raise Refused("rows are read back from other places than they were put at")
     if kept and not all(tensor.is_row(atom) for atom in own):

@@ -7,12 +7,21 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, terms
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
 from moecompile.passes.rules_views import free, selected, sliced
-from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Special, Value, Variable
+from moecompile.passes.terms import (
+    Atom,
+    Constant,
+    Equals,
+    Group,
+    Index,
+    Special,
+    Value,
+    Variable,
+)
 from moecompile.passes.unify import enumerates, look_up, unify
 
 
@@ -115,7 +124,7 @@ def _integral(node: fx.Node) -> bool:
 def _slice(state: Interpretation, value: Value, dim: int, item: slice, key: Any) -> Value:
     if item == slice(None):
         return value
-    extent = terms.group_size(value.dims[dim])
+    extent = radix.group_size(value.dims[dim])
     if not isinstance(extent, int):
         raise Refused("a slice of a dimension of symbolic size")
     bounds = [state.number(bound) if bound is not None else None for bound in (item.start, item.stop, item.step)]
@@ -224,7 +233,7 @@ def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Va
     if covered is None or (covered != index.content.atoms and index.dims[0] != index.content.atoms):
         if not _is_inverse(index):
             raise Refused("an assignment through an index that is not a permutation")
-    if state.shape(target)[0] != terms.group_size(index.content.atoms):
+    if state.shape(target)[0] != radix.group_size(index.content.atoms):
         raise Refused("an assignment that leaves rows unwritten")
     dims, contents = unify([Value((index.dims[0],) + ((),) * (len(rows.dims) - 1), index.content), rows])
     if dims[0] != index.dims[0]:
@@ -276,7 +285,7 @@ def _marks(call: Call, state: Interpretation, outside: float | int, index: Value
     from moecompile.passes.interpret import Sparse
 
     tokens, experts = state.shape(call.node)
-    if terms.group_size(index.dims[0]) != tokens:
+    if radix.group_size(index.dims[0]) != tokens:
         raise Refused("marks for some of the tokens only")
     if outside == 0 and source in (1, True, 1.0) and not isinstance(source, fx.Node):
         atom = Atom(Variable("free", (call.node, "expert")), 1, experts)

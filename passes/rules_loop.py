@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, fake_of
 from moecompile.passes.merge import expert_atom, merge
@@ -58,18 +58,18 @@ def chosen_rows(call: Call, state: Interpretation) -> tuple[Value | None, ...] |
 
 def _rows(call: Call, state: Interpretation, value: Value) -> Atom:
     content = value.content
-    digits = terms.merge(sorted((atom for group in value.dims for atom in group), key=_significance, reverse=True))
+    digits = radix.merge(sorted((atom for group in value.dims for atom in group), key=_significance, reverse=True))
     if isinstance(content, Special) and content.kind == "any":
         content, digits = (
             content.about[0],
-            terms.merge(sorted((*digits, *content.about[1]), key=_significance, reverse=True)),
+            radix.merge(sorted((*digits, *content.about[1]), key=_significance, reverse=True)),
         )
     if not isinstance(content, Equals) or not isinstance(content.atom, Fixed):
         raise Refused("rows selected by a mask that is not one expert's")
     if not isinstance(content.content, Element) or content.content.index != digits:
         raise Refused("rows selected from only some of the assignments")
     first = next(part for part in _tensors(fake_of(call.node)))
-    return Atom(Variable("rows", call.node, digits, content), 1, terms.size_of(first.shape[0]))
+    return Atom(Variable("rows", call.node, digits, content), 1, radix.size_of(first.shape[0]))
 
 
 def _significance(atom: Atom) -> int:
@@ -121,14 +121,14 @@ def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, r
     key = atom.variable.by
     assert isinstance(key, Equals) and isinstance(key.atom, Fixed)
     choices = without(atom.variable.group, token.atoms)
-    if choices is None or state.shape(target)[0] != terms.group_size(token.atoms):
+    if choices is None or state.shape(target)[0] != radix.group_size(token.atoms):
         raise Refused("rows added at an index that is not their token's number")
     before = state.value(target).content
     partial = _partial(before, target, key)
     if any(expert == key.atom.index for expert, _ in partial.terms):
         raise Refused(f"expert {key.atom.index} adds to the sum twice")
     features = partial.features if partial.terms else dims[1]
-    term = terms.rename(Value((), contents[1]), _same_names((dims[1],), (features,))).content
+    term = substitution.rename(Value((), contents[1]), _same_names((dims[1],), (features,))).content
     after = replace(
         partial, terms=(*partial.terms, (key.atom.index, term)), nodes=(*partial.nodes, call.node), features=features
     )
@@ -158,7 +158,7 @@ def _complete(call: Call, state: Interpretation, partial: Partial, key: Equals, 
     except Refused as reason:
         state.refusals[call.node] = str(reason)
         return
-    content = terms.substitute(merged, expert_atom(count), Looked(key.content, count))
+    content = substitution.substitute(merged, expert_atom(count), Looked(key.content, count))
     total = Total(content, choices, state.dtype(call.node if fake_of(call.node) is not None else call["input"]))
     state.combines.append(Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, partial.nodes))
 
@@ -232,7 +232,7 @@ def split_by_counts(call: Call, state: Interpretation) -> tuple[Value | None, ..
         rows = Atom(
             Variable("rows", (order, number), order.variable.group, Equals(key, Fixed(number, len(counts)))),
             1,
-            terms.size_of(fake.shape[0]),
+            radix.size_of(fake.shape[0]),
         )
         pieces.append(Value(((rows,), *value.dims[1:]), value.content))
     return tuple(pieces)
@@ -256,16 +256,18 @@ def _cat(call: Call, state: Interpretation) -> Value | None:
     ):
         raise Refused("pieces of rows put together in another order, or not all of them")
     aligned = [value.dims[1:] for value in values]
-    named = [terms.rename(value, _same_names(dims, aligned[0])) for value, dims in zip(values, aligned, strict=True)]
+    named = [
+        substitution.rename(value, _same_names(dims, aligned[0])) for value, dims in zip(values, aligned, strict=True)
+    ]
     merged = merge([value.content for value in named], call.node)
-    content = terms.substitute(merged, expert_atom(len(values)), Looked(by.content, len(values)))
+    content = substitution.substitute(merged, expert_atom(len(values)), Looked(by.content, len(values)))
     return Value(((order,), *aligned[0]), content)
 
 
 def _same_names(dims: tuple[Group, ...], target: tuple[Group, ...]) -> list[tuple[Atom, Atom]]:
     pairs: list[tuple[Atom, Atom]] = []
     for group, other in zip(dims, target, strict=True):
-        aligned = terms.align(group, other)
+        aligned = radix.align(group, other)
         if aligned is None:
             raise Refused("pieces with other features")
         pairs += aligned

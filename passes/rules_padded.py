@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import rules_bins, rules_padded_sums, rules_slots, terms
+from moecompile.passes import radix, rules_bins, rules_padded_sums, rules_slots
 from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of, is_plain
@@ -39,7 +39,13 @@ from moecompile.passes.slots import (
     table_of,
     whole,
 )
-from moecompile.passes.terms import Atom, Constant, Index, Special, Value
+from moecompile.passes.terms import (
+    Atom,
+    Constant,
+    Index,
+    Special,
+    Value,
+)
 from moecompile.passes.unify import enumerates, look_up, unify
 
 # ---- rows put at slots
@@ -196,8 +202,8 @@ def _by_table(state: Interpretation, source: fx.Node, index: Value) -> Value:
     if len(index.dims) != 1:
         raise Refused("a table of padded slots in another layout")
     value = state.value(source) if rows is None else rows
-    inside = terms.group_size(table.inside.atoms) if isinstance(table.inside, Index) else 0
-    fits = difference(terms.group_size(value.dims[0]), inside) == 0
+    inside = radix.group_size(table.inside.atoms) if isinstance(table.inside, Index) else 0
+    fits = difference(radix.group_size(value.dims[0]), inside) == 0
     if not fits or (rows is not None and not reads_zeros(state, source, table)):
         raise Refused("unfilled slots read neither a row of tokens nor a row of zeros")
     return look_up(value, [0], [Value(index.dims, table.inside)], 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution
 from moecompile.passes.bins import ends_of, is_bins
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused
@@ -30,7 +30,16 @@ from moecompile.passes.slots import (
     table_of,
     tensor,
 )
-from moecompile.passes.terms import Constant, Index, Looked, Offsets, Size, Special, Total, Value
+from moecompile.passes.terms import (
+    Constant,
+    Index,
+    Looked,
+    Offsets,
+    Size,
+    Special,
+    Total,
+    Value,
+)
 from moecompile.passes.unify import without
 
 # ---- products
@@ -58,11 +67,11 @@ def grouped_mm(call: Call, state: Interpretation) -> Value | None:
 def _product(call: Call, state: Interpretation, bins: Bins, rows: Value, weights: Value, casts: Casts) -> Value | None:
     key, experts = bins.ends.key, bins.ends.num_experts
     assert key is not None
-    if terms.group_size(weights.dims[0]) != experts or len(weights.dims[0]) > 1:
-        raise Refused(f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with {experts} bins")
+    if radix.group_size(weights.dims[0]) != experts or len(weights.dims[0]) > 1:
+        raise Refused(f"a grouped GEMM of {radix.group_size(weights.dims[0])} experts with {experts} bins")
     content = weights.content
     if weights.dims[0]:
-        content = terms.substitute(content, weights.dims[0][0], Looked(key, experts))
+        content = substitution.substitute(content, weights.dims[0][0], Looked(key, experts))
     return einsum(state, call.node, rows, Value(weights.dims[1:], content), "sf,fn->sn", casts)
 
 
@@ -96,7 +105,7 @@ def added(call: Call, state: Interpretation, index: Value, source: fx.Node) -> V
     if over is None or not isinstance(token, Index) or state.dtype(source) != state.dtype(call.node):
         raise Refused("padded rows added at an index that is not their token's number, or in another dtype")
     value = Value((token.atoms, rows.dims[1]), Total(rows.content, over, state.dtype(source)))
-    kept, outside = terms.group_size(token.atoms), table.outside
+    kept, outside = radix.group_size(token.atoms), table.outside
     within = outside is None or (is_at_least(kept, outside + 1) and is_at_least(outside, 0))
     if not within:
         return _with_spare(call, state, value, outside)
@@ -123,7 +132,7 @@ def put_back(call: Call, state: Interpretation, index: Value, source: Any) -> Va
 def _with_spare(call: Call, state: Interpretation, value: Value, outside: Size | None) -> Value:
     """The value's rows, and further rows at which those of unfilled slots end up."""
     made = state.calls.get(call["input"])
-    rows, kept = state.shape(call["input"])[0], terms.group_size(value.dims[0])
+    rows, kept = state.shape(call["input"])[0], radix.group_size(value.dims[0])
     if made is None or made.name != "zeros" or number(state, call["input"]) != 0:
         raise Refused("padded rows collected in a tensor that is not new and zero")
     if outside is None or not is_at_least(outside, kept) or not is_at_least(rows, outside + 1):
@@ -141,7 +150,7 @@ def kept(call: Call, state: Interpretation, value: Value, stop: Size) -> Value |
         raise Refused("rows of tokens and of unfilled slots in another layout")
     if isinstance(stop, int) and stop < 0:
         stop = rows + stop
-    if difference(stop, terms.group_size(inner.dims[0])) != 0:
+    if difference(stop, radix.group_size(inner.dims[0])) != 0:
         raise Refused("rows of tokens together with those of unfilled slots, or not all rows of tokens")
     names = [node] if base is None else [node, base]
     if {user for name in names for user in name.users if is_tensor(user)} - {node, call.node}:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from moecompile.passes import rules_dispatch, terms
+from moecompile.passes import radix, rules_dispatch, substitution, terms
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, Rule, fake_of, is_plain, is_routed
 from moecompile.passes.terms import (
@@ -86,7 +86,7 @@ def einsum(
         elif any(atom.variable.rank >= 3 for atom in groups[label]):
             raise Refused("a product that sums over rows in an order of their own")
         else:
-            size = terms.group_size(groups[label])
+            size = radix.group_size(groups[label])
             groups[label] = (Atom(Variable("bound", (node, label, equation)), 1, size),) if size != 1 else ()
             bound += groups[label]
     contents = [
@@ -115,13 +115,13 @@ def _named(value: Value, labels: str, groups: dict[str, Group]) -> Content:
     for label, group in zip(labels, value.dims, strict=True):
         target = groups[label]
         if group and target and target[0].variable.kind == "bound":
-            aligned = terms.align(group, target)
+            aligned = radix.align(group, target)
             if aligned is None or any(old.variable.rank >= 3 for old, _ in aligned):
                 raise Refused("a product over dimensions of different extents")
             pairs += aligned
         elif group:
             pairs += _renaming(group, target)
-    return terms.rename(value, _deduplicated(pairs)).content
+    return substitution.rename(value, _deduplicated(pairs)).content
 
 
 def _summed(contents: list[Content], bound: list[Atom], summed: Group, dtype: torch.dtype) -> Content:
@@ -197,19 +197,19 @@ def _grouped_mm(call: Call, state: Interpretation) -> Value | None:
 def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, ends: Content, casts: Casts) -> Value:
     """Rows sorted by expert times their expert's matrix: row s of assignment j meets weights[ids[j]]."""
     order = rows.dims[0][0] if len(rows.dims[0]) == 1 else None
-    if order is None or order.variable.kind != "order" or order.size != terms.group_size(order.variable.group):
+    if order is None or order.variable.kind != "order" or order.size != radix.group_size(order.variable.group):
         raise Refused("a grouped GEMM whose rows are not in a sorted order of all assignments")
     if not isinstance(ends, Offsets):
         raise Refused("a grouped GEMM whose offsets are not the running sum of the experts' counts")
     if order.variable.by != ends.key:
         raise Refused("a grouped GEMM whose rows are sorted by other ids than its offsets count")
-    if terms.group_size(weights.dims[0]) != ends.num_experts or len(weights.dims[0]) > 1:
+    if radix.group_size(weights.dims[0]) != ends.num_experts or len(weights.dims[0]) > 1:
         raise Refused(
-            f"a grouped GEMM of {terms.group_size(weights.dims[0])} experts with offsets of {ends.num_experts}"
+            f"a grouped GEMM of {radix.group_size(weights.dims[0])} experts with offsets of {ends.num_experts}"
         )
     content = weights.content
     if weights.dims[0]:
-        content = terms.substitute(content, weights.dims[0][0], Looked(ends.key, ends.num_experts))
+        content = substitution.substitute(content, weights.dims[0][0], Looked(ends.key, ends.num_experts))
     result = einsum(state, node, rows, Value(weights.dims[1:], content), "sf,fn->sn", casts)
     assert result is not None
     return result

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, terms
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
 from moecompile.passes.rules_views import holds_integers
@@ -48,7 +48,7 @@ def _sort(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
         return None
     if fake_of(call["input"]).dtype.is_floating_point:
         return None
-    order = Atom(Variable("order", call.node, group, key.content), 1, terms.group_size(group))
+    order = Atom(Variable("order", call.node, group, key.content), 1, radix.group_size(group))
     return Value(((order,),), key.content), Value(((order,),), Index(group))
 
 
@@ -86,8 +86,8 @@ def _digits(call: Call, state: Interpretation) -> tuple[Value, Group, Group] | N
     if not isinstance(value.content, Index) or isinstance(call["input"], int):
         return None
     number = state.number(call["other"])
-    groups = terms.regroup(
-        value.content.atoms, (terms.divide(terms.group_size(value.content.atoms), number) or 0, number)
+    groups = radix.regroup(
+        value.content.atoms, (radix.divide(radix.group_size(value.content.atoms), number) or 0, number)
     )
     if groups is None:
         raise Refused(f"assignment numbers divided by {number}, which is not a digit of theirs")
@@ -151,7 +151,7 @@ def _searchsorted(call: Call, state: Interpretation) -> Value | None:
         raise Refused("searchsorted that does not give the end of each expert's rows")
     if not isinstance(rows.content, Element) or not rows_covered(rows.dims[0]):
         raise Refused("offsets of something that is not all of the expert ids")
-    return Value(experts.dims, Offsets(rows.content, terms.group_size(experts.content.atoms)))
+    return Value(experts.dims, Offsets(rows.content, radix.group_size(experts.content.atoms)))
 
 
 def _cumsum(call: Call, state: Interpretation) -> Value | None:
@@ -195,7 +195,7 @@ def distinct(ids: Value, state: Interpretation) -> bool:
 
     The ids are indices of a topk or sort along experts, or one a token.
     """
-    if len(ids.dims) < 2 or terms.group_size(ids.dims[-1]) == 1:
+    if len(ids.dims) < 2 or radix.group_size(ids.dims[-1]) == 1:
         return True
     content = ids.content
     if not isinstance(content, Element) or content.written is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from moecompile.passes import rules_bins, terms
+from moecompile.passes import radix, rules_bins, terms
 from moecompile.passes.bins import Numbers, before, combined, counts_of, first_rows, is_bins, numbers_of, plain
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
@@ -35,7 +35,14 @@ from moecompile.passes.slots import (
     tensor,
     whole,
 )
-from moecompile.passes.terms import Atom, Index, Size, Special, Value, Variable
+from moecompile.passes.terms import (
+    Atom,
+    Index,
+    Size,
+    Special,
+    Value,
+    Variable,
+)
 
 
 def _full(call: Call, state: Interpretation) -> Value:
@@ -79,15 +86,15 @@ def _digit(call: Call, state: Interpretation, table: Table, place: int) -> Value
     divisor = state.number(call["other"])
     if not isinstance(table.inside, Index) or not isinstance(divisor, int) or divisor < 1:
         raise Refused("a table of padded slots divided by something that is not a number")
-    high = terms.divide(terms.group_size(table.inside.atoms), divisor)
-    groups = terms.regroup(table.inside.atoms, (high, divisor)) if high is not None else None
+    high = radix.divide(radix.group_size(table.inside.atoms), divisor)
+    groups = radix.regroup(table.inside.atoms, (high, divisor)) if high is not None else None
     if groups is None:
         raise Refused(f"assignment numbers divided by {divisor}, which is not a digit of theirs")
     outside = table.outside
     if isinstance(outside, int):
         outside = divmod(outside, divisor)[place]
     elif outside is not None:
-        quotient = terms.divide(outside, divisor)
+        quotient = radix.divide(outside, divisor)
         if quotient is None:
             raise Refused("a table of padded slots whose number for unfilled ones does not divide")
         outside = (quotient, 0)[place]
@@ -137,7 +144,7 @@ def _by_number(call: Call, state: Interpretation, table: Table) -> Value:
     if not isinstance(table.inside, Index) or table.outside is None or bins is None:
         raise Refused("a comparison of rows' numbers that does not tell filled slots from unfilled ones")
     above = _relation(call.name, table.outside, table.outside, bound)
-    within = _relation(call.name, 0, terms.group_size(table.inside.atoms) - 1, bound)
+    within = _relation(call.name, 0, radix.group_size(table.inside.atoms) - 1, bound)
     if above is None or within is None or above == within:
         raise Refused("a comparison of rows' numbers that does not tell filled slots from unfilled ones")
     return Value(state.value(call["input"]).dims, Special("filled" if within else "unfilled", (bins,)))
@@ -283,7 +290,7 @@ def _clamp(call: Call, state: Interpretation) -> Value | None:
         return Value(value.dims, Special("expert", (bins, True)))
     if _is_position(value):
         (atom,) = value.dims[0]
-        rows = terms.product(part.size for part in _rows_counted(atom))
+        rows = radix.product(part.size for part in _rows_counted(atom))
         if low not in (None, 0) or high is None or difference(whole(state, high), rows - 1) != 0:
             raise Refused("rows' numbers clamped to something other than the last row")
         return Value(value.dims, Special("position", (atom,)))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from moecompile.passes import terms
+from moecompile.passes import radix
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, Sparse, is_plain, is_routed
 from moecompile.passes.rules_index import rows_index
 from moecompile.passes.rules_loop import add_term, rows_of_one
 from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
-from moecompile.passes.terms import Constant, Fixed, Group, Index, Special, Total, Value
+from moecompile.passes.terms import (
+    Constant,
+    Fixed,
+    Group,
+    Index,
+    Special,
+    Total,
+    Value,
+)
 from moecompile.passes.unify import enumerates, unify, without
 
 
@@ -117,7 +125,7 @@ def _added_rows(call: Call, state: Interpretation, index: Value, source: Any) ->
     if covered is None or not isinstance(token, Index):
         raise Refused("rows of only some assignments are added")
     over = without(covered, token.atoms)
-    if over is None or state.shape(call["input"])[0] != terms.group_size(token.atoms):
+    if over is None or state.shape(call["input"])[0] != radix.group_size(token.atoms):
         raise Refused("rows added at an index that is not their token's number")
     if state.dtype(source) != state.dtype(call.node):
         raise Refused("rows added in another dtype")

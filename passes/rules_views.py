@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
 from moecompile.passes.terms import (
@@ -29,7 +29,7 @@ from moecompile.passes.unify import per_expert
 
 def reshaped(value: Value, shape: tuple[Size, ...]) -> Value:
     """The value in another shape with the same elements in the same order."""
-    groups = terms.regroup([atom for group in value.dims for atom in group], shape)
+    groups = radix.regroup([atom for group in value.dims for atom in group], shape)
     if groups is None:
         raise Refused(f"a reshape to {shape} cuts through an index")
     return Value(groups, value.content)
@@ -127,7 +127,7 @@ def _repeat_interleave(call: Call, state: Interpretation) -> Value:
     if isinstance(call["repeats"], fx.Node) and isinstance(fake_of(call["repeats"]), torch.Tensor):
         raise Refused("repeat_interleave by a tensor depends on data")
     if call["dim"] is None:
-        value, dim = reshaped(value, (terms.product(state.shape(call["input"])),)), 0
+        value, dim = reshaped(value, (radix.product(state.shape(call["input"])),)), 0
     else:
         dim = _dim(call["dim"], len(value.dims))
     groups = list(value.dims)
@@ -145,7 +145,7 @@ def _same(call: Call, state: Interpretation) -> Value:
 def sliced(value: Value, dim: int, start: int, length: Size, step: int, key: Any) -> Value:
     """Elements start, start + step, ... of a dimension, `length` of them."""
     group = value.dims[dim]
-    extent = terms.group_size(group)
+    extent = radix.group_size(group)
     if start == 0 and step == 1 and length == extent:
         return value
     if len(group) != 1:
@@ -155,17 +155,17 @@ def sliced(value: Value, dim: int, start: int, length: Size, step: int, key: Any
     if group[0].variable.rank >= 2:
         raise Refused("a slice takes only some of the assignments")
     if length == 1:
-        content = terms.substitute(value.content, group[0], Fixed(start, extent))
+        content = substitution.substitute(value.content, group[0], Fixed(start, extent))
         return Value((*value.dims[:dim], (), *value.dims[dim + 1 :]), content)
     atom = Atom(Variable("slice", key), 1, length)
-    content = terms.substitute(value.content, group[0], Affine(atom, start, step, extent))
+    content = substitution.substitute(value.content, group[0], Affine(atom, start, step, extent))
     return Value((*value.dims[:dim], (atom,), *value.dims[dim + 1 :]), content)
 
 
 def selected(value: Value, dim: int, index: int) -> Value:
     """One index of a dimension."""
     group = value.dims[dim]
-    extent = terms.group_size(group)
+    extent = radix.group_size(group)
     if isinstance(extent, int):
         index %= extent
     elif index < 0:
@@ -179,7 +179,7 @@ def selected(value: Value, dim: int, index: int) -> Value:
         return Value((*value.dims[:dim], *value.dims[dim + 1 :]), content)
     if len(group) != 1 or group[0].variable.rank >= 3:
         raise Refused("one index of a dimension that holds several indices")
-    content = terms.substitute(content, group[0], Fixed(index, extent))
+    content = substitution.substitute(content, group[0], Fixed(index, extent))
     return Value((*value.dims[:dim], *value.dims[dim + 1 :]), content)
 
 
@@ -192,7 +192,7 @@ def _pieces(call: Call, state: Interpretation, dim: int) -> tuple[Value | None, 
         return tuple(None for _ in fake_of(call.node))
     pieces, start = [], 0
     for number, piece in enumerate(fake_of(call.node)):
-        length = terms.size_of(piece.shape[dim])
+        length = radix.size_of(piece.shape[dim])
         if not isinstance(length, int):
             raise Refused("pieces of symbolic length")
         pieces.append(sliced(value, dim, start, length, 1, (call.node, number)))

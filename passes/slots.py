@@ -19,12 +19,22 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import terms
+from moecompile.passes import radix
 from moecompile.passes.bins import Linear, PerRow, Slot, is_slots, slot_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, fake_of
 from moecompile.passes.rules_index import rows_index
-from moecompile.passes.terms import Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
+from moecompile.passes.terms import (
+    Atom,
+    Constant,
+    Content,
+    Group,
+    Index,
+    Size,
+    Special,
+    Value,
+    Variable,
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ def reads_zeros(state: Interpretation, node: fx.Node, table: Table) -> bool:
     size = state.shape(node)[0]
     if isinstance(outside, int) and outside < 0:
         outside = size + outside
-    return is_at_least(outside, terms.group_size(rows.dims[0])) and is_at_least(size, outside + 1)
+    return is_at_least(outside, radix.group_size(rows.dims[0])) and is_at_least(size, outside + 1)
 
 
 def check_capacity(slot: Slot, capacity: Size) -> None:

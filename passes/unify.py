@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Atom,
@@ -35,7 +35,7 @@ def _choose(groups: Sequence[Group]) -> Group:
 def _renaming(group: Group, target: Group) -> list[tuple[Atom, Part]]:
     if group == target:
         return []
-    pairs = terms.align(group, target)
+    pairs = radix.align(group, target)
     if pairs is None:
         raise Refused("dimensions of different extents meet")
     for old, new in pairs:
@@ -58,7 +58,7 @@ def unify(values: Sequence[Value]) -> tuple[tuple[Group, ...], list[Content]]:
         for group, target in zip(value.dims, dims, strict=True):
             if group:
                 pairs += _renaming(group, target)
-        contents.append(terms.rename(value, _deduplicated(pairs)).content)
+        contents.append(substitution.rename(value, _deduplicated(pairs)).content)
     return dims, contents
 
 
@@ -91,18 +91,18 @@ def _at(content: Content, group: Group, index: Content) -> Content:
     if isinstance(index, Index):
         if index.atoms == group:
             return content
-        pairs = terms.align(group, index.atoms)
+        pairs = radix.align(group, index.atoms)
         if pairs is None or any(old != new and old.variable.rank >= 3 for old, new in pairs):
             raise Refused("an index that does not run over the rows it is used on")
-        return terms.rename(Value((), content), _deduplicated(pairs)).content
+        return substitution.rename(Value((), content), _deduplicated(pairs)).content
     if isinstance(index, Constant) and isinstance(index.value, int):
         if len(group) != 1:
             raise Refused("one index of a dimension that holds several indices")
-        extent = terms.group_size(group)
+        extent = radix.group_size(group)
         position = index.value % extent if isinstance(extent, int) else index.value
-        return terms.substitute(content, group[0], Fixed(position, extent))
+        return substitution.substitute(content, group[0], Fixed(position, extent))
     if isinstance(index, (Element, terms.Special)) and len(group) == 1 and group[0].variable.rank < 3:
-        return terms.substitute(content, group[0], Looked(index, group[0].size))
+        return substitution.substitute(content, group[0], Looked(index, group[0].size))
     raise Refused("an index that detection does not understand")
 
 
@@ -112,7 +112,7 @@ def per_expert(value: Value) -> bool:
     if not isinstance(content, (Count, Offsets)) or len(value.dims) != 1:
         return False
     group = value.dims[0]
-    return terms.group_size(group) == content.num_experts and all(
+    return radix.group_size(group) == content.num_experts and all(
         atom.variable.kind == "free" and len(group) == 1 for atom in group
     )
 
@@ -125,7 +125,7 @@ def enumerates(group: Group) -> Group | None:
     if (
         len(group) == 1
         and group[0].variable.kind == "order"
-        and group[0].size == terms.group_size(group[0].variable.group)
+        and group[0].size == radix.group_size(group[0].variable.group)
     ):
         return group[0].variable.group
     if any(atom.variable.rank >= 3 for atom in group):
@@ -140,13 +140,13 @@ def without(group: Group, digits: Group) -> Group | None:
         cut: list[Atom] = []
         found = False
         for atom in rest:
-            pieces = terms._replace_atom(atom, digit, digit)
+            pieces = substitution._replace_atom(atom, digit, digit)
             found = found or digit in pieces
             cut += [piece for piece in pieces if isinstance(piece, Atom)]
         if not found:
             return None
         rest = [atom for atom in cut if atom != digit]
-    return terms.merge(rest)
+    return radix.merge(rest)
 
 
 def rows_covered(group: Group) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moecompile.codegen import expression
-from moecompile.passes import terms
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.capacity import Number, Running, Support
 from moecompile.passes.dense import vanishes
 from moecompile.passes.dispatch import ASSIGNMENT, Column, Routing
@@ -28,7 +28,19 @@ from moecompile.passes.recognise import Block, read, weight_steps
 from moecompile.passes.region import Layout
 from moecompile.passes.site import Operand
 from moecompile.passes.slots import difference
-from moecompile.passes.terms import Apply, Atom, Content, Fixed, Group, Looked, Size, Special, Total, Value, substitute
+from moecompile.passes.substitution import substitute
+from moecompile.passes.terms import (
+    Apply,
+    Atom,
+    Content,
+    Fixed,
+    Group,
+    Looked,
+    Size,
+    Special,
+    Total,
+    Value,
+)
 from moecompile.runtime.elementwise import vjp
 
 # finite, with finite derivatives, wherever their arguments are finite
@@ -215,7 +227,7 @@ def _ids(column: Column, routing: Routing) -> Operand:
     fixed = [(place, part) for place, part in enumerate(index) if isinstance(part, Fixed)]
     rest = tuple(part for part in index if isinstance(part, Atom))
     for order, digits in _layouts(routing).items():
-        if rest != terms.merge(digits) or len(rest) + len(fixed) != len(index):
+        if rest != radix.merge(digits) or len(rest) + len(fixed) != len(index):
             continue
         if not fixed:
             return Operand(root, _rows(routing, order))
@@ -277,7 +289,7 @@ def _at_or_above(bound: Size, state: Interpretation, end: fx.Node) -> Steps:
         if node is end:
             break
         if isinstance(fake_of(node), torch.SymInt):
-            less = difference(terms.size_of(fake_of(node)), bound)
+            less = difference(radix.size_of(fake_of(node)), bound)
             if less is not None:
                 return (*((("add", (less,)),) if less else ()), ("ge", (Operand(node),)))
     raise Refused("a capacity of symbolic size that the graph does not hold")
@@ -306,10 +318,10 @@ def _difference(value: Value, expert: Atom | None, column: Column, routing: Rout
     if expert is not None and expert != Atom(expert.variable, 1, routing.num_experts):
         return None
     atoms = tuple(atom for group in value.dims for atom in group if atom != expert)
-    pairs = terms.align(atoms, digits)
+    pairs = radix.align(atoms, digits)
     if pairs is None or any(old.variable.rank >= 3 for old, _ in pairs):
         return None
-    content = terms.rename(Value((), value.content), pairs).content
+    content = substitution.rename(Value((), value.content), pairs).content
     if expert is not None:
         content = substitute(content, expert, Looked(column.key, routing.num_experts))
     assert isinstance(content, Number)

@@ -1,0 +1,126 @@
+"""Replace indices in terms: one digit by another part, or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moecompile.passes import radix
+from moecompile.passes.terms import (
+    Affine,
+    Apply,
+    Atom,
+    Content,
+    Contract,
+    Element,
+    Equals,
+    Fixed,
+    Index,
+    Looked,
+    Meaning,
+    Part,
+    Special,
+    Total,
+    Value,
+    Variable,
+)
+
+
+def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
+    """The part with the digit `old` of its variable replaced; the part itself if it does not hold that digit."""
+    if part.variable != old.variable:
+        return [part]
+    if part == old:
+        return [new]
+    below = radix.divide(old.divisor, part.divisor)
+    above = radix.divide(part.divisor * part.size, old.divisor * old.size)
+    if below is None or above is None:
+        return [part]
+    pieces: list[Part] = [
+        Atom(part.variable, old.divisor * old.size, above),
+        new,
+        Atom(part.variable, part.divisor, below),
+    ]
+    return [piece for piece in pieces if radix.extent_of(piece) != 1 or piece is new]
+
+
+def substitute(content: Content, old: Atom, new: Part) -> Content:
+    """The content with every occurrence of the digit `old` replaced by `new`."""
+    if isinstance(content, Element):
+        return Element(content.root, substitute_index(content.index, old, new), content.written)
+    if isinstance(content, Index):
+        if any(radix.overlap(old, digit) for atom in content.atoms for digit in atom.variable.group):
+            return Special("index", (content, old, new))  # the place of `old` in an order; `new` has another
+        parts = [piece for atom in content.atoms for piece in _replace_atom(atom, old, new)]
+        if all(isinstance(part, Atom) for part in parts):
+            return Index(radix.merge(part for part in parts if isinstance(part, Atom)))
+        return Special("index", tuple(parts))
+    if isinstance(content, Apply):
+        return replace(content, args=tuple(substitute(argument, old, new) for argument in content.args))
+    if isinstance(content, Contract):
+        return replace(content, left=substitute(content.left, old, new), right=substitute(content.right, old, new))
+    if isinstance(content, Equals):
+        atom: Part = new if content.atom == old else content.atom
+        return Equals(substitute(content.content, old, new), atom)
+    if isinstance(content, Total):
+        return replace(content, content=substitute(content.content, old, new))
+    if isinstance(content, Meaning):
+        return content.substituted(old, new)
+    if isinstance(content, Special) and content.kind == "spread":
+        mask, number = content.about
+        return Special("spread", (substitute(mask, old, new), substitute(number, old, new)))
+    return content
+
+
+def substitute_index(index: Sequence[Part], old: Atom, new: Part) -> tuple[Part, ...]:
+    """A flat index in mixed radix with every occurrence of the digit `old` replaced by `new`."""
+    parts: list[Part] = []
+    for part in index:
+        if isinstance(part, Atom):
+            parts += _replace_atom(part, old, new)
+        elif isinstance(part, Affine):
+            parts.append(compose(part, new) if part.atom == old else part)
+        elif isinstance(part, Looked):
+            parts.append(Looked(substitute(part.content, old, new), part.extent))
+        else:
+            parts.append(part)
+    return _merge_parts(parts)
+
+
+def compose(outer: Affine, inner: Part) -> Part:
+    """start + step * inner."""
+    if isinstance(inner, Atom):
+        return replace(outer, atom=inner)
+    if isinstance(inner, Fixed):
+        return Fixed(outer.start + outer.step * inner.index, outer.extent)
+    if isinstance(inner, Affine):
+        return Affine(inner.atom, outer.start + outer.step * inner.start, outer.step * inner.step, outer.extent)
+    return Looked(Special("affine", (outer.start, outer.step, inner)), outer.extent)
+
+
+def _merge_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
+    merged: list[Part] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        if isinstance(part, Atom) and isinstance(last, Atom):
+            joined = radix.merge((last, part))
+            merged[-1:] = joined
+        elif not (isinstance(part, Atom) and part.size == 1):
+            merged.append(part)
+    return tuple(merged)
+
+
+def rename(value: Value, pairs: Sequence[tuple[Atom, Part]]) -> Value:
+    """The value with digits renamed all at once (a swap stays a swap), in its dims and its content."""
+    pairs = [(old, new) for old, new in pairs if old != new]
+    through = [Atom(Variable("free", ("rename", number)), 1, old.size) for number, (old, _) in enumerate(pairs)]
+    steps: list[tuple[Atom, Part]] = [(old, between) for (old, _), between in zip(pairs, through, strict=True)]
+    steps += [(between, new) for (_, new), between in zip(pairs, through, strict=True)]
+    dims, content = value.dims, value.content
+    for old, new in steps:
+        content = substitute(content, old, new)
+        dims = tuple(
+            radix.merge(piece for atom in group for piece in _replace_atom(atom, old, new) if isinstance(piece, Atom))
+            for group in dims
+        )
+    return Value(dims, content)
