@@ -22,7 +22,9 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from moecompile.passes import radix, substitution
-from moecompile.passes.interpret import Refused
+from moecompile.passes.interpret import (
+    Refused,
+)
 from moecompile.passes.slots import difference, is_at_least
 from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (

@@ -23,14 +23,25 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix, terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import writes
 from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
+from moecompile.passes.expert_products import Product, feature_atoms
 from moecompile.passes.forms import FORMS, Traits, form_of
-from moecompile.passes.interpret import Combine, Interpretation, Refused, fake_of, interpret, walk
+from moecompile.passes.interpret import (
+    Combine,
+    Interpretation,
+    Refused,
+    interpret,
+    walk,
+)
 from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import module_of, source_of
-from moecompile.passes.recognise import Block, Product, feature_atoms, weight_steps
+from moecompile.passes.recognise import (
+    Block,
+    weight_steps,
+)
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.rules_routing import routing_call
 from moecompile.passes.site import Detection, Operand, Site

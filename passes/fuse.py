@@ -22,8 +22,8 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import writes
-from moecompile.passes.interpret import fake_of
 from moecompile.passes.region import Layout, only_reads_dtype, removable
 from moecompile.passes.site import Operand, Site
 from moecompile.runtime import kernels

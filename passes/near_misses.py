@@ -13,7 +13,12 @@ from torch import fx
 
 from moecompile.passes import terms
 from moecompile.passes.bins import concerns_bins
-from moecompile.passes.interpret import Combine, Interpretation, Refused, walk
+from moecompile.passes.interpret import (
+    Combine,
+    Interpretation,
+    Refused,
+    walk,
+)
 from moecompile.passes.provenance import module_of, source_of
 from moecompile.passes.site import NearMiss, Site
 from moecompile.passes.spelling import operation_name

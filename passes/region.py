@@ -18,8 +18,13 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from moecompile.passes.aliases import Aliases, fake_of
 from moecompile.passes.calls import bind, writes
-from moecompile.passes.interpret import Aliases, Interpretation, Refused, fake_of, is_plain
+from moecompile.passes.interpret import (
+    Interpretation,
+    Refused,
+    is_plain,
+)
 from moecompile.passes.terms import (
     Apply,
     Contract,

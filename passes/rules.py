@@ -8,13 +8,19 @@ from moecompile.passes import (
     rules_index,
     rules_loop,
     rules_padded,
+    rules_places,
     rules_products,
     rules_routing,
     rules_sums,
     rules_views,
 )
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
+from moecompile.passes.interpret import (
+    Interpretation,
+    Passed,
+    Refused,
+    Rule,
+)
 from moecompile.passes.terms import (
     Value,
 )
@@ -48,5 +54,5 @@ def _before(own: Rule, general: Rule | None) -> Rule:
 
 
 # forms with meanings of their own: each table's rules look at an operation before the rules above do
-for _own in (rules_padded.RULES, rules_capacity.RULES):
+for _own in (rules_padded.RULES, rules_capacity.RULES, rules_places.RULES):
     RULES.update({name: _before(rule, RULES.get(name)) for name, rule in _own.items()})

@@ -11,8 +11,16 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of, is_plain, walk
+from moecompile.passes.interpret import (
+    Interpretation,
+    Refused,
+    Rule,
+    Sparse,
+    is_plain,
+    walk,
+)
 from moecompile.passes.rules_routing import distinct, unclamped
 from moecompile.passes.rules_views import constant
 from moecompile.passes.terms import (

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import (
     ONE,
     Linear,
@@ -30,7 +31,12 @@ from moecompile.passes.bins import (
     summed,
 )
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
+from moecompile.passes.interpret import (
+    Interpretation,
+    Passed,
+    Refused,
+    Rule,
+)
 from moecompile.passes.rules_views import free, holds_integers
 from moecompile.passes.terms import (
     Count,

@@ -6,20 +6,18 @@ passes/capacity.py. What products of dispatch and combine tensors with rows are:
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moecompile.passes import terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
 from moecompile.passes.capacity import (
     At,
-    Below,
     Marks,
     Number,
     Sum,
@@ -37,10 +35,16 @@ from moecompile.passes.capacity import (
     tally,
     tally_of_count,
 )
-from moecompile.passes.dispatch import check_disjoint
-from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of, is_plain
+from moecompile.passes.dispatch import (
+    check_disjoint,
+)
+from moecompile.passes.interpret import (
+    Interpretation,
+    Passed,
+    Refused,
+    Rule,
+)
 from moecompile.passes.rules_views import holds_integers, sliced
-from moecompile.passes.slots import is_at_least
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -49,14 +53,10 @@ from moecompile.passes.terms import (
     Count,
     Element,
     Equals,
-    Fixed,
     Group,
     Index,
     Meaning,
-    Part,
-    Size,
     Value,
-    Variable,
 )
 from moecompile.passes.unify import unify
 
@@ -83,7 +83,8 @@ def _counts(value: Value) -> Value:
     return Value(value.dims, tally_of_count(value.content, expert))
 
 
-def _check_counts(state: Interpretation, node: fx.Node) -> None:
+def check_counts(state: Interpretation, node: fx.Node) -> None:
+    """Raises Refused unless the result holds whole numbers exactly."""
     if not holds_integers(state.dtype(node)):
         raise Refused(f"places of assignments in {state.dtype(node)}, which rounds them")
 
@@ -98,14 +99,14 @@ def _mul(call: Call, state: Interpretation) -> Value:
     dims, contents = unify(values)
     numbers = [content for content in contents if isinstance(content, Number)]
     if numbers:
-        _check_counts(state, call.node)
+        check_counts(state, call.node)
         other = contents[1] if contents[0] is numbers[0] else contents[0]
         return Value(dims, scaled(numbers[0], other))
-    sides = [_weighted(call, state, content, argument) for content, argument in zip(contents, arguments, strict=True)]
+    sides = [weighted(call, state, content, argument) for content, argument in zip(contents, arguments, strict=True)]
     return Value(dims, of_terms([product(first, second) for first in sides[0] for second in sides[1]]))
 
 
-def _weighted(call: Call, state: Interpretation, content: Content, argument: Any) -> tuple[Marks, ...]:
+def weighted(call: Call, state: Interpretation, content: Content, argument: Any) -> tuple[Marks, ...]:
     """An operand of a product as marks, a weight as marks of everything; in the dtype of the product."""
     found = as_terms(content)
     if found is None:
@@ -175,7 +176,7 @@ def _added(call: Call, state: Interpretation, first: Any, second: Any, sign: int
         raise Refused("an addition with alpha")
     dims, contents = unify(values)
     if any(isinstance(content, Number) for content in contents):
-        _check_counts(state, call.node)
+        check_counts(state, call.node)
         a, b = (_as_number(content) for content in contents)
         return Value(dims, _sum_of_numbers(a, b if sign == 1 else scaled(b, Constant(-1))))
     if sign != 1:
@@ -185,7 +186,7 @@ def _added(call: Call, state: Interpretation, first: Any, second: Any, sign: int
         if content != Constant(0):
             if as_terms(content) is None:
                 raise Refused("marks of assignments are added to something else")
-            found += _weighted(call, state, content, argument)
+            found += weighted(call, state, content, argument)
     return Value(dims, of_terms(found))
 
 
@@ -244,11 +245,11 @@ def _cumsum(call: Call, state: Interpretation) -> Value:
     if not isinstance(mark, Equals) or not isinstance(mark.atom, Atom):
         raise Refused("a running sum over something else than a one-hot mask of expert ids")
     if not order:  # one assignment: its own place is the first
-        _check_counts(state, call.node)
+        check_counts(state, call.node)
         return Value(value.dims, number({marks[0]: 1}))
     if any(atom.variable.kind != "ids" for atom in order):
         raise Refused("a running sum that does not run over assignments")
-    _check_counts(state, call.node)
+    check_counts(state, call.node)
     return Value(value.dims, running(mark.content, order, mark.atom))
 
 
@@ -313,157 +314,11 @@ def _summed(content: Number | Marks, over: Group, call: Call, state: Interpretat
         return over_choices(content, over, call.node)
     if not content.is_mask:
         return None
-    _check_counts(state, call.node)
+    check_counts(state, call.node)
     expert = next((mark.atom for mark in marks if isinstance(mark, Equals)), None)
     if not isinstance(expert, Atom):
         raise Refused("a sum over assignments of a mask that marks no experts")
     return tally(content.factors, over, expert)
-
-
-# ---- conditions
-
-
-def _compare(call: Call, state: Interpretation) -> Value:
-    """place < capacity, place >= 0; combine != 0; place == arange(capacity)."""
-    name, first, second = call.name, call["input"], call["other"]
-    mirrored = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
-    if not isinstance(first, fx.Node) or not isinstance(fake_of(first), torch.Tensor):
-        name, first, second = mirrored[name], second, first
-    value = state.value(first)
-    if isinstance(value.content, Index) and isinstance(second, fx.Node):
-        name, first, second = mirrored[name], second, first
-        value = state.value(first) if isinstance(fake_of(first), torch.Tensor) else value
-    if isinstance(value.content, (Marks, Sum)) and second == 0 and name in ("ne", "gt"):
-        return Value(value.dims, support(value, name == "gt"))
-    if not isinstance(value.content, Number):
-        raise Passed
-    if name == "eq":
-        return _at(value, state.value(second))
-    bound = _bound(state, second)
-    if name in ("lt", "le"):
-        if name == "le":
-            bound = bound + 1 if not isinstance(bound, float) else math.floor(bound) + 1
-        return Value(value.dims, Marks(frozenset({Below(value.content, _whole(bound))})))
-    if name in ("gt", "ge"):
-        return _from_below(value, bound if name == "ge" else math.floor(bound) + 1)
-    raise Refused(f"places of assignments compared by {name}")
-
-
-def _bound(state: Interpretation, argument: Any) -> Any:
-    """A number that places are compared with; a symbolic one that the graph's guards have settled as what it is."""
-    if isinstance(argument, (int, float)):
-        return argument
-    fake = fake_of(argument) if isinstance(argument, fx.Node) else None
-    if isinstance(fake, torch.SymInt) and fake.node.has_hint() and statically_known_true(fake == fake.node.hint):
-        return int(fake.node.hint)
-    return state.number(argument)
-
-
-def _whole(bound: Any) -> Size:
-    return math.ceil(bound) if isinstance(bound, float) else bound
-
-
-def _from_below(value: Value, bound: Any) -> Value:
-    """place >= 0 where places of assignments that are not marked are -1."""
-    content = value.content
-    assert isinstance(content, Number)
-    least, bound = content.least(), _whole(bound)
-    if not content.where or least is None or content.most is not None:
-        raise Refused("places of assignments compared from below")
-    if not is_at_least(least, bound) or not is_at_least(bound - 1, content.otherwise):
-        raise Refused("places of assignments compared from below")
-    return Value(value.dims, Marks(content.where))
-
-
-def _at(value: Value, other: Value) -> Value:
-    """place == arange(capacity)."""
-    assert isinstance(value.content, Number)
-    if not isinstance(other.content, Index):
-        raise Refused("places of assignments compared with something else than all places")
-    dims, contents = unify([value, other])
-    index, found = contents[1], contents[0]
-    if (
-        not isinstance(index, Index)
-        or len(index.atoms) > 1
-        or any(atom.variable.kind != "free" for atom in index.atoms)
-    ):
-        raise Refused("places of assignments compared with something else than all places")
-    assert isinstance(found, Number)
-    place: Part = index.atoms[0] if index.atoms else Fixed(0, 1)
-    return Value(dims, Marks(simplified(frozenset({At(found, place)}))))
-
-
-def _one_hot(call: Call, state: Interpretation) -> Value:
-    value = state.value(call["input"])
-    if not isinstance(value.content, Number):
-        raise Passed
-    classes = _bound(state, call["num_classes"])
-    if isinstance(classes, int) and classes < 1:
-        raise Refused("one_hot of as many places as there happen to be")
-    place: Part = Fixed(0, 1) if classes == 1 else Atom(Variable("free", (call.node, "place")), 1, classes)
-    group: Group = (place,) if isinstance(place, Atom) else ()
-    return Value((*value.dims, group), Marks(simplified(frozenset({At(value.content, place)}))))
-
-
-def _clamp(call: Call, state: Interpretation) -> Value:
-    """place.clamp(max=capacity - 1)."""
-    value = state.value(call["input"])
-    content = value.content
-    if not isinstance(content, Number):
-        raise Passed
-    most, low = call.arguments.get("max"), call.arguments.get("min")
-    least = content.least()
-    if low is not None:
-        low = _whole(_bound(state, low))
-        if least is None or not is_at_least(least, low) or (content.where and not is_at_least(content.otherwise, low)):
-            raise Refused("places of assignments clamped from below")
-    if most is None:
-        return value
-    if content.most is not None or isinstance(most, float):
-        raise Refused("places of assignments clamped twice, or by a fraction")
-    most, otherwise = _bound(state, most), content.otherwise
-    if content.where and not is_at_least(most, otherwise):
-        if not is_at_least(otherwise, most):
-            raise Refused("places of assignments clamped by something that is no number")
-        otherwise = most
-    return Value(value.dims, replace(content, most=most, otherwise=otherwise))
-
-
-def _where(call: Call, state: Interpretation) -> Value:
-    """where(mask, place, a number); where(mask, weight, 0)."""
-    if call["input"] is None:
-        raise Passed
-    condition = state.value(call["condition"])
-    if not isinstance(condition.content, Marks) or not condition.content.is_mask:
-        raise Passed
-    kept = state.value(call["input"])
-    if isinstance(kept.content, Number):
-        _check_counts(state, call.node)
-        dims, contents = unify([condition, kept])
-        mask, found = contents
-        assert isinstance(mask, Marks) and isinstance(found, Number)
-        if found.where and not found.where <= mask.factors:
-            raise Refused("places of assignments where something else stands for others")
-        outside = _number_of(state, call["other"])
-        return Value(dims, number(dict(found.items), found.constant, mask.factors, outside, found.most))
-    other = state.value(call["other"])
-    if other.content != Constant(0) or not (is_plain(kept) or as_terms(kept.content)):
-        raise Passed
-    dims, contents = unify([condition, kept])
-    mask, found = contents
-    assert isinstance(mask, Marks)
-    return Value(dims, of_terms([product(term, mask) for term in _weighted(call, state, found, call["input"])]))
-
-
-def _number_of(state: Interpretation, argument: Any) -> Size:
-    """A whole number, or a tensor that holds nothing else."""
-    if isinstance(argument, fx.Node) and isinstance(fake_of(argument), torch.Tensor):
-        content = state.value(argument).content
-        argument = content.value if isinstance(content, Constant) else None
-    number = _bound(state, argument)
-    if isinstance(number, float):
-        raise Refused(f"{number} stands for the places of assignments that are dropped")
-    return number
 
 
 def support(value: Value, positive: bool) -> Content:
@@ -534,11 +389,6 @@ RULES: dict[str, Rule] = {
     "rsub": _rsub,
     "cumsum": _cumsum,
     "sum": _sum,
-    **{name: _compare for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    "one_hot": _one_hot,
-    "clamp": _clamp,
-    "clamp_max": _clamp,
-    "where": _where,
     "cast": _cast,
 }
 

@@ -8,8 +8,14 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix, terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.interpret import (
+    Interpretation,
+    Refused,
+    Rule,
+    is_plain,
+)
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
 from moecompile.passes.rules_views import free, selected, sliced
 from moecompile.passes.terms import (
@@ -282,7 +288,9 @@ def _marks(call: Call, state: Interpretation, outside: float | int, index: Value
 
     A (tokens, experts) leaf that is `outside` away from each token's experts; a mask if 0 and 1.
     """
-    from moecompile.passes.interpret import Sparse
+    from moecompile.passes.interpret import (
+        Sparse,
+    )
 
     tokens, experts = state.shape(call.node)
     if radix.group_size(index.dims[0]) != tokens:

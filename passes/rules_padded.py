@@ -17,9 +17,16 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix, rules_bins, rules_padded_sums, rules_slots
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of, is_plain
+from moecompile.passes.interpret import (
+    Interpretation,
+    Passed,
+    Refused,
+    Rule,
+    is_plain,
+)
 from moecompile.passes.slots import (
     Table,
     along_rows,

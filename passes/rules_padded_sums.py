@@ -15,7 +15,12 @@ from torch import fx
 from moecompile.passes import radix, substitution
 from moecompile.passes.bins import ends_of, is_bins
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused
+from moecompile.passes.interpret import (
+    Combine,
+    Interpretation,
+    Passed,
+    Refused,
+)
 from moecompile.passes.rules_products import Casts, casts_of, einsum
 from moecompile.passes.rules_views import free
 from moecompile.passes.slots import (

@@ -7,8 +7,14 @@ from typing import Any
 from torch import fx
 
 from moecompile.passes import radix, terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, fake_of
+from moecompile.passes.interpret import (
+    Interpretation,
+    Refused,
+    Rule,
+    Sparse,
+)
 from moecompile.passes.rules_views import holds_integers
 from moecompile.passes.terms import (
     Atom,

@@ -15,9 +15,15 @@ from typing import Any
 from torch import fx
 
 from moecompile.passes import radix, rules_bins, terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import Numbers, before, combined, counts_of, first_rows, is_bins, numbers_of, plain
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, fake_of
+from moecompile.passes.interpret import (
+    Interpretation,
+    Passed,
+    Refused,
+    Rule,
+)
 from moecompile.passes.rules_views import constant
 from moecompile.passes.slots import (
     Bins,

@@ -8,8 +8,14 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix, substitution, terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Refused, Rule, fake_of, is_plain
+from moecompile.passes.interpret import (
+    Interpretation,
+    Refused,
+    Rule,
+    is_plain,
+)
 from moecompile.passes.terms import (
     Affine,
     Apply,

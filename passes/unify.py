@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from moecompile.passes import radix, substitution, terms
-from moecompile.passes.interpret import Refused
+from moecompile.passes.interpret import (
+    Refused,
+)
 from moecompile.passes.terms import (
     Atom,
     Constant,

@@ -20,12 +20,21 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moecompile.codegen import expression
 from moecompile.passes import radix, substitution, terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.capacity import Number, Running, Support
 from moecompile.passes.dense import vanishes
-from moecompile.passes.dispatch import ASSIGNMENT, Column, Routing
-from moecompile.passes.interpret import Interpretation, Refused, fake_of, walk
-from moecompile.passes.recognise import Block, read, weight_steps
+from moecompile.passes.interpret import (
+    Interpretation,
+    Refused,
+    walk,
+)
+from moecompile.passes.recognise import (
+    Block,
+    read,
+    weight_steps,
+)
 from moecompile.passes.region import Layout
+from moecompile.passes.routing import ASSIGNMENT, Column, Routing
 from moecompile.passes.site import Operand
 from moecompile.passes.slots import difference
 from moecompile.passes.substitution import substitute

@@ -1,0 +1,89 @@
+"""Which tensors of a graph share memory, read off the example values that Dynamo left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes import radix
+
+
+def fake_of(node: fx.Node) -> Any:
+    """The example value Dynamo or AOTAutograd left on the node."""
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
+
+
+class Aliases:
+    """Which tensors of a graph may share memory, and which names stand for exactly the same elements.
+
+    Views share the storage of their FakeTensor, which Dynamo's own tracing kept true; operations that may or may
+    not copy (reshape, to, contiguous)
+    are told apart by it as well. What has no FakeTensor is taken to alias nothing.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._by_storage: dict[int, list[fx.Node]] = {}
+        self._storage: dict[fx.Node, tuple[int, ...]] = {}
+        for node in graph.nodes:
+            fake = fake_of(node)
+            if isinstance(fake, torch.Tensor):
+                keys: tuple[int, ...] = (fake.untyped_storage()._cdata,)
+            else:
+                keys = tuple(sorted({tensor.untyped_storage()._cdata for tensor in tensors_in(fake)}))
+            self._storage[node] = keys
+            for key in keys:
+                self._by_storage.setdefault(key, []).append(node)
+
+    def of(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that may share memory with the node, itself included."""
+        found = {alias: None for key in self._storage.get(node, ()) for alias in self._by_storage[key]}
+        return list(found) or [node]
+
+    def share(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether two nodes may share memory."""
+        return first is second or bool(set(self._storage.get(first, ())) & set(self._storage.get(second, ())))
+
+    def same_elements(self, first: fx.Node, second: fx.Node) -> bool:
+        """Whether two nodes name exactly the same elements in the same shape."""
+        a, b = fake_of(first), fake_of(second)
+        if first is second:
+            return True
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or not self.share(first, second):
+            return False
+        return _layout(a) == _layout(b)
+
+    def written(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a mutating node writes."""
+        out = node.kwargs.get("out")
+        if isinstance(out, fx.Node):
+            return [out]
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            found = []
+            for position, argument in enumerate(target._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                    found += [value] if isinstance(value, fx.Node) else []
+            return found
+        if node.args and isinstance(node.args[0], fx.Node):
+            return [node.args[0]]
+        first = node.kwargs.get("input")
+        return [first] if isinstance(first, fx.Node) else list(node.all_input_nodes)
+
+
+def tensors_in(fake: Any) -> list[torch.Tensor]:
+    """The tensors in an example value, which may be a tuple."""
+    if isinstance(fake, torch.Tensor):
+        return [fake]
+    if isinstance(fake, (tuple, list)):
+        return [tensor for part in fake for tensor in tensors_in(part)]
+    return []
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    sizes = tuple(radix.size_of(size) for size in tensor.shape)
+    strides = tuple(radix.size_of(stride) for stride in tensor.stride())
+    return sizes, strides, radix.size_of(tensor.storage_offset()), tensor.dtype
