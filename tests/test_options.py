@@ -15,6 +15,7 @@ import torch
 
 import moecompile
 from moecompile import options as module
+from moecompile import pipeline
 from moecompile.options import ENVIRONMENT, PASSES, Options
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "options.md"
@@ -215,3 +216,7 @@ def test_the_documentation_is_the_table(section: str, header: list[str], rows: l
     found = re.search(rf"<!-- {section} -->\n(.*)<!-- /{section} -->", DOCUMENT.read_text(), flags=re.DOTALL)
     assert found is not None
     assert found[1] == "\n".join([*header, *rows]) + "\n"
+
+
+def test_every_pass_is_described_and_every_description_has_a_pass():
+    assert list(PASSES) == list(pipeline.PASSES)
