@@ -17,6 +17,7 @@ from torch import fx
 from moecompile import cache
 from moecompile.bodies import text_of
 from moecompile.options import Options
+from moecompile.passes.decompose import decompose
 from moecompile.passes.printer import input_names
 from moecompile.report import GraphReport, discard
 
@@ -106,9 +107,12 @@ def inductor(
         name: name of the compiled region, as in `torch.compile(name=...)`; used where torch supports it.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         seen("backward" if settings.get("is_backward") else "forward", graph_module)
+        if decompose(graph_module.graph, select_decomp_table()):
+            graph_module.recompile()
         return compile_fx_inner(graph_module, inputs, **settings)
 
     region: dict[str, Any] = {"compile_region_name": name} if name is not None and _NAMED_REGIONS else {}

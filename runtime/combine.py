@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moecompile.runtime.contract import Arguments, weighting
 from moecompile.runtime.elementwise import evaluate
+from moecompile.runtime.grouped import writing_out
 
 BAG_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,6 +76,7 @@ def _fits_bag(rows: Tensor, inner: torch.dtype, dtype: torch.dtype) -> bool:
     """Whether `embedding_bag` sums rows of `inner` quickly and does not round below what `dtype` keeps."""
     return (
         rows.device.type == "cpu"
+        and not writing_out.get()
         and rows.numel() > 0
         and inner in BAG_DTYPES
         and torch.promote_types(inner, dtype) == inner

@@ -13,6 +13,8 @@ No product copies a whole weight tensor.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -181,11 +183,27 @@ class DeviceRows(Rows):
         return row_dot(grad, bias.index_select(0, self.expert))
 
 
+class WrittenOutRows(DeviceRows):
+    """All assignments, in code that is traced for a compiler to fuse: one product each, on any device."""
+
+    def _product(self, a: Tensor, matrices: Tensor) -> Tensor:
+        return torch._grouped_mm(a, matrices, offs=self.offsets)
+
+    def _outer(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch._grouped_mm(left.t(), right, offs=self.offsets)
+
+
+writing_out: ContextVar[bool] = ContextVar("writing_out", default=False)
+"""Whether the reference is being traced, to be written out in a graph."""
+
+
 def rows_of(offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int) -> CpuRows | DeviceRows:
     """The rows on the device of `offsets` (E,); order (T*K,) as `plan` gives them.
 
     bytes_per_row is the size of the largest value of a row, which on the CPU decides how many rows go together.
     """
+    if writing_out.get():
+        return WrittenOutRows(offsets, order, top_k)
     if offsets.device.type == "cpu":
         return CpuRows(offsets, order, top_k, bytes_per_row)
     return DeviceRows(offsets, order, top_k)

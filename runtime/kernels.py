@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moecompile.runtime import backward, reference
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, check_plan
+from moecompile.runtime.grouped import writing_out
 
 Parts = list[Tensor]
 
@@ -88,6 +89,16 @@ def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Seque
         tensor.new_empty(tensor.shape) if name in ("x", "weights") else torch.empty_like(tensor)
         for name, tensor in zip(names, like, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """Within, the operators' torch kernels can be traced: nothing they do depends on the routing."""
+    token = writing_out.set(True)
+    try:
+        yield
+    finally:
+        writing_out.reset(token)
 
 
 def _needed(arguments: Arguments, needs: Sequence[bool]) -> list[str]:

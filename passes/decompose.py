@@ -1,0 +1,112 @@
+"""Write our operators out as PyTorch's, so that Inductor fuses what lies between the experts' products.
+
+Contract
+- Works on AOTAutograd's graphs (meta["val"], functional), right before Inductor compiles them; returns how many nodes
+  it replaced. The caller recompiles the GraphModule.
+- The graph computes the same: what is written out is the reference itself, `moecompile.runtime.reference` and
+  `.backward`, traced with rows whose number does not depend on the routing.
+- An operator is left as it is where that would not help: products of another dtype than bfloat16, the one that
+  `torch._grouped_mm` can be traced with on a CPU, another device, a number of rows that is symbolic or 0. `plan` stays.
+
+    for node in graph:
+        traced = make_fx(reference)(its example values)      # aten operators, no mutation
+        copy traced's nodes in front of node; its results replace node's
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from moecompile.runtime import kernels
+from moecompile.runtime.contract import Arguments
+from moecompile.runtime.grouped import aligned
+
+Decompositions = dict[Any, Callable[..., Any]]
+
+
+def decompose(graph: fx.Graph, decompositions: Decompositions) -> int:
+    """Writes out every operator of the graph that can be; `decompositions` are those Inductor asks for."""
+    operators: dict[Any, tuple[Callable[..., Any], int]] = {
+        torch.ops.moecompile.experts.default: (kernels.experts, 0),
+        torch.ops.moecompile.experts_forward.default: (kernels.experts_forward, 0),
+        torch.ops.moecompile.experts_backward.default: (kernels.experts_backward, 2),
+    }
+    count = 0
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in operators:
+            function, first = operators[node.target]
+            if _can_be_written_out(node, first):
+                _write_out(graph, node, function, decompositions)
+                count += 1
+    return count
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def _can_be_written_out(node: fx.Node, first: int) -> bool:
+    """Whether all products are ones that the CPU's `torch._grouped_mm` takes as they are, and there are rows."""
+    args: Any = pytree.tree_map(_value, node.args[first:])
+    attributes: Any = {name: _value(value) for name, value in node.kwargs.items() if name != "needs"}
+    arguments = Arguments(*args, **attributes)
+    matrices = [weight for weight in (arguments.w_in, arguments.w_up, arguments.w_out) if weight is not None]
+    rows = arguments.order.shape[0]
+    return (
+        arguments.x.device.type == "cpu"
+        and isinstance(rows, int)
+        and rows > 0
+        and all(matrix.dtype == torch.bfloat16 and aligned(matrix) for matrix in matrices)
+        and all(extent * matrix.element_size() % 16 == 0 for matrix in matrices for extent in matrix.shape[1:])
+    )
+
+
+def _write_out(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], decompositions: Decompositions) -> None:
+    leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
+
+    def call(*tensors: Tensor) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, structure)
+        with kernels.written_out():
+            return function(*args, **kwargs)
+
+    traced = _traced(call, [leaves[place].meta["val"] for place in places], decompositions)
+    known = dict(zip(traced.graph.find_nodes(op="placeholder"), (leaves[place] for place in places), strict=True))
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "get_attr":
+                raise NotImplementedError(f"the reference of {node.target} holds a constant tensor, {inner.target}")
+            if inner.op == "call_function":
+                known[inner] = graph.node_copy(inner, known.__getitem__)
+    results = fx.node.map_arg(traced.graph.output_node().args[0], known.__getitem__)
+    _replace(graph, node, results)
+
+
+def _traced(call: Callable[..., Any], values: list[Tensor], decompositions: Decompositions) -> fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad(), torch._guards.detect_fake_mode(values) or torch._subclasses.FakeTensorMode():
+        traced = make_fx(torch.func.functionalize(call), decomposition_table=decompositions)(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _replace(graph: fx.Graph, node: fx.Node, results: Any) -> None:
+    """Gives the node's users the results: one tensor, or several that its users take by number."""
+    if isinstance(results, fx.Node):
+        node.replace_all_uses_with(results)
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem and isinstance(user.args[1], int)
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(node)
