@@ -88,6 +88,7 @@ class Interpretation:
     calls: dict[fx.Node, Call] = field(default_factory=dict)
     sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
     numbers: dict[fx.Node, Content] = field(default_factory=dict)  # meanings of Python numbers read off tensors
+    id_ranges: dict[fx.Node, int] = field(default_factory=dict)  # leaves of expert ids that are all in range(number)
     appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
 

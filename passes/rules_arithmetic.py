@@ -21,7 +21,7 @@ from moecompile.passes.interpret import (
     is_plain,
     walk,
 )
-from moecompile.passes.rules_routing import distinct, unclamped
+from moecompile.passes.rules_routing import distinct, filled_ids, unclamped
 from moecompile.passes.rules_views import constant
 from moecompile.passes.terms import (
     Affine,
@@ -206,11 +206,13 @@ def _invert(call: Call, state: Interpretation) -> Value | None:
 
 
 def _masked_fill(call: Call, state: Interpretation) -> Value | None:
-    """logits.masked_fill(~chosen, number): a leaf that holds the number away from each token's experts."""
+    """Masked ids; or logits.masked_fill(~chosen, number), which holds the number away from each token's experts."""
     value, mask = state.value(call["input"]), call["mask"]
     content = state.value(mask).content
     if content == Constant(False):
         return value
+    if (ids := filled_ids(call, state)) is not None:
+        return ids
     if (
         not is_plain(value)
         or not isinstance(content, Special)

@@ -23,7 +23,7 @@ from moecompile.passes.interpret import (
     Rule,
 )
 from moecompile.passes.merge import expert_atom, merge
-from moecompile.passes.rules_routing import distinct
+from moecompile.passes.rules_routing import distinct, joined_ids
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -245,13 +245,13 @@ def split_by_counts(call: Call, state: Interpretation) -> tuple[Value | None, ..
 
 
 def _cat(call: Call, state: Interpretation) -> Value | None:
-    """The pieces of all experts, in order, put together again."""
+    """The pieces of all experts, in order, put together again; or ids of several choices."""
     if not isinstance(call["tensors"], (list, tuple)) or call["dim"] not in (0, -2):
-        return None
+        return joined_ids(call, state)
     values = [state.value(tensor) for tensor in call["tensors"]]
     atoms = [rows_of_one(value) for value in values]
     if any(atom is None or not isinstance(atom.variable.key, tuple) for atom in atoms) or not atoms:
-        return None
+        return joined_ids(call, state)
     keys = [atom.variable.key for atom in atoms if atom is not None]
     order = keys[0][0]
     by = next(atom.variable.by for atom in atoms if atom is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import fx
@@ -236,8 +237,11 @@ def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
 def id_range(ids: Content, state: Interpretation) -> int:
     """How many experts the ids can name.
 
-    The size of the dimension they were chosen along. Raises Refused if that is not known.
+    The size of the dimension they were chosen along, or what is known of ids put together. Raises Refused if that is
+    not known.
     """
+    if isinstance(ids, Element) and ids.written is None and ids.root in state.id_ranges:
+        return state.id_ranges[ids.root]
     call = routing_call(ids.root, state) if isinstance(ids, Element) and ids.written is None else None
     if call is None or not isinstance(call["dim"], int):
         raise Refused("a loop over experts whose ids may lie outside the experts it runs")
@@ -245,6 +249,44 @@ def id_range(ids: Content, state: Interpretation) -> int:
     if not isinstance(size, int):
         raise Refused("a symbolic number of experts")
     return size
+
+
+def _within(call: Call, state: Interpretation, experts: int) -> Value:
+    """The result as a leaf of ids, each of which names one of `experts` experts."""
+    state.id_ranges[call.node] = experts
+    return state.leaf(call.node)
+
+
+def joined_ids(call: Call, state: Interpretation) -> Value | None:
+    """cat or stack of ids that were chosen one after the other: in the largest of their ranges."""
+    tensors = call["tensors"]
+    if not isinstance(tensors, (list, tuple)) or not tensors or state.dtype(call.node).is_floating_point:
+        return None
+    with contextlib.suppress(Refused):
+        return _within(call, state, max(id_range(state.value(part).content, state) for part in tensors))
+    return None
+
+
+def filled_ids(call: Call, state: Interpretation) -> Value | None:
+    """ids.masked_fill(mask, e): in the range of the ids and e, less the last expert where the mask is `ids == last`."""
+    number = call["value"]
+    if call.inplace or type(number) is not int or number < 0 or state.dtype(call.node).is_floating_point:
+        return None
+    value = state.value(call["input"])
+    with contextlib.suppress(Refused):
+        experts = id_range(value.content, state)
+        last = Equals(value.content, terms.Fixed(experts - 1, experts))
+        kept = experts - 1 if state.value(call["mask"]) == Value(value.dims, last) else experts
+        return _within(call, state, max(kept, number + 1))
+    return None
+
+
+def _stack(call: Call, state: Interpretation) -> Value:
+    """Stacked ids; nothing else that is stacked is understood."""
+    found = joined_ids(call, state)
+    if found is None:
+        raise Refused(f"{call.node.target} is not an operation that detection understands")
+    return found
 
 
 def compare(call: Call, state: Interpretation) -> Value | None:
@@ -301,6 +343,7 @@ RULES: dict[str, Rule] = {
     "cumsum": _cumsum,
     "searchsorted": _searchsorted,
     "eq": compare,
+    "stack": _stack,
 }
 
 __all__ = [
@@ -310,6 +353,8 @@ __all__ = [
     "compare",
     "counted",
     "distinct",
+    "filled_ids",
+    "joined_ids",
     "origin",
     "scattered_counts",
     "summed_counts",

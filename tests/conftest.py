@@ -90,6 +90,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {path.name for path in Path(__file__).parent.glob("test_*.py")} - collected
     if missing:
         config.stash[_PARTIAL] = f"{len(missing)} test files were not collected"
+    elif any("::" in argument for argument in config.args):
+        config.stash[_PARTIAL] = "only some tests were asked for"
+    elif hasattr(config, "workerinput"):  # pytest-xdist, which this process knows by nothing else
+        config.stash[_PARTIAL] = "other processes run a part of it"
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

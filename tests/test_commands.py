@@ -68,11 +68,15 @@ def models(monkeypatch, tmp_path):
     """A module `some_models` that can be imported, and a stand-in for `moecompile.explain`."""
     (tmp_path / "some_models.py").write_text(MODELS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     monkeypatch.setattr(
         moecompile, "explain", lambda model, *args, **kwargs: Report(model, args, kwargs), raising=False
     )
-    return tmp_path
+    yield tmp_path
+    # Only what was imported from here is forgotten: with a copy in the place of `sys.modules`, imports of others would
+    # register in one and be looked up in the other.
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_explain_a_module(models, capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import moecompile  # noqa: F401  (registers the operators)
 from fuzz_graphs import compare
@@ -15,6 +17,7 @@ from moecompile.passes.printer import graph_text
 from rewriting import rewrite
 from zoo_capture import captured, captured_case
 from zoo_case import Case, arguments, make
+from zoo_controls_static import Loop
 from zoo_forms import CASES
 
 # cases whose data flow is another form's than the one their author had in mind
@@ -102,30 +105,100 @@ def test_a_graph_without_experts_is_left_alone() -> None:
     assert detection.sites == () and detection.near_misses == ()
 
 
-@pytest.mark.parametrize("bound", [4, 3])
-def test_marks_of_foreign_assignments(bound: int) -> None:
-    """Expert parallelism masks ids beyond the local experts: nothing where all ids are local, else not understood."""
+class Marked(nn.Module):
+    """Expert parallelism masks ids from `bound` on, as other ranks' experts; `choose` makes ids from five scores."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.router = nn.Linear(32, 4, bias=False)
-            self.w_in = nn.Parameter(torch.randn(4, 32, 64) / 6)
-            self.w_out = nn.Parameter(torch.randn(4, 32, 32) / 6)
+    def __init__(self, choose: Callable[[Tensor], Tensor], bound: int = 4) -> None:
+        super().__init__()
+        self.choose, self.bound = choose, bound
+        self.router = nn.Linear(32, 5, bias=False)
+        self.w_in = nn.Parameter(torch.randn(4, 32, 64) / 6)
+        self.w_out = nn.Parameter(torch.randn(4, 32, 32) / 6)
 
-        def forward(self, x):
-            weights, ids = self.router(x).softmax(-1).topk(2)
-            ids_sorted, order = ids.reshape(-1).sort()
-            foreign = (ids_sorted >= bound).unsqueeze(-1)
-            offsets = torch.histc(ids_sorted.float(), 4, 0, 3).cumsum(0).to(torch.int32)
-            ids_sorted.clamp_(max=bound - 1)
-            rows = x[order // 2].masked_fill(foreign, 0.0).bfloat16()
-            gate, up = torch._grouped_mm(rows, self.w_in.bfloat16(), offs=offsets).chunk(2, -1)
-            y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, self.w_out.bfloat16(), offs=offsets)
-            y = y.masked_fill(foreign, 0.0) * weights.view(-1)[order].unsqueeze(-1)
-            return y[order.argsort()].view(-1, 2, 32).sum(1)
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        ids = self.choose(scores)
+        weights = scores.gather(1, ids.clamp(max=3))
+        ids_sorted, order = ids.reshape(-1).sort()
+        foreign = (ids_sorted >= self.bound).unsqueeze(-1)
+        offsets = torch.histc(ids_sorted.float(), 4, 0, 3).cumsum(0).to(torch.int32)
+        ids_sorted.clamp_(max=self.bound - 1)
+        rows = x[order // 2].masked_fill(foreign, 0.0).bfloat16()
+        gate, up = torch._grouped_mm(rows, self.w_in.bfloat16(), offs=offsets).chunk(2, -1)
+        y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, self.w_out.bfloat16(), offs=offsets)
+        y = y.masked_fill(foreign, 0.0) * weights.view(-1)[order].unsqueeze(-1)
+        return y[order.argsort()].view(-1, 2, 32).sum(1)
+
+
+def best(scores: Tensor) -> Tensor:
+    return scores[:, :4].topk(2)[1]
+
+
+def best_of_five(scores: Tensor) -> Tensor:
+    return scores.topk(2)[1]
+
+
+def halves(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return scores[:, :4].argmax(-1), scores[:, 1:5].argmax(-1)
+
+
+def written(ids: Tensor) -> Tensor:
+    ids.detach().add_(1)
+    return ids
+
+
+# ids that are all local, and what looks like them and is not known to be
+LOCAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "topk": best,
+    "cat": lambda scores: torch.cat([scores[:, :4].max(1, True)[1], scores[:, 1:5].max(1, True)[1]], dim=-1),
+    "stack": lambda scores: torch.stack(halves(scores), dim=1),
+    "last masked": lambda scores: (ids := best_of_five(scores)).masked_fill(ids == 4, 0),
+    "any masked": lambda scores: best(scores).masked_fill(scores[:, :2] > 0.5, 3),
+}
+FOREIGN: dict[str, Callable[[Tensor], Tensor]] = {
+    "topk": best_of_five,
+    "cat": lambda scores: torch.cat([scores[:, :4].max(1, True)[1], scores.max(1, True)[1]], dim=-1),
+    "stack": lambda scores: torch.stack([scores.argmax(-1), scores[:, :4].argmax(-1)], dim=1),
+    "another masked": lambda scores: (ids := best_of_five(scores)).masked_fill(ids == 3, 0),
+    "last masked elsewhere": lambda scores: (ids := best_of_five(scores)).masked_fill(ids.flip(0) == 4, 0),
+    "any masked": lambda scores: best(scores).masked_fill(scores[:, :2] > 0.5, 4),
+    "written after cat": lambda scores: written(torch.cat([best(scores)[:, :1], best(scores)[:, 1:]], dim=1)),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_marks_of_foreign_assignments(name: str) -> None:
+    """They mark nothing where all ids are local."""
+    torch.manual_seed(0)
+    known = captured(Marked(LOCAL[name]), (torch.randn(24, 32),), fullgraph=True)
+    verdict = compare(known.gm, known.inputs, rewrite, (), "marks")
+    assert (verdict.outcome, verdict.sites) == ("equal", 1), verdict.detail
+
+
+@pytest.mark.parametrize(("name", "bound"), [("topk", 3), *((name, 4) for name in FOREIGN)])
+def test_marks_of_assignments_that_may_be_foreign(name: str, bound: int) -> None:
+    choose = LOCAL[name] if bound == 3 else FOREIGN[name]
+    torch.manual_seed(0)
+    known = captured(Marked(choose, bound), (torch.randn(24, 32),), fullgraph=True)
+    assert detect(known.gm.graph).sites == ()
+
+
+@pytest.mark.parametrize(("accumulate", "sites"), [(True, 1), (False, 0)])
+def test_a_loop_over_ids_chosen_one_after_the_other(accumulate: bool, sites: int) -> None:
+    """All its experts are known to run; but a token may have chosen one of them twice, and a write keeps one result."""
+
+    class Twice(Loop):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.router(x).softmax(-1)
+            ids = torch.stack([scores.argmax(-1), scores.flip(0).argmax(-1)], dim=1)
+            weights, out = scores.gather(1, ids), torch.zeros_like(x)
+            for e in self.turns():
+                token, place = self.hits(ids, e)
+                y = self.weigh(self.expert(x[token], e), weights, token, place)
+                out = out.index_put((token,), y if accumulate else out[token] + y, accumulate=accumulate)
+            return out
 
     torch.manual_seed(0)
-    known = captured(Model(), (torch.randn(24, 32),), fullgraph=True)
-    verdict = compare(known.gm, known.inputs, rewrite, (), "marks")
-    assert (verdict.outcome, verdict.sites) == ("equal", int(bound == 4)), verdict.detail
+    known = captured(Twice(), (torch.randn(24, 32),), fullgraph=True)
+    verdict = compare(known.gm, known.inputs, rewrite, (), "loop")
+    assert (verdict.outcome, verdict.sites) == ("equal", sites), verdict.detail

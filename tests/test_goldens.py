@@ -66,6 +66,21 @@ def test_unused_goldens_are_not_judged_on_a_part_of_the_suite(suite):
     suite.runpytest("-k", "every_golden").assert_outcomes(skipped=1, deselected=2)
 
 
+def test_unused_goldens_are_not_judged_where_single_tests_were_asked_for(suite):
+    write(suite, "graphs/one", "first\nsecond\n")
+    suite.runpytest("test_small.py::test_every_golden_is_used").assert_outcomes(skipped=1)
+
+
+def test_unused_goldens_are_not_judged_by_one_process_of_several(suite):
+    class Worker:
+        def pytest_configure(self, config):
+            config.workerinput = {}  # as pytest-xdist does in its processes
+
+    write(suite, "graphs/one", "first\nsecond\n")
+    write(suite, "graphs/two", "another process compares this\n")
+    suite.runpytest(plugins=[Worker()]).assert_outcomes(passed=1, skipped=1)
+
+
 def test_one_golden_has_one_text(suite):
     suite.makepyfile(test_small="def test_twice(golden):\n    golden('a', 'x')\n    golden('a', 'x')")
     write(suite, "a", "x\n")

@@ -11,7 +11,15 @@ from tiny_sizes import Sizes
 
 pytest.importorskip("transformers")
 
-from tiny_transformers import IMPLEMENTATIONS, OWN_CODE, architectures, build_block, build_model, experts_of
+from tiny_transformers import (
+    IMPLEMENTATIONS,
+    OWN_CODE,
+    architectures,
+    build_block,
+    build_model,
+    experts_of,
+    known_to_transformers,
+)
 
 ALL = (*architectures(), *OWN_CODE)
 
@@ -42,14 +50,14 @@ def test_block_runs_and_its_experts_get_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["inkling2", "gpt_oss", "zaya", "gemma4"])
+@pytest.mark.parametrize("name", known_to_transformers("inkling2", "gpt_oss", "zaya", "gemma4"))
 def test_block_runs_in_bfloat16(name: str, implementation: str) -> None:
     block = build_block(name, torch.bfloat16, implementation)
     output = tensors(block.module(*block.inputs))[0]
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "muse_spark", "ernie4_5_vl_moe", "deepseek_v4"])
+@pytest.mark.parametrize("name", known_to_transformers("mixtral", "muse_spark", "ernie4_5_vl_moe", "deepseek_v4"))
 def test_sizes_reach_the_experts(name: str) -> None:
     block = build_block(name, sizes=Sizes(hidden=256, intermediate=128, experts=16, top_k=4), tokens=8)
     stacked = [p for _, p in experts_of(block.module)[0][1].named_parameters() if p.dim() == 3]

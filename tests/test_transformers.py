@@ -20,7 +20,7 @@ import moecompile
 pytest.importorskip("transformers")
 
 from moecompile.report import Report
-from tiny_transformers import OWN_CODE, architectures, build_block, build_model, experts_of
+from tiny_transformers import OWN_CODE, architectures, build_block, build_model, experts_of, known_to_transformers
 
 QUICK = ("deepseek_v3", "deepseek_v4", "gpt_oss", "inkling2", "nemotron_h", "phimoe", "qwen3_moe", "zaya")
 QUICK_MODELS = ("qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -35,8 +35,11 @@ REFUSED = {"muse_spark": "rms"}  # a norm of each row between the second GEMM an
 
 
 def marked(names: tuple[str, ...], quick: tuple[str, ...]) -> list[Any]:
-    """Names as test parameters, those that are not quick marked slow."""
-    return [pytest.param(name, marks=() if name in quick else (pytest.mark.slow,)) for name in names]
+    """Names as test parameters, those that are not quick marked slow; quick ones that are not there are skipped."""
+    return [
+        pytest.param(*known.values, marks=known.marks if known.values[0] in quick else (*known.marks, pytest.mark.slow))
+        for known in known_to_transformers(*sorted({*names, *quick}))
+    ]
 
 
 def floats(value: Any) -> list[Tensor]:

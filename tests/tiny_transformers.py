@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from tiny_sizes import DERIVED, MODEL_CLASSES, OPTIONAL, OVERRIDES, Sizes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+WRITTEN_WITH = Version("5.23")
 OWN_CODE = ("doge", "jetmoe", "llama4")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 OWN_BLOCKS = ("DogeCDMoE", "JetMoeMoE")
@@ -41,6 +44,19 @@ def architectures() -> tuple[str, ...]:
             and "@use_experts_implementation" in source.read_text(encoding="utf-8")
         )
     )
+
+
+def known_to_transformers(*names: str) -> list[Any]:
+    """Architectures as test parameters: those that an older transformers does not have yet are skipped.
+
+    From the version on that these tests were written with they have to be there, so that a wrong name is no skip.
+    """
+    import transformers
+
+    version = transformers.__version__
+    there = {*architectures(), *OWN_CODE} if Version(version) < WRITTEN_WITH else set(names)
+    reason = f"transformers {version} does not have this architecture; {WRITTEN_WITH} does"
+    return [pytest.param(name, marks=() if name in there else (pytest.mark.skip(reason=reason),)) for name in names]
 
 
 def model_class(name: str) -> type[nn.Module]:

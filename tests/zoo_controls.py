@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,17 +15,21 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 32, 32, 4, 2
 class Values:
     """What the steps of one forward pass have computed so far, by name. (On the module it would become an output.)"""
 
+    # A dictionary of its own: Dynamo of torch 2.11 cannot list the `__dict__` of an object it traced the making of.
+    values: dict[str, Tensor]
+
     def __init__(self, **values: Tensor) -> None:
-        self.__dict__.update(values)
+        object.__setattr__(self, "values", values)
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        self.values[name] = value
 
     def but(self, **values: Tensor) -> Values:
         """These values with some replaced."""
-        return Values(**{**self.__dict__, **values})
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Tensor: ...
-        def __setattr__(self, name: str, value: Tensor) -> None: ...
+        return Values(**self.values | values)
 
 
 def route(router: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
