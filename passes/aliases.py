@@ -56,22 +56,29 @@ class Aliases:
         return _layout(a) == _layout(b)
 
     def written(self, node: fx.Node) -> list[fx.Node]:
-        """The tensors that a mutating node writes."""
+        """The tensors that a mutating node writes; all it is given where it may be any of them."""
         out = node.kwargs.get("out")
-        if isinstance(out, fx.Node):
-            return [out]
+        if out is not None:
+            return _nodes(out)
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
-            found = []
+            found: list[fx.Node] = []
             for position, argument in enumerate(target._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-                    found += [value] if isinstance(value, fx.Node) else []
+                    found += _nodes(value)
             return found
-        if node.args and isinstance(node.args[0], fx.Node):
-            return [node.args[0]]
-        first = node.kwargs.get("input")
-        return [first] if isinstance(first, fx.Node) else list(node.all_input_nodes)
+        if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
+            return list(node.all_input_nodes)
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        return _nodes(first) or list(node.all_input_nodes)
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    """The nodes in an argument: itself, or those of a list."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(argument, found.append)
+    return found
 
 
 def tensors_in(fake: Any) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ to read; here they are bound for rules to reason about.)
 from __future__ import annotations
 
 import ast
+import inspect
 import operator
 from dataclasses import dataclass
 from functools import cache
@@ -362,5 +363,35 @@ def writes(node: fx.Node, call: Call | None = None) -> bool:
         return bool(target._schema.is_mutable)
     if isinstance(target, torch._ops.OpOverloadPacket):
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return any(map(_body_writes, node.all_input_nodes))
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name.endswith("_") and not name.startswith("_")
+    return (name.endswith("_") and not name.endswith("__")) or _is_told_to_write(node)
+
+
+def _body_writes(node: fx.Node) -> bool:
+    """Whether an argument of a higher-order operator is a body that writes into anything, or one that is not known."""
+    if node.op != "get_attr":
+        return False
+    body: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        body = getattr(body, part, None)
+    if body is None:
+        return not isinstance(node.meta.get("example_value", node.meta.get("val")), torch.Tensor)
+    return isinstance(body, fx.GraphModule) and any(writes(inner) for inner in body.graph.nodes)
+
+
+def _is_told_to_write(node: fx.Node) -> bool:
+    """Whether a function of Python's that takes `inplace` gets a true one, by place."""
+    names = _parameters(node.target) if callable(node.target) else ()
+    place = names.index("inplace") if "inplace" in names else len(node.args)
+    return place < len(node.args) and node.args[place] is not False
+
+
+@cache
+def _parameters(function: Any) -> tuple[str, ...]:
+    """The names of a function's parameters, as far as Python knows them."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()

@@ -43,7 +43,6 @@ from moecompile.passes.recognise import (
     weight_steps,
 )
 from moecompile.passes.region import Layout, region_of
-from moecompile.passes.rules_routing import routing_call
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import (
     Content,
@@ -109,6 +108,8 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
 
 def _out_dtype(block: Block, operands: dict[str, Operand], result: torch.dtype) -> torch.dtype | None:
     """The dtype of the model's sum, where it is not the one that the operator would give it."""
+    if not result.is_floating_point:
+        raise Refused(f"a sum in {result}")
     tensors = tuple(_dtype(operands[name]) if name in operands else None for name in DIFFERENTIABLE)
     try:
         given = operator_dtypes(tensors, block.activation, block.gate_up, block.input, block.output).result
@@ -201,7 +202,7 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
 def _counted_from_zero(block: Block, state: Interpretation) -> tuple[tuple[str, tuple[object, ...]], ...]:
     """Ids that may count from the end (-1 is the last expert, as in w[ids]) are made to count from 0."""
     assert block.key is not None
-    known = routing_call(block.key.root, state) is not None and block.key.written is None
+    known = block.key.root in state.id_ranges and block.key.written is None
     return () if known else (("from_end", (block.num_experts,)),)
 
 

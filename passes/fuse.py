@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,24 +34,45 @@ _TENSORS = ("w_up", "b_in", "b_up", "b_out")
 
 def fuse(graph: fx.Graph, sites: Sequence[Site]) -> int:
     """Rewrite the graph in place; returns how many Sites were replaced. The caller recompiles the GraphModule."""
-    count = 0
+    replaced: dict[fx.Node, fx.Node] = {}
     layout = Layout(graph)
     for site in sites:
         _free_from_metadata(graph, site)
-    for site in sites:
+    for found in sites:
+        site = _renamed(found, replaced)
         inplace = [addition for addition in site.partials if addition is not site.node and writes(addition)]
         gone = removable(site.node, site.region, layout, inplace)
         for addition in inplace:  # whoever used an addition's result used the sum's own tensor by another name
             addition.replace_all_uses_with(layout.aliases.written(addition)[0])
         with graph.inserting_before(site.node):
             result = emit(graph, site)
-            _replace(graph, site, result, layout)
+            replaced |= _replace(graph, site, result, layout)
         for node in gone:
             graph.erase_node(node)
-        count += 1
-    if count:
+    if sites:
         graph.lint()
-    return count
+    return len(sites)
+
+
+def _renamed(site: Site, replaced: dict[fx.Node, fx.Node]) -> Site:
+    """The Site with the results of earlier ones, which its operands may be, by the nodes that hold them now."""
+
+    def node_of(node: fx.Node) -> fx.Node:
+        while node in replaced:
+            node = replaced[node]
+        return node
+
+    def operand_of(operand: Operand) -> Operand:
+        steps = tuple(
+            (step, tuple(operand_of(given) if isinstance(given, Operand) else given for given in arguments))
+            for step, arguments in operand.steps
+        )
+        return Operand(node_of(operand.node), steps, tuple(map(node_of, operand.parts)))
+
+    if not replaced:
+        return site
+    operands = {name: operand_of(operand) for name, operand in site.operands.items()}
+    return replace(site, operands=operands, base=None if site.base is None else node_of(site.base))
 
 
 def _free_from_metadata(graph: fx.Graph, site: Site) -> None:
@@ -195,14 +217,17 @@ def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:
     )
 
 
-def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> None:
-    """Give the Site's users the new result, added into the base the way the model did."""
+def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> dict[fx.Node, fx.Node]:
+    """Give the Site's users the new result, added into the base the way the model did.
+
+    Returns the nodes that other Sites may name, with those that hold the same from here on.
+    """
     node, base = site.node, site.base
     made = _Emitter(graph, site)
     shape = fake_of(node if base is None or fake_of(node) is not None else base).shape
     if len(shape) != 2:
         result = made.method("reshape", (result, *(size if isinstance(size, int) else -1 for size in shape)))
-    final = result
+    final, replaced = result, {}
     if base is not None and writes(node):
         position = layout.position
         earlier = [
@@ -212,9 +237,11 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> No
         ]
         if site.fresh and not earlier:
             base.replace_all_uses_with(result, delete_user_cb=lambda user: position.get(user, -1) > position[node])
+            replaced[base] = result
         else:
             final = made.method("add_", (base, result))
     elif base is not None and not site.fresh:
         final = made.call(torch.add, (base, result))
     node.replace_all_uses_with(final)
     graph.erase_node(node)
+    return replaced | {node: final}

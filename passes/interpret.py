@@ -89,7 +89,9 @@ class Interpretation:
     sparse: dict[fx.Node, Sparse] = field(default_factory=dict)
     numbers: dict[fx.Node, Content] = field(default_factory=dict)  # meanings of Python numbers read off tensors
     id_ranges: dict[fx.Node, int] = field(default_factory=dict)  # leaves of expert ids that are all in range(number)
+    distinct: set[fx.Node] = field(default_factory=set)  # leaves of ids that differ along their last dimension
     appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
+    seen: set[fx.Node] = field(default_factory=set)  # the nodes that were interpreted, as far as the walk has come
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
@@ -221,6 +223,7 @@ def interpret(graph: fx.Graph) -> Interpretation:
     """Give every tensor of the graph its meaning. Reads meta["example_value"] (or "val"); changes nothing."""
     from moecompile.passes.rules import RULES
     from moecompile.passes.rules_arithmetic import ELEMENTWISE
+    from moecompile.passes.rules_routing import note_ids
 
     state = Interpretation(graph, Aliases(graph))
     for node in graph.nodes:
@@ -229,6 +232,9 @@ def interpret(graph: fx.Graph) -> Interpretation:
             state.calls[node] = call
         quiet = call is not None and (call.name in ELEMENTWISE or call.name == "cast") and _is_quiet(call, state)
         outcome = None if quiet else _outcome(call, state, RULES)
+        if outcome is None and call is not None:
+            note_ids(call, state)
+        state.seen.add(node)
         mutates = writes(node, call)
         if isinstance(outcome, tuple):
             state.results[node] = outcome
@@ -300,7 +306,7 @@ def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     aliases = state.aliases
     for target in state.writers[node]:
         for alias in aliases.of(target):
-            if alias not in state.values and alias not in state.results:
+            if alias not in state.seen:
                 continue
             if value is not None and aliases.same_elements(alias, target):
                 state.values[alias] = value

@@ -22,7 +22,7 @@ from moecompile.passes.interpret import (
     walk,
 )
 from moecompile.passes.rules_routing import distinct, filled_ids, unclamped
-from moecompile.passes.rules_views import constant
+from moecompile.passes.rules_views import constant, in_dtype
 from moecompile.passes.terms import (
     Affine,
     Apply,
@@ -92,6 +92,7 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
         return _masks(call, state, values)
     if any(_is_mask(value) for value in values):
         raise Refused("arithmetic of rows with indices or masks")
+    _check_constants(call, state, operands)
     expected = _promoted(call, state, [call[name] for name in operands])
     if expected is not None and expected != state.dtype(call.node):
         raise Refused(
@@ -226,6 +227,29 @@ def _masked_fill(call: Call, state: Interpretation) -> Value | None:
     return None
 
 
+def _check_constants(call: Call, state: Interpretation, operands: tuple[str, ...]) -> None:
+    """A tensor of one number counts as a number: it must not decide the dtype of the result.
+
+    Zeros that a sum of experts' outputs begins with may: the whole sum has their dtype.
+    """
+    arguments = [call[name] for name in operands if isinstance(call[name], fx.Node)]
+    others = [node for node in arguments if not isinstance(state.value(node).content, Constant)]
+    if call.name == "add" and len(arguments) == 2 and len(others) == 1 and _is_output(state.value(others[0]).content):
+        constants = [node for node in arguments if node not in others]
+        if state.value(constants[0]).content == Constant(0):
+            return
+    if len(others) < len(arguments) and others and _promoted(call, state, others) not in (None, state.dtype(call.node)):
+        raise Refused(f"{call.name} with a constant tensor of another dtype than the rows'")
+
+
+def _is_output(content: Content) -> bool:
+    """Whether a product of a product is in the content: what an expert puts out."""
+    return any(
+        isinstance(inner, Contract) and any(isinstance(deeper, Contract) for deeper in walk(inner.left))
+        for inner in walk(content)
+    )
+
+
 def _promoted(call: Call, state: Interpretation, arguments: list[Any]) -> torch.dtype | None:
     """What PyTorch's promotion gives for these operands without autocast; None if it cannot be told simply."""
     tensors = [fake_of(argument) for argument in arguments if isinstance(argument, fx.Node)]
@@ -260,7 +284,7 @@ def _made(call: Call, state: Interpretation) -> Value | None:
         return None
     if isinstance(number, float) and not state.dtype(call.node).is_floating_point:
         return None
-    return constant(Constant(number), state.shape(call.node), call.node)
+    return constant(Constant(in_dtype(number, state.dtype(call.node))), state.shape(call.node), call.node)
 
 
 def _softmax(call: Call, state: Interpretation) -> Value | None:

@@ -106,6 +106,8 @@ def _any(call: Call, state: Interpretation) -> Value | None:
         return None
     dim = call["dim"] % len(value.dims)
     rest = tuple(group for number, group in enumerate(value.dims) if number != dim)
+    if not distinct(Value((*rest, value.dims[dim]), value.content.content), state):
+        raise Refused("tokens that chose an expert are counted once where they may choose it twice")
     return Value(rest, Special("any", (value.content, value.dims[dim])))
 
 

@@ -76,6 +76,8 @@ def _compare(call: Call, state: Interpretation) -> Value:
 def _bound(state: Interpretation, argument: Any) -> Any:
     """A number that places are compared with; a symbolic one that the graph's guards have settled as what it is."""
     if isinstance(argument, (int, float)):
+        if not math.isfinite(argument):
+            raise Refused(f"places of assignments compared with {argument}: leave the comparison out")
         return argument
     fake = fake_of(argument) if isinstance(argument, fx.Node) else None
     if isinstance(fake, torch.SymInt) and fake.node.has_hint() and statically_known_true(fake == fake.node.hint):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import fx
 
 from moecompile.passes import radix, terms
@@ -29,7 +30,6 @@ from moecompile.passes.terms import (
     Offsets,
     Size,
     Special,
-    Stacked,
     Value,
     Variable,
 )
@@ -200,38 +200,69 @@ def scattered_counts(call: Call, state: Interpretation) -> Value | None:
 def distinct(ids: Value, state: Interpretation) -> bool:
     """Whether no token can name one expert twice.
 
-    The ids are indices of a topk or sort along experts, or one a token.
+    The ids are one a token, or its choices lie within the dimension along which a topk or sort chose them.
     """
     if len(ids.dims) < 2 or radix.group_size(ids.dims[-1]) == 1:
         return True
     content = ids.content
-    if not isinstance(content, Element) or content.written is not None:
+    if not isinstance(content, Element) or content.written is not None or content.root not in state.distinct:
         return False
-    return origin(content.root, state) in ("topk", "sort", "argsort")
+    assert isinstance(content.root, fx.Node)
+    leaf = state.leaf(content.root)
+    choices = state.shape(content.root)[-1]
+    return content == leaf.content and all(
+        atom.variable == leaf.dims[-1][0].variable and radix.divide(choices, atom.divisor * atom.size) is not None
+        for atom in ids.dims[-1]
+    )
 
 
-def origin(node: fx.Node | Stacked, state: Interpretation) -> str | None:
-    """The name of the routing operation that a tensor of ids is the indices of, casts and slices aside."""
-    call = routing_call(node, state)
-    return None if call is None else call.name
+def note_ids(call: Call, state: Interpretation) -> None:
+    """Remember what is known of ids that are chosen here: their range, and whether they differ along a dimension."""
+    node = call.node
+    fake = fake_of(node)
+    if not isinstance(fake, torch.Tensor) or fake.is_floating_point() or fake.dtype not in _IDS or call.inplace:
+        return
+    chosen = _chosen_by(call, state)
+    if chosen is not None:
+        dim = chosen["dim"]
+        source = state.shape(chosen["input"])
+        if isinstance(dim, int) and source and isinstance(source[dim], int):
+            state.id_ranges[node] = int(source[dim])
+            if chosen.name in ("topk", "sort", "argsort") and dim in (-1, len(source) - 1):
+                state.distinct.add(node)
+        return
+    if call.name in ("contiguous", "clone", "getitem") and isinstance(call["input"], fx.Node):
+        _note_part(call, state)
 
 
-def routing_call(node: fx.Node | Stacked, state: Interpretation) -> Call | None:
-    """The topk, sort, max, argmax or argsort whose indices the ids are, casts and slices aside."""
-    call = state.calls.get(node) if isinstance(node, fx.Node) else None
-    if call is None:
-        return None
-    if call.name in ("cast", "contiguous", "clone"):
-        return routing_call(call["input"], state)
-    if (call.name == "getitem" and isinstance(call["input"], fx.Node) and call["index"] == 1) or (
-        call.name == "getattr" and call["name"] == "indices"
-    ):
-        inner = state.calls.get(call["input"])
-        return inner if inner is not None and inner.name in ("topk", "sort", "max") else None
-    if call.name == "getitem" and isinstance(call["index"], tuple):
-        if all(item is Ellipsis or isinstance(item, (slice, int)) for item in call["index"]):
-            return routing_call(call["input"], state)
-    return call if call.name in ("argmax", "argsort") else None
+_IDS = (torch.int32, torch.int64)
+
+
+def _chosen_by(call: Call, state: Interpretation) -> Call | None:
+    """The topk, sort, max, argmax or argsort whose indices this is."""
+    if call.name in ("argmax", "argsort"):
+        return call
+    second = (call.name == "getitem" and call["index"] == 1) or (call.name == "getattr" and call["name"] == "indices")
+    inner = state.calls.get(call["input"]) if second and isinstance(call["input"], fx.Node) else None
+    return inner if inner is not None and inner.name in ("topk", "sort", "max") else None
+
+
+def _note_part(call: Call, state: Interpretation) -> None:
+    """A copy of ids, or a cut of them that takes no single index of the last dimension, is known like the ids."""
+    source = call["input"]
+    value = state.values.get(source)
+    content = value.content if value is not None else None
+    if value is None or not isinstance(content, Element) or content.written is not None or value != state.leaf(source):
+        return
+    if content.root is not source or source not in state.id_ranges:
+        return
+    items = call["index"] if call.name == "getitem" else ()
+    items = items if isinstance(items, tuple) else (items,)
+    if not all(item is Ellipsis or isinstance(item, (slice, int)) for item in items):
+        return
+    state.id_ranges[call.node] = state.id_ranges[source]
+    if source in state.distinct and len(state.shape(call.node)) == len(state.shape(source)):
+        state.distinct.add(call.node)
 
 
 def id_range(ids: Content, state: Interpretation) -> int:
@@ -242,13 +273,7 @@ def id_range(ids: Content, state: Interpretation) -> int:
     """
     if isinstance(ids, Element) and ids.written is None and ids.root in state.id_ranges:
         return state.id_ranges[ids.root]
-    call = routing_call(ids.root, state) if isinstance(ids, Element) and ids.written is None else None
-    if call is None or not isinstance(call["dim"], int):
-        raise Refused("a loop over experts whose ids may lie outside the experts it runs")
-    size = state.shape(call["input"])[call["dim"]]
-    if not isinstance(size, int):
-        raise Refused("a symbolic number of experts")
-    return size
+    raise Refused("a loop over experts whose ids may lie outside the experts it runs")
 
 
 def _within(call: Call, state: Interpretation, experts: int) -> Value:
@@ -355,7 +380,6 @@ __all__ = [
     "distinct",
     "filled_ids",
     "joined_ids",
-    "origin",
     "scattered_counts",
     "summed_counts",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
@@ -260,7 +261,7 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
     if before == after:
         return value
     if isinstance(value.content, Constant):
-        return Value(value.dims, Constant(_as(value.content.value, after)))
+        return Value(value.dims, Constant(in_dtype(in_dtype(value.content.value, before), after)))
     if not before.is_floating_point and holds_integers(after):
         return value
     if isinstance(value.content, (terms.Count, terms.Offsets)) and holds_integers(after):
@@ -292,10 +293,16 @@ def holds_integers(dtype: torch.dtype) -> bool:
     return dtype in (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
-def _as(number: float | int | bool, dtype: torch.dtype) -> float | int | bool:
-    if dtype is torch.bool:
-        return bool(number)
-    return float(number) if dtype.is_floating_point else int(number)
+def in_dtype(number: float | int | bool, dtype: torch.dtype) -> float | int | bool:
+    """What is left of a number in a dtype. Raises Refused if that is no number."""
+    try:
+        with _disable_current_modes():
+            found = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None).to(dtype).item()
+    except (RuntimeError, TypeError) as error:
+        raise Refused(f"{number} in {dtype}") from error
+    if not isinstance(found, (int, float)):
+        raise Refused(f"{number} in {dtype}")
+    return found
 
 
 RULES: dict[str, Rule] = {
