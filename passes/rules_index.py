@@ -225,7 +225,7 @@ def _index_copy(call: Call, state: Interpretation) -> Value | None:
     return permuted_write(call, state, call["input"], state.value(call["index"]), call["source"])
 
 
-def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Any) -> Value:
+def permuted_write(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Any) -> Value | None:
     """target[index] = source along dimension 0, where index is a permutation of all its rows.
 
     The source's rows in the other order.

@@ -120,8 +120,8 @@ def rows_of_one(value: Value) -> Atom | None:
     return group[0] if len(group) == 1 and group[0].variable.kind == "rows" else None
 
 
-def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, rows: Value) -> Value:
-    """target[token of row] += row, for one expert's rows."""
+def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, rows: Value) -> Value | None:
+    """target[token of row] += row, for one expert's rows; a leaf once the last expert has added."""
     dims, contents = unify([Value((index.dims[0], ()), index.content), rows])
     atom, token = rows_of_one(Value(dims, rows.content)), contents[0]
     if atom is None or not isinstance(token, Index):
@@ -141,8 +141,7 @@ def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, r
         partial, terms=(*partial.terms, (key.atom.index, term)), nodes=(*partial.nodes, call.node), features=features
     )
     value = Value((token.atoms, features), Special("partial", (after, key.content, choices)))
-    _complete(call, state, after, key, value, choices)
-    return value
+    return None if _completes(call, state, after, key, value, choices) else value
 
 
 def _partial(before: Content, target: fx.Node, key: Equals) -> Partial:
@@ -155,23 +154,24 @@ def _partial(before: Content, target: fx.Node, key: Equals) -> Partial:
     return Partial(target, before == Constant(0), (), (), extent)
 
 
-def _complete(call: Call, state: Interpretation, partial: Partial, key: Equals, value: Value, choices: Group) -> None:
-    """Note a combine once all experts that the ids can name have added."""
+def _completes(call: Call, state: Interpretation, partial: Partial, key: Equals, value: Value, choices: Group) -> bool:
+    """Whether all experts that the ids can name have added: then it notes a combine."""
     numbers = [expert for expert, _ in partial.terms]
     count = partial.num_experts
     if sorted(numbers) != list(range(count)):
-        return
+        return False
     try:
         merged = merge([content for _, content in sorted(partial.terms, key=lambda term: term[0])], call.node)
     except Refused as reason:
         state.refusals[call.node] = str(reason)
-        return
+        return False
     content = substitution.substitute(merged, expert_atom(count), Looked(key.content, count))
     total = Total(content, choices, state.dtype(call.node if fake_of(call.node) is not None else call["input"]))
     state.combines.append(Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, partial.nodes))
+    return True
 
 
-def assigned_rows(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Value) -> Value:
+def assigned_rows(call: Call, state: Interpretation, target: fx.Node, index: Value, source: Value) -> Value | None:
     """target[token] = source, where source is target[token] + term, or where each token is written once into zeros."""
     atom = rows_of_one(index)
     assert atom is not None

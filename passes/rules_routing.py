@@ -210,7 +210,7 @@ def distinct(ids: Value, state: Interpretation) -> bool:
     assert isinstance(content.root, fx.Node)
     leaf = state.leaf(content.root)
     choices = state.shape(content.root)[-1]
-    return content == leaf.content and all(
+    return (content == leaf.content and bool(leaf.dims[-1])) and all(
         atom.variable == leaf.dims[-1][0].variable and radix.divide(choices, atom.divisor * atom.size) is not None
         for atom in ids.dims[-1]
     )

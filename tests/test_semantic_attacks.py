@@ -1,0 +1,279 @@
+"""Models that look like a known form and mean something else: whatever is done to them, they compute what eager does.
+
+Each was a wrong rewrite or a crash once, or is next to one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moecompile
+
+E, H, K, T = 6, 16, 2, 10
+Ids = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Experts(nn.Module):
+    """Gathered weights and batched products; `route` turns logits into weights and ids (T, choices)."""
+
+    def __init__(self, route: Ids | None = None, logits: int = E) -> None:
+        super().__init__()
+        self.route = route
+        self.router = nn.Linear(H, logits, bias=False)
+        self.w_in = nn.Parameter(torch.randn(E, H, 24) / 4)
+        self.w_out = nn.Parameter(torch.randn(E, 24, H) / 4)
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.router(x)
+        if self.route is not None:
+            return self.route(logits)
+        weights, ids = logits.softmax(-1).topk(K)
+        return weights, ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.routed(x)
+        flat, rows = ids.reshape(-1), x.repeat_interleave(ids.shape[1], 0)
+        hidden = torch.relu(torch.bmm(rows.unsqueeze(1), self.w_in[flat]))
+        out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+        return out.view(x.shape[0], ids.shape[1], H).sum(1)
+
+
+class Dense(Experts):
+    """Every expert on every token, weighted by gates that were scattered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.routed(x)
+        gates = torch.zeros(x.shape[0], E).scatter(1, ids, weights)
+        hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+        return torch.einsum("te,eth->th", gates, torch.einsum("eti,eih->eth", hidden, self.w_out))
+
+
+class Loop(Experts):
+    """A loop over all experts on the tokens that chose them, whichever choice it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, ids = self.routed(x)
+        out = torch.zeros_like(x)
+        for expert in range(E):
+            (tokens,) = (ids == expert).any(-1).nonzero(as_tuple=True)
+            out.index_add_(0, tokens, torch.relu(x[tokens] @ self.w_in[expert]) @ self.w_out[expert])
+        return out
+
+
+def check(model: nn.Module, sites: int | None = None) -> None:
+    """The compiled model computes what the model does, for several routings; and has that many Sites."""
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(T, H)
+        expected, got = model(x.clone()), compiled(x.clone())
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        cotangent = torch.randn_like(expected)
+        expected.backward(cotangent)
+        got.backward(cotangent)
+        for wanted, parameter in zip(model.parameters(), compiled.parameters(), strict=True):
+            assert (wanted.grad is None) == (parameter.grad is None)
+            if wanted.grad is not None:
+                torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-3, atol=1e-4)
+    if sites is not None:
+        assert len(moecompile.last_report().sites) == sites, moecompile.last_report().near_misses
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", [Experts, Dense, Loop])
+def test_blocks_in_a_row(kind: type[Experts]) -> None:
+    class Row(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = kind(), kind(), kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.first(x)).view(2, -1, H)
+            return torch.sigmoid(self.third(x.flatten(0, 1)))
+
+    check(Row(), sites=3)
+
+
+def test_a_block_added_into_the_result_of_another() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Loop(), Experts()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.first(x)
+            weights, ids = self.second.routed(x)
+            flat, rows = ids.reshape(-1), x.repeat_interleave(K, 0)
+            hidden = torch.relu(torch.bmm(rows.unsqueeze(1), self.second.w_in[flat]))
+            y = torch.bmm(hidden, self.second.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            tokens = torch.arange(T).repeat_interleave(K)
+            return out.index_add_(0, tokens, y) * 2
+
+    check(Added())
+
+
+def one_of_each_half(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """One expert for each of two groups of logits, out of the same experts: both may choose the same."""
+    weights, ids = logits.view(-1, K, E).softmax(-1).topk(1)
+    return weights.squeeze(-1), ids.squeeze(-1)
+
+
+def along_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The best tokens of each expert, read as experts of tokens: a token may be named by several."""
+    weights, ids = logits.softmax(-1)[:E].topk(K, dim=0)
+    return weights.T.repeat(2, 1)[:T], ids.T.repeat(2, 1)[:T]
+
+
+def one_less(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = logits.softmax(-1)
+    ids = probabilities.detach().topk(K).indices
+    ids -= 1
+    return probabilities.detach()[:, :K], ids[:, :K]
+
+
+def folded(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = logits.softmax(-1)
+    ids = probabilities.detach().topk(K).indices
+    ids.clamp_(max=E // 2)
+    return probabilities.detach()[:, :K], ids.clone()
+
+
+def narrowed(logits: Tensor) -> tuple[Tensor, Tensor]:
+    weights, ids = logits.softmax(-1).topk(K)
+    return weights, ids.bool().long()
+
+
+@pytest.mark.parametrize("kind", [Experts, Dense, Loop])
+@pytest.mark.parametrize("route", [one_of_each_half, along_tokens, one_less, folded, narrowed])
+def test_ids_that_are_not_what_a_topk_chose(route: Ids, kind: type[Experts]) -> None:
+    if route is one_less and kind is Dense:
+        pytest.skip("scatter has no expert -1")
+    check(kind(route, K * E if route is one_of_each_half else E))
+
+
+class Written(Experts):
+    """Something is written into the tokens, or a weight, after it was read and before the sum."""
+
+    def __init__(self, write: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.routed(x)
+        flat = ids.reshape(-1)
+        x = x * 1
+        rows = x.repeat_interleave(K, 0)
+        self.write(x)
+        hidden = torch.relu(torch.bmm(rows.unsqueeze(1), self.w_in[flat]))
+        out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+        return out.view(T, K, H).sum(1) + x
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: torch._foreach_mul_([x], 3.0),
+        lambda x: F.hardtanh(x, -0.1, 0.1, True),
+        lambda x: F.relu6(x, True),
+        lambda x: torch.add(x, 1, out=x),
+        lambda x: x.detach().zero_(),
+        lambda x: x.view(-1)[3:9].fill_(2.0),
+        lambda x: torch.ops.aten.mul_(x, 2.0),
+    ],
+    ids=["foreach", "hardtanh", "relu6", "out", "detached", "slice", "packet"],
+)
+def test_writes_between_the_gather_and_the_sum(write: Callable[[Tensor], object]) -> None:
+    model = Written(write)
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gates_written_into_by_another_name_are_not_zero_any_more() -> None:
+    class Softened(Dense):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.router(x)
+            ids = logits.topk(K).indices
+            chosen = torch.zeros(T, E, dtype=torch.bool).scatter(1, ids, True)
+            scores = logits.masked_fill(~chosen, float("-inf"))
+            scores.detach().clamp_(min=-2)
+            hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+            outputs = torch.einsum("eti,eih->eth", hidden, self.w_out)
+            return torch.einsum("te,eth->th", scores.sigmoid(), outputs)
+
+    model = Softened()
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Scaled(Experts):
+    """The activation is multiplied by a constant tensor."""
+
+    def __init__(self, constant: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.routed(x)
+        flat, rows = ids.reshape(-1), x.repeat_interleave(K, 0)
+        hidden = torch.bmm(rows.unsqueeze(1), self.w_in[flat]) * self.constant()
+        out = torch.bmm(hidden.float(), self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+        return out.view(T, K, H).sum(1)
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda: torch.full((1,), 1.01, dtype=torch.bfloat16),
+        lambda: torch.full((1,), 1.01, dtype=torch.float64),
+        lambda: torch.full((), 300, dtype=torch.int64).to(torch.uint8),
+        lambda: torch.full((1,), 70000.0).to(torch.float16).clamp(max=3),
+    ],
+    ids=["bfloat16", "float64", "uint8", "float16"],
+)
+def test_constants_keep_their_dtype(constant: Callable[[], Tensor]) -> None:
+    check(Scaled(constant))
+
+
+def test_a_capacity_without_end_is_no_crash() -> None:
+    class Endless(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            mask = F.one_hot(ids[:, 0], E)
+            place = (mask.cumsum(0) * mask).sum(-1) - 1
+            kept = place < float("inf")
+            dispatch = (mask * kept[:, None]).float()[:, :, None] * F.one_hot(place, T).float()[:, None]
+            rows = torch.einsum("tec,th->ech", dispatch, x)
+            out = torch.relu(rows @ self.w_in) @ self.w_out
+            return torch.einsum("tec,ech->th", dispatch * weights[:, :1, None], out)
+
+    check(Endless())
+
+
+def test_a_sum_in_complex_numbers_is_no_crash() -> None:
+    class Complex(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            flat, rows = ids.reshape(-1), x.repeat_interleave(K, 0)
+            hidden = torch.relu(torch.bmm(rows.unsqueeze(1), self.w_in[flat]))
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(T, K, H).sum(1, dtype=torch.complex64).real
+
+    model, x = Complex(), torch.randn(T, H)
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
