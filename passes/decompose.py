@@ -42,8 +42,7 @@ def decompose(graph: fx.Graph, decompositions: Decompositions) -> int:
         if node.op == "call_function" and node.target in operators:
             function, first = operators[node.target]
             if _can_be_written_out(node, first):
-                _write_out(graph, node, function, decompositions)
-                count += 1
+                count += _write_out(graph, node, function, decompositions)
     return count
 
 
@@ -67,7 +66,8 @@ def _can_be_written_out(node: fx.Node, first: int) -> bool:
     )
 
 
-def _write_out(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], decompositions: Decompositions) -> None:
+def _write_out(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], decompositions: Decompositions) -> bool:
+    """Puts the traced reference in the node's place, unless it holds a constant that the graph has no name for."""
     leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)]
 
@@ -80,15 +80,16 @@ def _write_out(graph: fx.Graph, node: fx.Node, function: Callable[..., Any], dec
             return function(*args, **kwargs)
 
     traced = _traced(call, [leaves[place].meta["val"] for place in places], decompositions)
+    if traced.graph.find_nodes(op="get_attr"):
+        return False
     known = dict(zip(traced.graph.find_nodes(op="placeholder"), (leaves[place] for place in places), strict=True))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
-            if inner.op == "get_attr":
-                raise NotImplementedError(f"the reference of {node.target} holds a constant tensor, {inner.target}")
             if inner.op == "call_function":
                 known[inner] = graph.node_copy(inner, known.__getitem__)
     results = fx.node.map_arg(traced.graph.output_node().args[0], known.__getitem__)
     _replace(graph, node, results)
+    return True
 
 
 def _traced(call: Callable[..., Any], values: list[Tensor], decompositions: Decompositions) -> fx.GraphModule:
