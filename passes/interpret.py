@@ -222,7 +222,7 @@ def is_routed(value: Value | None) -> bool:
 def interpret(graph: fx.Graph) -> Interpretation:
     """Give every tensor of the graph its meaning. Reads meta["example_value"] (or "val"); changes nothing."""
     from moecompile.passes.rules import RULES
-    from moecompile.passes.rules_arithmetic import ELEMENTWISE
+    from moecompile.passes.rules_arithmetic import QUIET
     from moecompile.passes.rules_routing import note_ids
 
     state = Interpretation(graph, Aliases(graph))
@@ -230,7 +230,7 @@ def interpret(graph: fx.Graph) -> Interpretation:
         call = bind(node) if node.op in ("call_function", "call_method") else None
         if call is not None:
             state.calls[node] = call
-        quiet = call is not None and (call.name in ELEMENTWISE or call.name == "cast") and _is_quiet(call, state)
+        quiet = call is not None and call.name in QUIET and _is_quiet(call, state)
         outcome = None if quiet else _outcome(call, state, RULES)
         if outcome is None and call is not None:
             note_ids(call, state)
@@ -254,19 +254,29 @@ def interpret(graph: fx.Graph) -> Interpretation:
 
 
 def _is_quiet(call: Call, state: Interpretation) -> bool:
-    """Whether this is arithmetic of floating-point leaves of which nothing is known: what most of a model is made of.
+    """Whether floating-point leaves of which nothing is known are computed with or cut: most of what a model does.
 
     The rules would look at it from all sides, and find a leaf.
     """
+    result = fake_of(call.node)
+    if call.inplace or not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
+        return False
     for argument in call.node.all_input_nodes:
         fake, value = fake_of(argument), state.values.get(argument)
         if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or argument in state.sparse:
             return False
         if value is not None and (not is_plain(value) or state.sparse_leaf(value.content) is not None):
             return False
-        if call.name == "cast" and fake.dtype == state.dtype(call.node):
+        if call.name == "cast" and fake.dtype == result.dtype:
             return False
-    return state.dtype(call.node).is_floating_point and not call.inplace
+    return call.name != "getitem" or _is_cut(call, state)
+
+
+def _is_cut(call: Call, state: Interpretation) -> bool:
+    """Whether only some of a dimension is taken, by numbers that are known, of a tensor that no rule remembers."""
+    index = call["index"] if isinstance(call["index"], tuple) else (call["index"],)
+    known = all(item is None or item is Ellipsis or isinstance(item, slice) for item in index)
+    return known and any(isinstance(item, slice) and item != slice(None) for item in index) and not state.appended
 
 
 def _outcome(
@@ -275,6 +285,8 @@ def _outcome(
     rule = rules.get(call.name) if call is not None else None
     if call is None or rule is None:
         return None
+    if call.name == "cast" and _keeps_all(call, state):
+        return state.value(call["input"])
     try:
         outcome = rule(call, state)
         for value in outcome if isinstance(outcome, tuple) else (outcome,):
@@ -284,6 +296,14 @@ def _outcome(
         if any(is_routed(state.values.get(argument)) for argument in call.node.all_input_nodes):
             state.refusals[call.node] = str(reason)
         return None
+
+
+def _keeps_all(call: Call, state: Interpretation) -> bool:
+    """Whether a cast has nothing to do."""
+    before, after = (fake_of(node) if isinstance(node, fx.Node) else None for node in (call["input"], call.node))
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return (before.dtype, before.device) == (after.dtype, after.device)
 
 
 def _check_distinct(value: Value | None) -> None:

@@ -60,6 +60,9 @@ ELEMENTWISE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "clamp": (("input",), ("min", "max")),
 }
 
+# what makes leaves of leaves: see `interpret._is_quiet`
+QUIET = frozenset({*ELEMENTWISE, "cast", "getitem"})
+
 # outside value of a sparse leaf -> the operation's value there, where its derivative vanishes as well
 _OUTSIDE: dict[tuple[str, float], float] = {
     ("sigmoid", float("-inf")): 0.0,
