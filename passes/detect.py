@@ -183,6 +183,8 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
     operands = {"x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)), **routed}
     if not routed:
         assert isinstance(block.key.root, fx.Node)
+        if block.key.written is None and state.id_ranges.get(block.key.root, 0) > block.num_experts:
+            raise Refused(f"expert ids up to {state.id_ranges[block.key.root] - 1} for {block.num_experts} experts")
         steps = (("reshape", (-1, top_k)), *_counted_from_zero(block, state))
         operands["expert_ids"] = Operand(block.key.root, steps)
     if block.weight is not None and not routed:

@@ -48,7 +48,8 @@ def fuse(graph: fx.Graph, sites: Sequence[Site]) -> int:
             result = emit(graph, site)
             replaced |= _replace(graph, site, result, layout)
         for node in gone:
-            graph.erase_node(node)
+            if not node.users:  # a base that the sum is added into stays
+                graph.erase_node(node)
     if sites:
         graph.lint()
     return len(sites)
@@ -233,7 +234,9 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> di
         earlier = [
             alias
             for alias in layout.aliases.of(base)
-            if alias is not base and alias not in site.region and position[alias] < position[node]
+            if alias is not base
+            and position[alias] < position[node]
+            and (alias not in site.region or any(position.get(user, -1) > position[node] for user in alias.users))
         ]
         if site.fresh and not earlier:
             base.replace_all_uses_with(result, delete_user_cb=lambda user: position.get(user, -1) > position[node])

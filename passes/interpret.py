@@ -292,6 +292,8 @@ def _outcome(
         for value in outcome if isinstance(outcome, tuple) else (outcome,):
             _check_distinct(value)
         return outcome
+    except ArithmeticError:  # an infinite number, or a tensor without dimensions: no rule is about those
+        return None
     except Refused as reason:
         if any(is_routed(state.values.get(argument)) for argument in call.node.all_input_nodes):
             state.refusals[call.node] = str(reason)

@@ -214,6 +214,8 @@ def only_reads_dtype(user: fx.Node, node: fx.Node) -> bool:
 
 def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation, layout: Layout) -> None:
     for node in sorted(region):
+        if any("register_hook" in str(user.target) for user in node.users):
+            raise Refused(f"a hook on the gradient of {node}, inside the block")
         if node is end or not _is_of_rows(node, state, layout):
             continue
         outside = next(

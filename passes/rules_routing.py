@@ -158,6 +158,8 @@ def _searchsorted(call: Call, state: Interpretation) -> Value | None:
         raise Refused("searchsorted that does not give the end of each expert's rows")
     if not isinstance(rows.content, Element) or not rows_covered(rows.dims[0]):
         raise Refused("offsets of something that is not all of the expert ids")
+    if rows.content.written is not None or rows.content.root not in state.id_ranges:
+        raise Refused("searchsorted counts ids below 0, which these may be, to the first expert")
     return Value(experts.dims, Offsets(rows.content, radix.group_size(experts.content.atoms)))
 
 
