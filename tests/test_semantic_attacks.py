@@ -277,3 +277,43 @@ def test_a_sum_in_complex_numbers_is_no_crash() -> None:
     compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_added_into_a_view_of_zeros_is_seen_by_its_other_names() -> None:
+    class Viewed(Loop):
+        def forward(self, x: Tensor) -> Tensor:
+            _, ids = self.routed(x)
+            out = torch.zeros(2, T // 2, H)
+            flat = out.view(T, H)
+            for expert in range(E):
+                (tokens,) = (ids == expert).any(-1).nonzero(as_tuple=True)
+                flat.index_add_(0, tokens, torch.relu(x[tokens] @ self.w_in[expert]) @ self.w_out[expert])
+            return out * 2
+
+    check(Viewed(), sites=1)
+
+
+def test_a_null_expert_is_left_alone() -> None:
+    """One more score than experts: an id beyond them, which the model's own gates leave out."""
+
+    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = logits.softmax(-1).topk(K)
+        return weights, ids
+
+    class Null(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            gates = ((ids.unsqueeze(-1) == torch.arange(E)) * weights.unsqueeze(-1)).sum(1)
+            hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+            return torch.einsum("te,eth->th", gates, torch.einsum("eti,eih->eth", hidden, self.w_out))
+
+    check(Null(route, E + 1), sites=0)
+
+
+def test_a_tensor_without_dimensions_is_no_crash() -> None:
+    class Scalar(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            most = self.router(x).sum(0).argmax()
+            return super().forward(x) * (most == 3).any(0).float()
+
+    check(Scalar())
