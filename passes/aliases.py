@@ -29,10 +29,13 @@ class Aliases:
         self._storage: dict[fx.Node, tuple[int, ...]] = {}
         for node in graph.nodes:
             fake = fake_of(node)
+            keys: tuple[int, ...]
             if isinstance(fake, torch.Tensor):
-                keys: tuple[int, ...] = (fake.untyped_storage()._cdata,)
-            else:
+                keys = (fake.untyped_storage()._cdata,)
+            elif isinstance(fake, (tuple, list)):
                 keys = tuple(sorted({tensor.untyped_storage()._cdata for tensor in tensors_in(fake)}))
+            else:
+                continue
             self._storage[node] = keys
             for key in keys:
                 self._by_storage.setdefault(key, []).append(node)

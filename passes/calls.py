@@ -15,8 +15,8 @@ import ast
 import inspect
 import operator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -211,14 +211,13 @@ _AUGMENTED = {
 _WRITES = frozenset({"setitem"})
 # keyword arguments that place or lay out a result without changing its values
 _HARMLESS = frozenset({"device", "pin_memory", "layout", "memory_format", "requires_grad", "non_blocking", "copy"})
-_REQUIRED = object()
 
 
 # operations that write into their input if a parameter says so
 _INPLACE_FLAG = frozenset(name for name, (signature, _) in TABLE.items() if "inplace=" in signature)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one for each node of a graph, and a frozen one takes three times as long
 class Call:
     """One node under its canonical name. `arguments` holds every parameter of the signature, defaults filled in."""
 
@@ -232,18 +231,24 @@ class Call:
         return self.arguments[name]
 
 
+class _Signature(NamedTuple):
+    names: tuple[str, ...]
+    defaults: dict[str, Any]
+    required: tuple[str, ...]
+    rest: str | None  # the name that takes the positional arguments left over
+
+
 @cache
-def _signature(name: str) -> tuple[tuple[tuple[str, Any], ...], str | None]:
-    """The parameters as (name, default or _REQUIRED), and the name that takes the rest."""
-    parameters: list[tuple[str, Any]] = []
-    rest = None
-    for word in TABLE[name][0].split():
-        if word.startswith("*"):
-            rest = word[1:]
-        else:
-            key, _, default = word.partition("=")
-            parameters.append((key, ast.literal_eval(default) if default else _REQUIRED))
-    return tuple(parameters), rest
+def _signature(name: str) -> _Signature:
+    """A signature of the table, taken apart."""
+    words = [word.partition("=") for word in TABLE[name][0].split()]
+    own = [(key, default) for key, _, default in words if not key.startswith("*")]
+    return _Signature(
+        names=tuple(key for key, _ in own),
+        defaults={key: ast.literal_eval(default) for key, default in own if default},
+        required=tuple(key for key, default in own if not default),
+        rest=next((key[1:] for key, _, _ in words if key.startswith("*")), None),
+    )
 
 
 def _look_up(path: str) -> Any:
@@ -304,15 +309,19 @@ def _canonical(node: fx.Node) -> tuple[str, bool] | None:
         return _methods().get(str(node.target))
     if node.op != "call_function":
         return None
-    target: Any = node.target
+    try:
+        return _of_function(node.target)
+    except TypeError:  # an unhashable callable cannot be in the table
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _of_function(target: Any) -> tuple[str, bool] | None:
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
         name = _operators().get(packet._qualified_op_name)
         return None if name is None else (name, False)
-    try:
-        return _functions().get(target)
-    except TypeError:  # an unhashable callable cannot be in the table
-        return None
+    return _functions().get(target)
 
 
 def bind(node: fx.Node) -> Call | None:
@@ -321,25 +330,21 @@ def bind(node: fx.Node) -> Call | None:
     if found is None:
         return None
     name, inplace = found
-    parameters, rest = _signature(name)
+    names, defaults, required, rest = _signature(name)
     positional, keywords = node.args, node.kwargs
-    arguments: dict[str, Any] = {}
-    for place, (key, default) in enumerate(parameters):
-        if place < len(positional):
-            arguments[key] = positional[place]
-        elif key in keywords or default is not _REQUIRED:
-            arguments[key] = keywords.get(key, default)
-        else:
-            return None
-    if rest is not None:
-        arguments[rest] = tuple(positional[len(parameters) :])
-    elif len(positional) > len(parameters):
-        return None
+    arguments = defaults | dict(zip(names, positional, strict=False))
     for key, value in keywords.items():
-        if key not in arguments and value is not None:
-            if rest is None and key not in _HARMLESS:
-                return None
+        if key in names or (value is not None and (rest is not None or key in _HARMLESS)):
             arguments[key] = value
+        elif value is not None:
+            return None
+    if any(key not in arguments for key in required):
+        return None
+    if rest is not None:
+        left = tuple(positional[len(names) :])
+        arguments[rest] = (keywords[rest],) if not left and rest in keywords else left
+    elif len(positional) > len(names):
+        return None
     return Call(name, arguments, inplace or arguments.get("inplace") is True, node)
 
 

@@ -137,14 +137,10 @@ def _single_choices(state: Interpretation) -> Iterator[Combine]:
     Where such rows, back in the tokens' order, meet the rest of the graph.
     """
     for node, value in state.values.items():
+        if isinstance(value.content, Element) or len(value.dims) != 2 or not _is_expert_output(value):
+            continue
         fake = fake_of(node)
-        if (
-            not isinstance(fake, torch.Tensor)
-            or not fake.dtype.is_floating_point
-            or len(value.dims) != 2
-            or isinstance(value.content, Element)
-            or not _is_expert_output(value)
-        ):
+        if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point:
             continue
         tokens = value.dims[0]
         rows = {

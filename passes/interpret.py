@@ -11,11 +11,14 @@ Contract
         call  = bind(node)                   # canonical name, or none
         value = RULES[call.name](call)       # a meaning, or a reason why there is none
         if the node writes: give every alias its new meaning
+
+- Most of a model is no MoE block: floating-point leaves that are computed with or rearranged. Arithmetic with them is
+  another leaf, and a view of one is looked at when somebody asks for it, or before something writes into its source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +96,8 @@ class Interpretation:
     appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
     seen: set[fx.Node] = field(default_factory=set)  # the nodes that were interpreted, as far as the walk has come
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
+    rules: Mapping[str, Rule] = field(default_factory=dict)  # canonical name -> rule
+    deferred: dict[fx.Node, Call] = field(default_factory=dict)  # views of plain leaves that nobody has asked for yet
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The shape of the tensor at a node."""
@@ -116,7 +121,9 @@ class Interpretation:
                 fake = fake_of(node)
                 if not isinstance(fake, torch.Tensor):
                     raise Refused(f"{node} is not a tensor")
-                self.values[node] = self.leaf(node)
+                deferred = self.deferred.pop(node, None)
+                outcome = None if deferred is None else _outcome(deferred, self)
+                self.values[node] = outcome if isinstance(outcome, Value) else self.leaf(node)
             return self.values[node]
         if isinstance(node, (int, float, bool)):
             return Value((), Constant(node))
@@ -224,17 +231,21 @@ def interpret(graph: fx.Graph) -> Interpretation:
     from moecompile.passes.rules import RULES
     from moecompile.passes.rules_arithmetic import QUIET
     from moecompile.passes.rules_routing import note_ids
+    from moecompile.passes.rules_views import VIEWS
 
-    state = Interpretation(graph, Aliases(graph))
+    state = Interpretation(graph, Aliases(graph), rules=RULES)
     for node in graph.nodes:
         call = bind(node) if node.op in ("call_function", "call_method") else None
         if call is not None:
             state.calls[node] = call
-        quiet = call is not None and call.name in QUIET and _is_quiet(call, state)
-        outcome = None if quiet else _outcome(call, state, RULES)
+        state.seen.add(node)
+        if call is not None and (call.name in QUIET or call.name in VIEWS) and _is_quiet(call, state):
+            if call.name in VIEWS:
+                state.deferred[node] = call
+            continue
+        outcome = None if call is None else _outcome(call, state)
         if outcome is None and call is not None:
             note_ids(call, state)
-        state.seen.add(node)
         mutates = writes(node, call)
         if isinstance(outcome, tuple):
             state.results[node] = outcome
@@ -259,7 +270,7 @@ def _is_quiet(call: Call, state: Interpretation) -> bool:
     The rules would look at it from all sides, and find a leaf.
     """
     result = fake_of(call.node)
-    if call.inplace or not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
+    if writes(call.node, call) or not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
         return False
     for argument in call.node.all_input_nodes:
         fake, value = fake_of(argument), state.values.get(argument)
@@ -279,11 +290,9 @@ def _is_cut(call: Call, state: Interpretation) -> bool:
     return known and any(isinstance(item, slice) and item != slice(None) for item in index) and not state.appended
 
 
-def _outcome(
-    call: Call | None, state: Interpretation, rules: dict[str, Rule]
-) -> Value | tuple[Value | None, ...] | None:
-    rule = rules.get(call.name) if call is not None else None
-    if call is None or rule is None:
+def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, ...] | None:
+    rule = state.rules.get(call.name)
+    if rule is None:
         return None
     if call.name == "cast" and _keeps_all(call, state):
         return state.value(call["input"])
@@ -327,6 +336,9 @@ def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     """
     aliases = state.aliases
     for target in state.writers[node]:
+        for alias in aliases.of(target):  # what was made of the tensor as it was
+            for user in [user for user in alias.users if user in state.deferred]:
+                state.value(user)
         for alias in aliases.of(target):
             if alias not in state.seen:
                 continue

@@ -131,8 +131,6 @@ def _first_difference(node: fx.Node, reason: Refused, state: Interpretation) -> 
     for earlier in _reachable([reason.node], lambda node: node.all_input_nodes):
         if earlier in state.refusals:
             return earlier, state.refusals[earlier]
-        if earlier is not reason.node and state.values.get(earlier) is not None and earlier not in state.refusals:
-            continue
     return reason.node, str(reason)
 
 

@@ -75,11 +75,12 @@ class Layout:
     def mode(self) -> dict[fx.Node, tuple[object, ...]]:
         """The global modes (no_grad, autocast, ...) that hold at each node."""
         found: dict[fx.Node, tuple[object, ...]] = {}
+        borders = dict.fromkeys(filter(_is_border, self.graph.nodes))
         grad: object = None
         entered: dict[fx.Node, object] = {}
         others = 0
         for node in self.graph.nodes:
-            if _is_border(node):
+            if node in borders:
                 name = getattr(node.target, "__name__", "")
                 if name == "_set_grad_enabled":
                     grad = node.args[0]
@@ -96,12 +97,7 @@ class Layout:
                     others += 1
             found[node] = (grad, tuple(entered.values()), others)
         initial = next(
-            (
-                node.args[0]
-                for node in self.graph.nodes
-                if _is_border(node) and getattr(node.target, "__name__", "") == "_set_grad_enabled"
-            ),
-            None,
+            (node.args[0] for node in borders if getattr(node.target, "__name__", "") == "_set_grad_enabled"), None
         )
         # before the first switch, gradients are as they are after it is undone
         return {
@@ -141,9 +137,10 @@ def region_of(
         partials: the additions that lead to `end`, where the sum took several.
     """
     region = _between((end, *partials), frozenset(roots), state, layout)
-    _check_rows(end, region, state, layout)
+    ordered = sorted(region, key=layout.position.__getitem__)
+    _check_rows(end, ordered, region, state, layout)
     _check_roots(end, region, roots, layout, frozenset((end, *partials)))
-    _check_modes(end, region, layout)
+    _check_modes(end, ordered, layout)
     _check_partials(end, region, partials, layout)
     return frozenset(region)
 
@@ -163,7 +160,7 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
             for writer in layout.written.get(node, ())
             if position[node] < position[writer] < position[end] and not _of_root(node, roots, layout)
         ]
-        call = bind(node)
+        call = state.calls.get(node)
         if call is not None and call.name in _MAKERS:  # zeros_like(rows[:n]) reads a shape only
             waiting += [argument for argument in node.all_input_nodes if _is_of_rows(argument, state, layout)]
             continue
@@ -212,8 +209,10 @@ def only_reads_dtype(user: fx.Node, node: fx.Node) -> bool:
     return call is not None and call.name == "cast" and user.op == "call_method" and call["input"] is not node
 
 
-def _check_rows(end: fx.Node, region: set[fx.Node], state: Interpretation, layout: Layout) -> None:
-    for node in sorted(region):
+def _check_rows(
+    end: fx.Node, ordered: Sequence[fx.Node], region: set[fx.Node], state: Interpretation, layout: Layout
+) -> None:
+    for node in ordered:
         if any("register_hook" in str(user.target) for user in node.users):
             raise Refused(f"a hook on the gradient of {node}, inside the block")
         if node is end or not _is_of_rows(node, state, layout):
@@ -267,8 +266,8 @@ def _check_partials(end: fx.Node, region: set[fx.Node], partials: Sequence[fx.No
                         raise Refused(f"{user} reads the sum before all experts have added to it")
 
 
-def _check_modes(end: fx.Node, region: set[fx.Node], layout: Layout) -> None:
-    for node in sorted(region):
+def _check_modes(end: fx.Node, ordered: Sequence[fx.Node], layout: Layout) -> None:
+    for node in ordered:
         fake = fake_of(node)
         computes = (isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point) or node in layout.writers
         if computes and layout.mode[node] != layout.mode[end]:
@@ -316,9 +315,10 @@ def removable(
     what they added is in the sum that replaces `end`.
     """
     gone = (set(region) | _size_checks(region)) - {end}
+    writing = {node for node in gone if writes(node)} - set(partials)
     while True:
         kept = {node for node in gone if any(user is not end and user not in gone for user in node.users)}
-        for writer in {node for node in gone if writes(node)} - set(partials):
+        for writer in writing & gone:
             # names made after the end are names of the end, or have a user that keeps what they are made of
             names = [
                 alias

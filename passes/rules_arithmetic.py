@@ -61,7 +61,7 @@ ELEMENTWISE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 # what makes leaves of leaves: see `interpret._is_quiet`
-QUIET = frozenset({*ELEMENTWISE, "cast", "getitem"})
+QUIET = frozenset({*ELEMENTWISE, "cast", "getitem", "linear"})
 
 # outside value of a sparse leaf -> the operation's value there, where its derivative vanishes as well
 _OUTSIDE: dict[tuple[str, float], float] = {

@@ -331,4 +331,7 @@ RULES: dict[str, Rule] = {
     "cast": _cast,
 }
 
-__all__ = ["RULES", "Element", "constant", "free", "reshaped", "selected", "sliced"]
+# rearrange a tensor, whatever it holds
+VIEWS = frozenset(name for name, rule in RULES.items() if rule in (_reshape, _transpose, _t, _permute, _expand, _same))
+
+__all__ = ["RULES", "VIEWS", "Element", "constant", "free", "reshaped", "selected", "sliced"]

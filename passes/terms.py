@@ -21,7 +21,7 @@ has no rule is a leaf and means itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import fx
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 Size: TypeAlias = "int | sympy.Expr"
 
 
-@dataclass(frozen=True)
-class Variable:
+# Variables and atoms are made and compared by the thousand: named tuples do both in a third of a data class's time.
+class Variable(NamedTuple):
     """An index variable. Rank says who gives way when two variables turn out to be the same index: the lower one."""
 
     # "free" (a repeated dimension), "leaf", "ids" (a leaf of integers), "slice", "bound" (contracted), "expert"
@@ -49,8 +49,7 @@ class Variable:
         return {"free": 0, "slice": 1, "leaf": 1, "ids": 2}.get(self.kind, 3)
 
 
-@dataclass(frozen=True)
-class Atom:
+class Atom(NamedTuple):
     """One digit of a variable: (variable // divisor) % size."""
 
     variable: Variable
