@@ -248,11 +248,11 @@ def _names(option: str, value: Any) -> tuple[str, ...]:
 
 
 def _pairs(option: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    if not isinstance(value, Mapping | tuple):
+    items = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(items, tuple) or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         raise ValueError(
             f'moecompile: option `{option}`: expected a mapping such as {{"max_autotune": True}}, got {value!r}.'
         )
-    items = value.items() if isinstance(value, Mapping) else value
     return tuple(sorted(((str(name).replace("-", "_"), setting) for name, setting in items), key=lambda pair: pair[0]))
 
 
@@ -271,8 +271,9 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     known = list_mode_options()
-    if mode not in known:
-        raise ValueError(f"moecompile: unknown mode {mode!r}.{did_you_mean(mode, known)} Modes: {', '.join(known)}.")
+    if not isinstance(mode, str) or mode not in known:
+        hint = did_you_mean(mode, known) if isinstance(mode, str) else ""
+        raise ValueError(f"moecompile: unknown mode {mode!r}.{hint} Modes: {', '.join(known)}.")
     return dict(known[mode])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix
+from moecompile.passes.calls import bind, is_named_writing
 
 
 def fake_of(node: fx.Node) -> Any:
@@ -73,8 +74,10 @@ class Aliases:
             return found
         if isinstance(target, (torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)):
             return list(node.all_input_nodes)
+        call = bind(node)
         first = node.args[0] if node.args else node.kwargs.get("input")
-        return _nodes(first) or list(node.all_input_nodes)
+        alone = call.inplace if call is not None else is_named_writing(node)
+        return (_nodes(first) if alone else []) or list(node.all_input_nodes)
 
 
 def _nodes(argument: Any) -> list[fx.Node]:

@@ -214,7 +214,17 @@ _HARMLESS = frozenset({"device", "pin_memory", "layout", "memory_format", "requi
 
 
 # operations that write into their input if a parameter says so
-_INPLACE_FLAG = frozenset(name for name, (signature, _) in TABLE.items() if "inplace=" in signature)
+# arguments that make a function write, and those that keep it from doing so where they are false
+_TELLING = ("inplace", "max_norm", "running_mean", "running_var")
+_ALLOWING = ("training", "use_input_stats")
+_WRITE_IF_TOLD = frozenset(
+    name for name, (signature, _) in TABLE.items() if any(f"{word}=" in signature for word in _TELLING)
+)
+# parameters of functions that Python cannot be asked about
+_PARAMETERS = {
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training"),
+    torch.instance_norm: ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats"),
+}
 
 
 @dataclass(slots=True)  # not frozen: one for each node of a graph, and a frozen one takes three times as long
@@ -354,7 +364,7 @@ def writes(node: fx.Node, call: Call | None = None) -> bool:
     By spelling, by schema, or by a name that ends in an underscore.
     """
     if call is not None:
-        return call.inplace or node.kwargs.get("out") is not None
+        return call.inplace or node.kwargs.get("out") is not None or call.arguments.get("max_norm") is not None
     if node.op not in ("call_function", "call_method"):
         return False
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
@@ -362,7 +372,9 @@ def writes(node: fx.Node, call: Call | None = None) -> bool:
     found = _canonical(node)
     if found is not None:
         name, inplace = found
-        return inplace or (name in _INPLACE_FLAG and (call := bind(node)) is not None and call.inplace)
+        if inplace or name not in _WRITE_IF_TOLD:
+            return inplace
+        return (call := bind(node)) is None or writes(node, call)
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
@@ -370,8 +382,14 @@ def writes(node: fx.Node, call: Call | None = None) -> bool:
         return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
     if isinstance(target, torch._ops.HigherOrderOperator):
         return any(map(_body_writes, node.all_input_nodes))
+    return is_named_writing(node) or _is_told_to_write(node)
+
+
+def is_named_writing(node: fx.Node) -> bool:
+    """Whether a function's or a method's name says that it writes into its first argument."""
+    target: Any = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or _is_told_to_write(node)
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _body_writes(node: fx.Node) -> bool:
@@ -387,15 +405,18 @@ def _body_writes(node: fx.Node) -> bool:
 
 
 def _is_told_to_write(node: fx.Node) -> bool:
-    """Whether a function of Python's that takes `inplace` gets a true one, by place."""
+    """Whether a function of Python's gets an argument that makes it write."""
     names = _parameters(node.target) if callable(node.target) else ()
-    place = names.index("inplace") if "inplace" in names else len(node.args)
-    return place < len(node.args) and node.args[place] is not False
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    told = any(given.get(name) is not None and given[name] is not False for name in _TELLING)
+    return told and all(given.get(name) is not False for name in _ALLOWING)
 
 
 @cache
 def _parameters(function: Any) -> tuple[str, ...]:
-    """The names of a function's parameters, as far as Python knows them."""
+    """The names of a function's parameters, as far as they are known."""
+    if function in _PARAMETERS:
+        return _PARAMETERS[function]
     try:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):

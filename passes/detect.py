@@ -182,6 +182,8 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
         if block.key.written is None and state.id_ranges.get(block.key.root, 0) > block.num_experts:
             raise Refused(f"expert ids up to {state.id_ranges[block.key.root] - 1} for {block.num_experts} experts")
         steps = (("reshape", (-1, top_k)), *_counted_from_zero(block, state))
+        if len(steps) > 1 and uses_gates(block):
+            raise Refused("gates of expert ids that may be out of range, which choose no expert")
         operands["expert_ids"] = Operand(block.key.root, steps)
     if block.weight is not None and not routed:
         weighted = weight_steps(block.weight, block)
@@ -200,8 +202,11 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
 def _counted_from_zero(block: Block, state: Interpretation) -> tuple[tuple[str, tuple[object, ...]], ...]:
     """Ids that may count from the end (-1 is the last expert, as in w[ids]) are made to count from 0."""
     assert block.key is not None
-    known = block.key.root in state.id_ranges and block.key.written is None
-    return () if known else (("from_end", (block.num_experts,)),)
+    if block.key.root in state.id_ranges and block.key.written is None:
+        return ()
+    assert isinstance(block.key.root, fx.Node)
+    wide = state.dtype(block.key.root) in (torch.int32, torch.int64)  # others may not hold their sum with the experts
+    return (*(() if wide else (("to", (torch.int64,)),)), ("from_end", (block.num_experts,)))
 
 
 def _matrices(weight: str, bias: str, product: Product, num_experts: int, state: Interpretation) -> dict[str, Operand]:

@@ -156,6 +156,13 @@ class _Emitter:
         node = self._graph.call_method(name, arguments)
         return self._with_meta(node, lambda args, kwargs: getattr(args[0], name)(*args[1:], **kwargs))
 
+    def add_(self, base: fx.Node, result: fx.Node) -> fx.Node:
+        """An addition in place. Its example value is the base's: to run it would write into what may be a leaf."""
+        node = self._graph.call_method("add_", (base, result))
+        node.meta.update(self._meta)
+        node.meta[self._key] = fake_of(base)
+        return node
+
     def _with_meta(self, node: fx.Node, run: Any) -> fx.Node:
         node.meta.update(self._meta)
         arguments = fx.node.map_arg((node.args, node.kwargs), fake_of)
@@ -242,7 +249,7 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> di
             base.replace_all_uses_with(result, delete_user_cb=lambda user: position.get(user, -1) > position[node])
             replaced[base] = result
         else:
-            final = made.method("add_", (base, result))
+            final = made.add_(base, result)
     elif base is not None and not site.fresh:
         final = made.call(torch.add, (base, result))
     node.replace_all_uses_with(final)

@@ -127,9 +127,12 @@ def test_an_explicit_option_wins_over_the_mode():
         ),
         (None, {"inductor": {"max_autotune": "yes"}}, r"'max_autotune' is of type bool, got 'yes'"),
         ("max-autotune", {"lowering": "eager"}, r"lowering='eager'"),
+        (5, None, r"unknown mode 5\. Modes: default, "),
+        (["default"], None, r"unknown mode \['default'\]\. Modes: default, "),
+        (None, {"inductor": (1, 2)}, r"option `inductor`: expected a mapping such as .* got \(1, 2\)"),
     ],
 )
-def test_inductors_options_are_checked_against_this_torch(mode: str | None, options: Any, message: str):
+def test_inductors_options_are_checked_against_this_torch(mode: Any, options: Any, message: str):
     with pytest.raises(ValueError, match=message):
         Options.parse(mode, options)
 
