@@ -63,9 +63,9 @@ class SlotTable(nn.Module):
         rounded = torch.div(counts + (self.block - 1), self.block, rounding_mode="floor") * self.block
         ends = rounded.cumsum(0)
         shift = (ends - rounded) - (counts.cumsum(0) - counts)
-        slot = torch.arange(total) + shift[ids_sorted]
+        slot = torch.arange(total, device=x.device) + shift[ids_sorted]
         capacity = total + self.n * self.block
-        table = torch.full((capacity,), total, dtype=torch.int64).scatter_(0, slot, order)
+        table = torch.full((capacity,), total, dtype=torch.int64, device=x.device).scatter_(0, slot, order)
         token = torch.where(table < total, table // self.k, tokens)
         rows = torch.cat([x, x.new_zeros(1, shape[-1])])[token]
         offs = ends.int()
