@@ -148,12 +148,13 @@ def _summed(contents: list[Content], bound: list[Atom], summed: Group, dtype: to
 def _expert_like(state: Interpretation, value: Value, other: Value) -> bool:
     """Whether a plain value may be stacked expert weights.
 
-    An input of three dimensions, a parameter rather than not, casts and views aside.
+    An input of three dimensions, a parameter rather than not, casts and views aside. A product of two parameters is
+    another weight: an adapter's, to be added to the experts' own.
     """
     source = _input_of(state, value)
     if source is None or len(value.dims) != 3:
         return False
-    return _is_parameter(source) or not _is_parameter(_input_of(state, other))
+    return not _is_parameter(_input_of(state, other))
 
 
 def _input_of(state: Interpretation, value: Value) -> fx.Node | None:

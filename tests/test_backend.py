@@ -171,6 +171,36 @@ def test_frozen_experts_get_no_gradient_computed():
     assert all(parameter.grad is None for parameter in frozen.parameters())
 
 
+class LowRank(nn.Module):
+    """The frozen weights (E, out, in) plus a product of two thin matrices for each expert, as LoRA adds it."""
+
+    def __init__(self, weight: Tensor, rank: int = 2) -> None:
+        super().__init__()
+        experts, rows, columns = weight.shape
+        self.down = nn.Parameter(torch.randn(experts, rank, columns) / 8)
+        self.up = nn.Parameter(torch.randn(experts, rows, rank) / 8)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.bmm(self.up, self.down)
+
+
+@pytest.mark.parametrize("where", ["beside", "on the weights"])
+def test_adapters_on_frozen_experts(where: str):
+    model = Model(layers=1)
+    layer = model.layers.get_submodule("0")
+    moe = layer.get_submodule("moe")
+    model.requires_grad_(False)
+    if where == "beside":
+        layer.add_module("norm", nn.Sequential(layer.get_submodule("norm"), nn.Linear(32, 2), nn.Linear(2, 32)))
+    else:
+        for name in ("w_in", "w_out"):
+            nn.utils.parametrize.register_parametrization(moe, name, LowRank(getattr(moe, name)))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert_same(model, compiled(model), inputs())
+    assert sites() == 1
+    assert trained == [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+
+
 def test_data_parallel_is_rewritten_where_torch_does_not_cut_the_graph(tmp_path: Path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
