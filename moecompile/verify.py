@@ -26,6 +26,7 @@ from moecompile.advice import WARNED
 from moecompile.bodies import bodies_of, copy_graph
 from moecompile.capture import gpus_in_use
 from moecompile.extract import Cut, cut, moved
+from moecompile.passes.forms import FORMS
 from moecompile.passes.provenance import tensor_of
 from moecompile.passes.region import Layout
 from moecompile.passes.site import NearMiss, Site
@@ -35,6 +36,7 @@ log = logging.getLogger("moecompile")
 
 # Largest difference between two right ways to compute a block, relative to the largest value of the tensor: for the
 # result, for a gradient. The coarsest dtype inside the block decides.
+UNCHOSEN = frozenset(form.name for form in FORMS if form.unchosen)
 BOUNDS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-10, 1e-9),
     torch.float32: (1e-5, 1e-4),
@@ -149,14 +151,22 @@ def _differences(untouched: Untouched, sites: Sequence[Site], example_inputs: Se
     def observe(number: int, *values: Any) -> None:
         # a body that is called several times is judged by its first difference that is not small
         if number not in differences or differences[number].small:
-            differences[number] = compare(cuts[number], values, training)
+            differences[number] = compare(cuts[number], values, training, sites[number].form in UNCHOSEN)
 
     untouched.run(sites, cuts, example_inputs, observe)
     return differences
 
 
-def compare(block: Cut, values: Sequence[Any], training: bool) -> Difference:
-    """Runs both versions of a block on the same values, which stay as they are; `training`: compares gradients too."""
+def compare(block: Cut, values: Sequence[Any], training: bool, unchosen: bool) -> Difference:
+    """Runs both versions of a block on the same values, which stay as they are.
+
+    Args:
+        block: both versions.
+        values: what they are given.
+        training: compares gradients too.
+        unchosen: as in `Form`: where the original is not finite, it may be because an expert that was not chosen
+            overflowed, and any finite result is as good.
+    """
     placeholders = block.original.graph.find_nodes(op="placeholder")
     wanted = [isinstance(tensor_of(node), Tensor) and tensor_of(node).requires_grad for node in placeholders]
     bounds = _bounds(block.original.graph)
@@ -168,11 +178,13 @@ def compare(block: Cut, values: Sequence[Any], training: bool) -> Difference:
         if expected.requires_grad:
             cotangent = torch.randn_like(expected)
             gradient = _distance(
-                _gradients(actual, actual_leaves, cotangent), _gradients(expected, expected_leaves, cotangent)
+                _gradients(actual, actual_leaves, cotangent),
+                _gradients(expected, expected_leaves, cotangent),
+                unchosen,
             )
     except Exception as error:  # a block that fails must not be used, whatever the reason
         return Difference(0.0, None, bounds, f"it cannot be run: {type(error).__name__}: {error}")
-    return Difference(_distance([actual.detach()], [expected.detach()]), gradient, bounds)
+    return Difference(_distance([actual.detach()], [expected.detach()], unchosen), gradient, bounds)
 
 
 def _run(function: fx.GraphModule, values: Sequence[Any], wanted: Sequence[bool]) -> tuple[Tensor, list[Tensor]]:
@@ -190,23 +202,25 @@ def _gradients(result: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> l
     return list(torch.autograd.grad(result, leaves, cotangent, allow_unused=True, materialize_grads=True))
 
 
-def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor], unchosen: bool) -> float:
     """Largest difference, each tensor relative to its largest finite value, or to a thousandth of that of all tensors.
 
     (A gradient that cancels out is rounding noise, and small next to the others.)
     """
     scales = [torch.where(tensor.isfinite(), tensor, 0).abs().max().double() for tensor in expected if tensor.numel()]
     floor = max([1e-3 * float(scale) for scale in scales], default=0.0) or torch.finfo(torch.float32).tiny
-    return max((_tensor_distance(a, b, floor) for a, b in zip(actual, expected, strict=True)), default=0.0)
+    return max((_tensor_distance(a, b, floor, unchosen) for a, b in zip(actual, expected, strict=True)), default=0.0)
 
 
-def _tensor_distance(actual: Tensor, expected: Tensor, floor: float) -> float:
+def _tensor_distance(actual: Tensor, expected: Tensor, floor: float, unchosen: bool) -> float:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if actual.numel() == 0:
         return 0.0
     actual, expected = actual.double(), expected.double()
     equal = torch.eq(actual, expected) | (actual.isnan() & expected.isnan())
+    if unchosen:
+        equal |= ~expected.isfinite() & actual.isfinite()
     apart = torch.where(equal, 0.0, (actual - expected).abs()).max()
     scale = torch.where(expected.isfinite(), expected.abs(), 0.0).max().clamp(min=floor)
     return float(torch.nan_to_num(apart / scale, nan=float("inf")))

@@ -158,9 +158,9 @@ def vanishes(block: Block, leaf: str) -> bool:
     return _is_zero(block.output, zeros)
 
 
-# functions that are 0 at 0
+# functions that are 0 at 0, with a finite derivative there
 _ZERO_AT_ZERO = frozenset(
-    "neg abs sign square sqrt silu tanh relu relu6 leaky_relu elu celu selu gelu erf mish hardswish cast log1p".split()
+    "neg abs sign square silu tanh relu relu6 leaky_relu elu celu selu gelu erf mish hardswish cast log1p".split()
 )
 
 

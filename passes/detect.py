@@ -3,7 +3,9 @@
 Contract
 - Reads a Dynamo graph (meta["example_value"]); changes nothing.
 - A `Site` is proven: the tensor at its node equals the fused operator on its operands for all inputs, gradients
-  included, and the nodes between can be taken out without anyone outside noticing.
+  included, and the nodes between can be taken out without anyone outside noticing. Rounding apart; and where the
+  model cancels with a factor of 0 what an expert made of a token that did not choose it (`Form.unchosen`), that is
+  taken to be finite: the model's own 0 * inf would be NaN.
 - A block that shows experts' products but is not proven is a `NearMiss`, with the first thing that differed.
 
     state = interpret(graph)                         # what every tensor means

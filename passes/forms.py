@@ -30,6 +30,7 @@ class Form:
     anchors: frozenset[str]  # operations that run experts' products in this form
     is_like: Callable[[Traits], bool]
     example: str  # the core of such code, for docs
+    unchosen: bool = False  # whether experts compute on tokens that did not choose them, and the result is cancelled
 
 
 _GROUPED = frozenset({"grouped_mm", "grouped_mm_fallback"})
@@ -80,6 +81,7 @@ FORMS: tuple[Form, ...] = (
         frozenset({"einsum", "bmm", "matmul"}),
         lambda traits: "capacity" in traits.operations,
         'einsum("tec,ech->th", combine, experts(einsum("tec,th->ech", dispatch, x)))',
+        unchosen=True,
     ),
     Form(
         "dense",
@@ -88,6 +90,7 @@ FORMS: tuple[Form, ...] = (
         lambda traits: "dense" in traits.operations,
         "gates = sigmoid(full(-inf).scatter(1, ids, logits)); "
         "(bmm(act(bmm(x.expand(E, T, H), w_in)), w_out) * gates.T.unsqueeze(-1)).sum(0)",
+        unchosen=True,
     ),
     Form(
         "gather_einsum",

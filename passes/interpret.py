@@ -18,6 +18,7 @@ Contract
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -338,7 +339,8 @@ def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     for target in state.writers[node]:
         for alias in aliases.of(target):  # what was made of the tensor as it was
             for user in [user for user in alias.users if user in state.deferred]:
-                state.value(user)
+                with contextlib.suppress(Refused):
+                    state.value(user)
         for alias in aliases.of(target):
             if alias not in state.seen:
                 continue

@@ -6,7 +6,8 @@ the combine, or raises Refused if replacing them could change anything outside:
   outside and then stay alive,
 - a write to an operand's memory between the operand and the combine: the fused operator reads it at the combine,
 - a write inside the block to memory that is not the block's own,
-- a border of no_grad, autocast or another global mode inside the block.
+- a border of no_grad, autocast or another global mode inside the block,
+- an operand or a value inside that is a tensor subclass (DTensor, a quantised weight).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import cached_property
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecompile.passes.aliases import Aliases, fake_of
 from moecompile.passes.calls import bind, writes
@@ -139,6 +141,7 @@ def region_of(
     region = _between((end, *partials), frozenset(roots), state, layout)
     ordered = sorted(region, key=layout.position.__getitem__)
     _check_rows(end, ordered, region, state, layout)
+    _check_types((*roots, *ordered))
     _check_roots(end, region, roots, layout, frozenset((end, *partials)))
     _check_modes(end, ordered, layout)
     _check_partials(end, region, partials, layout)
@@ -204,9 +207,14 @@ def _is_of_rows(node: fx.Node, state: Interpretation, layout: Layout) -> bool:
 
 
 def only_reads_dtype(user: fx.Node, node: fx.Node) -> bool:
-    """Whether the user casts another tensor to the node's dtype: x.type_as(node), x.to(node)."""
-    call = bind(user)
-    return call is not None and call.name == "cast" and user.op == "call_method" and call["input"] is not node
+    """Whether the user casts another tensor to the node's dtype, and does nothing else: x.type_as(node), x.to(node)."""
+    if user.op != "call_method" or user.target not in ("to", "type_as") or user.kwargs or len(user.args) != 2:
+        return False
+    source, like = user.args
+    if like is not node or not isinstance(source, fx.Node) or source is node:
+        return False
+    before, after = fake_of(source), fake_of(user)
+    return isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.device == after.device
 
 
 def _check_rows(
@@ -228,6 +236,14 @@ def _check_rows(
         if outside is not None:
             place = "the graph's result" if outside.op == "output" else f"{outside}"
             raise Refused(f"{node}, a value inside the block, is also used by {place}")
+
+
+def _check_types(nodes: Sequence[fx.Node]) -> None:
+    """A tensor subclass has operators of its own: what they do with the fused one is not known."""
+    for node in nodes:
+        fake = fake_of(node)
+        if isinstance(fake, torch.Tensor) and is_traceable_wrapper_subclass(fake):
+            raise Refused(f"{node} is a {type(fake).__name__}, whose own rules decide what an operator does", node)
 
 
 def _check_roots(

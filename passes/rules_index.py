@@ -17,7 +17,7 @@ from moecompile.passes.interpret import (
     is_plain,
 )
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
-from moecompile.passes.rules_views import free, selected, sliced
+from moecompile.passes.rules_views import free, holds_integers, selected, sliced
 from moecompile.passes.terms import (
     Atom,
     Constant,
@@ -193,7 +193,8 @@ def _arange(call: Call, state: Interpretation) -> Value | None:
     keywords = [call.arguments.get(name) for name in ("start", "end", "step")]
     start = keywords[0] if keywords[0] is not None else (bounds[0] if len(bounds) > 1 else 0)
     step = keywords[2] if keywords[2] is not None else (bounds[2] if len(bounds) > 2 else 1)
-    if start != 0 or step != 1 or fake_of(call.node).dtype.is_floating_point:
+    dtype = fake_of(call.node).dtype
+    if start != 0 or step != 1 or dtype.is_floating_point or not holds_integers(dtype):
         return None
     (size,) = state.shape(call.node)
     atoms: Group = free(size, (call.node, "arange"))

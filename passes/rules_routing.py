@@ -119,6 +119,9 @@ def counted(state: Interpretation, key: Value, num_experts: Size, node: fx.Node)
     if not isinstance(key.content, Element) or not all(rows_covered(group) for group in key.dims):
         raise Refused("counts of something that is not all of the expert ids")
     _check_exact(state, node)
+    total = radix.product(radix.group_size(group) for group in key.dims)
+    if state.dtype(node) is torch.float32 and isinstance(total, int) and total > 1 << 24:
+        raise Refused(f"counts of {total} assignments in float32, which rounds them")
     atom = Atom(Variable("free", (node, "expert")), 1, num_experts)
     return Value((() if num_experts == 1 else (atom,),), Count(key.content, num_experts))
 
@@ -133,7 +136,15 @@ def _histc(call: Call, state: Interpretation) -> Value | None:
     bins, low, high = call["bins"], call["min"], call["max"]
     if not isinstance(bins, int) or low != 0 or high not in (bins - 1, bins) or (bins == 1):
         raise Refused(f"a histogram of {bins} bins from {low} to {high}, which is not one bin an expert")
+    _check_known(state.value(call["input"]).content, bins, state)
     return counted(state, state.value(call["input"]), bins, call.node)
+
+
+def _check_known(ids: Content, num_experts: Size, state: Interpretation) -> None:
+    """Raises Refused unless all ids are known to name an expert: what counts by comparing leaves the others out."""
+    known = isinstance(ids, Element) and ids.written is None and ids.root in state.id_ranges
+    if not known or not isinstance(num_experts, int) or id_range(ids, state) > num_experts:
+        raise Refused("counts that leave out ids which name no expert, as these may")
 
 
 def _bincount(call: Call, state: Interpretation) -> Value | None:
@@ -177,6 +188,8 @@ def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretati
     if isinstance(content, Equals) and isinstance(content.atom, Atom):
         rest = [group for number, group in enumerate(value.dims) if number not in dims]
         if rest == [(content.atom,)]:
+            if not _is_one_hot(call["input"], state):  # which raises for ids that name no expert
+                _check_known(content.content, content.atom.size, state)
             key = Value(tuple(value.dims[number] for number in dims), content.content)
             return counted(state, key, content.atom.size, call.node)
     if isinstance(content, Special) and content.kind == "chosen":
@@ -186,6 +199,14 @@ def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretati
                 raise Refused("marks of experts count a token once where it may name an expert twice")
             return counted(state, ids, atom.size, call.node)
     return None
+
+
+def _is_one_hot(node: fx.Node, state: Interpretation) -> bool:
+    """Whether a mask was made by one_hot, casts and views aside."""
+    call = state.calls.get(node)
+    while call is not None and call.name in ("cast", "view", "permute", "transpose"):
+        call = state.calls.get(call["input"])
+    return call is not None and call.name == "one_hot"
 
 
 def scattered_counts(call: Call, state: Interpretation) -> Value | None:

@@ -384,3 +384,122 @@ def test_functions_that_write_into_an_argument_when_told_to(kind: str) -> None:
             return out.view(T, K, H).sum(1)
 
     check(Told(), sites=0)
+
+
+@pytest.mark.parametrize("spelling", ["to", "type_as", "copy", "keyword"])
+def test_a_cast_to_a_rows_dtype_does_what_it_did(spelling: str) -> None:
+    """Whatever takes a row only for its dtype is freed from it; whatever takes more of it keeps the block."""
+
+    class Cast(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            flat, rows = ids.reshape(-1), x.repeat_interleave(K, 0)
+            hidden = torch.relu(torch.bmm(rows.unsqueeze(1), self.w_in[flat]))
+            mine = torch.zeros(T, H)
+            if spelling == "to":
+                other = mine.to(hidden)
+            elif spelling == "type_as":
+                other = mine.type_as(hidden)
+            elif spelling == "copy":
+                other = mine.to(hidden, copy=True)
+            else:
+                other = mine.to(hidden, non_blocking=True)
+            other.add_(1)  # and into `mine`, unless that was copied
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(T, K, H).sum(1) + mine + other
+
+    check(Cast(), sites=1 if spelling in ("to", "type_as") else 0)
+
+
+@pytest.mark.parametrize("counts", ["histc", "compared"])
+@pytest.mark.parametrize("bad", [None, -1, E])
+def test_ids_from_outside_that_name_no_expert(counts: str, bad: int | None) -> None:
+    """A histogram leaves them out, and what the experts then make of the rows is nothing the operator would do."""
+
+    class Given(Experts):
+        def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+            weights, ids = routing
+            flat = ids.reshape(-1)
+            order = flat.argsort(stable=True)
+            if counts == "histc":
+                ends = torch.histc(flat.float(), E, 0, E - 1).cumsum(0).to(torch.int32)
+            else:
+                ends = (flat[:, None] == torch.arange(E)).sum(0).cumsum(0).to(torch.int32)
+            hidden = torch.relu(torch._grouped_mm(x.bfloat16()[order // K], self.w_in.bfloat16(), offs=ends))
+            out = torch._grouped_mm(hidden, self.w_out.bfloat16(), offs=ends) * weights.reshape(-1)[order, None]
+            return torch.zeros(T, H).index_add(0, order // K, out.float())
+
+    model = Given()
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    if bad is not None:
+        ids[3, 0] = bad
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.randn(T, H), torch.rand(T, K), ids)  # rows beyond the offsets are undefined: no numbers
+    assert moecompile.last_report().sites == ()
+
+
+def test_token_numbers_that_wrap_around() -> None:
+    class Wrapped(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            flat = ids.reshape(-1)
+            token = torch.arange(300, dtype=torch.uint8).long().repeat_interleave(K)
+            hidden = torch.relu(torch.bmm(x[token].unsqueeze(1), self.w_in[flat]))
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(300, K, H).sum(1)
+
+    model, x = Wrapped(), torch.randn(300, H)
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gates_whose_derivative_is_infinite_at_zero() -> None:
+    class Root(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            gates = torch.zeros(T, E).scatter(1, ids, weights)
+            hidden = torch.bmm(x.unsqueeze(0) * gates.t().unsqueeze(-1), self.w_in)
+            return torch.bmm(hidden.abs().sqrt(), self.w_out).sum(0)
+
+    model, x = Root(), torch.randn(T, H)
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert moecompile.last_report().sites == ()
+
+
+def test_no_choices_at_all_beside_a_write() -> None:
+    class Nobody(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).topk(0)
+            weights.detach().t().add_(1)
+            return super().forward(x) + weights.sum() + ids.sum()
+
+    check(Nobody(), sites=1)
+
+
+def test_tensor_subclasses_are_left_alone() -> None:
+    """A DTensor decides itself what an operator does, and does not know ours."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    def block(x: Tensor, router: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        weights, ids = (x @ router).softmax(-1).topk(K)
+        hidden = torch.relu(torch.einsum("th,tkhi->tki", x, w_in[ids]))
+        return torch.einsum("tki,tkih,tk->th", hidden, w_out[ids], weights)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        plain = (torch.randn(T, H), torch.randn(H, E), torch.randn(E, H, 24), torch.randn(E, 24, H))
+        spread = [distribute_tensor(tensor, mesh, [Replicate()]) for tensor in plain]
+        compiled = torch.compile(block, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+        result = compiled(*spread)
+        assert isinstance(result, DTensor)
+        torch.testing.assert_close(result.full_tensor(), block(*plain), rtol=1e-4, atol=1e-4)
+        (miss,) = moecompile.last_report().near_misses
+        assert "DTensor" in miss.reason
+    finally:
+        torch.distributed.destroy_process_group()
