@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import moecompile  # noqa: F401  (registers the operators)
 from fuzz_graphs import compare
 from moecompile.passes.detect import detect
 from moecompile.passes.forms import FORMS
 from moecompile.passes.fuse import fuse
-from moecompile.passes.printer import graph_text
+from moecompile.passes.printer import graph_text, input_names
 from rewriting import rewrite
 from zoo_capture import captured, captured_case
 from zoo_case import Case, arguments, make
@@ -63,6 +65,30 @@ def test_golden(form: str, golden) -> None:
     before = graph_text(gm.graph, source=False)
     fuse(gm.graph, detect(gm.graph).sites)
     golden(f"form_{form}", f"# captured\n{before}\n# rewritten\n{graph_text(gm.graph, source=False)}\n")
+
+
+@pytest.mark.parametrize("form", [form.name for form in FORMS])
+def test_backward_golden(form: str, golden) -> None:
+    """AOTAutograd's forward and backward graph of each form's first case: our operators and their edges."""
+    case = next(case for case in CASES if case.form == form)
+    texts: dict[str, str] = {}
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        assert rewrite(gm) == 1
+        names = input_names(gm.graph)
+
+        def keep(which: str) -> Callable[..., object]:
+            def compiler(traced: fx.GraphModule, _: object) -> Callable[..., object]:
+                texts[which] = graph_text(traced.graph, collapse=True, inputs=names, source=False)
+                return make_boxed_func(traced.forward)
+
+            return compiler
+
+        return aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))(gm, example_inputs)
+
+    result = torch.compile(make(case), backend=backend, fullgraph=case.fullgraph)(*arguments(case))
+    (result[0] if isinstance(result, tuple) else result).sum().backward()
+    golden(f"backward_{form}", f"# forward\n{texts['forward']}\n# backward\n{texts['backward']}\n")
 
 
 def test_routing_values_may_be_used_outside() -> None:
