@@ -4,6 +4,7 @@
 # What they use is installed into .venv, at the versions in constraints.txt. `VENV=/path make test` uses the environment at
 # that path as it is; only this checkout is (re)installed there, editable and without its dependencies.
 #   PYTHON=python3.12      the interpreter that .venv is made with (default: the first Python >= 3.11 that runs)
+#   TORCH=2.11.0           another torch than that of constraints.txt, in an environment of its own
 #   PYTEST_ARGS="-k plan"  what pytest runs (default: all of tests/ but what is marked slow)
 #   DEMO_ARGS="--help"     arguments of the demo
 
@@ -12,7 +13,10 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-OWN_VENV := .venv
+PINNED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= $(PINNED_TORCH)
+OWN_VENV := .venv$(if $(filter-out $(PINNED_TORCH),$(TORCH)),-torch-$(TORCH))
+CONSTRAINTS := $(OWN_VENV)/constraints.txt
 VENV ?= $(OWN_VENV)
 BIN := $(VENV)/bin
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
@@ -71,12 +75,13 @@ $(OWN_VENV)/bin/python:
 
 # torch goes first, by exact version, so that the build which pip's settings offer (a CPU wheel, say) is the one that stays.
 $(RUN_STAMP): $(OWN_VENV)/bin/python pyproject.toml constraints.txt
-	$(OWN_VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(OWN_VENV)/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[test]'
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(CONSTRAINTS)
+	$(OWN_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" -c $(CONSTRAINTS)
+	$(OWN_VENV)/bin/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	$(OWN_VENV)/bin/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(OWN_VENV)/bin/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 reuse:
@@ -84,4 +89,4 @@ reuse:
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 
 clean:
-	rm -rf $(OWN_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

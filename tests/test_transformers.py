@@ -126,6 +126,27 @@ def test_whole_model(name: str) -> None:
     assert len(report.sites) == (0 if name in REFUSED else len(ran)), report.near_misses
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", marked(tuple(n for n in architectures() if n not in NOT_COMPILED), ()))
+def test_whole_model_is_as_exact_as_inductors(name: str) -> None:
+    """Through Inductor, no further from eager than twice what plain Inductor is, or than rounding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = build_model(name)
+    tokens = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(1))
+    outputs, gradients = run(copy.deepcopy(model), lambda module: module(input_ids=tokens, use_cache=False))
+    errors = []
+    for backend in ("inductor", "moecompile"):
+        torch._dynamo.reset()
+        compiled = copy.deepcopy(model)
+        compiled.compile(backend=backend)
+        got = run(compiled, lambda module: module(input_ids=tokens, use_cache=False))
+        errors.append((worst(outputs, got[0]), worst(gradients, got[1])))
+    plain, ours = errors
+    for bound, expected, found in zip(BOUNDS[torch.float32], plain, ours, strict=True):
+        assert found <= max(bound, 2 * expected), f"{found:.1e}, plain Inductor {expected:.1e}"
+
+
 def test_twenty_routings_compile_once() -> None:
     torch._dynamo.utils.counters.clear()
     block = build_block("qwen3_moe")
