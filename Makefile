@@ -75,8 +75,9 @@ $(OWN_VENV)/bin/python:
 
 # torch goes first, by exact version, so that the build which pip's settings offer (a CPU wheel, say) is the one that stays.
 $(RUN_STAMP): $(OWN_VENV)/bin/python pyproject.toml constraints.txt
-	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(CONSTRAINTS)
-	$(OWN_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" -c $(CONSTRAINTS)
+	@# another torch asks for other versions of what it needs itself: then only what the tests compare with stays pinned
+	sed $(if $(filter $(PINNED_TORCH),$(TORCH)),-n p,-nE '/^(transformers|tokenizers|pytest|ruff|mypy)==/p') constraints.txt > $(CONSTRAINTS)
+	$(OWN_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)" "setuptools>=77" -c $(CONSTRAINTS)
 	$(OWN_VENV)/bin/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@
 

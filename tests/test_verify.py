@@ -171,3 +171,30 @@ def test_all_ranks_decide_alike(verdicts: list[bool], tmp_path: Path):
 
 def test_one_rank_decides_alone():
     assert ranks.any_rank(True, "graph") and not ranks.any_rank(False, "graph")
+
+
+class Dense(nn.Module):
+    """All experts on all tokens; the first is so large that its rows overflow, and nobody chooses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 4, bias=False)
+        self.w_in = nn.Parameter(torch.randn(4, HIDDEN, 24))
+        self.w_out = nn.Parameter(torch.randn(4, 24, HIDDEN))
+        with torch.no_grad():
+            self.w_in[0] *= 1e38
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = (self.router(x) * x.new_tensor([0, 1, 1, 1]) + x.new_tensor([-9e9, 0, 0, 0])).topk(2)
+        gates = torch.zeros(x.shape[0], 4).scatter(1, ids, weights.sigmoid())
+        hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+        return torch.einsum("te,eth->th", gates, torch.einsum("eti,eih->eth", hidden, self.w_out))
+
+
+def test_an_expert_that_nobody_chose_may_overflow():
+    """0 * inf is NaN in the model; the rewritten block does not compute that expert, and is as good."""
+    model, x = Dense(), torch.randn(12, HIDDEN) * 10
+    with torch.no_grad():
+        assert not model(x).isfinite().all()
+        assert verified(model)(x).isfinite().all()  # a refused rewrite would overflow as well
+    assert len(graph().sites) == 1
