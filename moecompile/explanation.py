@@ -14,7 +14,7 @@ from moecompile.options import Options
 from moecompile.report import GraphBreak, GraphReport, Report
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     """Captures `model(*args, **kwargs)` with Dynamo, runs detection and rewriting, and reports.
 
     The model runs once, for real, as captured graphs run by PyTorch itself: Inductor is not needed, nor is a GPU. It
@@ -30,7 +30,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     Returns:
         the report of this call alone (`moecompile.last_report` is not touched): blocks, near misses, the graphs before
         and after, and graph breaks, those inside MoE code first, each with its cure where one is known.
+
+    Raises:
+        TypeError: `model` is a class, or cannot be called.
     """
+    _check_model(model)
     records: list[GraphReport] = []
 
     def look(gm: fx.GraphModule) -> None:
@@ -47,6 +51,18 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         if cure := _fullgraph_cure(model, args, kwargs, blocks):
             breaks.update({found.source: dataclasses.replace(found, cure=cure) for found in uncured})
     return Report(tuple(records), tuple(sorted(breaks.values(), key=_in_moe_first)))
+
+
+def _check_model(model: object) -> None:
+    """Refuses what Dynamo would fail at in words of its own, a class even after marking it for good."""
+    expected = "moecompile.explain: expected a module or a function as the first argument, got"
+    if isinstance(model, type):
+        name = model.__name__
+        raise TypeError(f"{expected} the class {name}. Make an instance first: explain({name}(...), inputs).")
+    if not callable(model):
+        raise TypeError(
+            f"{expected} {model!r} of type {type(model).__name__}, which cannot be called. Write explain(model, x)."
+        )
 
 
 def _examine(gm: fx.GraphModule, index: int) -> GraphReport:

@@ -76,6 +76,22 @@ def test_functions_and_keyword_arguments():
     assert len(moecompile.explain(lambda *, x: model(x), x=inputs()).sites) == 2
 
 
+def test_an_argument_may_be_named_model():
+    module = Model()
+    assert len(moecompile.explain(lambda *, model: module(model), model=inputs()).sites) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(Part, r"got the class Part\. Make an instance first: explain\(Part\("), (3, "got 3 of type int")],
+)
+def test_what_is_no_model_is_refused(wrong: Any, said: str):
+    with pytest.raises(TypeError, match=said):
+        moecompile.explain(wrong, inputs())
+    part = Part(8)
+    assert torch.equal(torch.compile(part, backend="eager")(inputs()), part(inputs())), "the class is as it was"
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile", "layer.compile", "compiled layer"])
 def test_a_compiled_model_is_looked_at_as_one_whole(how: str):
     model: Any = Model()
