@@ -28,7 +28,16 @@ log = logging.getLogger("moecompile")
 
 SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
 ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
-CAPTURE_COUNTS = "before compiling: torch._dynamo.config.capture_dynamic_output_shape_ops = True"
+# A choice of what to run by counts that depend on data is what Dynamo cannot capture, whatever it is told.
+NO_BRANCH = (
+    "run every expert, also on no rows (no counts in Python, no loop over those that were hit), with "
+    f"torch.compile(..., fullgraph=True); or {ONE_PRODUCT}"
+)
+# Whether it helps depends on all that the model does with these sizes: only a trial tells, which `explain` makes.
+MAY_CAPTURE = (
+    "perhaps torch.compile(..., fullgraph=True), with which Dynamo captures such operators: moecompile.explain(model, "
+    "...) tries whether it does here"
+)
 # DistributedDataParallel's graphs come in pieces, one for each bucket of gradients, and on fake inputs.
 SPLIT = "torch cut the captured graph where a bucket of DistributedDataParallel's gradients is full, also inside blocks"
 KEEP_WHOLE = "before compiling: torch._dynamo.config.optimize_ddp = False"
@@ -37,7 +46,8 @@ COMMAND = "python -m moecompile explain FILE.py:FUNCTION"
 WARNED = "the user was warned that nothing was rewritten"
 # A function that chooses experts or runs them says one of these somewhere.
 _MOE_WORDS = re.compile(r"expert|router|routing|top_?k|one_hot|\bmoe\b|_moe|moe_|sparse_?mlp", re.IGNORECASE)
-_LOOP_WORDS = re.compile(r"Dynamic shape operator|data-dependent|Data dependent|graph break in loop")
+_SIZE_WORDS = re.compile(r"Dynamic shape operator|capture_dynamic_output_shape_ops|capture_scalar_outputs")
+_BRANCH_WORDS = re.compile(r"data-dependent|Data dependent|Data-dependent|graph break in loop")
 _HINT = re.compile(r"Hint: (.+?)(?=\n\s*Hint:|\n\s*\n|$)", re.DOTALL)
 
 
@@ -76,7 +86,8 @@ def obstacle_of(gm: fx.GraphModule, record: GraphReport, example_inputs: Sequenc
         reason = (
             "The experts run in a Python loop over those that were hit: Dynamo cannot capture it, no backend sees it"
         )
-        return Obstacle(reason, source, record.ended_by.cure)
+        switch = record.ended_by.cure == SWITCH_EXPERTS
+        return Obstacle(reason, source, SWITCH_EXPERTS if switch else NO_BRANCH)
     if record.ended_by.moe:
         reason = f"Dynamo stopped capturing inside MoE code: {record.ended_by.reason}"
         return Obstacle(reason, record.ended_by.source, record.ended_by.cure)
@@ -98,11 +109,12 @@ def graph_break(reason: str, frames: Iterable[traceback.FrameSummary]) -> GraphB
     cure = _HINT.search(reason)
     if moe and any(has_switchable_experts(frame.filename) for frame in frames):
         return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
-    if moe and "aten.bincount" in reason:  # counts by expert: Dynamo captures them if it is told to
-        return dataclasses.replace(found, moe=moe, cure=CAPTURE_COUNTS)
-    if moe and _LOOP_WORDS.search(reason):
-        return dataclasses.replace(found, moe=moe, cure=ONE_PRODUCT)
-    return dataclasses.replace(found, moe=moe, cure=" ".join(cure[1].split()) if cure else None)
+    if moe and _SIZE_WORDS.search(reason):
+        return dataclasses.replace(found, moe=moe, cure=MAY_CAPTURE)
+    if moe and _BRANCH_WORDS.search(reason):
+        return dataclasses.replace(found, moe=moe, cure=NO_BRANCH)
+    hint = f"PyTorch suggests: {' '.join(cure[1].split())}" if cure else None
+    return dataclasses.replace(found, moe=moe, cure=hint)
 
 
 def _function_around(frame: traceback.FrameSummary) -> str:

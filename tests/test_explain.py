@@ -164,9 +164,9 @@ def test_a_break_inside_moe_code_comes_first_with_a_cure():
     for _ in range(2):  # a frame that Dynamo gave up is tried again
         report = moecompile.explain(function, torch.randn(12, HIDDEN))
         inside, outside = report.graph_breaks[0], report.graph_breaks[-1]
-        assert inside.moe and inside.source.startswith("test_explain.py:") and inside.cure == advice.ONE_PRODUCT
+        assert inside.moe and inside.source.startswith("test_explain.py:") and inside.cure == advice.NO_BRANCH
         assert not outside.moe and "graph_break" in outside.reason
-    assert advice.ONE_PRODUCT in str(report)
+    assert "compute all experts in one grouped" in str(report)
 
 
 def test_counts_by_bincount_are_captured_if_dynamo_is_told_to():
@@ -191,9 +191,67 @@ def test_counts_by_bincount_are_captured_if_dynamo_is_told_to():
     assert "fullgraph=True" in (found.cure or "")
     reason = "Dynamic shape operator\n  Explanation: Operator `aten.bincount.default`'s output shape depends on data"
     frame = traceback.FrameSummary("moe.py", 3, "experts")
-    assert advice.graph_break(reason, [frame]).cure == advice.CAPTURE_COUNTS
+    assert advice.graph_break(reason, [frame]).cure == advice.MAY_CAPTURE
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         assert len(moecompile.explain(model, x).sites) == 1
+
+
+class CountedLoop(nn.Module):
+    """A loop over all experts; `skip`: by counts in Python, without those that have no rows."""
+
+    def __init__(self, skip: bool, printing: bool = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 4)
+        experts = (nn.Sequential(nn.Linear(HIDDEN, 8), nn.SiLU(), nn.Linear(8, HIDDEN)) for _ in range(4))
+        self.experts = nn.ModuleList(experts)
+        self.skip, self.printing = skip, printing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.printing:
+            torch._dynamo.graph_break()
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        counts = torch.bincount(ids.flatten(), minlength=4).tolist() if self.skip else []
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if not self.skip or counts[number] > 0:
+                token, choice = torch.where(ids == number)
+                out[token] += expert(x[token]) * weights[token, choice, None]
+        return out
+
+
+def test_a_cure_that_was_tried_and_is_none_is_not_proposed():
+    report = moecompile.explain(CountedLoop(skip=True), torch.randn(12, HIDDEN))
+    assert report.graph_breaks[0].moe and report.graph_breaks[0].cure == advice.NO_BRANCH
+    assert "capture_dynamic_output_shape_ops" not in str(report) and report.sites == ()
+
+
+def test_cures_that_were_tried_say_what_they_do():
+    x = torch.randn(12, HIDDEN)
+    (found, *_) = moecompile.explain(CountedLoop(skip=False), x).graph_breaks
+    assert found.cure == "torch.compile(..., fullgraph=True): tried, 1 block is found then"
+    report = moecompile.explain(CountedLoop(skip=False, printing=True), x)  # which fullgraph=True refuses
+    (found,) = (each for each in report.graph_breaks if each.moe and each.cure)
+    assert "capture_dynamic_output_shape_ops = True" in (found.cure or "") and "tried, 1 block" in (found.cure or "")
+
+
+def test_a_capture_that_raises_is_a_stop():
+    model, x = CountedLoop(skip=True), torch.randn(12, HIDDEN)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.compile(model, backend="eager")(x)
+        torch._dynamo.reset()
+        (found,) = moecompile.explain(model, x).graph_breaks
+    assert "data-dependent" in found.reason and "torch.compile would raise this too" in found.reason
+    assert found.cure == advice.NO_BRANCH
+
+
+def test_what_the_model_itself_raises_is_raised():
+    def fails(x: Tensor) -> Tensor:
+        raise KeyError("no such thing")
+
+    for model, x, error in ((nn.Linear(8, 8), torch.ones(2, 3), RuntimeError), (fails, torch.ones(2), KeyError)):
+        with pytest.raises(error):
+            moecompile.explain(model, x)
 
 
 def test_a_loop_over_all_experts_is_cured_by_fullgraph():
