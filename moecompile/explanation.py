@@ -12,7 +12,7 @@ import torch._dynamo.config
 from torch import fx
 
 from moecompile import advice, pipeline
-from moecompile.capture import Stop, capture
+from moecompile.capture import capture
 from moecompile.options import Options
 from moecompile.report import GraphBreak, GraphReport, Report
 from moecompile.report_text import counted
@@ -55,7 +55,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     stops = capture(model, args, kwargs, functools.partial(_examine, records))
     breaks = {record.ended_by.source: record.ended_by for record in records if record.ended_by}
     for stop in stops:
-        found = _stop(stop)
+        found = advice.stop(stop)
         breaks[found.source] = found
     if any(map(_uncured, breaks.values())):
         cure = _tried_cure(model, args, kwargs, sum(len(record.sites) for record in records))
@@ -87,13 +87,6 @@ def _examine(records: list[GraphReport], gm: fx.GraphModule) -> None:
         tried = obstacle.cure == advice.MAY_CAPTURE  # by `explain`: what came of it stands beside the graph break
         record.notes.append(str(dataclasses.replace(obstacle, cure=None) if tried else obstacle))
     records.append(record)
-
-
-def _stop(stop: Stop) -> GraphBreak:
-    found = advice.graph_break(stop.reason, stop.frames)
-    given_up = "the frame around it was given up and runs in Python"
-    after = "torch.compile would raise this too" if stop.raised else given_up
-    return dataclasses.replace(found, reason=f"{found.reason.rstrip('.')}; {after}")
 
 
 def _uncured(found: GraphBreak) -> bool:

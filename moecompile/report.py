@@ -15,7 +15,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,6 +99,8 @@ class GraphReport:
         verify: results of ``verify="first_call"``, one line each.
         notes: anything else the user should know, one line each.
         ended_by: the graph break at which the captured graph ends, if any.
+        around: frames around the captured graph that Dynamo gave up.
+        model: stands for the model that the graph is of, see `moecompile.callers`.
     """
 
     index: int = -1
@@ -116,7 +118,14 @@ class GraphReport:
     verify: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ended_by: GraphBreak | None = None
+    around: tuple[GraphBreak, ...] = field(default=(), repr=False)
+    model: Hashable = field(default=None, repr=False, compare=False)
     _logged: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @property
+    def graph_breaks(self) -> tuple[GraphBreak, ...]:
+        """The places where Dynamo stopped capturing, as far as this graph tells: around it, and at its end."""
+        return (*self.around, self.ended_by) if self.ended_by else self.around
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> GraphReport:
@@ -143,7 +152,7 @@ class GraphReport:
             if text := getattr(self, name):
                 self._log(name, "string", functools.partial(str, text))
         if self.before:
-            report = Report((self,), (self.ended_by,) if self.ended_by else ())
+            report = Report((self,), self.graph_breaks)
             self._log("report", "string", lambda: report.text(width=100))
             self._log("report_json", "json", report.json)
 
@@ -243,7 +252,7 @@ def last_report() -> Report:
             dataclasses.replace(graph, passes=[*graph.passes], verify=[*graph.verify], notes=[*graph.notes])
             for graph in _graphs
         )
-        breaks = [*_breaks, *(graph.ended_by for graph in graphs if graph.ended_by)]
+        breaks = [*_breaks, *(found for graph in graphs for found in graph.graph_breaks)]
     unique = {(each.source, each.reason): each for each in breaks}
     return Report(graphs, tuple(sorted(unique.values(), key=lambda each: not each.moe)))
 

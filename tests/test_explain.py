@@ -196,14 +196,24 @@ def test_counts_by_bincount_are_captured_if_dynamo_is_told_to():
         assert len(moecompile.explain(model, x).sites) == 1
 
 
+class Expert(nn.Module):
+    """One expert of a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.w_out = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(F.silu(self.w_in(x)))
+
+
 class CountedLoop(nn.Module):
     """A loop over all experts; `skip`: by counts in Python, without those that have no rows."""
 
     def __init__(self, skip: bool, printing: bool = False) -> None:
         super().__init__()
         self.router = nn.Linear(HIDDEN, 4)
-        experts = (nn.Sequential(nn.Linear(HIDDEN, 8), nn.SiLU(), nn.Linear(8, HIDDEN)) for _ in range(4))
-        self.experts = nn.ModuleList(experts)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
         self.skip, self.printing = skip, printing
 
     def forward(self, x: Tensor) -> Tensor:
@@ -295,12 +305,6 @@ def test_one_warning_for_a_model_without_a_block(caplog: Any):
     assert len(warnings_of(caplog)) == 2
 
 
-def test_no_warning_where_something_was_rewritten(caplog: Any):
-    compiled(Model())(inputs())
-    compiled(nn.Linear(8, 8))(inputs())
-    assert not warnings_of(caplog)
-
-
 def test_a_layer_without_a_block_is_judged_after_the_others(caplog: Any):
     model = Model()
     model.layers.insert(0, Part(HIDDEN))
@@ -327,3 +331,58 @@ def test_the_warning_names_the_loop_and_its_cure(caplog: Any):
     compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
     (warning,) = warnings_of(caplog)
     assert "Python loop" in warning and "test_explain.py:" in warning and advice.ONE_PRODUCT in warning
+
+
+def test_the_warning_and_the_report_name_what_may_cure_a_loop_over_all_experts(caplog: Any):
+    compiled(CountedLoop(skip=False), fullgraph=False)(torch.randn(12, HIDDEN))
+    (warning,) = warnings_of(caplog)
+    report = moecompile.last_report()
+    assert "test_explain.py:" in warning and advice.MAY_CAPTURE in warning
+    assert any(found.moe and found.cure == advice.MAY_CAPTURE for found in report.graph_breaks)
+    assert any(advice.MAY_CAPTURE in note for graph in report.graphs for note in graph.notes)
+    assert "no graph breaks" not in str(report)
+
+
+def test_the_warning_counts_breaks_elsewhere(caplog: Any):
+    def function(x: Tensor) -> Tensor:
+        x = x.relu()
+        torch._dynamo.graph_break()
+        return x + 1
+
+    fast = compiled(function, fullgraph=False)
+    for _ in range(2):
+        fast(inputs())
+    (warning,) = warnings_of(caplog)
+    assert "Dynamo broke the graph at 1 place; `moecompile.explain(model, ...)` tells why" in warning
+
+
+def test_another_model_that_was_rewritten_hides_no_warning(caplog: Any):
+    compiled(Model())(inputs())
+    compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
+    (warning,) = warnings_of(caplog)
+    assert "Python loop" in warning
+    compiled(nn.Linear(8, 8))(inputs())
+    assert len(warnings_of(caplog)) == 2
+    compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
+    assert len(warnings_of(caplog)) == 2, "the same warning says nothing new"
+
+
+def test_a_break_beside_a_rewritten_block_is_no_warning(caplog: Any):
+    model = Model()
+
+    def function(x: Tensor) -> Tensor:
+        x = model(x)
+        torch._dynamo.graph_break()
+        return x.relu()
+
+    fast = compiled(function, fullgraph=False)
+    for _ in range(3):
+        fast(inputs())
+    assert len(moecompile.last_report().sites) == 2 and not warnings_of(caplog)
+
+
+def test_no_warning_where_nothing_was_looked_for(caplog: Any, monkeypatch: pytest.MonkeyPatch):
+    compiled(nn.Linear(8, 8), disable=("detect",))(inputs())
+    monkeypatch.setenv("MOECOMPILE_DISABLE_PASSES", "detect")
+    compiled(nn.Linear(8, 4))(inputs())
+    assert len(moecompile.last_report().graphs) == 2 and not warnings_of(caplog)
