@@ -41,7 +41,10 @@ def render(report: Report, *, graphs: Literal["diff", "full", False] = False, wi
 def summary(report: Report) -> str:
     """One line: how many blocks were rewritten, how many nearly, how often capturing broke off."""
     if not report.graphs and not report.graph_breaks:
-        return 'moecompile: nothing was compiled with backend="moecompile" since the last reset'
+        return (
+            'moecompile: nothing was compiled with backend="moecompile" since the last reset\n'
+            "If a model was called, Dynamo captured nothing of it: moecompile.explain(model, ...) tells why."
+        )
     inside = sum(graph_break.moe for graph_break in report.graph_breaks)
     what = "rewritten" if rewritten(report) else "found"
     parts = [f"{counted(len(report.blocks), 'MoE block')} {what}{_recompilations(report)}"]

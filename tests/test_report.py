@@ -48,6 +48,7 @@ def test_print_is_the_text(capsys):
 
 def test_nothing_compiled_says_so():
     assert "nothing was compiled" in str(report.last_report())
+    assert "moecompile.explain(model, ...) tells why" in str(report.last_report())
 
 
 def test_found_but_not_rewritten():
