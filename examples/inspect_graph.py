@@ -2,6 +2,7 @@
 
     python examples/inspect_graph.py                    # prints the report and the rewritten graph
     python examples/inspect_graph.py --html report.html # and writes both as one page
+    python -m moecompile explain examples/inspect_graph.py:make_model # the report alone, without compiling
 
 No GPU is needed: `lowering="eager"` runs the rewritten graph with PyTorch's own kernels and skips Inductor.
 """
@@ -57,15 +58,19 @@ class Model(nn.Module):
         return x
 
 
+def make_model() -> tuple[nn.Module, tuple[Tensor]]:
+    """The model and the arguments of one call of it, as `python -m moecompile explain` wants them."""
+    torch.manual_seed(0)
+    return Model().to(torch.bfloat16), (torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True),)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Compiles the model, prints what became of it, and checks it against eager."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--html", type=Path, metavar="PATH", help="also write the report to PATH")
     chosen = parser.parse_args(arguments)
 
-    torch.manual_seed(0)
-    model = Model().to(torch.bfloat16)
-    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    model, (x,) = make_model()
     expected = model(x)
 
     model.compile(backend="moecompile", fullgraph=True, options={"lowering": "eager"})

@@ -37,4 +37,5 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names, and what every module has; not what this file imports for its own use."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 from torch._subclasses import FakeTensor
 
+from moecompile import callers
+from moecompile.capture import Stop
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
 from moecompile.pipeline import TRANSFORMED
@@ -28,7 +30,16 @@ log = logging.getLogger("moecompile")
 
 SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
 ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
-CAPTURE_COUNTS = "before compiling: torch._dynamo.config.capture_dynamic_output_shape_ops = True"
+# A choice of what to run by counts that depend on data is what Dynamo cannot capture, whatever it is told.
+NO_BRANCH = (
+    "run every expert, also on no rows (no counts in Python, no loop over those that were hit), with "
+    f"torch.compile(..., fullgraph=True); or {ONE_PRODUCT}"
+)
+# Whether it helps depends on all that the model does with these sizes: only a trial tells, which `explain` makes.
+MAY_CAPTURE = (
+    "perhaps torch.compile(..., fullgraph=True), with which Dynamo captures such operators: moecompile.explain(model, "
+    "...) tries whether it does here"
+)
 # DistributedDataParallel's graphs come in pieces, one for each bucket of gradients, and on fake inputs.
 SPLIT = "torch cut the captured graph where a bucket of DistributedDataParallel's gradients is full, also inside blocks"
 KEEP_WHOLE = "before compiling: torch._dynamo.config.optimize_ddp = False"
@@ -37,7 +48,8 @@ COMMAND = "python -m moecompile explain FILE.py:FUNCTION"
 WARNED = "the user was warned that nothing was rewritten"
 # A function that chooses experts or runs them says one of these somewhere.
 _MOE_WORDS = re.compile(r"expert|router|routing|top_?k|one_hot|\bmoe\b|_moe|moe_|sparse_?mlp", re.IGNORECASE)
-_LOOP_WORDS = re.compile(r"Dynamic shape operator|data-dependent|Data dependent|graph break in loop")
+_SIZE_WORDS = re.compile(r"Dynamic shape operator|capture_dynamic_output_shape_ops|capture_scalar_outputs")
+_BRANCH_WORDS = re.compile(r"data-dependent|Data dependent|Data-dependent|graph break in loop")
 _HINT = re.compile(r"Hint: (.+?)(?=\n\s*Hint:|\n\s*\n|$)", re.DOTALL)
 
 
@@ -70,16 +82,16 @@ def obstacle_of(gm: fx.GraphModule, record: GraphReport, example_inputs: Sequenc
         return Obstacle(f"Nearest is the form {miss.form}, refused: {miss.reason}", miss.source, miss.cure)
     if TRANSFORMED in record.notes:
         return Obstacle(TRANSFORMED, "", None)
-    if record.ended_by is None:
-        return None
-    if source := experts_loop(gm):
+    if record.ended_by and (source := experts_loop(gm)):
         reason = (
             "The experts run in a Python loop over those that were hit: Dynamo cannot capture it, no backend sees it"
         )
-        return Obstacle(reason, source, record.ended_by.cure)
-    if record.ended_by.moe:
-        reason = f"Dynamo stopped capturing inside MoE code: {record.ended_by.reason}"
-        return Obstacle(reason, record.ended_by.source, record.ended_by.cure)
+        switch = record.ended_by.cure == SWITCH_EXPERTS
+        return Obstacle(reason, source, SWITCH_EXPERTS if switch else NO_BRANCH)
+    for found in record.graph_breaks:
+        if found.moe:
+            reason = f"Dynamo stopped capturing inside MoE code: {found.reason}"
+            return Obstacle(reason, found.source, found.cure)
     return None
 
 
@@ -98,11 +110,20 @@ def graph_break(reason: str, frames: Iterable[traceback.FrameSummary]) -> GraphB
     cure = _HINT.search(reason)
     if moe and any(has_switchable_experts(frame.filename) for frame in frames):
         return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
-    if moe and "aten.bincount" in reason:  # counts by expert: Dynamo captures them if it is told to
-        return dataclasses.replace(found, moe=moe, cure=CAPTURE_COUNTS)
-    if moe and _LOOP_WORDS.search(reason):
-        return dataclasses.replace(found, moe=moe, cure=ONE_PRODUCT)
-    return dataclasses.replace(found, moe=moe, cure=" ".join(cure[1].split()) if cure else None)
+    if moe and _SIZE_WORDS.search(reason):
+        return dataclasses.replace(found, moe=moe, cure=MAY_CAPTURE)
+    if moe and _BRANCH_WORDS.search(reason):
+        return dataclasses.replace(found, moe=moe, cure=NO_BRANCH)
+    hint = f"PyTorch suggests: {' '.join(cure[1].split())}" if cure else None
+    return dataclasses.replace(found, moe=moe, cure=hint)
+
+
+def stop(given_up: Stop) -> GraphBreak:
+    """A frame that Dynamo gave up as a graph break."""
+    found = graph_break(given_up.reason, given_up.frames)
+    left = "the frame around it was given up and runs in Python"
+    after = "torch.compile would raise this too" if given_up.raised else left
+    return dataclasses.replace(found, reason=f"{found.reason.rstrip('.')}; {after}")
 
 
 def _function_around(frame: traceback.FrameSummary) -> str:
@@ -140,14 +161,25 @@ def has_switchable_experts(file: str) -> bool:
     return False
 
 
+def note_caller(record: GraphReport) -> None:
+    """Writes down whose graph is being compiled, and the frames around it that Dynamo gave up."""
+    record.model = callers.caller().model
+    record.around = tuple(map(stop, callers.given_up()))
+
+
 def warn_if_nothing_matched(
     compiled: Callable[..., Any], record: GraphReport, obstacle: Obstacle | None
 ) -> Callable[..., Any]:
-    """Warns, once until `moecompile.reset()`, that the graphs compiled so far hold no block to rewrite.
+    """Warns, once for each model until `moecompile.reset()`, that its graphs compiled so far hold no block to rewrite.
 
-    A graph that shows an obstacle is warned about at once, and so is a whole model without any block. A part of
-    a model (a layer compiled apart, a graph that ends at a break) proves nothing yet: it is judged when it is called
-    again, for by then the other parts have been compiled.
+    A model is what `callers.caller` can tell: the outermost module that was called, or the compiled function. The rule:
+
+    - no warning for a model of which another graph was rewritten before, or for which a warning went out;
+    - none with the pass `detect` disabled: nothing was looked for;
+    - none that repeats another in all but the model: the same function, the same obstacle;
+    - a graph that shows an obstacle is warned about at once, and so is a whole model without any block. A part of a
+      model (a layer compiled apart, a graph around which or at whose end capturing broke off) proves nothing yet: it is
+      judged when it is called again, for by then the other parts have been compiled.
 
     Args:
         compiled: what came out of the lowering of the graph.
@@ -157,9 +189,9 @@ def warn_if_nothing_matched(
     Returns:
         `compiled`, or a callable that does the same.
     """
-    if record.sites:
+    if record.sites or not any(each.name == "detect" for each in record.passes):
         return compiled
-    if obstacle or (record.ended_by is None and not _inside_another_module()):
+    if obstacle or not (record.graph_breaks or callers.caller().nested):
         _warn(record, obstacle)
         return compiled
 
@@ -177,25 +209,20 @@ def warn_if_nothing_matched(
 
 
 def _warn(record: GraphReport, obstacle: Obstacle | None) -> None:
-    graphs = last_report().graphs
+    report = last_report()
+    graphs = [graph for graph in report.graphs if graph.model == record.model]
     if any(graph.sites or WARNED in graph.notes for graph in graphs):
         return
-    record.notes.append(WARNED)
+    said = {WARNED, str(obstacle)} if obstacle else {WARNED}
+    if any(graph.name == record.name and said.issubset(graph.notes) for graph in report.graphs):
+        return
+    record.notes += sorted(said)
+    places = len({found.source for graph in graphs for found in graph.graph_breaks})
+    plural = "s" * (places > 1)
+    broken = f"Dynamo broke the graph at {places} place{plural}; `moecompile.explain(model, ...)` tells why."
     log.warning(
         "moecompile rewrote nothing: %s no mixture-of-experts block that it knows.\n%s`%s` shows more.",
         f"{record.name} holds" if len(graphs) == 1 else f"the {len(graphs)} graphs captured so far hold",
-        f"{obstacle}\n" if obstacle else "",
+        f"{obstacle}\n" if obstacle else f"{broken}\n" if places else "",
         COMMAND,
     )
-
-
-def _inside_another_module() -> bool:
-    """Whether the module being compiled was called by another one, which runs it as a part of itself."""
-    frame = sys._getframe()
-    modules: set[int] = set()
-    while frame is not None and len(modules) < 2:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and type(owner).__name__ != "OptimizedModule":
-            modules.add(id(owner))
-        frame = frame.f_back  # type: ignore[assignment]
-    return len(modules) > 1

@@ -45,6 +45,7 @@ def moecompile(
     chosen = Options.parse(mode, options)
     record = report.GraphReport.of(gm)
     report.record(record)
+    advice.note_caller(record)
 
     # 2. On request, nothing: to tell whether moecompile is to blame.
     if environment_disables_backend():

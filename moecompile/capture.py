@@ -23,10 +23,17 @@ from moecompile.bodies import copy_tree
 
 @dataclass(frozen=True)
 class Stop:
-    """A frame that Dynamo gave up and left to Python: its reason, and the user's frames, outermost first."""
+    """A frame that Dynamo gave up.
+
+    Attributes:
+        reason: Dynamo's.
+        frames: the user's, outermost first.
+        raised: Dynamo raised instead of leaving the frame to Python, as it would under `torch.compile`.
+    """
 
     reason: str
     frames: Sequence[traceback.FrameSummary]
+    raised: bool = False
 
 
 def capture(
@@ -47,7 +54,8 @@ def capture(
         fullgraph: raise at the first graph break instead of going on behind it.
 
     Returns:
-        the frames that Dynamo gave up. A break that ends a graph is told by that graph (`gm.compile_subgraph_reason`).
+        the frames that Dynamo gave up; where it raised, what comes behind was not run. A break that ends a graph is
+        told by that graph (`gm.compile_subgraph_reason`).
     """
     from torch import _dynamo as dynamo
 
@@ -56,24 +64,29 @@ def capture(
         look(gm)
         return original.forward
 
-    stops: list[Stop] = []
+    listener: _Listener | None = None
     context: Any = dynamo.optimize(backend, nopython=fullgraph)
     if not fullgraph:
         converter = context.callback._torchdynamo_orig_backend
-        converter._inner_convert = _Listener(converter._inner_convert, stops)
+        converter._inner_convert = listener = _Listener(converter._inner_convert)
     module = getattr(model, "_orig_mod", model)
     args, kwargs = pytree.tree_map_only(Tensor, _own_copy, (args, kwargs))
     with _dynamo_left_alone(backend), _module_left_alone(module), torch.random.fork_rng(gpus_in_use()):
-        context(module)(*args, **kwargs)
-    return stops
+        try:
+            context(module)(*args, **kwargs)
+        except Exception as error:
+            if listener is None or not listener.explains(error):
+                raise
+    return listener.stops if listener else []
 
 
 class _Listener:
     """Dynamo's converter of one frame, with an ear for the exceptions by which it gives a frame up."""
 
-    def __init__(self, convert: Any, stops: list[Stop]) -> None:
+    def __init__(self, convert: Any) -> None:
         self._convert = convert
-        self._stops = stops
+        self._last: Exception | None = None
+        self.stops: list[Stop] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._convert, name)
@@ -82,9 +95,25 @@ class _Listener:
         try:
             return self._convert(*args, **kwargs)
         except Exception as error:
+            self._last = error
             if frames := getattr(error, "real_stack", None):
-                self._stops.append(Stop(str(error), list(frames)))
+                self.stops.append(Stop(str(error), list(frames)))
             raise
+
+    def explains(self, error: Exception) -> bool:
+        """Whether what a run raised is Dynamo's inability to capture, which is then noted as the last stop.
+
+        Not so where the model itself fails, on inputs of a wrong shape for example, or the look at a graph does.
+        """
+        from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
+
+        if error is not self._last or isinstance(error, BackendCompilerFailed | TorchRuntimeError):
+            return False
+        frames = getattr(error, "real_stack", None)
+        if frames:
+            self.stops.pop()
+        self.stops.append(Stop(str(error), list(frames or ()), raised=True))
+        return True
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 EXPLAIN_HELP = """\
 Captures a model in one run of it and says what moecompile rewrites, what it does not, and why. Needs no GPU.
 
-TARGET is MODULE:CALLABLE (my_package.my_module:make_model) or FILE:CALLABLE (examples/plain_moe.py:make_model). The
-callable takes nothing and returns (model, args) or (model, args, kwargs): the model, and the tuple of positional and
-the dict of keyword arguments that it is called with.
+TARGET is MODULE:CALLABLE (my_package.my_module:make_model) or FILE:CALLABLE (examples/inspect_graph.py:make_model).
+The callable takes nothing and returns (model, args) or (model, args, kwargs): the model, and the tuple of positional
+and the dict of keyword arguments that it is called with.
 """
 
 
@@ -77,7 +77,11 @@ def _explain(chosen: argparse.Namespace) -> int:
 
     report = moecompile.explain(model, *args, **kwargs)
     if chosen.html is not None:
-        report.html(chosen.html)
+        try:
+            report.html(chosen.html)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UsageError(f"--html: {chosen.html} cannot be written: {reason}. Name another file.") from error
     print(report.json() if chosen.json else report)
     return 0
 

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch._dynamo.config
 from torch import fx
 
 from moecompile import advice, pipeline
 from moecompile.capture import capture
 from moecompile.options import Options
 from moecompile.report import GraphBreak, GraphReport, Report
+from moecompile.report_text import counted
+
+_SIZES = {"capture_dynamic_output_shape_ops": True}
+_NUMBERS = {"capture_scalar_outputs": True}
+# Changes with which Dynamo captures what it otherwise breaks at: words, settings of Dynamo, fullgraph. Each may fail,
+# where the model goes on to branch on a size that depends on data, so that only a trial tells.
+TRIALS: tuple[tuple[str, dict[str, bool], bool], ...] = (
+    ("torch.compile(..., fullgraph=True)", {}, True),
+    *(
+        (f"before compiling: {'; '.join(f'torch._dynamo.config.{name} = True' for name in settings)}", settings, False)
+        for settings in (_SIZES, _SIZES | _NUMBERS)
+    ),
+)
 
 
-def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     """Captures `model(*args, **kwargs)` with Dynamo, runs detection and rewriting, and reports.
 
     The model runs once, for real, as captured graphs run by PyTorch itself: Inductor is not needed, nor is a GPU. It
@@ -30,44 +46,75 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     Returns:
         the report of this call alone (`moecompile.last_report` is not touched): blocks, near misses, the graphs before
         and after, and graph breaks, those inside MoE code first, each with its cure where one is known.
+
+    Raises:
+        TypeError: `model` is a class, or cannot be called.
     """
+    _check_model(model)
     records: list[GraphReport] = []
-
-    def look(gm: fx.GraphModule) -> None:
-        records.append(_examine(gm, len(records)))
-
-    stops = capture(model, args, kwargs, look)
+    stops = capture(model, args, kwargs, functools.partial(_examine, records))
     breaks = {record.ended_by.source: record.ended_by for record in records if record.ended_by}
     for stop in stops:
-        found = advice.graph_break(stop.reason, stop.frames)
-        reason = f"{found.reason}; the frame around it was given up and runs in Python"
-        breaks[found.source] = dataclasses.replace(found, reason=reason)
-    if uncured := [found for found in breaks.values() if found.moe and found.cure != advice.SWITCH_EXPERTS]:
-        blocks = sum(len(record.sites) for record in records)
-        if cure := _fullgraph_cure(model, args, kwargs, blocks):
-            breaks.update({found.source: dataclasses.replace(found, cure=cure) for found in uncured})
+        found = advice.stop(stop)
+        breaks[found.source] = found
+    if any(map(_uncured, breaks.values())):
+        cure = _tried_cure(model, args, kwargs, sum(len(record.sites) for record in records))
+        breaks = {source: _cured(found, cure) for source, found in breaks.items()}
+        for record in records:
+            record.ended_by = record.ended_by and breaks[record.ended_by.source]
     return Report(tuple(records), tuple(sorted(breaks.values(), key=_in_moe_first)))
 
 
-def _examine(gm: fx.GraphModule, index: int) -> GraphReport:
+def _check_model(model: object) -> None:
+    """Refuses what Dynamo would fail at in words of its own, a class even after marking it for good."""
+    expected = "moecompile.explain: expected a module or a function as the first argument, got"
+    if isinstance(model, type):
+        name = model.__name__
+        raise TypeError(f"{expected} the class {name}. Make an instance first: explain({name}(...), inputs).")
+    if not callable(model):
+        raise TypeError(
+            f"{expected} {model!r} of type {type(model).__name__}, which cannot be called. Write explain(model, x)."
+        )
+
+
+def _examine(records: list[GraphReport], gm: fx.GraphModule) -> None:
+    """Adds a captured graph's record to `records`, with what the passes find in it."""
     record = GraphReport.of(gm)
-    record.index = index
+    record.index = len(records)
     pipeline.run_passes(gm, Options.parse(None, None), record)
     obstacle = advice.obstacle_of(gm, record)
     if obstacle and not record.sites:
-        record.notes.append(str(obstacle))
-    return record
+        tried = obstacle.cure == advice.MAY_CAPTURE  # by `explain`: what came of it stands beside the graph break
+        record.notes.append(str(dataclasses.replace(obstacle, cure=None) if tried else obstacle))
+    records.append(record)
 
 
-def _fullgraph_cure(model: Callable[..., Any], args: Any, kwargs: Any, blocks: int) -> str | None:
-    """The cure `fullgraph=True`, if it is one: it lets Dynamo capture some of what it otherwise breaks at."""
-    found: list[GraphReport] = []
-    try:
-        capture(model, args, kwargs, lambda gm: found.append(_examine(gm, len(found))), fullgraph=True)
-    except Exception:
-        return None  # whatever stands in the way: it is no cure then
-    more = sum(len(record.sites) for record in found)
-    return f"torch.compile(..., fullgraph=True): tried, {more} blocks are found then" if more > blocks else None
+def _uncured(found: GraphBreak) -> bool:
+    return found.moe and found.cure != advice.SWITCH_EXPERTS
+
+
+def _cured(found: GraphBreak, cure: str | None) -> GraphBreak:
+    """A graph break with the cure that was tried; without one, not with what was tried and is none."""
+    if _uncured(found) and (cure or found.cure == advice.MAY_CAPTURE):
+        return dataclasses.replace(found, cure=cure or advice.NO_BRANCH)
+    if not cure and any(name in (found.cure or "") for name in _SIZES | _NUMBERS):
+        return dataclasses.replace(found, cure=None)
+    return found
+
+
+def _tried_cure(model: Callable[..., Any], args: Any, kwargs: Any, blocks: int) -> str | None:
+    """The first of `TRIALS` with which more than `blocks` are found, and what came of it; None if there is none."""
+    for change, settings, fullgraph in TRIALS:
+        found: list[GraphReport] = []
+        try:
+            with torch._dynamo.config.patch(settings):
+                stops = capture(model, args, kwargs, functools.partial(_examine, found), fullgraph=fullgraph)
+        except Exception:
+            continue  # whatever stands in the way: it is no cure then
+        more = sum(len(record.sites) for record in found)
+        if more > blocks and not any(stop.raised for stop in stops):
+            return f"{change}: tried, {counted(more, 'block')} {'is' if more == 1 else 'are'} found then"
+    return None
 
 
 def _in_moe_first(found: GraphBreak) -> bool:

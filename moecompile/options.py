@@ -33,7 +33,10 @@ class EnvironmentVariable:
 
 ENVIRONMENT: dict[str, EnvironmentVariable] = {
     "MOECOMPILE_DISABLE": EnvironmentVariable(
-        "0, 1", "0", "1: the backend hands every graph to Inductor untouched, to tell whether moecompile is to blame"
+        "0, 1",
+        "0",
+        "1: the backend hands every graph untouched to the lowering that was chosen, Inductor by default, to tell "
+        "whether moecompile is to blame",
     ),
     "MOECOMPILE_DISABLE_PASSES": EnvironmentVariable(
         "names, with commas between", "none", "passes to leave out, besides those of the option `disable`"
@@ -136,7 +139,7 @@ class Options:
 
 
 def environment_disables_backend() -> bool:
-    """Whether MOECOMPILE_DISABLE asks to hand every graph to Inductor untouched.
+    """Whether MOECOMPILE_DISABLE asks to hand every graph untouched to its lowering.
 
     Raises:
         ValueError: it is set to something else than 0 or 1.

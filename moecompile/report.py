@@ -15,12 +15,15 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from moecompile import recompilations
 
 if TYPE_CHECKING:
     from torch import fx
@@ -99,6 +102,10 @@ class GraphReport:
         verify: results of ``verify="first_call"``, one line each.
         notes: anything else the user should know, one line each.
         ended_by: the graph break at which the captured graph ends, if any.
+        around: frames around the captured graph that Dynamo gave up.
+        model: stands for the model that the graph is of, see `moecompile.callers`.
+        stage: how often `torch._dynamo.reset()` was called before, as far as compile ids tell; given by `record`.
+        context: Dynamo's, of this compilation.
     """
 
     index: int = -1
@@ -116,7 +123,16 @@ class GraphReport:
     verify: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ended_by: GraphBreak | None = None
+    around: tuple[GraphBreak, ...] = field(default=(), repr=False)
+    model: Hashable = field(default=None, repr=False, compare=False)
+    stage: int = field(default=0, repr=False)
+    context: weakref.ref[Any] | None = field(default=None, repr=False, compare=False)
     _logged: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    @property
+    def graph_breaks(self) -> tuple[GraphBreak, ...]:
+        """The places where Dynamo stopped capturing, as far as this graph tells: around it, and at its end."""
+        return (*self.around, self.ended_by) if self.ended_by else self.around
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> GraphReport:
@@ -126,7 +142,9 @@ class GraphReport:
         calls = [node for node in gm.graph.nodes if node.op.startswith("call") and node.stack_trace]
         reason: Any = getattr(gm, "compile_subgraph_reason", None)
         broken = reason is not None and reason.graph_break
+        context = torch._guards.CompileContext.try_get()
         return cls(
+            context=weakref.ref(context) if context else None,
             name=_frame_name(*frame_of(calls[0])) if calls else "",
             module=_common_path({module_of(node) for node in calls} - {""}),
             compile_id=str(torch._guards.CompileContext.current_compile_id() or ""),
@@ -143,7 +161,7 @@ class GraphReport:
             if text := getattr(self, name):
                 self._log(name, "string", functools.partial(str, text))
         if self.before:
-            report = Report((self,), (self.ended_by,) if self.ended_by else ())
+            report = Report((self,), self.graph_breaks)
             self._log("report", "string", lambda: report.text(width=100))
             self._log("report_json", "json", report.json)
 
@@ -170,6 +188,21 @@ class Report:
     def sites(self) -> tuple[Site, ...]:
         """Every MoE block rewritten, over all graphs (a recompiled graph counts again)."""
         return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def blocks(self) -> tuple[Site, ...]:
+        """The MoE blocks rewritten, each once, as the newest graph has it; none that `torch._dynamo.reset` forgot."""
+        return tuple(recompilations.once(self.current, lambda graph: graph.sites))
+
+    @property
+    def refused(self) -> tuple[NearMiss, ...]:
+        """The near misses, each once, as `blocks` does it."""
+        return tuple(recompilations.once(self.current, lambda graph: graph.near_misses))
+
+    @property
+    def current(self) -> tuple[GraphReport, ...]:
+        """The graphs compiled since the last `torch._dynamo.reset`."""
+        return tuple(graph for graph in self.graphs if graph.stage == self.graphs[-1].stage)
 
     @property
     def near_misses(self) -> tuple[NearMiss, ...]:
@@ -221,6 +254,11 @@ def record(graph_report: GraphReport) -> None:
     """Adds a graph's record and gives it its number; it may be filled in afterwards."""
     with _lock:
         graph_report.index = len(_graphs)
+        if _graphs:
+            graph_report.stage = max(graph.stage for graph in _graphs)
+            if recompilations.starts_over(graph_report, _graphs):
+                graph_report.stage += 1
+                _breaks.clear()
         _graphs.append(graph_report)
 
 
@@ -237,13 +275,16 @@ def record_graph_break(graph_break: GraphBreak) -> None:
 
 
 def last_report() -> Report:
-    """Everything compiled since the last `reset`, as it stands now: all graphs, recompilations, parts and stages."""
+    """Everything compiled since the last `reset`, as it stands now: all graphs, recompilations, parts and stages.
+
+    After `torch._dynamo.reset` the graph breaks from before it are left out, because all is captured anew.
+    """
     with _lock:
         graphs = tuple(
             dataclasses.replace(graph, passes=[*graph.passes], verify=[*graph.verify], notes=[*graph.notes])
             for graph in _graphs
         )
-        breaks = [*_breaks, *(graph.ended_by for graph in graphs if graph.ended_by)]
+        breaks = [*_breaks, *(found for graph in Report(graphs).current for found in graph.graph_breaks)]
     unique = {(each.source, each.reason): each for each in breaks}
     return Report(graphs, tuple(sorted(unique.values(), key=lambda each: not each.moe)))
 

@@ -79,11 +79,11 @@ def _file(name: str) -> str:
 def _tiles(report: Report) -> str:
     inside = sum(graph_break.moe for graph_break in report.graph_breaks)
     breaks = _plural(len(report.graph_breaks), "graph break") + (f", {inside} in MoE code" if inside else "")
-    blocks = _plural(len(report.sites), "MoE block")
+    blocks = _plural(len(report.blocks), "MoE block")
     milliseconds = sum(record.milliseconds for graph in report.graphs for record in graph.passes)
     tiles = [
-        ("good" * bool(report.sites), len(report.sites), f"{blocks} {'rewritten' if rewritten(report) else 'found'}"),
-        ("warn" * bool(report.near_misses), len(report.near_misses), _plural(len(report.near_misses), "near miss")),
+        ("good" * bool(report.blocks), len(report.blocks), f"{blocks} {'rewritten' if rewritten(report) else 'found'}"),
+        ("warn" * bool(report.refused), len(report.refused), _plural(len(report.refused), "near miss")),
         ("bad" if inside else "warn" * bool(report.graph_breaks), len(report.graph_breaks), breaks),
         ("", f"{milliseconds:.1f} ms", "in our passes"),
     ]
@@ -100,7 +100,7 @@ def _plural(number: int, thing: str) -> str:
 
 def _sites(report: Report) -> str:
     rows = []
-    for group in like_sites(report.sites):
+    for group in like_sites(report.blocks):
         cells = []
         for header, cell in zip(SITE_COLUMNS, site_cells(group), strict=True):
             kind = "number" if header in _NUMBERS else "code"
@@ -126,7 +126,7 @@ def _more(header: str, group: Sequence[Any]) -> str:
 
 def _near_misses(report: Report) -> str:
     entries = []
-    for misses in like_misses(report.near_misses):
+    for misses in like_misses(report.refused):
         miss = misses[0]
         modules = merged_paths([each.module for each in misses]) or "(no module)"
         title = f'<b class="code">{escape(modules)}</b> <span class="chip warn">resembles {escape(miss.form)}</span>'

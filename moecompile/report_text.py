@@ -27,7 +27,9 @@ _SHORT_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float6
 def render(report: Report, *, graphs: Literal["diff", "full", False] = False, width: int | None = None) -> str:
     """The whole report; see `Report.text`."""
     columns = width or min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
-    lines = [summary(report), f"torch {torch.__version__}, {counted(len(report.graphs), 'captured graph')}"]
+    forgotten = len(report.graphs) - len(report.current)
+    before = f", {forgotten} of them before torch._dynamo.reset()" if forgotten else ""
+    lines = [summary(report), f"torch {torch.__version__}, {counted(len(report.graphs), 'captured graph')}{before}"]
     lines += _sites(report, columns) + _near_misses(report, columns) + _graph_breaks(report, columns)
     for graph in report.graphs:
         lines += ["", *_graph(graph, columns)]
@@ -39,12 +41,25 @@ def render(report: Report, *, graphs: Literal["diff", "full", False] = False, wi
 def summary(report: Report) -> str:
     """One line: how many blocks were rewritten, how many nearly, how often capturing broke off."""
     if not report.graphs and not report.graph_breaks:
-        return 'moecompile: nothing was compiled with backend="moecompile" since the last reset'
+        return (
+            'moecompile: nothing was compiled with backend="moecompile" since the last reset\n'
+            "If a model was called, Dynamo captured nothing of it: moecompile.explain(model, ...) tells why."
+        )
     inside = sum(graph_break.moe for graph_break in report.graph_breaks)
-    parts = [f"{counted(len(report.sites), 'MoE block')} {'found' if not rewritten(report) else 'rewritten'}"]
-    parts.append(counted(len(report.near_misses), "near miss"))
+    what = "rewritten" if rewritten(report) else "found"
+    parts = [f"{counted(len(report.blocks), 'MoE block')} {what}{_recompilations(report)}"]
+    parts.append(counted(len(report.refused), "near miss"))
     parts.append(counted(len(report.graph_breaks), "graph break") + (f" ({inside} in MoE code)" if inside else ""))
     return f"moecompile: {', '.join(parts)}"
+
+
+def _recompilations(report: Report) -> str:
+    """Where graphs with blocks were recompiled, how often: the headline counts each block once."""
+    graphs = [graph for graph in report.current if graph.sites]
+    again = sum(graph.compile_id.partition("/")[2] not in ("", "0") for graph in graphs)
+    if not again or len(report.blocks) == sum(len(graph.sites) for graph in graphs):
+        return ""
+    return f" ({counted(len(graphs), 'graph')}: {counted(again, 'recompilation')})"
 
 
 def rewritten(report: Report) -> bool:
@@ -133,7 +148,7 @@ def graph_title(graph: GraphReport) -> str:
 
 def _sites(report: Report, width: int) -> list[str]:
     rows = []
-    for group in like_sites(report.sites):
+    for group in like_sites(report.blocks):
         cells = [str(len(group)), *site_cells(group)]
         details = site_details(group[0])
         if len(group[0].activation) > _LONG_ACTIVATION:
@@ -147,7 +162,7 @@ def _sites(report: Report, width: int) -> list[str]:
 
 
 def _near_misses(report: Report, width: int) -> list[str]:
-    groups = like_misses(report.near_misses)
+    groups = like_misses(report.refused)
     lines = ["", "Near misses: left as they were"] if groups else []
     for misses in groups:
         miss = misses[0]

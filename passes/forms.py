@@ -70,7 +70,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "expert_loop",
-        "a loop over all experts, each on the rows that chose it (Mixtral 4.x)",
+        "a loop over all experts, each on the rows that chose it (Mixtral 4.x); needs fullgraph=True",
         frozenset({"linear", "mm", "matmul"}),
         lambda traits: "rows" in traits.operations or {"split", "cat"} <= traits.operations,
         "for e in range(E): k, t = torch.where(mask[e]); out.index_add_(0, t, expert[e](x[t]) * w[t, k, None])",

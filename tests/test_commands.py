@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import moecompile
-from moecompile.commands import main
+from moecompile.commands import EXPLAIN_HELP, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,3 +173,17 @@ def test_python_dash_m():
     command = [sys.executable, "-m", "moecompile", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(verb in shown for verb in ("explain", "doctor", "demo"))
+
+
+def test_a_page_that_cannot_be_written_is_one_line(models, capsys):
+    page = models / "no_such_folder" / "report.html"
+    assert main(["explain", "some_models:pair", "--html", str(page)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m moecompile explain: --html: {page} cannot be written: No such file")
+
+
+def test_the_help_names_an_example_that_works(monkeypatch, capsys):
+    (target,) = re.findall(r"FILE:CALLABLE \((\S+)\)", EXPLAIN_HELP)
+    monkeypatch.chdir(ROOT)
+    assert main(["explain", target]) == 0
+    assert "2 MoE blocks rewritten" in capsys.readouterr().out

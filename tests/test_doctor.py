@@ -115,11 +115,12 @@ def without(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(importlib, "import_module", import_module)
 
 
-def test_cuda_python_is_not_needed_on_a_cpu(monkeypatch):
+def test_cuda_python_is_not_needed_and_nobody_is_told_to_install_it(monkeypatch):
     without(monkeypatch, "cuda.bindings", "cuda.bindings.nvrtc")
     findings = doctor.examine()
-    states = {finding.item: finding.state for finding in findings}
-    assert states["cuda-python"] == states["NVRTC"] == "missing"
+    found = {finding.item: finding for finding in findings}
+    for item in ("cuda-python", "NVRTC"):
+        assert found[item].state == "note" and found[item].cure == "" and doctor.NOT_NEEDED in found[item].found
     assert doctor.works_on_cpu(findings)
 
 
@@ -131,9 +132,8 @@ def test_nvrtc_library_missing(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: module)
     assert doctor._nvrtc("NVRTC") == doctor.Finding(
         "NVRTC",
-        "missing",
-        "libnvrtc does not load (RuntimeError); GPU kernels need it",
-        "pip install nvidia-cuda-nvrtc",
+        "note",
+        f"libnvrtc does not load (RuntimeError); {doctor.NOT_NEEDED}",
     )
     module.nvrtcVersion = lambda: (0, 13, 0)
     assert doctor._nvrtc("NVRTC") == doctor.Finding("NVRTC", "ok", "13.0")
@@ -142,12 +142,8 @@ def test_nvrtc_library_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("capabilities", "state", "found"),
     [
-        ([(9, 0), (9, 0)], "ok", "GPU0 (sm_90), GPU1 (sm_90)"),
-        (
-            [(9, 0), (8, 0)],
-            "note",
-            "GPU0 (sm_90), GPU1 (sm_80); not sm_90 throughout, so PyTorch's own grouped GEMM runs",
-        ),
+        ([(9, 0), (8, 0)], "ok", "GPU0 (sm_90), GPU1 (sm_80); the operators run PyTorch's grouped GEMM"),
+        ([(9, 0)], "ok", "GPU0 (sm_90); the operators run PyTorch's grouped GEMM"),
         ([], "missing", "the CPU is used"),
     ],
 )

@@ -87,6 +87,10 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def test_readme_links_every_document() -> None:
+    assert all(f"](docs/{path.name})" in README.read_text(encoding="utf-8") for path in DOCUMENTS[1:])
+
+
 def blocks(text: str) -> list[tuple[str, str]]:
     """Fenced blocks: language and content."""
     return re.findall(r"```(\w*)\n(.*?)```", text, flags=re.DOTALL)

@@ -76,6 +76,22 @@ def test_functions_and_keyword_arguments():
     assert len(moecompile.explain(lambda *, x: model(x), x=inputs()).sites) == 2
 
 
+def test_an_argument_may_be_named_model():
+    module = Model()
+    assert len(moecompile.explain(lambda *, model: module(model), model=inputs()).sites) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [(Part, r"got the class Part\. Make an instance first: explain\(Part\("), (3, "got 3 of type int")],
+)
+def test_what_is_no_model_is_refused(wrong: Any, said: str):
+    with pytest.raises(TypeError, match=said):
+        moecompile.explain(wrong, inputs())
+    part = Part(8)
+    assert torch.equal(torch.compile(part, backend="eager")(inputs()), part(inputs())), "the class is as it was"
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile", "layer.compile", "compiled layer"])
 def test_a_compiled_model_is_looked_at_as_one_whole(how: str):
     model: Any = Model()
@@ -148,9 +164,9 @@ def test_a_break_inside_moe_code_comes_first_with_a_cure():
     for _ in range(2):  # a frame that Dynamo gave up is tried again
         report = moecompile.explain(function, torch.randn(12, HIDDEN))
         inside, outside = report.graph_breaks[0], report.graph_breaks[-1]
-        assert inside.moe and inside.source.startswith("test_explain.py:") and inside.cure == advice.ONE_PRODUCT
+        assert inside.moe and inside.source.startswith("test_explain.py:") and inside.cure == advice.NO_BRANCH
         assert not outside.moe and "graph_break" in outside.reason
-    assert advice.ONE_PRODUCT in str(report)
+    assert "compute all experts in one grouped" in str(report)
 
 
 def test_counts_by_bincount_are_captured_if_dynamo_is_told_to():
@@ -175,9 +191,77 @@ def test_counts_by_bincount_are_captured_if_dynamo_is_told_to():
     assert "fullgraph=True" in (found.cure or "")
     reason = "Dynamic shape operator\n  Explanation: Operator `aten.bincount.default`'s output shape depends on data"
     frame = traceback.FrameSummary("moe.py", 3, "experts")
-    assert advice.graph_break(reason, [frame]).cure == advice.CAPTURE_COUNTS
+    assert advice.graph_break(reason, [frame]).cure == advice.MAY_CAPTURE
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         assert len(moecompile.explain(model, x).sites) == 1
+
+
+class Expert(nn.Module):
+    """One expert of a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in, self.w_out = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(F.silu(self.w_in(x)))
+
+
+class CountedLoop(nn.Module):
+    """A loop over all experts; `skip`: by counts in Python, without those that have no rows."""
+
+    def __init__(self, skip: bool, printing: bool = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 4)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+        self.skip, self.printing = skip, printing
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.printing:
+            torch._dynamo.graph_break()
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        counts = torch.bincount(ids.flatten(), minlength=4).tolist() if self.skip else []
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if not self.skip or counts[number] > 0:
+                token, choice = torch.where(ids == number)
+                out[token] += expert(x[token]) * weights[token, choice, None]
+        return out
+
+
+def test_a_cure_that_was_tried_and_is_none_is_not_proposed():
+    report = moecompile.explain(CountedLoop(skip=True), torch.randn(12, HIDDEN))
+    assert report.graph_breaks[0].moe and report.graph_breaks[0].cure == advice.NO_BRANCH
+    assert "capture_dynamic_output_shape_ops" not in str(report) and report.sites == ()
+
+
+def test_cures_that_were_tried_say_what_they_do():
+    x = torch.randn(12, HIDDEN)
+    (found, *_) = moecompile.explain(CountedLoop(skip=False), x).graph_breaks
+    assert found.cure == "torch.compile(..., fullgraph=True): tried, 1 block is found then"
+    report = moecompile.explain(CountedLoop(skip=False, printing=True), x)  # which fullgraph=True refuses
+    (found,) = (each for each in report.graph_breaks if each.moe and each.cure)
+    assert "capture_dynamic_output_shape_ops = True" in (found.cure or "") and "tried, 1 block" in (found.cure or "")
+
+
+def test_a_capture_that_raises_is_a_stop():
+    model, x = CountedLoop(skip=True), torch.randn(12, HIDDEN)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.compile(model, backend="eager")(x)
+        torch._dynamo.reset()
+        (found,) = moecompile.explain(model, x).graph_breaks
+    assert "data-dependent" in found.reason and "torch.compile would raise this too" in found.reason
+    assert found.cure == advice.NO_BRANCH
+
+
+def test_what_the_model_itself_raises_is_raised():
+    def fails(x: Tensor) -> Tensor:
+        raise KeyError("no such thing")
+
+    for model, x, error in ((nn.Linear(8, 8), torch.ones(2, 3), RuntimeError), (fails, torch.ones(2), KeyError)):
+        with pytest.raises(error):
+            moecompile.explain(model, x)
 
 
 def test_a_loop_over_all_experts_is_cured_by_fullgraph():
@@ -221,12 +305,6 @@ def test_one_warning_for_a_model_without_a_block(caplog: Any):
     assert len(warnings_of(caplog)) == 2
 
 
-def test_no_warning_where_something_was_rewritten(caplog: Any):
-    compiled(Model())(inputs())
-    compiled(nn.Linear(8, 8))(inputs())
-    assert not warnings_of(caplog)
-
-
 def test_a_layer_without_a_block_is_judged_after_the_others(caplog: Any):
     model = Model()
     model.layers.insert(0, Part(HIDDEN))
@@ -253,3 +331,58 @@ def test_the_warning_names_the_loop_and_its_cure(caplog: Any):
     compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
     (warning,) = warnings_of(caplog)
     assert "Python loop" in warning and "test_explain.py:" in warning and advice.ONE_PRODUCT in warning
+
+
+def test_the_warning_and_the_report_name_what_may_cure_a_loop_over_all_experts(caplog: Any):
+    compiled(CountedLoop(skip=False), fullgraph=False)(torch.randn(12, HIDDEN))
+    (warning,) = warnings_of(caplog)
+    report = moecompile.last_report()
+    assert "test_explain.py:" in warning and advice.MAY_CAPTURE in warning
+    assert any(found.moe and found.cure == advice.MAY_CAPTURE for found in report.graph_breaks)
+    assert any(advice.MAY_CAPTURE in note for graph in report.graphs for note in graph.notes)
+    assert "no graph breaks" not in str(report)
+
+
+def test_the_warning_counts_breaks_elsewhere(caplog: Any):
+    def function(x: Tensor) -> Tensor:
+        x = x.relu()
+        torch._dynamo.graph_break()
+        return x + 1
+
+    fast = compiled(function, fullgraph=False)
+    for _ in range(2):
+        fast(inputs())
+    (warning,) = warnings_of(caplog)
+    assert "Dynamo broke the graph at 1 place; `moecompile.explain(model, ...)` tells why" in warning
+
+
+def test_another_model_that_was_rewritten_hides_no_warning(caplog: Any):
+    compiled(Model())(inputs())
+    compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
+    (warning,) = warnings_of(caplog)
+    assert "Python loop" in warning
+    compiled(nn.Linear(8, 8))(inputs())
+    assert len(warnings_of(caplog)) == 2
+    compiled(HitLoop(), fullgraph=False)(torch.randn(12, HIDDEN))
+    assert len(warnings_of(caplog)) == 2, "the same warning says nothing new"
+
+
+def test_a_break_beside_a_rewritten_block_is_no_warning(caplog: Any):
+    model = Model()
+
+    def function(x: Tensor) -> Tensor:
+        x = model(x)
+        torch._dynamo.graph_break()
+        return x.relu()
+
+    fast = compiled(function, fullgraph=False)
+    for _ in range(3):
+        fast(inputs())
+    assert len(moecompile.last_report().sites) == 2 and not warnings_of(caplog)
+
+
+def test_no_warning_where_nothing_was_looked_for(caplog: Any, monkeypatch: pytest.MonkeyPatch):
+    compiled(nn.Linear(8, 8), disable=("detect",))(inputs())
+    monkeypatch.setenv("MOECOMPILE_DISABLE_PASSES", "detect")
+    compiled(nn.Linear(8, 4))(inputs())
+    assert len(moecompile.last_report().graphs) == 2 and not warnings_of(caplog)

@@ -108,6 +108,10 @@ def test_the_source_archive_holds_no_tests_and_no_second_copy(built: Built):
     assert not [name for name in names if name.startswith(("tests/", "moecompile/passes", "moecompile/codegen"))]
 
 
+def test_only_public_names_are_listed():
+    assert {name for name in dir(moecompile) if not name.startswith("__")} == {*moecompile.__all__} - {"__version__"}
+
+
 def test_every_public_name_resolves_and_no_module_bears_it():
     for name in moecompile.__all__:
         assert getattr(moecompile, name) is not None

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moecompile.graph_diff import diff_rows, unified
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report
 from moecompile.report_text import merged_paths, site_details, summary
 from report_samples import AFTER, BEFORE, MISS, UNUSUAL, full_report, site
+from small_models import Model, compiled, inputs
 
 
 def test_text(golden):
@@ -46,6 +48,7 @@ def test_print_is_the_text(capsys):
 
 def test_nothing_compiled_says_so():
     assert "nothing was compiled" in str(report.last_report())
+    assert "moecompile.explain(model, ...) tells why" in str(report.last_report())
 
 
 def test_found_but_not_rewritten():
@@ -119,6 +122,47 @@ def test_sites_and_near_misses_of_all_graphs():
     assert last.near_misses == (MISS, MISS)
     assert "  2  layers.[0-1]" in str(last)
     assert "model.layers.3.mlp (2)  resembles dense" in str(last)
+
+
+def graph_of(compile_id: str, *modules: str, **facts: Any) -> GraphReport:
+    return GraphReport(compile_id=compile_id, sites=tuple(map(site, modules)), **facts)
+
+
+def test_recompilations_count_no_block_twice():
+    for number in range(3):
+        report.record(graph_of(f"0/{number}", "layers.0", "layers.1", near_misses=(MISS, MISS)))
+    last = report.last_report()
+    assert len(last.sites) == 6 and len(last.near_misses) == 6
+    assert summary(last) == (
+        "moecompile: 2 MoE blocks rewritten (3 graphs: 2 recompilations), 2 near misses, no graph breaks"
+    ).replace("rewritten", "found")
+    assert "  2  layers.[0-1]" in str(last)
+    report.record(graph_of("1/0", "layers.0"))
+    report.record(graph_of("1/1", "layers.7"))
+    assert [each.module for each in report.last_report().blocks] == ["layers.0", "layers.1", "layers.0", "layers.7"]
+
+
+def test_what_dynamo_forgot_is_not_in_the_headline():
+    broken = GraphBreak("in the loop", "model.py:80", moe=True)
+    for compile_id in ("0/0", "1/0", "1/1", "3/0"):
+        report.record(graph_of(compile_id, "layers.0", ended_by=broken))
+    assert len(report.last_report().current) == 4
+    report.record(graph_of("2/0", "layers.9"))
+    last = report.last_report()
+    assert last.graph_breaks == () and [each.module for each in last.blocks] == ["layers.9"]
+    assert "5 captured graphs, 4 of them before torch._dynamo.reset()" in str(last)
+
+
+def test_a_compiled_model_that_is_compiled_again_after_a_reset():
+    model = Model()
+    compiled(model)(inputs())
+    torch._dynamo.reset()
+    fast = compiled(model)
+    for tokens in (12, 16, 20):
+        fast(inputs(tokens))
+    last = report.last_report()
+    assert [graph.stage for graph in last.graphs] == [0, 1, 1]
+    assert str(last).startswith("moecompile: 2 MoE blocks rewritten (2 graphs: 1 recompilation), no near misses")
 
 
 def test_threads_record_without_loss():
