@@ -37,7 +37,7 @@ from moecompile.passes.interpret import (
 )
 from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
-from moecompile.passes.provenance import module_of, source_of
+from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.recognise import (
     Block,
     weight_steps,
@@ -282,7 +282,7 @@ def _described(
         gate_up=block.gate_up,
         dtype=inner.cast or str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
         biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
-        module=module_of(anchor),
+        module=common_module(region),
         source=source_of(anchor),
         w_in_transposed=inner.transposed,
         w_out_transposed=block.out.transposed,

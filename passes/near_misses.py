@@ -26,7 +26,7 @@ from moecompile.passes.interpret import (
     is_routed,
     walk,
 )
-from moecompile.passes.provenance import module_of, source_of
+from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.rules_loop import Partial
 from moecompile.passes.site import NearMiss, Site
 from moecompile.passes.spelling import not_understood, operation_name
@@ -94,13 +94,13 @@ def near_misses(
             node, text = _first_difference(combine.node, reason, state)
             if _resembles(block, state) == "padded_bins" and (cause := state.first_refused(combine.node)) is not None:
                 node, text = cause, state.refusals[cause]
-            misses.append(_near_miss(node, text, block | after, state))
+            misses.append(_near_miss(node, text, block | after, [*products, combine.node], state))
             covered |= block
             for ids in dict.fromkeys(_chosen_by(node, state) for node in products):
                 covered.update(loops.pop(ids, ()) if ids is not None else ())
     for ids, turns in loops.items():
         if not covered.intersection(turns):
-            misses.append(_near_miss(*_loop_difference(ids, turns, state), set(turns), state))
+            misses.append(_near_miss(*_loop_difference(ids, turns, state), set(turns), turns, state))
         covered.update(turns)
     for node in state.graph.nodes:
         if node in covered or not _is_product(node, state):
@@ -112,7 +112,7 @@ def near_misses(
             else next((after for after in state.graph.nodes if after in block and after in state.refusals), node)
         )
         text = _between(place, state.refusals[place], state) if place in state.refusals else _NOT_SUMMED
-        misses.append(_near_miss(place, text, block | {node}, state))
+        misses.append(_near_miss(place, text, block | {node}, [node], state))
         covered |= block | {node}
     return list(dict.fromkeys(misses))
 
@@ -272,9 +272,13 @@ def _between(node: fx.Node, text: str | None, state: Interpretation) -> str:
     return f"{name} stands between the experts' products and {_BETWEEN.get(name, 'is not understood')}"
 
 
-def _near_miss(node: fx.Node, reason: str, block: set[fx.Node], state: Interpretation) -> NearMiss:
+def _near_miss(
+    node: fx.Node, reason: str, block: set[fx.Node], parts: Iterable[fx.Node], state: Interpretation
+) -> NearMiss:
+    """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
     cure = next((cure for part, cure in _CURES if part in reason), None)
-    return NearMiss(_resembles(block, state), reason, operation_name(node), module_of(node), source_of(node), cure)
+    module = common_module({node, *parts})
+    return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
 
 
 def _resembles(block: set[fx.Node], state: Interpretation) -> str:

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moecompile  # noqa: F401  (registers the operators)
+from fuzz_graphs import compare
 from moecompile.passes.detect import detect
 from moecompile.passes.site import NearMiss
+from rewriting import rewrite
 from zoo_capture import captured, captured_case
 from zoo_case import Refusal
 from zoo_refusals import REFUSALS
@@ -79,6 +81,17 @@ class Dropout(Loop):
         return F.dropout(hidden, 0.1, True)
 
 
+class Dropped(Loop):
+    """Mixtral's loop with a dropout that may be the identity."""
+
+    def __init__(self, p: float, training: bool, inplace: bool) -> None:
+        super().__init__()
+        self.told = (p, training, inplace)
+
+    def between(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, *self.told)
+
+
 class Adapter(Loop):
     def __init__(self) -> None:
         super().__init__()
@@ -142,6 +155,54 @@ def test_a_loop_is_one_near_miss(module: type[nn.Module], node: str, reason: str
     assert ("w + a @ b" in (miss.cure or "")) == (module is Adapter)
 
 
+@pytest.mark.parametrize(
+    ("p", "training", "inplace"),
+    [
+        *(
+            (p, training, inplace)
+            for p, training in ((0.0, True), (0, True), (0.3, False))
+            for inplace in (False, True)
+        ),
+        (0.3, True, False),
+        (1.0, True, False),
+    ],
+)
+def test_dropout_that_is_the_identity(p: float, training: bool, inplace: bool) -> None:
+    known = captured(Dropped(p, training, inplace), (torch.randn(12, HIDDEN),), fullgraph=True)
+    detection = detect(known.gm.graph)
+    if p > 0 and training:
+        assert not detection.sites
+        (miss,) = detection.near_misses
+        assert miss.reason == "dropout stands between the experts' products and is random"
+    else:
+        verdict = compare(known.gm, known.inputs, rewrite, (), "dropout")
+        assert (verdict.outcome, verdict.sites) == ("equal", 1), verdict.detail
+
+
+def test_dropout_of_a_module_in_eval_mode() -> None:
+    class Model(Loop):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def between(self, hidden: Tensor) -> Tensor:
+            return self.dropout(hidden)
+
+    assert not detect(captured(Model(), (torch.randn(12, HIDDEN),), fullgraph=True).gm.graph).sites
+    assert detect(captured(Model().eval(), (torch.randn(12, HIDDEN),), fullgraph=True).gm.graph).sites
+
+
+def test_dropout_of_rows_that_are_written_into() -> None:
+    class Model(Loop):
+        def between(self, hidden: Tensor) -> Tensor:
+            F.dropout(hidden, 0.0, True).mul_(0.5)
+            return hidden
+
+    known = captured(Model(), (torch.randn(12, HIDDEN),), fullgraph=True)
+    verdict = compare(known.gm, known.inputs, rewrite, (), "written")
+    assert verdict.outcome == "equal", verdict.detail
+
+
 def test_every_layer_has_its_own() -> None:
     first, second = misses_of(nn.Sequential(Normed(), Missing()))
     assert first.node == "rms_norm" and "add nothing" in second.reason
@@ -189,3 +250,29 @@ def test_the_operation_is_named(spelling: str, node: str, part: str) -> None:
 )
 def test_a_refused_loop_resembles_a_loop(refusal: Refusal) -> None:
     assert {miss.form for miss in detect(captured_case(refusal).gm.graph).near_misses} == {"expert_loop"}
+
+
+class Layers(nn.Module):
+    """Blocks in layers; its author calls `self` otherwise."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"moe": block}) for block in blocks)
+
+    def forward(me, x: Tensor) -> Tensor:
+        for layer in me.layers:
+            parts: Any = layer
+            x = x + parts["moe"](x)
+        return x
+
+
+def test_paths_are_the_blocks_own() -> None:
+    """Not those of an expert, or of the norm in one."""
+    detection = detect(captured(Layers(Loop(), Normed()), (torch.randn(12, HIDDEN),), fullgraph=True).gm.graph)
+    assert [site.module for site in detection.sites] == ["layers.0.moe"]
+    assert [miss.module for miss in detection.near_misses] == ["layers.1.moe"]
+
+
+def test_the_path_of_the_model_itself_is_empty() -> None:
+    assert detect(captured(Loop(), (torch.randn(12, HIDDEN),), fullgraph=True).gm.graph).sites[0].module == ""
+    assert misses_of(Normed())[0].module == ""
