@@ -282,7 +282,7 @@ def _described(
         gate_up=block.gate_up,
         dtype=inner.cast or str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
         biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
-        module=common_module(region),
+        module=common_module([*products, combine.node]),
         source=source_of(anchor),
         w_in_transposed=inner.transposed,
         w_out_transposed=block.out.transposed,
