@@ -21,7 +21,7 @@ from moecompile.passes.region import Layout
 from moecompile.passes.site import Operand, Site
 from moecompile.passes.spelling import operation_name
 
-_PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"})
+_MATRIX_PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _table_code(site: Site) -> set[fx.Node]:
             node in found
             or node in stops
             or node.op in ("placeholder", "get_attr")
-            or operation_name(node) in _PRODUCTS
+            or operation_name(node) in _MATRIX_PRODUCTS
         ):
             continue
         found.add(node)

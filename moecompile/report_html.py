@@ -128,7 +128,7 @@ def _near_misses(report: Report) -> str:
     entries = []
     for misses in like_misses(report.refused):
         miss = misses[0]
-        modules = merged_paths([each.module for each in misses]) or "(no module)"
+        modules = merged_paths([each.module for each in misses])
         title = f'<b class="code">{escape(modules)}</b> <span class="chip warn">resembles {escape(miss.form)}</span>'
         if len(misses) > 1:
             title += f'<span class="chip">{len(misses)} blocks</span>'

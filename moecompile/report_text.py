@@ -80,7 +80,7 @@ def like_misses(near_misses: Iterable[NearMiss]) -> list[list[NearMiss]]:
 def site_cells(group: Sequence[Site]) -> tuple[str, ...]:
     """The cells of `SITE_COLUMNS` for sites that differ in their module only."""
     site = group[0]
-    modules = merged_paths([each.module for each in group]) or "(no module)"
+    modules = merged_paths([each.module for each in group])
     sizes = (site.num_experts, site.top_k, site.hidden, site.intermediate)
     return (
         modules,
@@ -112,7 +112,7 @@ def site_details(site: Site) -> str:
 
 def merged_paths(paths: Sequence[str]) -> str:
     """Module paths as one: ``layers.0.mlp`` and ``layers.1.mlp`` give ``layers.[0-1].mlp``; others are listed."""
-    distinct = sorted(set(paths), key=_natural)
+    distinct = sorted({path or "(no module)" for path in paths}, key=_natural)
     split = [path.split(".") for path in distinct]
     if len(distinct) > 1 and len({len(parts) for parts in split}) == 1:
         differing = [place for place, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1]
@@ -166,7 +166,7 @@ def _near_misses(report: Report, width: int) -> list[str]:
     lines = ["", "Near misses: left as they were"] if groups else []
     for misses in groups:
         miss = misses[0]
-        modules = merged_paths([each.module for each in misses]) or "(no module)"
+        modules = merged_paths([each.module for each in misses])
         times = f" ({len(misses)})" if len(misses) > 1 else ""
         lines.append(f"  {modules}{times}  resembles {miss.form}")
         lines += _labelled("why", miss.reason, width)

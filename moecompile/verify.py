@@ -127,7 +127,7 @@ def verify(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence
     differences = _differences(untouched, sites, example_inputs)
     for number, difference in sorted(differences.items()):
         site = sites[number]
-        where = f"block {number} ({site.form}, {site.module or 'no module'}, {site.source})"
+        where = f"block {number} ({site.form}, {site.module or '(no module)'}, {site.source})"
         record.verify.append(f"{where}: {difference}")
         if not difference.small:
             log.warning(

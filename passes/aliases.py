@@ -21,8 +21,7 @@ class Aliases:
     """Which tensors of a graph may share memory, and which names stand for exactly the same elements.
 
     Views share the storage of their FakeTensor, which Dynamo's own tracing kept true; operations that may or may
-    not copy (reshape, to, contiguous)
-    are told apart by it as well. What has no FakeTensor is taken to alias nothing.
+    not copy (reshape, to, contiguous) are told apart by it as well. What has no FakeTensor is taken to alias nothing.
     """
 
     def __init__(self, graph: fx.Graph) -> None:

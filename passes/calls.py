@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-# canonical name -> (signature, spellings). A spelling is a function, "torch.x.y" looked up when used (it may not
-# exist in every version),
-# or ".method". A signature entry "name=default" has a default; "*name" takes the remaining positional arguments.
+# canonical name -> (signature, spellings). A spelling is a function, "torch.x.y" looked up when used (it may not exist
+# in every version), or ".method". A signature entry "name=default" has a default; "*name" takes the remaining
+# positional arguments.
 _F = "torch.nn.functional."
 _NN = "torch._C._nn."
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -185,6 +185,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
         name: ("input", (f"torch.{name}", f".{name}", f"{_F}{name}"))
         for name in "sigmoid tanh exp log log1p sqrt rsqrt reciprocal abs sign square erf".split()
     },
+    "dropout": ("input p=0.5 training=True inplace=False", (_F + "dropout", "torch.dropout")),
     "relu": ("input inplace=False", ("torch.relu", ".relu", _F + "relu")),
     **{
         name: ("input inplace=False", (f"{_F}{name}", f"{_NN}{name}"))
@@ -213,10 +214,10 @@ _WRITES = frozenset({"setitem"})
 _HARMLESS = frozenset({"device", "pin_memory", "layout", "memory_format", "requires_grad", "non_blocking", "copy"})
 
 
-# operations that write into their input if a parameter says so
 # arguments that make a function write, and those that keep it from doing so where they are false
 _TELLING = ("inplace", "max_norm", "running_mean", "running_var")
 _ALLOWING = ("training", "use_input_stats")
+# operations of the table that write into their input if a parameter says so
 _WRITE_IF_TOLD = frozenset(
     name for name, (signature, _) in TABLE.items() if any(f"{word}=" in signature for word in _TELLING)
 )

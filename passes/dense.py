@@ -4,8 +4,7 @@
   = sum over k of  F_ids[t,k](x[t], G[t, ids[t, k]])      if  F_e(x, 0) = 0  and the ids of a token are distinct
 
 Where G vanishes its derivative must vanish as well, or the router's gradient would differ: `Interpretation.sparse`
-holds only such leaves (a scatter
-into a constant, and functions of it that are flat there).
+holds only such leaves (a scatter into a constant, and functions of it that are flat there).
 """
 
 from __future__ import annotations

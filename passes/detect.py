@@ -29,7 +29,7 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import writes
 from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.expert_products import Product, feature_atoms
-from moecompile.passes.forms import FORMS, Traits, form_of
+from moecompile.passes.forms import ANCHORS, Traits, form_of
 from moecompile.passes.interpret import (
     Combine,
     Interpretation,
@@ -39,7 +39,7 @@ from moecompile.passes.interpret import (
 )
 from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
-from moecompile.passes.provenance import module_of, source_of
+from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.recognise import (
     Block,
     weight_steps,
@@ -61,7 +61,7 @@ from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
 
 def detect(graph: fx.Graph) -> Detection:
     """All Sites and near misses of the graph, in program order."""
-    if not any(_may_be_product(node) for node in graph.nodes):
+    if not any(_is_call(node) for node in graph.nodes):
         return Detection((), ())
     state = interpret(graph)
     layout = Layout(graph, state)
@@ -78,7 +78,8 @@ def detect(graph: fx.Graph) -> Detection:
     return Detection(tuple(sites), tuple(near_misses(state, sites, refused)))
 
 
-def _may_be_product(node: fx.Node) -> bool:
+def _is_call(node: fx.Node) -> bool:
+    """Whether the node may be bound: a call that is not of a higher-order operator."""
     return node.op in ("call_function", "call_method") and not isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
@@ -266,7 +267,7 @@ def _described(
         names = frozenset({"capacity"})
     traits = Traits(names, block.gate_up, state.calls[combine.node].name)
     inner = block.inner[0]
-    products = [node for node in region if node in state.calls and state.calls[node].name in _PRODUCTS]
+    products = [node for node in region if node in state.calls and state.calls[node].name in ANCHORS]
     anchor = min(products, key=lambda node: layout.position[node], default=combine.node)
     width, hidden = radix.group_size((block.out.over,)), radix.group_size((inner.over,))
     assert isinstance(width, int) and isinstance(hidden, int)
@@ -283,7 +284,7 @@ def _described(
         gate_up=block.gate_up,
         dtype=inner.cast or str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
         biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
-        module=module_of(anchor),
+        module=common_module([*products, combine.node]),
         source=source_of(anchor),
         w_in_transposed=inner.transposed,
         w_out_transposed=block.out.transposed,
@@ -295,6 +296,3 @@ def _described(
         operands=operands,
         region=region,
     )
-
-
-_PRODUCTS = frozenset(name for form in FORMS for name in form.anchors)

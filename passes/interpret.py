@@ -27,8 +27,9 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix, terms
-from moecompile.passes.aliases import Aliases, fake_of
+from moecompile.passes.aliases import Aliases, fake_of, tensors_in
 from moecompile.passes.calls import Call, bind, writes
+from moecompile.passes.spelling import not_understood
 from moecompile.passes.terms import (
     Atom,
     Constant,
@@ -256,9 +257,10 @@ def interpret(graph: fx.Graph) -> Interpretation:
             not mutates
             and node.op != "output"
             and (call is None or call.name not in RULES)
+            and tensors_in(fake_of(node))  # a size, or a check of one, loses no meaning
             and any(is_routed(state.values.get(argument)) for argument in node.all_input_nodes)
         ):
-            state.refusals.setdefault(node, f"{node.target} is not an operation that detection understands")
+            state.refusals.setdefault(node, not_understood(node))
         if mutates:
             state.writers[node] = state.aliases.written(node)
             _write(state, node, outcome if isinstance(outcome, Value) else None)

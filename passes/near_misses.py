@@ -1,34 +1,59 @@
 """Name the blocks that were not rewritten: what they resemble, what differed first, and the cure if there is one.
 
-An expert product (a grouped GEMM, or a product with weights looked up by expert) that no Site covers is a near miss.
-The reason is the one that a refused sum gave; if a tensor inside it was not understood, the operation that made it so;
-else the first operation after the product that no rule explains.
+Experts' products (grouped GEMMs, products with weights looked up by expert, products of rows that chose one expert)
+that no Site covers are a near miss. The reason is the one that a refused sum gave; if a tensor inside it was not
+understood, the operation that made it so; else the first operation after the product that no rule explains. Turns of
+one loop belong together: they are known by the ids that their rows were chosen by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
+import torch
 from torch import fx
 
 from moecompile.passes import terms
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import concerns_bins
+from moecompile.passes.forms import ANCHORS, Traces, resembled_form
 from moecompile.passes.interpret import (
     Combine,
     Interpretation,
     Refused,
+    is_plain,
+    is_routed,
     walk,
 )
-from moecompile.passes.provenance import module_of, source_of
+from moecompile.passes.provenance import common_module, source_of
+from moecompile.passes.rules_loop import Partial
 from moecompile.passes.site import NearMiss, Site
-from moecompile.passes.spelling import operation_name
+from moecompile.passes.spelling import not_understood, operation_name
 from moecompile.passes.terms import (
+    Content,
     Contract,
     Element,
+    Equals,
+    Special,
 )
 
 # how far a reason is looked for, in nodes: a block has some dozens, a model has thousands
 _REACH = 80
+
+_NOT_SUMMED = "the experts' results are not summed into tokens the way a known form does"
+
+# operations that are known to be something else than arithmetic of single elements, and what they are
+_BETWEEN = {
+    **dict.fromkeys(
+        "rms_norm layer_norm group_norm batch_norm instance_norm normalize softmax log_softmax cumsum".split(),
+        "is not elementwise",
+    ),
+    **dict.fromkeys(
+        "dropout alpha_dropout feature_dropout feature_alpha_dropout bernoulli rand_like randn_like".split(),
+        "is random",
+    ),
+}
 
 # part of a reason -> what the user can do
 _CURES: tuple[tuple[str, str], ...] = (
@@ -43,6 +68,10 @@ _CURES: tuple[tuple[str, str], ...] = (
         "compute what is needed outside from the block's result, or from its tokens and routing values",
     ),
     ("writes into", "write a new tensor instead of changing this one in place"),
+    (
+        "adapter inside the experts",
+        "merge the adapter into the experts' weights before the product, `w + a @ b`: that is found",
+    ),
     ("ids may lie outside", "choose the experts with topk or argmax over as many scores as the loop has turns"),
 )
 
@@ -52,18 +81,27 @@ def near_misses(
 ) -> list[NearMiss]:
     """One near miss for each group of connected expert products that no Site covers, in program order."""
     covered = {node for site in sites for node in site.region}
+    loops = _loops(state)
     misses: list[NearMiss] = []
     for combine, reason in refused:
         if combine.node in covered or not _sums_experts(combine):
             continue
         block = set(_reachable([combine.node], lambda node: node.all_input_nodes))
-        if any(_is_product(node, state) and node not in covered for node in block):
+        products = [node for node in block if _is_product(node, state) and node not in covered]
+        if products:
+            # a sum may be what makes the form, and the refusal may be of rows before it
+            after = set(islice(_reachable(combine.node.users, lambda node: node.users), 8))
             node, text = _first_difference(combine.node, reason, state)
-            cause = state.first_refused(combine.node) if _resembles(block, state) == "padded_bins" else None
-            if cause is not None:
+            if _resembles(block, state) == "padded_bins" and (cause := state.first_refused(combine.node)) is not None:
                 node, text = cause, state.refusals[cause]
-            misses.append(_near_miss(node, text, block, state))
+            misses.append(_near_miss(node, text, block | after, [*products, combine.node], state))
             covered |= block
+            for ids in dict.fromkeys(_chosen_by(node, state) for node in products):
+                covered.update(loops.pop(ids, ()) if ids is not None else ())
+    for ids, turns in loops.items():
+        if not covered.intersection(turns):
+            misses.append(_near_miss(*_loop_difference(ids, turns, state), set(turns), turns, state))
+        covered.update(turns)
     for node in state.graph.nodes:
         if node in covered or not _is_product(node, state):
             continue
@@ -73,8 +111,8 @@ def near_misses(
             if node in state.refusals
             else next((after for after in state.graph.nodes if after in block and after in state.refusals), node)
         )
-        text = state.refusals.get(place, "the experts' results are not summed into tokens the way a known form does")
-        misses.append(_near_miss(place, text, block | {node}, state))
+        text = _between(place, state.refusals[place], state) if place in state.refusals else _NOT_SUMMED
+        misses.append(_near_miss(place, text, block | {node}, [node], state))
         covered |= block | {node}
     return list(dict.fromkeys(misses))
 
@@ -98,6 +136,8 @@ def _is_product(node: fx.Node, state: Interpretation) -> bool:
         return False
     if call.name in ("grouped_mm", "grouped_mm_fallback"):
         return True
+    if call.name in ANCHORS and _chosen_by(node, state) is not None:
+        return True
     content = state.values[node].content if node in state.values else None
     return isinstance(content, Contract) and any(
         (isinstance(side, Element) and any(isinstance(part, (terms.Looked, terms.Fixed)) for part in side.index))
@@ -111,7 +151,7 @@ def _is_stack(content: terms.Content) -> bool:
     return isinstance(content, Element) and len(content.index) >= 3
 
 
-def _reachable(start: Iterable[fx.Node], step: object) -> Iterator[fx.Node]:
+def _reachable(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
     """Nodes within reach, nearest first."""
     seen: dict[fx.Node, None] = {}
     waiting = list(start)
@@ -121,45 +161,149 @@ def _reachable(start: Iterable[fx.Node], step: object) -> Iterator[fx.Node]:
             continue
         seen[node] = None
         yield node
-        waiting += list(step(node))  # type: ignore[operator]
+        waiting += step(node)
+
+
+# ---- loops over experts
+
+
+def _chosen_by(node: fx.Node, state: Interpretation) -> Content | None:
+    """The ids by which the rows at a node were chosen, if they are the rows of one expert."""
+    value = state.values.get(node)
+    for group in value.dims if value is not None else ():
+        for atom in group:
+            if atom.variable.kind == "rows" and isinstance(atom.variable.by, Equals):
+                return atom.variable.by.content
+    return None
+
+
+def _loops(state: Interpretation) -> dict[Content, list[fx.Node]]:
+    """Ids -> the products of rows that were chosen by them, and the operations on such rows that were refused."""
+    found: dict[Content, list[fx.Node]] = {}
+    for node in state.graph.nodes:
+        if node in state.refusals:
+            keys = [_chosen_by(argument, state) for argument in node.all_input_nodes]
+        else:
+            keys = [_chosen_by(node, state)] if _is_product(node, state) else []
+        for ids in dict.fromkeys(keys):
+            if ids is not None:
+                found.setdefault(ids, []).append(node)
+    for turns in found.values():  # products of what a refused operation made are known by nothing else
+        after = _reachable([node for node in turns if node in state.refusals], lambda node: node.users)
+        turns += [node for node in after if _is_product(node, state) and _chosen_by(node, state) is None]
+    return {ids: turns for ids, turns in found.items() if any(_leads_to_product(node, state) for node in turns)}
+
+
+def _leads_to_product(node: fx.Node, state: Interpretation) -> bool:
+    """Whether the node is a matrix product, or one is made of it."""
+    return any(
+        after in state.calls and state.calls[after].name in ANCHORS
+        for after in _reachable([node], lambda node: node.users)
+    )
+
+
+def _loop_difference(ids: Content, turns: Sequence[fx.Node], state: Interpretation) -> tuple[fx.Node, str]:
+    """Why the turns of a loop make no sum: an operation that was refused, or experts that add nothing to it."""
+    refused = next((node for node in turns if node in state.refusals), None)
+    if refused is not None:
+        return refused, _between(refused, state.refusals[refused], state)
+    partials = [
+        value.content.about[0]
+        for value in state.values.values()
+        if isinstance(value.content, Special) and value.content.kind == "partial" and value.content.about[1] == ids
+    ]
+    partial: Partial | None = max(partials, key=lambda partial: len(partial.terms), default=None)
+    if partial is None or not isinstance(partial.num_experts, int):
+        return turns[0], _NOT_SUMMED
+    missing = sorted(set(range(partial.num_experts)) - {expert for expert, _ in partial.terms})
+    names = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
+    return (
+        partial.nodes[-1],
+        f"of {partial.num_experts} experts that the ids may name, these add nothing to the sum: {names}",
+    )
+
+
+# ---- the first difference
 
 
 def _first_difference(node: fx.Node, reason: Refused, state: Interpretation) -> tuple[fx.Node, str]:
     """The operation that a refusal comes down to: the one that made a tensor which is not understood."""
     if reason.node is None:
-        return node, str(reason)
+        lost = _first_lost(node, state)
+        return (node, str(reason)) if lost is None else (lost, _between(lost, state.refusals.get(lost), state))
     for earlier in _reachable([reason.node], lambda node: node.all_input_nodes):
         if earlier in state.refusals:
-            return earlier, state.refusals[earlier]
-    return reason.node, str(reason)
+            return earlier, _between(earlier, state.refusals[earlier], state)
+    if reason.node.op not in ("placeholder", "get_attr"):
+        return reason.node, str(reason)
+    # an input of the graph: where it meets the experts' rows
+    meets = set(_reachable(reason.node.users, lambda node: node.users))
+    routed = (each for each in state.graph.nodes if each in meets and is_routed(state.values.get(each)))
+    return next(routed, node), str(reason)
 
 
-def _near_miss(node: fx.Node, reason: str, block: set[fx.Node], state: Interpretation) -> NearMiss:
+def _first_lost(end: fx.Node, state: Interpretation) -> fx.Node | None:
+    """The first operation on the way to a sum that took experts' results and made something of unknown meaning."""
+    sums = {combine.node for combine in state.combines}
+    way = set(_reachable(end.all_input_nodes, lambda node: () if node in sums else node.all_input_nodes))
+    return next((node for node in state.graph.nodes if node in way - sums and _loses(node, state)), None)
+
+
+def _loses(node: fx.Node, state: Interpretation) -> bool:
+    value = state.values.get(node)
+    own = Element(node, value.content.index) if value is not None and isinstance(value.content, Element) else None
+    known = value is not None and not (is_plain(value) and value.content == own)
+    if known or node in state.results or node in state.writers or not isinstance(fake_of(node), torch.Tensor):
+        return False
+    inputs = [state.values[argument] for argument in node.all_input_nodes if argument in state.values]
+    return any(isinstance(inner, Contract) for each in inputs for inner in walk(each.content))
+
+
+def _between(node: fx.Node, text: str | None, state: Interpretation) -> str:
+    """What is said of an operation that was not understood, if a product of its result follows."""
+    general = not_understood(node)
+    if text not in (None, general) and operation_name(node) not in _BETWEEN:
+        return text or general
+    inputs = [state.values[argument] for argument in node.all_input_nodes if argument in state.values]
+    after_product = any(isinstance(inner, Contract) for each in inputs for inner in walk(each.content))
+    if not after_product or not any(_leads_to_product(user, state) for user in node.users):
+        return text or general
+    name = operation_name(node)
+    return f"{name} stands between the experts' products and {_BETWEEN.get(name, 'is not understood')}"
+
+
+def _near_miss(
+    node: fx.Node, reason: str, block: set[fx.Node], parts: Iterable[fx.Node], state: Interpretation
+) -> NearMiss:
+    """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
     cure = next((cure for part, cure in _CURES if part in reason), None)
-    return NearMiss(_resembles(block, state), reason, operation_name(node), module_of(node), source_of(node), cure)
+    module = common_module({node, *parts})
+    return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
 
 
 def _resembles(block: set[fx.Node], state: Interpretation) -> str:
-    names = {state.calls[node].name for node in block if node in state.calls}
-    looked = any(
-        isinstance(part, terms.Looked)
-        for node in block
-        if node in state.values
-        for part in _index_of(state.values[node].content)
+    before = set(_reachable(block, lambda node: node.all_input_nodes))
+    names, names_before = (
+        frozenset(state.calls[node].name for node in nodes if node in state.calls) for nodes in (block, before)
     )
-    if any(concerns_bins(state.values[node].content) for node in block if node in state.values):
-        return "padded_bins"
-    if names & {"grouped_mm", "grouped_mm_fallback"}:
-        return "torchtitan" if names & {"scatter_add", "index_add"} else "grouped_mm"
-    before = _reachable(block, lambda node: node.all_input_nodes)
-    if any(node in state.calls and state.calls[node].name == "cumsum" for node in before):
-        return "capacity"
-    if "nonzero" in names or "where" in names:
-        return "expert_loop"
-    if looked:
-        return "gather_einsum" if "einsum" in names else "batched_mm"
-    return "dense"
+    contents = [state.values[node].content for node in block if node in state.values]
+    rows = {each for node in block for each in (node, *node.all_input_nodes)}
+    return resembled_form(
+        Traces(
+            names,
+            counts="cumsum" in names_before,
+            padded=any(map(concerns_bins, contents)),
+            turns=any(_chosen_by(node, state) is not None or _selects(node, state) for node in rows | before),
+            looked_up=any(isinstance(part, terms.Looked) for content in contents for part in _index_of(content)),
+        )
+    )
 
 
-def _index_of(content: terms.Content) -> tuple[terms.Part, ...]:
+def _selects(node: fx.Node, state: Interpretation) -> bool:
+    """Whether the node gives the places where a mask is true."""
+    call = state.calls.get(node)
+    return call is not None and (call.name == "nonzero" or (call.name == "where" and call["input"] is None))
+
+
+def _index_of(content: Content) -> tuple[terms.Part, ...]:
     return content.index if isinstance(content, Element) else ()

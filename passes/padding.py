@@ -1,17 +1,15 @@
 """What stands at padded slots of no row, and why it reaches nothing.
 
 A tensor of padded slots has the meaning of its rows (passes/rules_padded.py); this room proves that the other slots
-add nothing, to the result or to a
-gradient. Slots of none lie in the bins, below the last bin's end, where grouped GEMMs read and write, or in the tail
-above it, which grouped GEMMs leave
-as it was: uninitialised memory, in their gradients too.
+add nothing, to the result or to a gradient. Slots of none lie in the bins, below the last bin's end, where grouped
+GEMMs read and write, or in the tail above it, which grouped GEMMs leave as it was: uninitialised memory, in their
+gradients too.
 
 Contract: `check_padding` walks a block's nodes in program order and raises Refused unless
 - rows reach padded slots by ways that let no gradient of an unfilled slot through: written into zeros, read from
   appended zeros, or masked,
 - every GEMM reads finite numbers in the bins, and every operation between has a finite value and derivative there: the
-  gradients that arrive from the
-  results' readers are zero, and zero times finite stays zero in the weights' gradients,
+  gradients that arrive from the results' readers are zero, and zero times finite stays zero in the weights' gradients,
 - rows of unfilled slots that are added to a token's sum are exactly zero, tail included.
 
 Inference asks less: where no gradient is wanted, what a GEMM reads at unfilled slots concerns nobody.
@@ -57,12 +55,12 @@ class Unfilled:
 _ANYTHING = Unfilled(known=False, whole=False)
 _VIEWS = frozenset(
     "view view_as flatten unflatten unsqueeze squeeze transpose t permute getattr expand expand_as contiguous clone "
-    "chunk split tensor_split unbind select narrow getitem".split()
+    "chunk split tensor_split unbind select narrow getitem dropout".split()  # a dropout of known meaning drops nothing
 )
 _PUTS = frozenset({"setitem", "index_put", "index_copy", "scatter"})
 _READS = frozenset({"getitem", "index_select", "embedding", "gather", "take_along_dim"})
 _ADDS = frozenset({"index_add", "scatter_add", "index_put"})
-_PRODUCTS = frozenset({"grouped_mm", "grouped_mm_fallback"})
+_GROUPED = frozenset({"grouped_mm", "grouped_mm_fallback"})
 
 
 def check_padding(region: frozenset[fx.Node], state: Interpretation, layout: Layout) -> bool:
@@ -142,7 +140,7 @@ class _Walk:
             return self._read(call)
         if name in ("where", "masked_fill"):
             return self._masked(call)
-        if name in _PRODUCTS:
+        if name in _GROUPED:
             return self._product(call)
         if name == "cast":
             return self._of(source)

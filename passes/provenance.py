@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,17 +30,38 @@ _PIECE = re.compile(r"""\[\s*(?:'([^']*)'|"([^"]*)"|(-?\d+))\s*\]|\.?([A-Za-z_0-
 _GETATTR = re.compile(r"""getattr\(([^()]*),\s*['"]([^'"]*)['"]\)""")
 
 
+# The name of a module that is the captured frame's own (``L['self']``, or whatever its first argument is called), where
+# it owns something. A function's module argument is one as well, if the function calls its parts one by one.
+_ROOT = re.compile(r"""^L\[['"]\w+['"]\](?=\.)""")
+
+
 def module_of(node: fx.Node) -> str:
     """Path of the innermost module whose forward made the node, e.g. ``model.layers.0.mlp``.
 
     A node of a backward graph answers with the module of its forward node. The empty string: the root module,
     or functional code.
     """
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    innermost = list(stack.values())[-1]
-    return readable_path(innermost[0] if isinstance(innermost, tuple) else str(innermost))
+    return (_modules_of(node) or ("",))[-1]
+
+
+def common_module(nodes: Iterable[fx.Node]) -> str:
+    """Path of the innermost module whose forward made all the nodes, its parts' forwards included."""
+    stacks = [_modules_of(node) for node in nodes if node.op in ("call_function", "call_method", "call_module")]
+    common = ""
+    for column in zip(*stacks, strict=False):
+        if len(set(column)) > 1:
+            break
+        common = column[0]
+    return common
+
+
+def _modules_of(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules whose forwards made the node, the outermost first."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    sources = tuple(entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values())
+    # the frame's own module is not in the stack: what all paths then begin with is its name
+    own = bool(sources) and _ROOT.match(sources[0]) is not None
+    return tuple(readable_path(_ROOT.sub("", source) if own else source) for source in sources)
 
 
 def source_of(node: fx.Node) -> str:

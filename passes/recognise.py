@@ -19,7 +19,7 @@ from typing import TypeAlias
 from torch import fx
 
 from moecompile.codegen import expression
-from moecompile.passes import radix, substitution
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.expert_products import Product, feature_atoms, product_of, unit_product_of
 from moecompile.passes.interpret import (
@@ -201,6 +201,7 @@ def _out_leaf(content: Content, block: Block) -> str | None:
     if product is None:
         return None
     if block.out is not None and block.out != product:
+        _check_adapters(block.out, product)
         raise Refused("the results of two different expert GEMMs are mixed")
     if (product.start, product.step) != (0, 1) or product.width != product.extent:
         raise Refused("only a part of the second GEMM's output is used")
@@ -235,6 +236,7 @@ def _name_gate_and_up(block: Block) -> None:
     """Decide from the features they cover which product is the gate's; write the activation in these names."""
     if not block.inner:
         raise Refused("the rows of the second expert GEMM do not come from a first one")
+    _check_adapters(*block.inner)
     if len({product.over.size for product in block.inner}) > 1:
         raise Refused("gate and up sum over different dimensions")
     layouts = [(product.weight, product.start, product.step, product.width, product.extent) for product in block.inner]
@@ -259,6 +261,18 @@ def _name_gate_and_up(block: Block) -> None:
     else:
         raise Refused(f"{len(layouts)} parts of first GEMMs, or only some of their features, enter the activation")
     _rename_leaves(block)
+
+
+def _check_adapters(*products: Product) -> None:
+    """No product of a product may stand beside one of the same rows.
+
+    What it adds could be added to the weight instead: (x @ a) @ b + x @ w is x @ (w + a @ b).
+    """
+    adapters = [product for product in products if isinstance(terms.uncast(product.rows)[0], Contract)]
+    if adapters and len(adapters) < len(products):
+        weight = adapters[0].weight
+        node = weight.nodes[0] if isinstance(weight, Stacked) else weight
+        raise Refused("an adapter inside the experts: a product of a product is added to a product", node)
 
 
 def _dtypes(product: Product) -> tuple[str | None, str | None]:

@@ -21,6 +21,7 @@ from moecompile.passes.interpret import (
     Refused,
     Rule,
 )
+from moecompile.passes.spelling import not_understood
 from moecompile.passes.terms import (
     Value,
 )
@@ -44,7 +45,7 @@ def _before(own: Rule, general: Rule | None) -> Rule:
             return own(call, state)
         except Passed:
             if general is None:
-                raise Refused(f"{call.node.target} is not an operation that detection understands") from None
+                raise Refused(not_understood(call.node)) from None
             return general(call, state)
         except Refused as reason:
             state.refusals[call.node] = str(reason)

@@ -85,10 +85,7 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
 
 
 def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
-    """The weight of each token's choice of one expert, read at the tokens that chose it.
-
-    The weight of those assignments.
-    """
+    """The weights of one expert's choices, read at the tokens that chose it: the weights of those assignments."""
     content = value.content
     if not isinstance(content, Special) or content.kind != "picked" or len(lookups) != 1:
         return None

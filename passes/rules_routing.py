@@ -18,6 +18,7 @@ from moecompile.passes.interpret import (
     Sparse,
 )
 from moecompile.passes.rules_views import holds_integers
+from moecompile.passes.spelling import not_understood
 from moecompile.passes.terms import (
     Atom,
     Constant,
@@ -333,7 +334,7 @@ def _stack(call: Call, state: Interpretation) -> Value:
     """Stacked ids; nothing else that is stacked is understood."""
     found = joined_ids(call, state)
     if found is None:
-        raise Refused(f"{call.node.target} is not an operation that detection understands")
+        raise Refused(not_understood(call.node))
     return found
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.calls import Call
+from moecompile.passes.calls import Call, writes
 from moecompile.passes.interpret import (
     Interpretation,
     Refused,
@@ -146,6 +146,22 @@ def _same(call: Call, state: Interpretation) -> Value:
     return state.value(call["input"])
 
 
+def _dropout(call: Call, state: Interpretation) -> Value:
+    """What is not training, or drops nothing, gives its input's values back.
+
+    PyTorch gives back the tensor itself, where the example value is a copy: nothing may write into either.
+    """
+    p, aliases = call["p"], state.aliases
+    if call["training"] is not False and not (isinstance(p, (int, float)) and p == 0):
+        raise Refused("dropout is random")
+    if not call.inplace and not aliases.share(call.node, call["input"]):
+        names = {*aliases.of(call.node), *aliases.of(call["input"])}
+        writers = {user for name in names for user in name.users if writes(user, state.calls.get(user))}
+        if any(names.intersection(aliases.of(target)) for writer in writers for target in aliases.written(writer)):
+            raise Refused("dropout that drops nothing, of a tensor that is written into")
+    return state.value(call["input"])
+
+
 # ---- slices
 
 
@@ -250,10 +266,7 @@ def _narrow(call: Call, state: Interpretation) -> Value | None:
 
 
 def _cast(call: Call, state: Interpretation) -> Value | None:
-    """A cast of integers (and to float, which counts exactly here) keeps the meaning.
-
-    One of floats is an operation of its own.
-    """
+    """A cast of integers (to floats too, which count exactly here) keeps the meaning; one of floats is an operation."""
     value = state.value(call["input"])
     before, after = state.dtype(call["input"]), state.dtype(call.node)
     if fake_of(call.node).device != fake_of(call["input"]).device:
@@ -322,6 +335,7 @@ RULES: dict[str, Rule] = {
     "repeat_interleave": _repeat_interleave,
     "contiguous": _same,
     "clone": _same,
+    "dropout": _dropout,
     "chunk": _split,
     "split": _split,
     "tensor_split": _split,

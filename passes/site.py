@@ -35,8 +35,8 @@ class Site:
     """One MoE block: tokens (T, H), top_k experts of num_experts a token, and everything the fused operator needs.
 
     `input`, `activation` and `output` are expressions as text (codegen/expression.py): of `x` and `weight` before
-    the first GEMM; of `gate` and `up`
-    (or `hidden`) between the GEMMs; of `out` and `weight` after the second. Private fields hold graph nodes.
+    the first GEMM; of `gate` and `up` (or `hidden`) between the GEMMs; of `out` and `weight` after the second. Private
+    fields hold graph nodes.
     """
 
     form: str

@@ -51,6 +51,11 @@ def operation_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.op
 
 
+def not_understood(node: fx.Node) -> str:
+    """The reason why a call without a rule is refused."""
+    return f"{operation_name(node)} is not an operation that detection understands"
+
+
 def op_counts(graph: fx.Graph) -> Counter[str]:
     """How often each operation occurs in a graph; taking one result out of several (``topk(...)[0]``) is none."""
     calls = (node for node in graph.nodes if node.op in ("call_function", "call_method", "call_module"))

@@ -21,6 +21,7 @@ def test_refused(refusal: Refusal) -> None:
         assert detection.sites == (), f"rewritten although {refusal.why}"
         assert detection.near_misses, "refused without a word"
         assert all(miss.reason and miss.form for miss in detection.near_misses)
+        assert not any(" at 0x" in miss.reason or "<" in miss.reason for miss in detection.near_misses)
     elif not refusal.undefined:
         verdict = compare(known.gm, known.inputs, rewrite, (), refusal.name)
         assert verdict.outcome == "equal", verdict.detail

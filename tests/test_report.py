@@ -65,7 +65,7 @@ def test_found_but_not_rewritten():
         (["layers.0.mlp", "layers.0.mlp"], "layers.0.mlp"),
         (["layers.0.mlp", "layers.1.moe"], "layers.0.mlp, layers.1.moe"),
         (["encoder.0.mlp", "decoder.0.mlp"], "decoder.0.mlp, encoder.0.mlp"),
-        (["", "layers.0"], ", layers.0"),
+        (["", "layers.0", ""], "(no module), layers.0"),
     ],
 )
 def test_merged_paths(paths, merged):
