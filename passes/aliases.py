@@ -21,19 +21,24 @@ class Aliases:
     """Which tensors of a graph may share memory, and which names stand for exactly the same elements.
 
     Views share the storage of their FakeTensor, which Dynamo's own tracing kept true; operations that may or may
-    not copy (reshape, to, contiguous) are told apart by it as well. What has no FakeTensor is taken to alias nothing.
+    not copy (reshape, to, contiguous) are told apart by it as well. Only of dropout it keeps a copy where PyTorch gives
+    its input back, in inference. What has no FakeTensor is taken to alias nothing.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self._by_storage: dict[int, list[fx.Node]] = {}
         self._storage: dict[fx.Node, tuple[int, ...]] = {}
+        same: dict[int, int] = {}  # storages that are another one when the graph runs
         for node in graph.nodes:
             fake = fake_of(node)
             keys: tuple[int, ...]
             if isinstance(fake, torch.Tensor):
-                keys = (fake.untyped_storage()._cdata,)
+                own = fake.untyped_storage()._cdata
+                if "dropout" in getattr(node.target, "__name__", "") and node.all_input_nodes:
+                    (same[own],) = self._storage.get(node.all_input_nodes[0], (own,))
+                keys = (same.get(own, own),)
             elif isinstance(fake, (tuple, list)):
-                keys = tuple(sorted({tensor.untyped_storage()._cdata for tensor in tensors_in(fake)}))
+                keys = tuple(sorted({same.get(key, key) for key in _storages(fake)}))
             else:
                 continue
             self._storage[node] = keys
@@ -84,6 +89,10 @@ def _nodes(argument: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(argument, found.append)
     return found
+
+
+def _storages(fake: Any) -> list[int]:
+    return [tensor.untyped_storage()._cdata for tensor in tensors_in(fake)]
 
 
 def tensors_in(fake: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.calls import Call, writes
+from moecompile.passes.calls import Call
 from moecompile.passes.interpret import (
     Interpretation,
     Refused,
@@ -147,18 +147,10 @@ def _same(call: Call, state: Interpretation) -> Value:
 
 
 def _dropout(call: Call, state: Interpretation) -> Value:
-    """What is not training, or drops nothing, gives its input's values back.
-
-    PyTorch gives back the tensor itself, where the example value is a copy: nothing may write into either.
-    """
-    p, aliases = call["p"], state.aliases
+    """What is not training, or drops nothing, gives its input back."""
+    p = call["p"]
     if call["training"] is not False and not (isinstance(p, (int, float)) and p == 0):
         raise Refused("dropout is random")
-    if not call.inplace and not aliases.share(call.node, call["input"]):
-        names = {*aliases.of(call.node), *aliases.of(call["input"])}
-        writers = {user for name in names for user in name.users if writes(user, state.calls.get(user))}
-        if any(names.intersection(aliases.of(target)) for writer in writers for target in aliases.written(writer)):
-            raise Refused("dropout that drops nothing, of a tensor that is written into")
     return state.value(call["input"])
 
 

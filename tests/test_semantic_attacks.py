@@ -503,3 +503,33 @@ def test_tensor_subclasses_are_left_alone() -> None:
         assert "DTensor" in miss.reason
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_write_into_what_dropout_gave_back(inside: bool) -> None:
+    """In inference its result is its input itself, which a write through either name changes."""
+
+    class Dropped(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            tokens = x * 1.0
+            same = F.dropout(tokens, 0.5, training=False)
+            flat, rows = ids.reshape(-1), (same if inside else tokens).repeat_interleave(K, 0)
+            hidden = torch.relu(torch.bmm(rows.unsqueeze(1), self.w_in[flat]))
+            same.detach().add_(1)
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(T, K, H).sum(1)
+
+    check(Dropped(), sites=0)
+
+
+def test_dropout_between_the_products_that_drops_nothing() -> None:
+    class Dropped(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            flat, rows = ids.reshape(-1), F.dropout(x, 0.0).repeat_interleave(K, 0)
+            hidden = F.dropout(torch.relu(torch.bmm(rows.unsqueeze(1), self.w_in[flat])), 0.3, training=False)
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(T, K, H).sum(1)
+
+    check(Dropped(), sites=1)
