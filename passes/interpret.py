@@ -247,7 +247,8 @@ def interpret(graph: fx.Graph) -> Interpretation:
             continue
         outcome = None if call is None else _outcome(call, state)
         if outcome is None and call is not None:
-            note_ids(call, state)
+            with contextlib.suppress(Refused):
+                note_ids(call, state)
         mutates = writes(node, call)
         if isinstance(outcome, tuple):
             state.results[node] = outcome
@@ -297,9 +298,9 @@ def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, .
     rule = state.rules.get(call.name)
     if rule is None:
         return None
-    if call.name == "cast" and _keeps_all(call, state):
-        return state.value(call["input"])
     try:
+        if call.name == "cast" and _keeps_all(call, state):
+            return state.value(call["input"])
         outcome = rule(call, state)
         for value in outcome if isinstance(outcome, tuple) else (outcome,):
             _check_distinct(value)

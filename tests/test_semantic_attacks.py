@@ -475,7 +475,9 @@ def test_no_choices_at_all_beside_a_write() -> None:
         def forward(self, x: Tensor) -> Tensor:
             weights, ids = self.router(x).topk(0)
             weights.detach().t().add_(1)
-            return super().forward(x) + weights.sum() + ids.sum()
+            nobody = ids.to(torch.int64)[:, :1].contiguous()  # casts and parts of no ids at all
+            rows = x[nobody.reshape(-1)].to(x.dtype)
+            return super().forward(x) + weights.sum() + nobody.sum() + rows.sum()
 
     check(Nobody(), sites=1)
 
