@@ -18,8 +18,7 @@ Entry = TypeVar("Entry", bound="Site | NearMiss")
 
 def starts_over(graph: GraphReport, graphs: Sequence[GraphReport]) -> bool:
     """Whether `torch._dynamo.reset` was called since the newest graph: Dynamo counts its frames from 0 again then."""
-    stage = max(earlier.stage for earlier in graphs)
-    earlier = [each for each in graphs if each.stage == stage]
+    earlier = [each for each in graphs if each.stage == graphs[-1].stage]
     frame, _, again = graph.compile_id.partition("/")
     if not frame.isdigit() or again != "0":
         return False

@@ -255,7 +255,7 @@ def record(graph_report: GraphReport) -> None:
     with _lock:
         graph_report.index = len(_graphs)
         if _graphs:
-            graph_report.stage = max(graph.stage for graph in _graphs)
+            graph_report.stage = _graphs[-1].stage
             if recompilations.starts_over(graph_report, _graphs):
                 graph_report.stage += 1
                 _breaks.clear()

@@ -36,7 +36,6 @@ log = logging.getLogger("moecompile")
 
 # Largest difference between two right ways to compute a block, relative to the largest value of the tensor: for the
 # result, for a gradient. The coarsest dtype inside the block decides.
-UNCHOSEN = frozenset(form.name for form in FORMS if form.unchosen)
 BOUNDS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-10, 1e-9),
     torch.float32: (1e-5, 1e-4),
@@ -45,6 +44,7 @@ BOUNDS: dict[torch.dtype, tuple[float, float]] = {
 }
 # float32 products where the user lets a GPU round to TensorFloat-32
 TENSOR_FLOAT = (5e-3, 1e-2)
+UNCHOSEN = frozenset(form.name for form in FORMS if form.unchosen)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from moecompile.passes.recognise import (
     weight_steps,
 )
 from moecompile.passes.region import Layout, region_of
+from moecompile.passes.rules_routing import known_range
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import (
     Content,
@@ -182,12 +183,13 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
     operands = {"x": Operand(block.x.root, (("reshape", (-1, block.inner[0].over.size)),)), **routed}
     if not routed:
         assert isinstance(block.key.root, fx.Node)
-        if block.key.written is None and state.id_ranges.get(block.key.root, 0) > block.num_experts:
-            raise Refused(f"expert ids up to {state.id_ranges[block.key.root] - 1} for {block.num_experts} experts")
-        steps = (("reshape", (-1, top_k)), *_counted_from_zero(block, state))
-        if len(steps) > 1 and uses_gates(block):
+        known = known_range(block.key, state)
+        if known is not None and known > block.num_experts:
+            raise Refused(f"expert ids up to {known - 1} for {block.num_experts} experts")
+        if known is None and uses_gates(block):
             raise Refused("gates of expert ids that may be out of range, which choose no expert")
-        operands["expert_ids"] = Operand(block.key.root, steps)
+        from_zero = _counted_from_zero(block.key.root, block.num_experts, state) if known is None else ()
+        operands["expert_ids"] = Operand(block.key.root, (("reshape", (-1, top_k)), *from_zero))
     if block.weight is not None and not routed:
         weighted = weight_steps(block.weight, block)
         assert weighted is not None and isinstance(block.weight.root, fx.Node)
@@ -202,14 +204,12 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
     return operands
 
 
-def _counted_from_zero(block: Block, state: Interpretation) -> tuple[tuple[str, tuple[object, ...]], ...]:
+def _counted_from_zero(
+    ids: fx.Node, num_experts: int, state: Interpretation
+) -> tuple[tuple[str, tuple[object, ...]], ...]:
     """Ids that may count from the end (-1 is the last expert, as in w[ids]) are made to count from 0."""
-    assert block.key is not None
-    if block.key.root in state.id_ranges and block.key.written is None:
-        return ()
-    assert isinstance(block.key.root, fx.Node)
-    wide = state.dtype(block.key.root) in (torch.int32, torch.int64)  # others may not hold their sum with the experts
-    return (*(() if wide else (("to", (torch.int64,)),)), ("from_end", (block.num_experts,)))
+    wide = state.dtype(ids) in (torch.int32, torch.int64)  # others may not hold their sum with the experts
+    return (*(() if wide else (("to", (torch.int64,)),)), ("from_end", (num_experts,)))
 
 
 def _matrices(weight: str, bias: str, product: Product, num_experts: int, state: Interpretation) -> dict[str, Operand]:

@@ -129,9 +129,7 @@ class _Emitter:
         node = self._graph.call_function(torch.ops.moecompile.plan.default, arguments)
         fake = fake_of(ids)
         shapes = kernels.plan_shapes(fake, self._site.num_experts)
-        node.meta.update(self._meta)
-        node.meta[self._key] = tuple(_empty(fake, shape, torch.int32) for shape in shapes)
-        return node
+        return self._known(node, tuple(_empty(fake, shape, torch.int32) for shape in shapes))
 
     def experts(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> fx.Node:
         """The experts' results, summed into tokens."""
@@ -140,16 +138,12 @@ class _Emitter:
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
         result = _empty(args[0], *kernels.experts_shape(*args, **kwargs))
         given = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor)]
-        node.meta.update(self._meta)
-        node.meta[self._key] = result.requires_grad_(any(tensor.requires_grad for tensor in given))
-        return node
+        return self._known(node, result.requires_grad_(any(tensor.requires_grad for tensor in given)))
 
     def part(self, node: fx.Node, number: int) -> fx.Node:
         """One of several results."""
         part = self._graph.call_function(operator.getitem, (node, number))
-        part.meta.update(self._meta)
-        part.meta[self._key] = node.meta[self._key][number]
-        return part
+        return self._known(part, node.meta[self._key][number])
 
     def method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
         """A method call with its example value computed."""
@@ -158,17 +152,18 @@ class _Emitter:
 
     def add_(self, base: fx.Node, result: fx.Node) -> fx.Node:
         """An addition in place. Its example value is the base's: to run it would write into what may be a leaf."""
-        node = self._graph.call_method("add_", (base, result))
-        node.meta.update(self._meta)
-        node.meta[self._key] = fake_of(base)
-        return node
+        return self._known(self._graph.call_method("add_", (base, result)), fake_of(base))
 
     def _with_meta(self, node: fx.Node, run: Any) -> fx.Node:
-        node.meta.update(self._meta)
         arguments = fx.node.map_arg((node.args, node.kwargs), fake_of)
         fakes = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, FakeTensor)]
         with fakes[0].fake_mode if fakes else contextlib.nullcontext():
-            node.meta[self._key] = run(*arguments)
+            return self._known(node, run(*arguments))
+
+    def _known(self, node: fx.Node, value: Any) -> fx.Node:
+        """The node with its example value, and where it comes from."""
+        node.meta.update(self._meta)
+        node.meta[self._key] = value
         return node
 
     def operand(self, name: str, ids: fx.Node | None = None) -> fx.Node:

@@ -340,11 +340,12 @@ def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     """
     aliases = state.aliases
     for target in state.writers[node]:
-        for alias in aliases.of(target):  # what was made of the tensor as it was
+        names = aliases.of(target)
+        for alias in names:  # what was made of the tensor as it was
             for user in [user for user in alias.users if user in state.deferred]:
                 with contextlib.suppress(Refused):
                     state.value(user)
-        for alias in aliases.of(target):
+        for alias in names:
             if alias not in state.seen:
                 continue
             if value is not None and aliases.same_elements(alias, target):

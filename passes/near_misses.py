@@ -255,6 +255,11 @@ def _loses(node: fx.Node, state: Interpretation) -> bool:
     known = value is not None and not (is_plain(value) and value.content == own)
     if known or node in state.results or node in state.writers or not isinstance(fake_of(node), torch.Tensor):
         return False
+    return _takes_products(node, state)
+
+
+def _takes_products(node: fx.Node, state: Interpretation) -> bool:
+    """Whether an operation's inputs hold matrix products."""
     inputs = [state.values[argument] for argument in node.all_input_nodes if argument in state.values]
     return any(isinstance(inner, Contract) for each in inputs for inner in walk(each.content))
 
@@ -264,9 +269,7 @@ def _between(node: fx.Node, text: str | None, state: Interpretation) -> str:
     general = not_understood(node)
     if text not in (None, general) and operation_name(node) not in _BETWEEN:
         return text or general
-    inputs = [state.values[argument] for argument in node.all_input_nodes if argument in state.values]
-    after_product = any(isinstance(inner, Contract) for each in inputs for inner in walk(each.content))
-    if not after_product or not any(_leads_to_product(user, state) for user in node.users):
+    if not _takes_products(node, state) or not any(_leads_to_product(user, state) for user in node.users):
         return text or general
     name = operation_name(node)
     return f"{name} stands between the experts' products and {_BETWEEN.get(name, 'is not understood')}"

@@ -137,14 +137,15 @@ def _histc(call: Call, state: Interpretation) -> Value | None:
     bins, low, high = call["bins"], call["min"], call["max"]
     if not isinstance(bins, int) or low != 0 or high not in (bins - 1, bins) or (bins == 1):
         raise Refused(f"a histogram of {bins} bins from {low} to {high}, which is not one bin an expert")
-    _check_known(state.value(call["input"]).content, bins, state)
-    return counted(state, state.value(call["input"]), bins, call.node)
+    ids = state.value(call["input"])
+    _check_known(ids.content, bins, state)
+    return counted(state, ids, bins, call.node)
 
 
 def _check_known(ids: Content, num_experts: Size, state: Interpretation) -> None:
     """Raises Refused unless all ids are known to name an expert: what counts by comparing leaves the others out."""
-    known = isinstance(ids, Element) and ids.written is None and ids.root in state.id_ranges
-    if not known or not isinstance(num_experts, int) or id_range(ids, state) > num_experts:
+    known = known_range(ids, state)
+    if known is None or not isinstance(num_experts, int) or known > num_experts:
         raise Refused("counts that leave out ids which name no expert, as these may")
 
 
@@ -170,7 +171,7 @@ def _searchsorted(call: Call, state: Interpretation) -> Value | None:
         raise Refused("searchsorted that does not give the end of each expert's rows")
     if not isinstance(rows.content, Element) or not rows_covered(rows.dims[0]):
         raise Refused("offsets of something that is not all of the expert ids")
-    if rows.content.written is not None or rows.content.root not in state.id_ranges:
+    if known_range(rows.content, state) is None:
         raise Refused("searchsorted counts ids below 0, which these may be, to the first expert")
     return Value(experts.dims, Offsets(rows.content, radix.group_size(experts.content.atoms)))
 
@@ -289,14 +290,22 @@ def _note_part(call: Call, state: Interpretation) -> None:
         state.distinct.add(call.node)
 
 
+def known_range(ids: Content, state: Interpretation) -> int | None:
+    """How many experts the ids can name; None if some may name none."""
+    if isinstance(ids, Element) and ids.written is None and isinstance(ids.root, fx.Node):
+        return state.id_ranges.get(ids.root)
+    return None
+
+
 def id_range(ids: Content, state: Interpretation) -> int:
     """How many experts the ids can name.
 
     The size of the dimension they were chosen along, or what is known of ids put together. Raises Refused if that is
     not known.
     """
-    if isinstance(ids, Element) and ids.written is None and ids.root in state.id_ranges:
-        return state.id_ranges[ids.root]
+    known = known_range(ids, state)
+    if known is not None:
+        return known
     raise Refused("a loop over experts whose ids may lie outside the experts it runs")
 
 

@@ -86,6 +86,13 @@ def check(model: nn.Module, sites: int | None = None, tolerance: float = 1e-4) -
         assert len(moecompile.last_report().sites) == sites, moecompile.last_report().near_misses
 
 
+def check_inference(model: nn.Module, x: Tensor) -> None:
+    """The same without gradients, for inputs of one's own."""
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
@@ -273,10 +280,7 @@ def test_a_sum_in_complex_numbers_is_no_crash() -> None:
             out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
             return out.view(T, K, H).sum(1, dtype=torch.complex64).real
 
-    model, x = Complex(), torch.randn(T, H)
-    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    check_inference(Complex(), torch.randn(T, H))
 
 
 def test_a_sum_added_into_a_view_of_zeros_is_seen_by_its_other_names() -> None:
@@ -449,10 +453,7 @@ def test_token_numbers_that_wrap_around() -> None:
             out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
             return out.view(300, K, H).sum(1)
 
-    model, x = Wrapped(), torch.randn(300, H)
-    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    check_inference(Wrapped(), torch.randn(300, H))
 
 
 def test_gates_whose_derivative_is_infinite_at_zero() -> None:
@@ -463,10 +464,7 @@ def test_gates_whose_derivative_is_infinite_at_zero() -> None:
             hidden = torch.bmm(x.unsqueeze(0) * gates.t().unsqueeze(-1), self.w_in)
             return torch.bmm(hidden.abs().sqrt(), self.w_out).sum(0)
 
-    model, x = Root(), torch.randn(T, H)
-    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    check_inference(Root(), torch.randn(T, H))
     assert moecompile.last_report().sites == ()
 
 
