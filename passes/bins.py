@@ -17,9 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from moecompile.passes import radix, substitution
-from moecompile.passes.interpret import (
-    Refused,
-)
+from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Atom,
     Constant,

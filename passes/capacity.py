@@ -1,30 +1,24 @@
-"""Meanings of the capacity form (GShard, Switch): masks of assignments, and which of its expert's places each takes.
+"""Masks of the capacity form (GShard, Switch): of assignments, and of their places (places.py).
 
     one_hot(ids)                         [ids[t] == e]                             marks
-    one_hot(ids).cumsum(0)               e's assignments up to and including t     number, of a Running
-    cumsum(0) + one_hot(first).sum(0)    ... after all first choices               number, of a Running and a Tally
-    place * mask                         the number where marked, else 0           number with a condition
     place < capacity                     a condition on a number                   marks, of a Below
     one_hot(place, capacity)             [place == c]                              marks, of an At
     products of these                    1 where all of them hold                  marks
     weight * marks, sums over choices    the combine tensor                        marks with a weight, sums of marks
 
-Numbers are exact (integers, or float32 that counts). Conditions are kept as the model wrote them, and simplified only
-under conditions that stand in the same product: mask * one_hot(place * mask) is mask * one_hot(place).
+Conditions are kept as the model wrote them, and simplified only under conditions that stand in the same product:
+mask * one_hot(place * mask) is mask * one_hot(place).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
-from moecompile.passes import radix, substitution
-from moecompile.passes.interpret import (
-    Refused,
-)
+from moecompile.passes.interpret import Refused
+from moecompile.passes.places import Condition, Number, is_trivial, number, part_substituted
 from moecompile.passes.slots import difference, is_at_least
 from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (
@@ -33,8 +27,6 @@ from moecompile.passes.terms import (
     Atom,
     Constant,
     Content,
-    Count,
-    Element,
     Equals,
     Fixed,
     Group,
@@ -45,98 +37,6 @@ from moecompile.passes.terms import (
     Special,
     Variable,
 )
-
-_EARLIER = Variable("bound", "earlier")  # runs over the assignments of a Running
-_COUNTED = Variable("bound", "counted")  # runs over the assignments of a Tally
-_ROWS = Variable("bound", "rows")  # in between
-_EXPERT = Variable("bound", "any expert")
-
-
-@dataclass(frozen=True)
-class Running(Meaning):
-    """How many assignments up to and including number `at` have expert `expert`: a cumsum over a one-hot mask.
-
-    `key` is the expert id of an assignment, by its number in the order of the sum.
-    """
-
-    key: Content
-    at: tuple[Part, ...]
-    expert: Part
-
-    def substituted(self, old: Atom, new: Part) -> Running:
-        """The sum at another index."""
-        at = substitution.substitute_index(self.at, old, new)
-        return Running(substitute(self.key, old, new), at, _part(self.expert, old, new))
-
-    def inside(self) -> tuple[Content, ...]:
-        """The key, and what the expert is looked up by."""
-        return (self.key, *_looked(self.expert))
-
-
-@dataclass(frozen=True)
-class Tally(Meaning):
-    """How many assignments are marked for expert `expert`.
-
-    In `marks` the assignments are numbered in the key's own order.
-    """
-
-    marks: frozenset[Content]
-    expert: Part
-
-    def substituted(self, old: Atom, new: Part) -> Tally:
-        """The count at another index."""
-        return Tally(frozenset(substitute(mark, old, new) for mark in self.marks), _part(self.expert, old, new))
-
-    def inside(self) -> tuple[Content, ...]:
-        """The marks, and what the expert is looked up by."""
-        return (*self.marks, *_looked(self.expert))
-
-
-@dataclass(frozen=True)
-class Number(Meaning):
-    """Where all of `where` hold, min(constant + the sum of count * content over `items`, most).
-
-    Elsewhere `otherwise`.
-    """
-
-    items: frozenset[tuple[Content, int]]
-    constant: int = 0
-    where: frozenset[Content] = frozenset()
-    otherwise: Size = 0
-    most: Size | None = None
-
-    def substituted(self, old: Atom, new: Part) -> Number:
-        """The number at another index."""
-        items: Counter[Content] = Counter()
-        for content, count in self.items:
-            items[substitute(content, old, new)] += count
-        where = (substitute(mark, old, new) for mark in self.where)
-        return number(items, self.constant, where, self.otherwise, self.most)
-
-    def inside(self) -> tuple[Content, ...]:
-        """Items and conditions."""
-        return (*(content for content, _ in self.items), *self.where)
-
-    def least(self) -> int | None:
-        """The least value the number can have where its condition holds.
-
-        None if that is not known. An assignment counts itself.
-        """
-        if any(count < 0 for _, count in self.items):
-            return None
-        own = sum(
-            count
-            for content, count in self.items
-            if isinstance(content, Running) and self._counts_itself(content, self.where)
-        )
-        return self.constant + own
-
-    @staticmethod
-    def _counts_itself(content: Running, where: frozenset[Content]) -> bool:
-        """Whether the assignment at the end of the running sum is one of the expert's, so that the sum is 1 or more."""
-        own = [mark.content for mark in where if isinstance(mark, Equals) and mark.atom == content.expert]
-        own += [part.content for part in (content.expert,) if isinstance(part, Looked)]
-        return any(closed(key, content.at) == content.key for key in own)
 
 
 @dataclass(frozen=True)
@@ -164,7 +64,7 @@ class At(Meaning):
 
     def substituted(self, old: Atom, new: Part) -> At:
         """The condition at another index."""
-        return At(self.number.substituted(old, new), _part(self.place, old, new))
+        return At(self.number.substituted(old, new), part_substituted(self.place, old, new))
 
     def inside(self) -> tuple[Content, ...]:
         """The number."""
@@ -172,7 +72,7 @@ class At(Meaning):
 
 
 @dataclass(frozen=True)
-class Marks(Meaning):
+class Marks(Condition):
     """The sum over `over` (choices) of `weight` (1 if None) where all `factors` hold, 0 elsewhere.
 
     Factors are Equals, Below and At.
@@ -192,6 +92,10 @@ class Marks(Meaning):
     def inside(self) -> tuple[Content, ...]:
         """Factors and weight."""
         return (*self.factors, *((self.weight,) if self.weight is not None else ()))
+
+    def always_holds(self) -> bool:
+        """Whether nothing is left to ask."""
+        return self.is_mask and all(is_trivial(mark) for mark in self.factors)
 
     @property
     def is_mask(self) -> bool:
@@ -229,101 +133,6 @@ class Support(Meaning):
     def inside(self) -> tuple[Content, ...]:
         """The weight."""
         return (self.weight,)
-
-
-def _part(part: Part, old: Atom, new: Part) -> Part:
-    """One index with the digit `old` replaced, where it is that digit as a whole."""
-    if part == old:
-        return new
-    if isinstance(part, Affine) and part.atom == old:
-        return substitution.compose(part, new)
-    return Looked(substitute(part.content, old, new), part.extent) if isinstance(part, Looked) else part
-
-
-def _looked(part: Part) -> tuple[Content, ...]:
-    return (part.content,) if isinstance(part, Looked) else ()
-
-
-# ---- making numbers
-
-
-def number(
-    items: Mapping[Content, int],
-    constant: int = 0,
-    where: Iterable[Content] = (),
-    otherwise: Size = 0,
-    most: Size | None = None,
-) -> Number:
-    """A number in its simplest form: no conditions that always hold, nothing counted zero times."""
-    kept: dict[Content, int] = {}
-    for content, count in items.items():
-        if isinstance(content, Marks) and all(_is_trivial(mark) for mark in content.factors):
-            constant += count
-        elif count:
-            kept[content] = count
-    conditions = frozenset(mark for mark in where if not _is_trivial(mark))
-    return Number(frozenset(kept.items()), constant, conditions, otherwise if conditions else 0, most)
-
-
-def _is_trivial(mark: Content) -> bool:
-    """[key == key]: the expert looked up by the assignment's own id."""
-    return isinstance(mark, Equals) and isinstance(mark.atom, Looked) and mark.atom.content == mark.content
-
-
-def numbered(content: Content, digits: Sequence[Atom], variable: Variable) -> Content:
-    """The content with these digits, most significant first, as one number: the variable's."""
-    divisor: Size = radix.product(digit.size for digit in digits)
-    for digit in digits:
-        rest = radix.divide(divisor, digit.size)
-        assert rest is not None
-        divisor = rest
-        content = substitute(content, digit, Atom(variable, divisor, digit.size))
-    return content
-
-
-def closed(key: Content, at: Sequence[Part]) -> Content | None:
-    """The key by the number of its assignment in the order of a running sum; None if the number is not all digits."""
-    digits = [part for part in at if isinstance(part, Atom)]
-    return numbered(key, digits, _EARLIER) if len(digits) == len(at) else None
-
-
-def running(key: Content, order: Group, expert: Part) -> Number:
-    """An inclusive cumsum, in this order, over the one-hot mask of a key."""
-    return number({Running(numbered(key, order, _EARLIER), order, expert): 1})
-
-
-def counted(marks: Iterable[Content], key: Content, rows: Group) -> frozenset[Content]:
-    """Marks with their assignments, the digits `rows`, numbered in the order of the key's index.
-
-    Refused if the key lacks one of them.
-    """
-    by_row = numbered(key, rows, _ROWS)
-    parts = by_row.index if isinstance(by_row, Element) else ()
-    own = [part for part in parts if isinstance(part, Atom) and part.variable == _ROWS]
-    if radix.group_size(own) != radix.group_size(rows):
-        raise Refused("expert ids that repeat are counted")
-    return frozenset(numbered(numbered(mark, rows, _ROWS), own, _COUNTED) for mark in marks)
-
-
-def tally(marks: frozenset[Content], rows: Group, expert: Atom) -> Number:
-    """How many of the assignments `rows` are marked for each expert."""
-    keys = [mark.content for mark in marks if isinstance(mark, Equals) and mark.atom == expert]
-    if len(keys) != 1:
-        raise Refused("a sum over a mask of something else than experts")
-    found = counted(marks, keys[0], rows)
-    return number({Tally(frozenset(substitute(mark, expert, any_expert(expert.size)) for mark in found), expert): 1})
-
-
-def any_expert(num_experts: Size) -> Atom:
-    """The expert in the marks of a tally."""
-    return Atom(_EXPERT, 1, num_experts)
-
-
-def tally_of_count(content: Count, expert: Atom) -> Number:
-    """Counts of all assignments by expert, as a tally."""
-    parts = content.key.index if isinstance(content.key, Element) else ()
-    rows = tuple(part for part in parts if isinstance(part, Atom))
-    return tally(frozenset({Equals(content.key, expert)}), rows, expert)
 
 
 # ---- marks
@@ -382,7 +191,7 @@ def _by_own_expert(factors: set[Content]) -> set[Content]:
         if isinstance(equals, Equals) and isinstance(equals.atom, Atom):
             own = Looked(equals.content, equals.atom.size)
             found = {equals} | {substitute(mark, equals.atom, own) for mark in found if mark != equals}
-    return {mark for mark in found if not _is_trivial(mark)}
+    return {mark for mark in found if not is_trivial(mark)}
 
 
 def _given(mark: Content, others: set[Content]) -> set[Content]:

@@ -15,29 +15,11 @@ from torch import fx
 
 from moecompile.codegen import expression
 from moecompile.passes import radix, substitution
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Refused,
-    Sparse,
-    walk,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Sparse, walk
 from moecompile.passes.merge import expert_atom, flattened, merge
-from moecompile.passes.recognise import (
-    Block,
-)
+from moecompile.passes.recognise import Block
 from moecompile.passes.rules_routing import distinct
-from moecompile.passes.terms import (
-    Apply,
-    Atom,
-    Content,
-    Element,
-    Fixed,
-    Group,
-    Looked,
-    Total,
-    Value,
-)
+from moecompile.passes.terms import Apply, Atom, Content, Element, Fixed, Group, Looked, Total, Value
 
 
 def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[Total, Group]:

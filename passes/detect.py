@@ -30,32 +30,15 @@ from moecompile.passes.calls import writes
 from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.expert_products import Product, feature_atoms
 from moecompile.passes.forms import ANCHORS, Traits, form_of
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Refused,
-    interpret,
-    walk,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Refused, interpret, walk
 from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import common_module, source_of
-from moecompile.passes.recognise import (
-    Block,
-    weight_steps,
-)
+from moecompile.passes.recognise import Block, weight_steps
 from moecompile.passes.region import Layout, region_of
 from moecompile.passes.rules_routing import known_range
 from moecompile.passes.site import Detection, Operand, Site
-from moecompile.passes.terms import (
-    Content,
-    Contract,
-    Element,
-    Size,
-    Stacked,
-    Total,
-    Value,
-)
+from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 from moecompile.passes.vacant import has_places, read_block, routing_operands
 from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
 

@@ -22,17 +22,8 @@ from typing import Any
 from torch import fx
 
 from moecompile.passes import radix, substitution
-from moecompile.passes.capacity import (
-    At,
-    Below,
-    Marks,
-    Support,
-    as_terms,
-)
-from moecompile.passes.interpret import (
-    Interpretation,
-    Refused,
-)
+from moecompile.passes.capacity import At, Below, Marks, Support, as_terms
+from moecompile.passes.interpret import Interpretation, Refused
 from moecompile.passes.merge import expert_atom, merge
 from moecompile.passes.routing import ASSIGNMENT, Column, Routing, prove_disjoint
 from moecompile.passes.rules_routing import id_range

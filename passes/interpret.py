@@ -30,15 +30,7 @@ from moecompile.passes import radix, terms
 from moecompile.passes.aliases import Aliases, fake_of, tensors_in
 from moecompile.passes.calls import Call, bind, writes
 from moecompile.passes.spelling import not_understood
-from moecompile.passes.terms import (
-    Atom,
-    Constant,
-    Content,
-    Element,
-    Size,
-    Value,
-    Variable,
-)
+from moecompile.passes.terms import Atom, Constant, Content, Element, Size, Value, Variable
 
 
 class Refused(Exception):

@@ -13,9 +13,7 @@ from typing import Any
 from torch import fx
 
 from moecompile.passes import substitution
-from moecompile.passes.interpret import (
-    Refused,
-)
+from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Apply,
     Atom,

@@ -18,25 +18,12 @@ from moecompile.passes import terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import concerns_bins
 from moecompile.passes.forms import ANCHORS, Traces, resembled_form
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Refused,
-    is_plain,
-    is_routed,
-    walk,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Refused, is_plain, is_routed, walk
 from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.rules_loop import Partial
 from moecompile.passes.site import NearMiss, Site
 from moecompile.passes.spelling import not_understood, operation_name
-from moecompile.passes.terms import (
-    Content,
-    Contract,
-    Element,
-    Equals,
-    Special,
-)
+from moecompile.passes.terms import Content, Contract, Element, Equals, Special
 
 # how far a reason is looked for, in nodes: a block has some dozens, a model has thousands
 _REACH = 80

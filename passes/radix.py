@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 
-from moecompile.passes.terms import (
-    Atom,
-    Group,
-    Part,
-    Size,
-)
+from moecompile.passes.terms import Atom, Group, Part, Size
 
 
 def size_of(dimension: Any) -> Size:

@@ -22,10 +22,7 @@ from moecompile.codegen import expression
 from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.expert_products import Product, feature_atoms, product_of, unit_product_of
-from moecompile.passes.interpret import (
-    Refused,
-    walk,
-)
+from moecompile.passes.interpret import Refused, walk
 from moecompile.passes.site import Operand
 from moecompile.passes.terms import (
     Affine,

@@ -22,17 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecompile.passes.aliases import Aliases, fake_of
 from moecompile.passes.calls import bind, writes
-from moecompile.passes.interpret import (
-    Interpretation,
-    Refused,
-    is_plain,
-)
-from moecompile.passes.terms import (
-    Apply,
-    Contract,
-    Element,
-    Total,
-)
+from moecompile.passes.interpret import Interpretation, Refused, is_plain
+from moecompile.passes.terms import Apply, Contract, Element, Total
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})

@@ -11,31 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecompile.passes import radix
-from moecompile.passes.capacity import (
-    Below,
-    Number,
-    Running,
-    Tally,
-    any_expert,
-    closed,
-    counted,
-)
-from moecompile.passes.interpret import (
-    Refused,
-    walk,
-)
+from moecompile.passes.capacity import Below
+from moecompile.passes.interpret import Refused, walk
+from moecompile.passes.places import Number, Running, Tally, any_expert, closed, counted
 from moecompile.passes.slots import is_at_least
-from moecompile.passes.terms import (
-    Atom,
-    Content,
-    Element,
-    Equals,
-    Group,
-    Looked,
-    Part,
-    Size,
-    Variable,
-)
+from moecompile.passes.terms import Atom, Content, Element, Equals, Group, Looked, Part, Size, Variable
 
 ASSIGNMENT = Variable("ids", "assignment")
 """Runs over a block's assignments, token-major: what the contents of rows in places speak of."""

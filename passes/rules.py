@@ -15,16 +15,9 @@ from moecompile.passes import (
     rules_views,
 )
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Passed,
-    Refused,
-    Rule,
-)
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
 from moecompile.passes.spelling import not_understood
-from moecompile.passes.terms import (
-    Value,
-)
+from moecompile.passes.terms import Value
 
 RULES: dict[str, Rule] = {
     **rules_views.RULES,

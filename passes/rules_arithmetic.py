@@ -13,14 +13,7 @@ from torch import fx
 from moecompile.passes import radix
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Refused,
-    Rule,
-    Sparse,
-    is_plain,
-    walk,
-)
+from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, is_plain, walk
 from moecompile.passes.rules_routing import distinct, filled_ids, unclamped
 from moecompile.passes.rules_views import constant, in_dtype
 from moecompile.passes.terms import (

@@ -31,18 +31,9 @@ from moecompile.passes.bins import (
     summed,
 )
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Passed,
-    Refused,
-    Rule,
-)
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
 from moecompile.passes.rules_views import free, holds_integers
-from moecompile.passes.terms import (
-    Count,
-    Special,
-    Value,
-)
+from moecompile.passes.terms import Count, Special, Value
 
 
 def operand(call: Call, state: Interpretation, name: str) -> Numbers | None:

@@ -1,7 +1,8 @@
 """Rules of the capacity form: arithmetic on one-hot masks, on the places counted by them, and on tensors made of both.
 
-Each rule is exact for every routing, or passes the operation on to the general rules. What the meanings are:
-passes/capacity.py. What products of dispatch and combine tensors with rows are: passes/rules_dispatch.py.
+Each rule is exact for every routing, or passes the operation on to the general rules. The meanings are those of
+passes/capacity.py and passes/places.py. What products of dispatch and combine tensors with rows are:
+passes/rules_dispatch.py.
 """
 
 from __future__ import annotations
@@ -19,45 +20,21 @@ from moecompile.passes.calls import Call
 from moecompile.passes.capacity import (
     At,
     Marks,
-    Number,
     Sum,
     Support,
-    Tally,
     as_terms,
-    number,
     of_terms,
     over_choices,
     own_expert,
     product,
-    running,
     scaled,
     simplified,
-    tally,
-    tally_of_count,
 )
-from moecompile.passes.dispatch import (
-    check_disjoint,
-)
-from moecompile.passes.interpret import (
-    Interpretation,
-    Passed,
-    Refused,
-    Rule,
-)
+from moecompile.passes.dispatch import check_disjoint
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
+from moecompile.passes.places import Number, Tally, number, running, tally, tally_of_count
 from moecompile.passes.rules_views import holds_integers, sliced
-from moecompile.passes.terms import (
-    Apply,
-    Atom,
-    Constant,
-    Content,
-    Count,
-    Element,
-    Equals,
-    Group,
-    Index,
-    Meaning,
-    Value,
-)
+from moecompile.passes.terms import Apply, Atom, Constant, Content, Count, Element, Equals, Group, Index, Meaning, Value
 from moecompile.passes.unify import unify
 
 

@@ -13,20 +13,10 @@ import torch
 from torch import fx
 
 from moecompile.passes import radix, substitution, terms
-from moecompile.passes.capacity import Marks, Number, Sum, as_terms, of_terms, over_choices, own_expert, product, scaled
-from moecompile.passes.dispatch import (
-    Places,
-    Tensor,
-    is_whole,
-    take_apart,
-)
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Passed,
-    Refused,
-    walk,
-)
+from moecompile.passes.capacity import Marks, Sum, as_terms, of_terms, over_choices, own_expert, product, scaled
+from moecompile.passes.dispatch import Places, Tensor, is_whole, take_apart
+from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, walk
+from moecompile.passes.places import Number
 from moecompile.passes.routing import ASSIGNMENT
 from moecompile.passes.rules_capacity import in_dtype
 from moecompile.passes.terms import (

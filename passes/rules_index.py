@@ -10,24 +10,10 @@ from torch import fx
 from moecompile.passes import radix, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Refused,
-    Rule,
-    is_plain,
-)
+from moecompile.passes.interpret import Interpretation, Refused, Rule, is_plain
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
 from moecompile.passes.rules_views import free, holds_integers, selected, sliced
-from moecompile.passes.terms import (
-    Atom,
-    Constant,
-    Equals,
-    Group,
-    Index,
-    Special,
-    Value,
-    Variable,
-)
+from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Special, Value, Variable
 from moecompile.passes.unify import enumerates, look_up, unify
 
 

@@ -16,12 +16,7 @@ from torch import fx
 from moecompile.passes import radix, substitution
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Refused,
-    Rule,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule
 from moecompile.passes.merge import expert_atom, merge
 from moecompile.passes.rules_routing import distinct, joined_ids
 from moecompile.passes.terms import (

@@ -20,13 +20,7 @@ from moecompile.passes import radix, rules_bins, rules_padded_sums, rules_slots
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Passed,
-    Refused,
-    Rule,
-    is_plain,
-)
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain
 from moecompile.passes.slots import (
     Table,
     along_rows,
@@ -46,13 +40,7 @@ from moecompile.passes.slots import (
     table_of,
     whole,
 )
-from moecompile.passes.terms import (
-    Atom,
-    Constant,
-    Index,
-    Special,
-    Value,
-)
+from moecompile.passes.terms import Atom, Constant, Index, Special, Value
 from moecompile.passes.unify import enumerates, look_up, unify
 
 # ---- rows put at slots

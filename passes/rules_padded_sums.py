@@ -15,12 +15,7 @@ from torch import fx
 from moecompile.passes import radix, substitution
 from moecompile.passes.bins import ends_of, is_bins
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Passed,
-    Refused,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused
 from moecompile.passes.rules_products import Casts, casts_of, einsum
 from moecompile.passes.rules_views import free
 from moecompile.passes.slots import (
@@ -35,16 +30,7 @@ from moecompile.passes.slots import (
     table_of,
     tensor,
 )
-from moecompile.passes.terms import (
-    Constant,
-    Index,
-    Looked,
-    Offsets,
-    Size,
-    Special,
-    Total,
-    Value,
-)
+from moecompile.passes.terms import Constant, Index, Looked, Offsets, Size, Special, Total, Value
 from moecompile.passes.unify import without
 
 # ---- products

@@ -15,15 +15,7 @@ from torch import fx
 from moecompile.passes import radix, rules_dispatch, substitution, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Passed,
-    Refused,
-    Rule,
-    is_plain,
-    is_routed,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, Rule, is_plain, is_routed
 from moecompile.passes.terms import (
     Apply,
     Atom,

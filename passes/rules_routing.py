@@ -11,12 +11,7 @@ from torch import fx
 from moecompile.passes import radix, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Refused,
-    Rule,
-    Sparse,
-)
+from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse
 from moecompile.passes.rules_views import holds_integers
 from moecompile.passes.spelling import not_understood
 from moecompile.passes.terms import (

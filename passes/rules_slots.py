@@ -18,12 +18,7 @@ from moecompile.passes import radix, rules_bins, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import Numbers, before, combined, counts_of, first_rows, is_bins, numbers_of, plain
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Passed,
-    Refused,
-    Rule,
-)
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
 from moecompile.passes.rules_views import constant
 from moecompile.passes.slots import (
     Bins,
@@ -41,14 +36,7 @@ from moecompile.passes.slots import (
     tensor,
     whole,
 )
-from moecompile.passes.terms import (
-    Atom,
-    Index,
-    Size,
-    Special,
-    Value,
-    Variable,
-)
+from moecompile.passes.terms import Atom, Index, Size, Special, Value, Variable
 
 
 def _full(call: Call, state: Interpretation) -> Value:

@@ -6,27 +6,11 @@ from typing import Any
 
 from moecompile.passes import radix
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Combine,
-    Interpretation,
-    Refused,
-    Rule,
-    Sparse,
-    is_plain,
-    is_routed,
-)
+from moecompile.passes.interpret import Combine, Interpretation, Refused, Rule, Sparse, is_plain, is_routed
 from moecompile.passes.rules_index import rows_index
 from moecompile.passes.rules_loop import add_term, rows_of_one
 from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
-from moecompile.passes.terms import (
-    Constant,
-    Fixed,
-    Group,
-    Index,
-    Special,
-    Total,
-    Value,
-)
+from moecompile.passes.terms import Constant, Fixed, Group, Index, Special, Total, Value
 from moecompile.passes.unify import enumerates, unify, without
 
 

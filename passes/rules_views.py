@@ -11,12 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Refused,
-    Rule,
-    is_plain,
-)
+from moecompile.passes.interpret import Interpretation, Refused, Rule, is_plain
 from moecompile.passes.terms import (
     Affine,
     Apply,

@@ -23,23 +23,9 @@ from moecompile.passes import radix
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import Linear, PerRow, Slot, is_slots, slot_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import (
-    Interpretation,
-    Passed,
-    Refused,
-)
+from moecompile.passes.interpret import Interpretation, Passed, Refused
 from moecompile.passes.rules_index import rows_index
-from moecompile.passes.terms import (
-    Atom,
-    Constant,
-    Content,
-    Group,
-    Index,
-    Size,
-    Special,
-    Value,
-    Variable,
-)
+from moecompile.passes.terms import Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moecompile.passes import radix, substitution, terms
-from moecompile.passes.interpret import (
-    Refused,
-)
+from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Atom,
     Constant,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import moecompile  # noqa: F401  (registers the operators)
-from capacity_modules import EXPERTS, HIDDEN, REASONS, SPELLINGS, ZERO_WEIGHTS, Near, Spelling
+from capacity_modules import EXPERTS, HIDDEN, SPELLINGS, ZERO_WEIGHTS, Spelling
+from capacity_near_modules import REASONS, Near
 from fuzz_graphs import compare
 from moecompile.passes.detect import detect
 from rewriting import rewrite

@@ -1,0 +1,171 @@
+"""Models that look like a known form and mean something else: whatever is done to them, they compute what eager does.
+
+Here: expert and token ids that are not what they seem. Each was a wrong rewrite or a crash once, or is next to one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moecompile
+from attacks import Dense, E, Experts, H, Ids, K, Loop, T, check, check_inference
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def one_of_each_half(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """One expert for each of two groups of logits, out of the same experts: both may choose the same."""
+    weights, ids = logits.view(-1, K, E).softmax(-1).topk(1)
+    return weights.squeeze(-1), ids.squeeze(-1)
+
+
+def along_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The best tokens of each expert, read as experts of tokens: a token may be named by several."""
+    weights, ids = logits.softmax(-1)[:E].topk(K, dim=0)
+    return weights.T.repeat(2, 1)[:T], ids.T.repeat(2, 1)[:T]
+
+
+def one_less(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = logits.softmax(-1)
+    ids = probabilities.detach().topk(K).indices
+    ids -= 1
+    return probabilities.detach()[:, :K], ids[:, :K]
+
+
+def folded(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probabilities = logits.softmax(-1)
+    ids = probabilities.detach().topk(K).indices
+    ids.clamp_(max=E // 2)
+    return probabilities.detach()[:, :K], ids.clone()
+
+
+def narrowed(logits: Tensor) -> tuple[Tensor, Tensor]:
+    weights, ids = logits.softmax(-1).topk(K)
+    return weights, ids.bool().long()
+
+
+@pytest.mark.parametrize("kind", [Experts, Dense, Loop])
+@pytest.mark.parametrize("route", [one_of_each_half, along_tokens, one_less, folded, narrowed])
+def test_ids_that_are_not_what_a_topk_chose(route: Ids, kind: type[Experts]) -> None:
+    if route is one_less and kind is Dense:
+        pytest.skip("scatter has no expert -1")
+    check(kind(route, K * E if route is one_of_each_half else E))
+
+
+def test_a_capacity_without_end_is_no_crash() -> None:
+    class Endless(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            mask = F.one_hot(ids[:, 0], E)
+            place = (mask.cumsum(0) * mask).sum(-1) - 1
+            kept = place < float("inf")
+            dispatch = (mask * kept[:, None]).float()[:, :, None] * F.one_hot(place, T).float()[:, None]
+            rows = torch.einsum("tec,th->ech", dispatch, x)
+            out = torch.relu(rows @ self.w_in) @ self.w_out
+            return torch.einsum("tec,ech->th", dispatch * weights[:, :1, None], out)
+
+    check(Endless())
+
+
+def test_a_null_expert_is_left_alone() -> None:
+    """One more score than experts: an id beyond them, which the model's own gates leave out."""
+
+    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = logits.softmax(-1).topk(K)
+        return weights, ids
+
+    class Null(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            gates = ((ids.unsqueeze(-1) == torch.arange(E)) * weights.unsqueeze(-1)).sum(1)
+            hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+            return torch.einsum("te,eth->th", gates, torch.einsum("eti,eih->eth", hidden, self.w_out))
+
+    check(Null(route, E + 1), sites=0)
+
+
+def test_an_id_beyond_the_experts_chooses_no_gate() -> None:
+    """The model's own comparison leaves it out; as an id of the operator it would be an error."""
+
+    class Dropped(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).softmax(-1).topk(1)
+            ids = torch.where(weights < weights.median(), E, ids)
+            gates = ((ids.unsqueeze(-1) == torch.arange(E)) * weights.unsqueeze(-1)).sum(1)
+            hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+            return torch.einsum("te,eth->th", gates, torch.einsum("eti,eih->eth", hidden, self.w_out))
+
+    check(Dropped(), sites=0)
+
+
+def test_ids_that_wrap_around_in_a_narrow_dtype() -> None:
+    class Narrow(Experts):
+        def __init__(self) -> None:
+            super().__init__(logits=200)
+            self.w_in = nn.Parameter(torch.randn(200, H, 24) / 4)
+            self.w_out = nn.Parameter(torch.randn(200, 24, H) / 4)
+
+        def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            weights, ids = self.router(x).softmax(-1).topk(T)
+            return weights, ids.to(torch.int8).long()  # 199 is -57, the last expert but 56: 143
+
+    check(Narrow(), sites=1)
+
+
+@pytest.mark.parametrize("counts", ["histc", "compared"])
+@pytest.mark.parametrize("bad", [None, -1, E])
+def test_ids_from_outside_that_name_no_expert(counts: str, bad: int | None) -> None:
+    """A histogram leaves them out, and what the experts then make of the rows is nothing the operator would do."""
+
+    class Given(Experts):
+        def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+            weights, ids = routing
+            flat = ids.reshape(-1)
+            order = flat.argsort(stable=True)
+            if counts == "histc":
+                ends = torch.histc(flat.float(), E, 0, E - 1).cumsum(0).to(torch.int32)
+            else:
+                ends = (flat[:, None] == torch.arange(E)).sum(0).cumsum(0).to(torch.int32)
+            hidden = torch.relu(torch._grouped_mm(x.bfloat16()[order // K], self.w_in.bfloat16(), offs=ends))
+            out = torch._grouped_mm(hidden, self.w_out.bfloat16(), offs=ends) * weights.reshape(-1)[order, None]
+            return torch.zeros(T, H).index_add(0, order // K, out.float())
+
+    model = Given()
+    ids = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    if bad is not None:
+        ids[3, 0] = bad
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.randn(T, H), torch.rand(T, K), ids)  # rows beyond the offsets are undefined: no numbers
+    assert moecompile.last_report().sites == ()
+
+
+def test_token_numbers_that_wrap_around() -> None:
+    class Wrapped(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            flat = ids.reshape(-1)
+            token = torch.arange(300, dtype=torch.uint8).long().repeat_interleave(K)
+            hidden = torch.relu(torch.bmm(x[token].unsqueeze(1), self.w_in[flat]))
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(300, K, H).sum(1)
+
+    check_inference(Wrapped(), torch.randn(300, H))
+
+
+def test_no_choices_at_all_beside_a_write() -> None:
+    class Nobody(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).topk(0)
+            weights.detach().t().add_(1)
+            nobody = ids.to(torch.int64)[:, :1].contiguous()  # casts and parts of no ids at all
+            rows = x[nobody.reshape(-1)].to(x.dtype)
+            return super().forward(x) + weights.sum() + nobody.sum() + rows.sum()
+
+    check(Nobody(), sites=1)
