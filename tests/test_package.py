@@ -53,8 +53,7 @@ def built(tmp_path_factory) -> Built:
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "shared")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
     name = run(sys.executable, "-c", BUILD_SDIST, folder, cwd=copy).splitlines()[-1]
-    with tarfile.open(folder / name) as archive:
-        archive.extractall(folder / "sdist", filter="data")
+    shutil.unpack_archive(folder / name, folder / "sdist")
     (source,) = (folder / "sdist").iterdir()
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
     run(*pip, "--wheel-dir", folder, source, cwd=folder)
