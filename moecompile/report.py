@@ -247,7 +247,6 @@ class Report:
 
 _lock = threading.Lock()
 _graphs: list[GraphReport] = []
-_breaks: list[GraphBreak] = []
 
 
 def record(graph_report: GraphReport) -> None:
@@ -258,7 +257,6 @@ def record(graph_report: GraphReport) -> None:
             graph_report.stage = _graphs[-1].stage
             if recompilations.starts_over(graph_report, _graphs):
                 graph_report.stage += 1
-                _breaks.clear()
         _graphs.append(graph_report)
 
 
@@ -266,12 +264,6 @@ def discard(graph_report: GraphReport) -> None:
     """Takes the newest record back: Dynamo starts over with the frame and will hand out its graph again."""
     with _lock:
         _graphs[:] = [graph for graph in _graphs if graph is not graph_report]
-
-
-def record_graph_break(graph_break: GraphBreak) -> None:
-    """Adds a graph break that no captured graph tells of (a skipped frame, for example)."""
-    with _lock:
-        _breaks.append(graph_break)
 
 
 def last_report() -> Report:
@@ -284,7 +276,7 @@ def last_report() -> Report:
             dataclasses.replace(graph, passes=[*graph.passes], verify=[*graph.verify], notes=[*graph.notes])
             for graph in _graphs
         )
-        breaks = [*_breaks, *(found for graph in Report(graphs).current for found in graph.graph_breaks)]
+    breaks = (found for graph in Report(graphs).current for found in graph.graph_breaks)
     unique = {(each.source, each.reason): each for each in breaks}
     return Report(graphs, tuple(sorted(unique.values(), key=lambda each: not each.moe)))
 
@@ -293,7 +285,6 @@ def reset() -> None:
     """Forgets everything recorded so far; graphs compiled already stay compiled."""
     with _lock:
         _graphs.clear()
-        _breaks.clear()
 
 
 def public_fields(entry: Any) -> dict[str, Any]:

@@ -182,8 +182,7 @@ def test_threads_record_without_loss():
 def test_graph_breaks_come_once_and_moe_first():
     plain = GraphBreak("elsewhere", "train.py:3")
     inside = GraphBreak("in the loop", "model.py:80", moe=True)
-    report.record_graph_break(plain)
-    report.record(GraphReport(ended_by=inside))
+    report.record(GraphReport(around=(plain,), ended_by=inside))
     report.record(GraphReport(ended_by=inside))
     assert report.last_report().graph_breaks == (inside, plain)
 
