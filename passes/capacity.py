@@ -19,7 +19,7 @@ from torch import fx
 
 from moecompile.passes.interpret import Refused
 from moecompile.passes.places import Condition, Number, is_trivial, number, part_substituted
-from moecompile.passes.slots import difference, is_at_least
+from moecompile.passes.radix import difference, is_at_least
 from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (
     Affine,

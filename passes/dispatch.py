@@ -25,9 +25,9 @@ from moecompile.passes import radix, substitution
 from moecompile.passes.capacity import At, Below, Marks, Support, as_terms
 from moecompile.passes.interpret import Interpretation, Refused
 from moecompile.passes.merge import expert_atom, merge
+from moecompile.passes.radix import is_at_least
 from moecompile.passes.routing import ASSIGNMENT, Column, Routing, prove_disjoint
 from moecompile.passes.rules_routing import id_range
-from moecompile.passes.slots import is_at_least
 from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (
     Apply,

@@ -191,8 +191,11 @@ class _Emitter:
         if step == "cat":
             return self.call(torch.cat, ([node, *arguments], 1))
         if step == "from_end":
+            # -1 is the last expert here; what lies before the first is out of range, and not "no expert"
+            (num_experts,) = arguments
             negative = self.call(operator.lt, (node, 0))
-            return self.call(torch.where, (negative, self.call(operator.add, (node, *arguments)), node))
+            found = self.call(torch.where, (negative, self.call(operator.add, (node, num_experts)), node))
+            return self.call(torch.where, (self.call(operator.lt, (found, 0)), num_experts, found))
         if step == "gather" and arguments == ("expert_ids",):
             assert ids is not None
             return self.call(torch.gather, (node, 1, ids))

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moecompile.passes import radix, terms
 from moecompile.passes.aliases import Aliases, fake_of, tensors_in
@@ -92,6 +93,14 @@ class Interpretation:
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
     rules: Mapping[str, Rule] = field(default_factory=dict)  # canonical name -> rule
     deferred: dict[fx.Node, Call] = field(default_factory=dict)  # views of plain leaves that nobody has asked for yet
+
+    def combine(self, found: Combine) -> None:
+        """Notes a sum of expert outputs; Refused unless it has the shape of its tensor, or of that it is added into."""
+        fake = fake_of(found.node)
+        if fake is None and found.base is not None:
+            fake = fake_of(found.base)
+        check_shape(found.value, fake)
+        self.combines.append(found)
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
         """The shape of the tensor at a node."""
@@ -294,8 +303,11 @@ def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, .
         if call.name == "cast" and _keeps_all(call, state):
             return state.value(call["input"])
         outcome = rule(call, state)
-        for value in outcome if isinstance(outcome, tuple) else (outcome,):
-            _check_distinct(value)
+        results = outcome if isinstance(outcome, tuple) else (outcome,)
+        for value, fake in zip(results, _fakes(call, len(results)), strict=True):
+            if value is not None:
+                _check_distinct(value)
+                check_shape(value, fake)
         return outcome
     except ArithmeticError:  # an infinite number, or a tensor without dimensions: no rule is about those
         return None
@@ -313,10 +325,36 @@ def _keeps_all(call: Call, state: Interpretation) -> bool:
     return (before.dtype, before.device) == (after.dtype, after.device)
 
 
-def _check_distinct(value: Value | None) -> None:
-    """No index may run along two dimensions at once: such a tensor would be a diagonal, not what the terms say."""
-    if value is None:
+def _fakes(call: Call, count: int) -> tuple[Any, ...]:
+    """Example values of a call's results, or of what it writes into if it returns nothing; None if they are unknown."""
+    fake = fake_of(call.node)
+    if fake is None and writes(call.node, call) and isinstance(call.arguments.get("input"), fx.Node):
+        fake = fake_of(call["input"])
+    fakes = tuple(fake) if isinstance(fake, (tuple, list)) else (fake,)
+    return fakes if len(fakes) == count else (None,) * count
+
+
+def check_shape(value: Value, fake: Any) -> None:
+    """A meaning has the extents of its tensor.
+
+    What copies or adds only a part of a tensor, or spreads one over another, says so in nothing but its shape. Sizes
+    that data decided are the rules' to prove.
+    """
+    if not isinstance(fake, torch.Tensor):
         return
+    extents = tuple(radix.group_size(group) for group in value.dims)
+    if len(extents) == fake.dim() and all(map(_agree, extents, fake.shape)):
+        return
+    raise Refused(f"a part of a tensor, or one spread over more: {tuple(fake.shape)} where its operands give {extents}")
+
+
+def _agree(extent: Size, size: Any) -> bool:
+    difference = radix.difference(extent, radix.size_of(size))
+    return difference == 0 or (difference is None and bool(free_unbacked_symbols(size)))
+
+
+def _check_distinct(value: Value) -> None:
+    """No index may run along two dimensions at once: such a tensor would be a diagonal, not what the terms say."""
     atoms = [atom for group in value.dims for atom in group]
     if len({atom.variable for atom in atoms}) == len(atoms):
         return

@@ -60,6 +60,22 @@ def group_size(group: Sequence[Atom]) -> Size:
     return product(atom.size for atom in group)
 
 
+def difference(first: Size, second: Size) -> int | None:
+    """first - second, where that is a number."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first - second
+    import sympy
+
+    result = sympy.expand(sympy.sympify(first) - sympy.sympify(second))
+    return int(result) if result.is_number else None
+
+
+def is_at_least(first: Size, second: Size) -> bool:
+    """Whether first >= second for certain."""
+    found = difference(first, second)
+    return found is not None and found >= 0
+
+
 def overlap(first: Atom, second: Atom) -> bool:
     """Whether two atoms hold a common digit of one variable."""
     if first.variable != second.variable:

@@ -244,13 +244,20 @@ def _check_roots(
     layout: Layout,
     additions: frozenset[fx.Node],
 ) -> None:
-    position = layout.position
+    position, differentiated = layout.position, _is_differentiated(end, layout)
     for root, written in roots.items():
         born = position[root if written is None else written]
         for writer, targets in layout.writers.items():
-            between = born < position[writer] < position[end] and writer not in additions
-            if between and any(layout.aliases.share(target, root) for target in targets):
+            later = born < position[writer] and writer not in additions
+            if not later or not any(layout.aliases.share(target, root) for target in targets):
+                continue
+            if position[writer] < position[end]:
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")
+            if differentiated and fake_of(root).dtype.is_floating_point:
+                raise Refused(
+                    f"{writer} writes into {root} after the block, whose operator keeps it for backward where the "
+                    "model keeps rows gathered from it"
+                )
     for writer in (region & layout.writers.keys()) - additions:
         for target in layout.writers[writer]:
             foreign = next(
@@ -260,6 +267,12 @@ def _check_roots(
                 raise Refused(
                     f"{writer}, inside the block, writes into {foreign or target}, which is not the block's own"
                 )
+
+
+def _is_differentiated(end: fx.Node, layout: Layout) -> bool:
+    """Whether the sum has a gradient; for a sum in place that returns nothing, whether what it is added into has."""
+    fakes = [fake_of(node) for node in (end, *layout.writers.get(end, ()))]
+    return any(isinstance(fake, torch.Tensor) and fake.requires_grad for fake in fakes)
 
 
 def _check_partials(end: fx.Node, region: set[fx.Node], partials: Sequence[fx.Node], layout: Layout) -> None:

@@ -14,7 +14,7 @@ from moecompile.passes import radix
 from moecompile.passes.capacity import Below
 from moecompile.passes.interpret import Refused, walk
 from moecompile.passes.places import Number, Running, Tally, any_expert, closed, counted
-from moecompile.passes.slots import is_at_least
+from moecompile.passes.radix import is_at_least
 from moecompile.passes.terms import Atom, Content, Element, Equals, Group, Looked, Part, Size, Variable
 
 ASSIGNMENT = Variable("ids", "assignment")

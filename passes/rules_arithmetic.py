@@ -97,8 +97,6 @@ def elementwise(call: Call, state: Interpretation) -> Value | None:
     dims, contents = unify(values)
     if _is_routing_number(dims, values):
         return None
-    if call.name == "sub" and call.node.target == "__rsub__":
-        contents.reverse()
     return Value(dims, Apply(call.name, tuple(contents), params))
 
 

@@ -99,8 +99,7 @@ def _add(call: Call, state: Interpretation) -> Value:
     first, second = operand(call, state, "input"), operand(call, state, "other")
     if first is None or second is None:
         raise Refused("arithmetic of the experts' counts or bins with something else")
-    reverse = call.name == "rsub" or call.node.target == "__rsub__"
-    if reverse:
+    if call.name == "rsub":
         first, second = second, first
     return _result(call, state, joined(first, second, 1 if call.name == "add" else -1))
 

@@ -137,8 +137,6 @@ def _add(call: Call, state: Interpretation) -> Value:
 
 
 def _sub(call: Call, state: Interpretation) -> Value:
-    if call.node.target == "__rsub__":
-        return _added(call, state, call["other"], call["input"], -1)
     return _added(call, state, call["input"], call["other"], -1)
 
 

@@ -274,7 +274,7 @@ def _read_back(
     content = _weighted(tensor, rows.content, 1 - number)
     top_k = tensor.routing.top_k
     over: Group = () if top_k == 1 else (Atom(ASSIGNMENT, 1, top_k),)
-    state.combines.append(Combine(node, Value(tuple(dims), Total(content, over, state.dtype(node)))))
+    state.combine(Combine(node, Value(tuple(dims), Total(content, over, state.dtype(node)))))
     return state.leaf(node)
 
 

@@ -252,7 +252,7 @@ def _scatter(call: Call, state: Interpretation) -> Value | None:
     if call["reduce"] is not None:
         raise Refused("scatter with a reduction")
     if len(index.dims) == 1:
-        return permuted_write(call, state, call["input"], index, source)
+        return permuted_write(call, state, call["input"], index, _all_of(source, call, state))
     dim = call["dim"] % len(index.dims)
     if (
         len(index.dims) == 2
@@ -264,7 +264,15 @@ def _scatter(call: Call, state: Interpretation) -> Value | None:
     if len(index.dims) == 2 and dim == 1 and isinstance(target.content, Constant):
         return _marks(call, state, int(target.content.value), index, source)
     along = rows_index(index, dim)
-    return permuted_write(call, state, call["input"], along, source) if dim == 0 else None
+    return permuted_write(call, state, call["input"], along, _all_of(source, call, state)) if dim == 0 else None
+
+
+def _all_of(source: Any, call: Call, state: Interpretation) -> Any:
+    """The source of a scatter; Refused where the index leaves out a part of it, or of the target's other dimensions."""
+    index, target = state.shape(call["index"]), state.shape(call["input"])
+    if index[1:] != target[1:] or (isinstance(source, fx.Node) and state.shape(source) != index):
+        raise Refused("a scatter of a part of its source, or into a part of its target")
+    return source
 
 
 def _marks(call: Call, state: Interpretation, outside: float | int, index: Value, source: Any) -> Value | None:

@@ -162,7 +162,7 @@ def _completes(call: Call, state: Interpretation, partial: Partial, key: Equals,
         return False
     content = substitution.substitute(merged, expert_atom(count), Looked(key.content, count))
     total = Total(content, choices, state.dtype(call.node if fake_of(call.node) is not None else call["input"]))
-    state.combines.append(Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, partial.nodes))
+    state.combine(Combine(call.node, Value(value.dims, total), partial.base, partial.fresh, partial.nodes))
     return True
 
 

@@ -21,13 +21,13 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain
+from moecompile.passes.radix import difference
 from moecompile.passes.slots import (
     Table,
     along_rows,
     appended,
     bins_of,
     check_capacity,
-    difference,
     integers,
     is_tensor,
     kind_of,

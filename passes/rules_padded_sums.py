@@ -16,14 +16,13 @@ from moecompile.passes import radix, substitution
 from moecompile.passes.bins import ends_of, is_bins
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused
+from moecompile.passes.radix import difference, is_at_least
 from moecompile.passes.rules_products import Casts, casts_of, einsum
 from moecompile.passes.rules_views import free
 from moecompile.passes.slots import (
     Bins,
     along_rows,
     bins_of,
-    difference,
-    is_at_least,
     is_tensor,
     kind_of,
     number,
@@ -103,7 +102,7 @@ def added(call: Call, state: Interpretation, index: Value, source: fx.Node) -> V
     if difference(state.shape(call["input"])[0], kept) != 0:
         raise Refused("rows added at an index that is not their token's number")
     fresh = state.value(call["input"]).content == Constant(0)
-    state.combines.append(Combine(call.node, value, call["input"], fresh))
+    state.combine(Combine(call.node, value, call["input"], fresh))
     return None
 
 
@@ -147,7 +146,7 @@ def kept(call: Call, state: Interpretation, value: Value, stop: Size) -> Value |
     if {user for name in names for user in name.users if is_tensor(user)} - {node, call.node}:
         raise Refused(f"{node}, which has rows for unfilled slots, is used in several places")
     if isinstance(inner.content, Total):
-        state.combines.append(Combine(call.node, inner))
+        state.combine(Combine(call.node, inner))
         return None
     found: Value = inner
     return found

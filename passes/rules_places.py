@@ -15,8 +15,8 @@ from moecompile.passes.calls import Call
 from moecompile.passes.capacity import At, Below, Marks, Sum, as_terms, of_terms, product, simplified
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain
 from moecompile.passes.places import Number, number
+from moecompile.passes.radix import is_at_least
 from moecompile.passes.rules_capacity import check_counts, support, weighted
-from moecompile.passes.slots import is_at_least
 from moecompile.passes.terms import Atom, Constant, Fixed, Group, Index, Part, Size, Value, Variable
 from moecompile.passes.unify import unify
 

@@ -359,7 +359,8 @@ def compare(call: Call, state: Interpretation) -> Value | None:
         from moecompile.passes.unify import unify
 
         dims, contents = unify([value, second])
-        if isinstance(contents[1], Index) and len(contents[1].atoms) == 1:
+        # along a dimension of the ids themselves, each is compared with its own number alone
+        if isinstance(contents[1], Index) and [atom.variable.kind for atom in contents[1].atoms] == ["free"]:
             return Value(dims, Equals(contents[0], contents[1].atoms[0]))
     return None
 

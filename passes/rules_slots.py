@@ -19,13 +19,12 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import Numbers, before, combined, counts_of, first_rows, is_bins, numbers_of, plain
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule
+from moecompile.passes.radix import difference, is_at_least
 from moecompile.passes.rules_views import constant
 from moecompile.passes.slots import (
     Bins,
     Table,
     bins_of,
-    difference,
-    is_at_least,
     is_run,
     is_tensor,
     kind_of,

@@ -38,7 +38,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
         raise Refused("a sum over rows in an order of their own")
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
     result = Value(rest, Total(value.content, over, state.dtype(call.node)))
-    state.combines.append(Combine(call.node, result))
+    state.combine(Combine(call.node, result))
     return None
 
 
@@ -124,7 +124,7 @@ def _added_rows(call: Call, state: Interpretation, index: Value, source: Any) ->
     result = Value((token.atoms, dims[1]), Total(contents[1], over, state.dtype(call.node)))
     base = state.value(call["input"])
     fresh = base.content == Constant(0)
-    state.combines.append(Combine(call.node, result, call["input"], fresh))
+    state.combine(Combine(call.node, result, call["input"], fresh))
     return None
 
 

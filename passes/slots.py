@@ -24,6 +24,7 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import Linear, PerRow, Slot, is_slots, slot_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused
+from moecompile.passes.radix import is_at_least
 from moecompile.passes.rules_index import rows_index
 from moecompile.passes.terms import Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
 
@@ -128,22 +129,6 @@ def integers(argument: Any) -> fx.Node:
 
 
 # ---- numbers
-
-
-def difference(first: Size, second: Size) -> int | None:
-    """first - second, where that is a number."""
-    if isinstance(first, int) and isinstance(second, int):
-        return first - second
-    import sympy
-
-    result = sympy.expand(sympy.sympify(first) - sympy.sympify(second))
-    return int(result) if result.is_number else None
-
-
-def is_at_least(first: Size, second: Size) -> bool:
-    """Whether first >= second for certain."""
-    found = difference(first, second)
-    return found is not None and found >= 0
 
 
 def number(state: Interpretation, argument: Any) -> Size | float | None:

@@ -25,11 +25,11 @@ from moecompile.passes.capacity import Support
 from moecompile.passes.dense import vanishes
 from moecompile.passes.interpret import Interpretation, Refused, walk
 from moecompile.passes.places import Number, Running
+from moecompile.passes.radix import difference
 from moecompile.passes.recognise import Block, read, weight_steps
 from moecompile.passes.region import Layout
 from moecompile.passes.routing import ASSIGNMENT, Column, Routing
 from moecompile.passes.site import Operand
-from moecompile.passes.slots import difference
 from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import Apply, Atom, Content, Fixed, Group, Looked, Size, Special, Total, Value
 from moecompile.runtime.elementwise import vjp

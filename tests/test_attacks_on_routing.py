@@ -5,6 +5,8 @@ Here: expert and token ids that are not what they seem. Each was a wrong rewrite
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,3 +171,66 @@ def test_no_choices_at_all_beside_a_write() -> None:
             return super().forward(x) + weights.sum() + nobody.sum() + rows.sum()
 
     check(Nobody(), sites=1)
+
+
+def test_ids_compared_with_the_number_of_their_choice_are_no_counts() -> None:
+    """As many choices as experts: the comparison broadcasts along the choices, not to a dimension of experts."""
+
+    class Compared(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).softmax(-1).topk(E)
+            order = ids.reshape(-1).argsort(stable=True)
+            ends = (ids == torch.arange(E)).sum(0).cumsum(0).to(torch.int32)
+            hidden = torch.relu(torch._grouped_mm(x.bfloat16()[order // E], self.w_in.bfloat16(), offs=ends))
+            out = torch._grouped_mm(hidden, self.w_out.bfloat16(), offs=ends) * weights.reshape(-1)[order, None]
+            return torch.zeros(T, H).index_add(0, order // E, out.float())
+
+    compiled = torch.compile(Compared(), backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.randn(T, H))  # rows beyond the offsets are undefined: no numbers
+    assert moecompile.last_report().sites == ()
+
+
+@pytest.mark.parametrize("repeat", [lambda ids: ids.repeat(2, 1), lambda ids: ids[None].expand(2, T, K)])
+def test_rows_sorted_by_ids_that_repeat(repeat: Callable[[Tensor], Tensor]) -> None:
+    """Twice as many rows as the offsets count: the experts of the second half get other rows."""
+
+    class Twice(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            order = repeat(ids).reshape(-1).argsort(stable=True)
+            ends = F.one_hot(ids.reshape(-1), E).sum(0).cumsum(0).to(torch.int32)
+            rows = x.bfloat16()[order // K % T]
+            hidden = torch.relu(torch._grouped_mm(rows, self.w_in.bfloat16(), offs=ends))
+            out = torch._grouped_mm(hidden, self.w_out.bfloat16(), offs=ends)
+            return (out[order.argsort()].view(2, T, K, H)[0] * weights[..., None].bfloat16()).sum(1)
+
+    compiled = torch.compile(Twice(), backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        compiled(torch.randn(T, H))
+    assert moecompile.last_report().sites == ()
+    assert any("repeat" in miss.reason for miss in moecompile.last_report().near_misses)
+
+
+@pytest.mark.parametrize("lowest", [-E, -E - 1])
+def test_ids_that_count_from_the_end(lowest: int) -> None:
+    """-1 is the last expert where weights are indexed; below -E there is none, for eager and for us."""
+
+    class Given(Experts):
+        def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+            weights, ids = routing
+            hidden = torch.relu(torch.einsum("th,tkhi->tki", x, self.w_in[ids]))
+            return torch.einsum("tki,tkih,tk->th", hidden, self.w_out[ids], weights)
+
+    model = Given()
+    ids = torch.randint(E, (T, K))
+    ids[3] = lowest
+    arguments = (torch.randn(T, H), torch.rand(T, K), ids)
+    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        if lowest < -E:
+            with pytest.raises(IndexError):
+                compiled(*arguments)
+        else:
+            torch.testing.assert_close(compiled(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
+    assert len(moecompile.last_report().sites) == 1

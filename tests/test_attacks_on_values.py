@@ -157,3 +157,18 @@ def test_dropout_between_the_products_that_drops_nothing() -> None:
             return out.view(T, K, H).sum(1)
 
     check(Dropped(), sites=1)
+
+
+@pytest.mark.parametrize("spelling", ["method", "function", "operator"])
+def test_a_number_less_the_hidden_rows(spelling: str) -> None:
+    class Reflected(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            hidden = torch.einsum("th,tkhi->tki", x, self.w_in[ids])
+            if spelling == "method":
+                turned = hidden.__rsub__(1.5)
+            else:
+                turned = torch.rsub(hidden, 1.5) if spelling == "function" else 1.5 - hidden
+            return torch.einsum("tki,tkih,tk->th", turned, self.w_out[ids], weights)
+
+    check(Reflected(), sites=1)

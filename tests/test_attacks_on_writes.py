@@ -5,6 +5,7 @@ Here: writes into what a block reads, makes or adds to. Each was a wrong rewrite
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import moecompile
 from attacks import Dense, E, Experts, H, K, Loop, T, check
 
 
@@ -165,3 +167,56 @@ def test_a_write_into_what_dropout_gave_back(inside: bool) -> None:
             return out.view(T, K, H).sum(1)
 
     check(Dropped(), sites=0)
+
+
+def residual(model: WrittenAfter, x: Tensor) -> Tensor:
+    z = x * 1.0
+    z += model.block(z, model.w_in)
+    return z
+
+
+def weight_written(model: WrittenAfter, x: Tensor) -> Tensor:
+    w_in = model.w_in * 1.0
+    out = model.block(x, w_in)
+    w_in.mul_(3)
+    return out + w_in.sum()
+
+
+def parameter_updated(model: WrittenAfter, x: Tensor) -> Tensor:
+    out = model.block(x, model.w_in)
+    with torch.no_grad():
+        model.w_in.mul_(0.5)
+    return out
+
+
+class WrittenAfter(Experts):
+    """Gathered weights and rows: eager keeps what it gathered, so that their sources may be written after the block."""
+
+    def __init__(self, whole: Callable[[WrittenAfter, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.whole = whole
+        self.router.requires_grad_(False)
+
+    def block(self, x: Tensor, w_in: Tensor) -> Tensor:
+        weights, ids = self.routed(x)
+        flat = ids.reshape(-1)
+        tokens = torch.arange(T).repeat_interleave(K)
+        hidden = torch.relu(torch.bmm(x[tokens].unsqueeze(1), w_in[flat]))
+        return (torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)).view(T, K, H).sum(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(self, x)
+
+
+@pytest.mark.parametrize("whole", [residual, weight_written, parameter_updated], ids=lambda whole: whole.__name__)
+def test_writes_after_the_block(whole: Callable[[WrittenAfter, Tensor], Tensor]) -> None:
+    """The operator keeps the sources themselves for backward: where there is one, the block is left alone."""
+    check(WrittenAfter(whole), sites=0)
+    model = WrittenAfter(whole)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    moecompile.reset()
+    x = torch.randn(T, H)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(moecompile.last_report().sites) == 1
