@@ -194,6 +194,27 @@ def insert_call(graph: fx.Graph, rng: random.Random) -> str | None:
     return f"{kind} of {source} for {node}"
 
 
+def take_part(graph: fx.Graph, rng: random.Random) -> str | None:
+    """An operand is only a part of what it was, or all of it twice; what an index picks, and a sum adds, follows."""
+    choice = random_leaf(graph, rng, lambda leaf: isinstance(leaf, fx.Node) and tensor_of(leaf) is not None)
+    if choice is None:
+        return None
+    node, path, source = choice
+    tensor = tensor_of(source)
+    assert tensor is not None
+    places = [dim for dim, size in enumerate(tensor.shape) if isinstance(size, int) and size > 1]
+    if not places:
+        return None
+    dim, kind = rng.choice(places), rng.choice(("half", "first", "twice"))
+    with graph.inserting_before(node):
+        if kind == "twice":
+            part = graph.call_function(torch.cat, ([source, source], dim))
+        else:
+            part = graph.call_method("narrow", (source, dim, 0, 1 if kind == "first" else tensor.shape[dim] // 2))
+        set_leaf(node, path, part)
+    return f"{kind} along {dim} of {source} for {node}"
+
+
 def alike(node: fx.Node, other: fx.Node) -> bool:
     a, b = tensor_of(node), tensor_of(other)
     return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
@@ -328,6 +349,7 @@ EDITS: tuple[tuple[int, Edit], ...] = (
     (2, change_dtype),
     (3, change_target),
     (5, insert_call),
+    (4, take_part),
     (3, drop_call),
     (6, rewire),
     (4, mutate),
