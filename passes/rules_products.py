@@ -32,7 +32,7 @@ from moecompile.passes.terms import (
     Value,
     Variable,
 )
-from moecompile.passes.unify import _choose, _deduplicated, _renaming, per_expert, unify
+from moecompile.passes.unify import _choose, _deduplicated, _renaming, per_expert, run_once_through, unify
 
 # of each operand, the dtype that autocast gives it, or None
 Casts: TypeAlias = "tuple[str | None, ...]"
@@ -205,7 +205,7 @@ def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, e
         raise Refused("a grouped GEMM whose offsets are not the running sum of the experts' counts")
     if order.variable.by != ends.key:
         raise Refused("a grouped GEMM whose rows are sorted by other ids than its offsets count")
-    if not _runs_once_through(order.variable.group, ends.key):
+    if not run_once_through([order.variable.group], ends.key):
         raise Refused("a grouped GEMM whose rows are sorted by ids that repeat, where its offsets count each once")
     if radix.group_size(weights.dims[0]) != ends.num_experts or len(weights.dims[0]) > 1:
         raise Refused(
@@ -217,12 +217,6 @@ def grouped(state: Interpretation, node: fx.Node, rows: Value, weights: Value, e
     result = einsum(state, node, rows, Value(weights.dims[1:], content), "sf,fn->sn", casts)
     assert result is not None
     return result
-
-
-def _runs_once_through(group: Group, key: Content) -> bool:
-    """Whether the assignments that rows were sorted from are those of the key, each once."""
-    own = [part for part in key.index if isinstance(part, Atom)] if isinstance(key, Element) else []
-    return radix.difference(radix.group_size(group), radix.group_size(own)) == 0
 
 
 def _fallback(call: Call, state: Interpretation) -> Value | None:

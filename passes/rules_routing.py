@@ -29,7 +29,7 @@ from moecompile.passes.terms import (
     Value,
     Variable,
 )
-from moecompile.passes.unify import enumerates, per_expert, rows_covered
+from moecompile.passes.unify import enumerates, per_expert, rows_covered, run_once_through
 
 
 def _sort(call: Call, state: Interpretation) -> tuple[Value | None, ...] | None:
@@ -112,7 +112,8 @@ def _div(call: Call, state: Interpretation) -> Value | None:
 
 def counted(state: Interpretation, key: Value, num_experts: Size, node: fx.Node) -> Value:
     """How many assignments each expert has; `key` must run over all assignments once."""
-    if not isinstance(key.content, Element) or not all(rows_covered(group) for group in key.dims):
+    covered = isinstance(key.content, Element) and all(rows_covered(group) for group in key.dims)
+    if not covered or not run_once_through(key.dims, key.content):
         raise Refused("counts of something that is not all of the expert ids")
     _check_exact(state, node)
     total = radix.product(radix.group_size(group) for group in key.dims)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moecompile.passes import radix, substitution, terms
@@ -156,3 +156,9 @@ def rows_covered(group: Group) -> bool:
     """
     covered = enumerates(group)
     return covered is not None and all(atom.variable.kind in ("ids", "leaf") for atom in covered)
+
+
+def run_once_through(dims: Iterable[Group], key: Content) -> bool:
+    """Whether dimensions that run through assignments have as many elements as the key does: each of it once."""
+    own = [part for part in key.index if isinstance(part, Atom)] if isinstance(key, Element) else []
+    return radix.difference(radix.product(map(radix.group_size, dims)), radix.group_size(own)) == 0
