@@ -100,7 +100,9 @@ class Lines:
         primal = re.fullmatch(r"primals_(\d+)", str(node.target))
         if plain or primal:
             place = description.idx if plain else int(primal[1]) - 1  # type: ignore[union-attr,index]
-            return self._inputs[place] if place < len(self._inputs) else f"argument {place}"
+            if 0 <= place < len(self._inputs):
+                return self._inputs[place]
+            return f"argument {place}" if place >= 0 else input_name(node)  # a body of its own counts from 0
         if tangent := re.fullmatch(r"tangents_(\d+)", str(node.target)):
             return f"gradient {int(tangent[1]) - 1}"
         return "saved" if self._backward else input_name(node)

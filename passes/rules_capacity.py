@@ -275,7 +275,7 @@ def _summed(content: Number | Marks, over: Group, call: Call, state: Interpretat
     marks = content.where if isinstance(content, Number) else content.factors
     experts = [mark.atom for mark in marks if isinstance(mark, Equals) and mark.atom in over]
     if isinstance(content, Number):
-        if over != tuple(experts):
+        if len(over) != 1 or over != tuple(experts):
             raise Refused("a sum of places over something else than experts")
         return own_expert(content, over[0])
     if len(over) == 1 and over == tuple(experts):

@@ -191,12 +191,23 @@ def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretati
             key = Value(tuple(value.dims[number] for number in dims), content.content)
             return counted(state, key, content.atom.size, call.node)
     if isinstance(content, Special) and content.kind == "chosen":
-        ids, atom = content.about
-        if len(value.dims) == 2 and dims == [0] and value.dims[1] == (atom,):
+        ids, _ = content.about
+        atom = unmoved_marks(value)
+        if atom is not None and dims == [0]:
             if not distinct(ids, state):
                 raise Refused("marks of experts count a token once where it may name an expert twice")
             return counted(state, ids, atom.size, call.node)
     return None
+
+
+def unmoved_marks(value: Value) -> Atom | None:
+    """The experts' digit of marks of chosen experts that lie as they were made: (tokens, experts), each token's own."""
+    content = value.content
+    if not isinstance(content, Special) or content.kind not in ("chosen", "not chosen"):
+        return None
+    ids, atom = content.about
+    found: Atom = atom
+    return found if value.dims == (ids.dims[0], (atom,)) else None
 
 
 def _is_one_hot(node: fx.Node, state: Interpretation) -> bool:
@@ -212,6 +223,8 @@ def scattered_counts(call: Call, state: Interpretation) -> Value | None:
     added = call["src"] if "src" in call.arguments else call["source"]
     target, index, source = state.value(call["input"]), state.value(call["index"]), state.value(added)
     if target.content != Constant(0) or source.content != Constant(1) or len(target.dims) != 1 or len(index.dims) != 1:
+        return None
+    if call.arguments.get("alpha", 1) != 1:
         return None
     if not isinstance(index.content, Element) or state.shape(call["index"]) != state.shape(added):
         return None

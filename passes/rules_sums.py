@@ -11,7 +11,7 @@ from moecompile.passes.rules_index import rows_index
 from moecompile.passes.rules_loop import add_term, rows_of_one
 from moecompile.passes.rules_routing import distinct, scattered_counts, summed_counts
 from moecompile.passes.terms import Constant, Fixed, Group, Index, Special, Total, Value
-from moecompile.passes.unify import enumerates, unify, without
+from moecompile.passes.unify import enumerates, run_once_through, unify, without
 
 
 def _sum(call: Call, state: Interpretation) -> Value | None:
@@ -25,7 +25,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     counts = summed_counts(call, value, dims, state)
     if counts is not None:
         return counts
-    picked = _picked(call, value, dims)
+    picked = _picked(call, value, dims, state)
     if picked is not None:
         return picked
     _gates(call, state, value, dims)
@@ -42,7 +42,7 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
     return None
 
 
-def _picked(call: Call, value: Value, dims: list[int]) -> Value | None:
+def _picked(call: Call, value: Value, dims: list[int], state: Interpretation) -> Value | None:
     """(weights * (ids == e)).sum(choices): for the tokens that chose expert e, the weight of that choice."""
     content = value.content
     if (
@@ -53,7 +53,11 @@ def _picked(call: Call, value: Value, dims: list[int]) -> Value | None:
         or call["keepdim"]
     ):
         return None
+    ids = content.about[0].content
     rest = tuple(group for dim, group in enumerate(value.dims) if dim not in dims)
+    choices = value.dims[dims[0]]
+    if not run_once_through(value.dims, ids) or not distinct(Value((*rest, choices), ids), state):
+        raise Refused("weights summed over something else than a token's choices, of which one names the expert")
     return Value(rest, Special("picked", content.about))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from moecompile.passes import radix
 from moecompile.passes.terms import (
@@ -69,7 +71,20 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
     if isinstance(content, Special) and content.kind == "spread":
         mask, number = content.about
         return Special("spread", (substitute(mask, old, new), substitute(number, old, new)))
+    if isinstance(content, Special) and _mentions(content.about, old):
+        return Special("moved", (content, old, new))  # only its own rules know what it is at another index
     return content
+
+
+def _mentions(item: Any, digit: Atom) -> bool:
+    """Whether what a special meaning is about depends on a digit."""
+    if isinstance(item, Atom):
+        return radix.overlap(item, digit)
+    if isinstance(item, (tuple, frozenset)):
+        return any(_mentions(part, digit) for part in item)
+    if dataclasses.is_dataclass(item) and not isinstance(item, (type, Variable)):
+        return any(_mentions(getattr(item, entry.name), digit) for entry in dataclasses.fields(item))
+    return False
 
 
 def substitute_index(index: Sequence[Part], old: Atom, new: Part) -> tuple[Part, ...]:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
 import moecompile
 from attacks import Dense, E, Experts, H, Ids, K, Loop, T, check, check_inference
+from moecompile.passes.detect import detect
 
 
 @pytest.fixture(autouse=True)
@@ -234,3 +236,100 @@ def test_ids_that_count_from_the_end(lowest: int) -> None:
         else:
             torch.testing.assert_close(compiled(*arguments), model(*arguments), rtol=1e-4, atol=1e-5)
     assert len(moecompile.last_report().sites) == 1
+
+
+def marks(logits: Tensor) -> Tensor:
+    """Whether each expert is one of its token's."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(K, -1).indices, True)
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "other tokens'": lambda logits: marks(logits)[logits.sum(-1).argsort()],
+    "other experts'": lambda logits: marks(logits)[:, torch.tensor([1, 0, 2, 3, 5, 4])],
+    "transposed": lambda logits: marks(logits).t(),
+    "of each expert's choice": lambda logits: marks(logits.t()).t(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_gates_masked_by_marks_in_another_order(name: str) -> None:
+    """As many tokens as experts, so that every order has the same shape."""
+
+    class Masked(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x[:E]
+            logits = self.router(x)
+            gates = logits.sigmoid().masked_fill(~MASKS[name](logits), 0.0)
+            hidden = torch.relu(torch.einsum("th,ehi->eti", x, self.w_in))
+            return torch.einsum("te,eth->th", gates, torch.einsum("eti,eih->eth", hidden, self.w_out))
+
+    check(Masked(), sites=0)
+
+
+def summed(weights: Tensor, hit: Tensor) -> Tensor:
+    return (weights * hit).sum(-1)
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "over tokens": lambda weights, hit, token, choice: (weights * hit).sum(0)[choice],
+    "twice": lambda weights, hit, token, choice: summed(weights.repeat(1, 2), hit.repeat(1, 2))[token],
+    "of repeated ids": lambda weights, hit, token, choice: summed(weights, hit)[token],
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_summed_weights_that_are_not_the_choices_own(name: str) -> None:
+    class Summed(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.router(x)
+            weights, ids = logits.softmax(-1).topk(K)
+            if name == "of repeated ids":
+                ids = torch.stack([logits.argmax(-1), logits.abs().argmax(-1)], -1)
+            out = torch.zeros_like(x)
+            for expert in range(E):
+                hit = ids == expert
+                token, choice = torch.where(hit)
+                gate = SUMS[name](weights, hit, token, choice)
+                y = torch.relu(x[token] @ self.w_in[expert]) @ self.w_out[expert]
+                out = out.index_add(0, token, y * gate[:, None])
+            return out
+
+    check(Summed(), sites=0)
+
+
+COUNTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "one_hot of the rows' ids": lambda ids, order: F.one_hot(ids[order // K], E).sum((0, 1)),
+    "compared ids of the rows": lambda ids, order: (ids[order // K][..., None] == torch.arange(E)).sum((0, 1)),
+    "histogram of the rows' ids": lambda ids, order: torch.histc(ids[order // K].float(), E, 0, E - 1).long(),
+    "marks of the rows": lambda ids, order: zeros(T, E).scatter(1, ids, 1)[order // K].sum(0),
+    "marks repeated": lambda ids, order: zeros(T, E).scatter(1, ids, 1).repeat(2, 1).sum(0),
+    "scaled": lambda ids, order: zeros(E).index_add(0, ids.flatten(), zeros(T * K) + 1, alpha=2),
+}
+
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_more_than_the_assignments(name: str) -> None:
+    """Each expert is counted twice, and the offsets end beyond the rows: nothing here may run."""
+
+    class Counted(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            order = ids.flatten().argsort(stable=True)
+            ends = COUNTS[name](ids, order).cumsum(0).int()
+            hidden = torch.relu(torch._grouped_mm(x.bfloat16()[order // K], self.w_in.bfloat16(), offs=ends))
+            out = torch._grouped_mm(hidden, self.w_out.bfloat16(), offs=ends) * weights.flatten()[order, None]
+            return torch.zeros(T, H).index_add(0, order // K, out.float())
+
+    found = []
+
+    def backend(gm: fx.GraphModule, _: object) -> Callable[..., object]:
+        found.append(detect(gm.graph))
+        raise RuntimeError("enough seen")
+
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="enough seen"):
+        torch.compile(Counted(), backend=backend, fullgraph=True)(torch.randn(T, H))
+    assert found[0].sites == () and found[0].near_misses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 import logging
@@ -144,6 +145,31 @@ def test_nested_compile_region_is_rewritten_inside_its_body():
     main, *bodies = graphs()[0].after.split("\n\n")
     assert sites() == len(bodies) >= 1
     assert "moecompile" not in main and all(body.count("moecompile.experts(") == 1 for body in bodies)
+
+
+def test_a_region_called_twice_in_training():
+    """Its body is compiled once, with inputs of its own that no list of the main graph's inputs knows."""
+
+    class Region(Layer):
+        @torch.compiler.nested_compile_region
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.moe(self.norm(x))
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Region(seed=0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    model, x = Twice(), torch.randn(12, HIDDEN)
+    expected = copy.deepcopy(model)
+    compiled(model)(x).sum().backward()
+    expected(x).sum().backward()
+    for wanted, parameter in zip(expected.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+    assert sites() >= 1
 
 
 @pytest.mark.parametrize("place", ["around the call", "inside the model"])
