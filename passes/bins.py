@@ -63,8 +63,8 @@ class PerExpert(Meaning):
     linear: Linear
 
     def substituted(self, old: Atom, new: Part) -> Content:
-        """The same: the expert is that of the dimension."""
-        return self
+        """The same where the dimension is only renamed; one expert's number, or in another order, is something else."""
+        return self if isinstance(new, Atom) else Special("moved", (self, old, new))
 
 
 @dataclass(frozen=True)

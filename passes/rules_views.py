@@ -279,10 +279,10 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
 
 
 def keep_sparse(call: Call, state: Interpretation) -> None:
-    """A cast of a sparse leaf is one."""
+    """A cast of a sparse leaf to another floating-point dtype is one."""
     value = state.value(call["input"])
     sparse = state.sparse_leaf(value.content)
-    if sparse is not None and state.is_unmoved(value):
+    if sparse is not None and state.is_unmoved(value) and state.dtype(call.node).is_floating_point:
         state.sparse[call.node] = sparse
 
 

@@ -14,12 +14,14 @@ from moecompile.passes.terms import (
     Atom,
     Content,
     Contract,
+    Count,
     Element,
     Equals,
     Fixed,
     Index,
     Looked,
     Meaning,
+    Offsets,
     Part,
     Special,
     Total,
@@ -37,13 +39,29 @@ def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
     below = radix.divide(old.divisor, part.divisor)
     above = radix.divide(part.divisor * part.size, old.divisor * old.size)
     if below is None or above is None:
-        return [part]
+        return [_digit_of(part, old, new) if radix.overlap(part, old) else part]
     pieces: list[Part] = [
         Atom(part.variable, old.divisor * old.size, above),
         new,
         Atom(part.variable, part.divisor, below),
     ]
     return [piece for piece in pieces if radix.extent_of(piece) != 1 or piece is new]
+
+
+def _digit_of(part: Atom, old: Atom, new: Part) -> Part:
+    """What `part`, a digit of the digit `old`, is when that is replaced."""
+    low = radix.divide(part.divisor, old.divisor)
+    if low is not None and radix.divide(old.size, low * part.size) is not None:
+        if isinstance(new, Atom):
+            return Atom(new.variable, new.divisor * low, part.size)
+        if isinstance(new, Fixed) and isinstance(low, int) and isinstance(part.size, int):
+            return Fixed(new.index // low % part.size, part.size)
+    return _other(part, old, new)
+
+
+def _other(part: Part, old: Atom, new: Part) -> Part:
+    """An index that is known to be another than it was, and no more."""
+    return Looked(Special("digit", (part, old, new)), radix.extent_of(part))
 
 
 def substitute(content: Content, old: Atom, new: Part) -> Content:
@@ -63,6 +81,8 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
         return replace(content, left=substitute(content.left, old, new), right=substitute(content.right, old, new))
     if isinstance(content, Equals):
         atom: Part = new if content.atom == old else content.atom
+        if atom is content.atom and isinstance(atom, Atom) and radix.overlap(atom, old):
+            atom = _other(atom, old, new)
         return Equals(substitute(content.content, old, new), atom)
     if isinstance(content, Total):
         return replace(content, content=substitute(content.content, old, new))
@@ -73,6 +93,8 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
         return Special("spread", (substitute(mask, old, new), substitute(number, old, new)))
     if isinstance(content, Special) and _mentions(content.about, old):
         return Special("moved", (content, old, new))  # only its own rules know what it is at another index
+    if isinstance(content, (Count, Offsets)) and not isinstance(new, Atom):
+        return Special("moved", (content, old, new))  # one expert's, or in another order: no longer one an expert
     return content
 
 
@@ -94,7 +116,10 @@ def substitute_index(index: Sequence[Part], old: Atom, new: Part) -> tuple[Part,
         if isinstance(part, Atom):
             parts += _replace_atom(part, old, new)
         elif isinstance(part, Affine):
-            parts.append(compose(part, new) if part.atom == old else part)
+            if part.atom == old:
+                parts.append(compose(part, new))
+            else:
+                parts.append(_other(part, old, new) if radix.overlap(part.atom, old) else part)
         elif isinstance(part, Looked):
             parts.append(Looked(substitute(part.content, old, new), part.extent))
         else:

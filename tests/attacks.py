@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import moecompile
+from moecompile.passes.detect import detect
+from moecompile.passes.site import Detection, Site
 
 E, H, K, T = 6, 16, 2, 10
 Ids = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -86,3 +90,17 @@ def check_inference(model: nn.Module, x: Tensor) -> None:
     compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def sites_of(model: nn.Module) -> tuple[Site, ...]:
+    """What is found in a model that must not run: eager itself reads or leaves memory that nothing was written to."""
+    found: list[Detection] = []
+
+    def backend(gm: fx.GraphModule, _: object) -> Callable[..., object]:
+        found.append(detect(gm.graph))
+        raise RuntimeError("enough seen")
+
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="enough seen"):
+        torch.compile(model, backend=backend, fullgraph=True)(torch.randn(T, H))
+    assert found[0].sites or found[0].near_misses
+    return found[0].sites
