@@ -14,7 +14,7 @@ from moecompile.passes import radix
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, Sparse, is_plain, walk
-from moecompile.passes.rules_routing import distinct, filled_ids, unclamped, unmoved_marks
+from moecompile.passes.rules_routing import distinct, filled_ids, lie_as_made, unclamped
 from moecompile.passes.rules_views import constant, in_dtype
 from moecompile.passes.terms import (
     Affine,
@@ -215,7 +215,7 @@ def _masked_fill(call: Call, state: Interpretation) -> Value | None:
         or not isinstance(call["value"], (int, float))
     ):
         return None
-    if state.shape(call["input"]) != state.shape(mask) or unmoved_marks(state.value(mask)) is None:
+    if state.shape(call["input"]) != state.shape(mask) or not lie_as_made(state.value(mask)):
         return None
     if not distinct(content.about[0], state):
         return None

@@ -191,23 +191,19 @@ def summed_counts(call: Call, value: Value, dims: list[int], state: Interpretati
             key = Value(tuple(value.dims[number] for number in dims), content.content)
             return counted(state, key, content.atom.size, call.node)
     if isinstance(content, Special) and content.kind == "chosen":
-        ids, _ = content.about
-        atom = unmoved_marks(value)
-        if atom is not None and dims == [0]:
+        ids, atom = content.about
+        if lie_as_made(value) and dims == [0]:
             if not distinct(ids, state):
                 raise Refused("marks of experts count a token once where it may name an expert twice")
             return counted(state, ids, atom.size, call.node)
     return None
 
 
-def unmoved_marks(value: Value) -> Atom | None:
-    """The experts' digit of marks of chosen experts that lie as they were made: (tokens, experts), each token's own."""
-    content = value.content
-    if not isinstance(content, Special) or content.kind not in ("chosen", "not chosen"):
-        return None
-    ids, atom = content.about
-    found: Atom = atom
-    return found if value.dims == (ids.dims[0], (atom,)) else None
+def lie_as_made(marks: Value) -> bool:
+    """Whether marks of chosen experts still are (tokens, experts), each token's in its own row."""
+    assert isinstance(marks.content, Special)
+    ids, atom = marks.content.about
+    return marks.dims == (ids.dims[0], (atom,))
 
 
 def _is_one_hot(node: fx.Node, state: Interpretation) -> bool:

@@ -104,6 +104,16 @@ def random_leaf(graph: fx.Graph, rng: random.Random, wanted: Callable[[Any], boo
     return rng.choice(found) if found else None
 
 
+def random_operand(graph: fx.Graph, rng: random.Random) -> tuple[fx.Node, Any, fx.Node, Tensor] | None:
+    """A call, the way to one of its tensor operands, the operand, and its fake tensor."""
+    choice = random_leaf(graph, rng, lambda leaf: isinstance(leaf, fx.Node) and tensor_of(leaf) is not None)
+    if choice is None:
+        return None
+    tensor = tensor_of(choice[2])
+    assert tensor is not None
+    return (*choice, tensor)
+
+
 def swap_operands(graph: fx.Graph, rng: random.Random) -> str | None:
     places = []
     for node in calls(graph):
@@ -180,12 +190,10 @@ def inserted(graph: fx.Graph, kind: str, node: fx.Node, tensor: Tensor) -> fx.No
 
 
 def insert_call(graph: fx.Graph, rng: random.Random) -> str | None:
-    choice = random_leaf(graph, rng, lambda leaf: isinstance(leaf, fx.Node) and tensor_of(leaf) is not None)
+    choice = random_operand(graph, rng)
     if choice is None:
         return None
-    node, path, source = choice
-    tensor = tensor_of(source)
-    assert tensor is not None
+    node, path, source, tensor = choice
     kind = rng.choice(FLOAT_INSERTS if tensor.is_floating_point() else INTEGER_INSERTS)
     if (kind == "mT" and (tensor.dim() < 2 or tensor.shape[-1] != tensor.shape[-2])) or not tensor.dim():
         return None
@@ -196,12 +204,10 @@ def insert_call(graph: fx.Graph, rng: random.Random) -> str | None:
 
 def take_part(graph: fx.Graph, rng: random.Random) -> str | None:
     """An operand is only a part of what it was, or all of it twice; what an index picks, and a sum adds, follows."""
-    choice = random_leaf(graph, rng, lambda leaf: isinstance(leaf, fx.Node) and tensor_of(leaf) is not None)
+    choice = random_operand(graph, rng)
     if choice is None:
         return None
-    node, path, source = choice
-    tensor = tensor_of(source)
-    assert tensor is not None
+    node, path, source, tensor = choice
     places = [dim for dim, size in enumerate(tensor.shape) if isinstance(size, int) and size > 1]
     if not places:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moecompile
-from attacks import Dense, E, Experts, H, K, Loop, T, check
+from attacks import Dense, E, Experts, H, K, Loop, T, check, check_inference
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,7 @@ class Written(Experts):
     ids=["foreach", "hardtanh", "relu6", "out", "detached", "slice", "packet"],
 )
 def test_writes_between_the_gather_and_the_sum(write: Callable[[Tensor], object]) -> None:
-    model = Written(write)
-    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
-    x = torch.randn(T, H)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    check_inference(Written(write), torch.randn(T, H))
 
 
 def test_gates_written_into_by_another_name_are_not_zero_any_more() -> None:
@@ -91,11 +87,7 @@ def test_gates_written_into_by_another_name_are_not_zero_any_more() -> None:
             outputs = torch.einsum("eti,eih->eth", hidden, self.w_out)
             return torch.einsum("te,eth->th", scores.sigmoid(), outputs)
 
-    model = Softened()
-    compiled = torch.compile(model, backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
-    x = torch.randn(T, H)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    check_inference(Softened(), torch.randn(T, H))
 
 
 def test_a_sum_added_into_a_view_of_zeros_is_seen_by_its_other_names() -> None:
