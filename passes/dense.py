@@ -55,8 +55,8 @@ def _by_choice(total: Total, tokens: Group, expert: Atom, sparse: Sparse, state:
     pairs = radix.align(tokens, ids.dims[0])
     if pairs is None:
         raise Refused("the gates' ids are of other tokens")
-    content = substitution.substitute(total.content, expert, Looked(ids.content, expert.size))
-    content = substitution.rename(Value((), content), pairs).content
+    content = substitution.rename(Value((), total.content), pairs).content
+    content = substitution.substitute(content, expert, Looked(ids.content, expert.size))
     return Total(content, ids.dims[1], total.dtype), ids.dims[0]
 
 

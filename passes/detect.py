@@ -26,7 +26,7 @@ from torch import fx
 
 from moecompile.passes import radix, terms
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.calls import writes
+from moecompile.passes.calls import Call, writes
 from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_sums, uses_gates
 from moecompile.passes.expert_products import Product, feature_atoms
 from moecompile.passes.forms import ANCHORS, Traits, form_of
@@ -35,7 +35,7 @@ from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.recognise import Block, weight_steps
-from moecompile.passes.region import Layout, region_of
+from moecompile.passes.region import Layout, check_additions, region_of
 from moecompile.passes.rules_routing import known_range
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
@@ -84,6 +84,8 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
         roots.setdefault(combine.base, None)
     region = region_of(combine.node, roots, state, layout, combine.partials)
     check_padding(region, state, layout)
+    kept = [node for operand in operands.values() for node in operand.nodes]
+    check_additions((combine.node, *combine.partials), kept, layout)
     assert block.out is not None
     if dims[-1:] != (radix.merge(feature_atoms(block.out)),) and dims[-1:] != ((),):
         raise Refused("the summed rows are not the second GEMM's output features in order")
@@ -171,7 +173,7 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
             raise Refused(f"expert ids up to {known - 1} for {block.num_experts} experts")
         if known is None and uses_gates(block):
             raise Refused("gates of expert ids that may be out of range, which choose no expert")
-        from_zero = _counted_from_zero(block.key.root, block.num_experts, state) if known is None else ()
+        from_zero = _counted_from_zero(block.key, block.num_experts, state) if known is None else ()
         operands["expert_ids"] = Operand(block.key.root, (("reshape", (-1, top_k)), *from_zero))
     if block.weight is not None and not routed:
         weighted = weight_steps(block.weight, block)
@@ -188,11 +190,27 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
 
 
 def _counted_from_zero(
-    ids: fx.Node, num_experts: int, state: Interpretation
+    ids: Element, num_experts: int, state: Interpretation
 ) -> tuple[tuple[str, tuple[object, ...]], ...]:
-    """Ids that may count from the end (-1 is the last expert, as in w[ids]) are made to count from 0."""
-    wide = state.dtype(ids) in (torch.int32, torch.int64)  # others may not hold their sum with the experts
-    return (*(() if wide else (("to", (torch.int64,)),)), ("from_end", (num_experts,)))
+    """Ids that may count from the end (-1 is the last expert, as in w[ids]) are made to count from 0.
+
+    Where the model does anything with them that fails for a number below 0, the operator fails as well.
+    """
+    assert isinstance(ids.root, fx.Node)
+    wide = state.dtype(ids.root) in (torch.int32, torch.int64)  # others may not hold their sum with the experts
+    strict = any(call.name in _FROM_ZERO and _is_given(call, ids, state) for call in state.calls.values())
+    step = "from_zero" if strict else "from_end"
+    return (*(() if wide else (("to", (torch.int64,)),)), (step, (num_experts,)))
+
+
+# operations that fail for an index below 0
+_FROM_ZERO = frozenset("gather index_select embedding one_hot bincount scatter scatter_add index_add".split())
+
+
+def _is_given(call: Call, ids: Element, state: Interpretation) -> bool:
+    """Whether an operation's argument is the ids, in any order."""
+    contents = [state.values[node].content for node in call.node.all_input_nodes if node in state.values]
+    return any(isinstance(content, Element) and content.root is ids.root for content in contents)
 
 
 def _matrices(weight: str, bias: str, product: Product, num_experts: int, state: Interpretation) -> dict[str, Operand]:

@@ -196,6 +196,8 @@ class _Emitter:
             negative = self.call(operator.lt, (node, 0))
             found = self.call(torch.where, (negative, self.call(operator.add, (node, num_experts)), node))
             return self.call(torch.where, (self.call(operator.lt, (found, 0)), num_experts, found))
+        if step == "from_zero":  # the same for what lies before the first
+            return self.call(torch.where, (self.call(operator.lt, (node, 0)), arguments[0], node))
         if step == "gather" and arguments == ("expert_ids",):
             assert ids is not None
             return self.call(torch.gather, (node, 1, ids))

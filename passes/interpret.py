@@ -100,6 +100,8 @@ class Interpretation:
         if fake is None and found.base is not None:
             fake = fake_of(found.base)
         check_shape(found.value, fake)
+        content = found.value.content
+        check_distinct(Value((*found.value.dims, content.over if isinstance(content, terms.Total) else ()), content))
         self.combines.append(found)
 
     def shape(self, node: fx.Node) -> tuple[Size, ...]:
@@ -306,10 +308,10 @@ def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, .
         results = outcome if isinstance(outcome, tuple) else (outcome,)
         for value, fake in zip(results, _fakes(call, len(results)), strict=True):
             if value is not None:
-                _check_distinct(value)
+                check_distinct(value)
                 check_shape(value, fake)
         return outcome
-    except ArithmeticError:  # an infinite number, or a tensor without dimensions: no rule is about those
+    except (ArithmeticError, IndexError):  # an infinite number, or a tensor without dimensions: no rule is about those
         return None
     except Refused as reason:
         if any(is_routed(state.values.get(argument)) for argument in call.node.all_input_nodes):
@@ -353,13 +355,22 @@ def _agree(extent: Size, size: Any) -> bool:
     return difference == 0 or (difference is None and bool(free_unbacked_symbols(size)))
 
 
-def _check_distinct(value: Value) -> None:
-    """No index may run along two dimensions at once: such a tensor would be a diagonal, not what the terms say."""
+def check_distinct(value: Value) -> None:
+    """No index may run along two dimensions at once: such a tensor would be a diagonal, not what the terms say.
+
+    Nor may two dimensions list the same assignments, each in an order of its own: contents could mean either's.
+    """
     atoms = [atom for group in value.dims for atom in group]
-    if len({atom.variable for atom in atoms}) == len(atoms):
+    listed = [digit for atom in atoms for digit in atom.variable.group]
+    if len({atom.variable for atom in atoms}) == len(atoms) and not listed:
         return
-    for number, first in enumerate(atoms):
-        if any(radix.overlap(first, second) for second in atoms[number + 1 :]):
+    digits = [*(atom for atom in atoms if not atom.variable.group), *listed]
+    orders = [atom for atom in atoms if atom.variable.group]
+    for number, first in enumerate(digits):
+        if any(radix.overlap(first, second) for second in digits[number + 1 :]):
+            raise Refused("one index along two dimensions")
+    for number, first in enumerate(orders):
+        if any(radix.overlap(first, second) for second in orders[number + 1 :]):
             raise Refused("one index along two dimensions")
 
 

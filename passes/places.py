@@ -17,7 +17,6 @@ from moecompile.passes import radix, substitution
 from moecompile.passes.interpret import Refused
 from moecompile.passes.substitution import substitute
 from moecompile.passes.terms import (
-    Affine,
     Atom,
     Content,
     Count,
@@ -28,6 +27,7 @@ from moecompile.passes.terms import (
     Meaning,
     Part,
     Size,
+    Special,
     Variable,
 )
 
@@ -135,12 +135,9 @@ class Number(Meaning):
 
 
 def part_substituted(part: Part, old: Atom, new: Part) -> Part:
-    """One index with the digit `old` replaced, where it is that digit as a whole."""
-    if part == old:
-        return new
-    if isinstance(part, Affine) and part.atom == old:
-        return substitution.compose(part, new)
-    return Looked(substitute(part.content, old, new), part.extent) if isinstance(part, Looked) else part
+    """One index with the digit `old` replaced; an index that is known to be another, where it is a part of that."""
+    found = substitution.substitute_index((part,), old, new)
+    return found[0] if len(found) == 1 else Looked(Special("digit", (part, old, new)), radix.extent_of(part))
 
 
 def looked_up_by(part: Part) -> tuple[Content, ...]:

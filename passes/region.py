@@ -12,7 +12,7 @@ the combine, or raises Refused if replacing them could change anything outside:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -267,6 +267,17 @@ def _check_roots(
                 raise Refused(
                     f"{writer}, inside the block, writes into {foreign or target}, which is not the block's own"
                 )
+
+
+def check_additions(additions: Sequence[fx.Node], operands: Iterable[fx.Node], layout: Layout) -> None:
+    """Raises Refused where the sum is added, in place, into an operand that the operator keeps for backward."""
+    if not _is_differentiated(additions[0], layout):
+        return
+    for operand in operands:
+        for addition in additions:
+            onto = any(layout.aliases.share(target, operand) for target in layout.writers.get(addition, ()))
+            if onto and fake_of(operand).dtype.is_floating_point:
+                raise Refused(f"{addition} writes the experts' outputs into {operand}, whose rows they are made of")
 
 
 def _is_differentiated(end: fx.Node, layout: Layout) -> bool:

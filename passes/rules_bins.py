@@ -242,6 +242,8 @@ def begins(call: Call, state: Interpretation, rest: fx.Node) -> Value:
     if not isinstance(content, Special) or content.kind != "leading" or len(value.dims) != 1:
         raise Passed
     linear = content.about[0]
+    if value.dims != (free(linear.num_experts - 1, ("leading", linear)),):
+        raise Refused("where the experts' rows end, in another order than the experts'")
     return Value((free(linear.num_experts, (call.node, "expert")),), content_of(before(linear), None))
 
 

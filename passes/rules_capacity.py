@@ -253,6 +253,8 @@ def _sum(call: Call, state: Interpretation) -> Value | None:
         return None
     if isinstance(content, Sum):
         raise Refused("a sum over a sum of marks")
+    if call["dtype"] is not None and call["dtype"] != state.dtype(call["input"]) and isinstance(content, Marks):
+        raise Refused("marks of assignments summed in another dtype")
     places = sorted(_dim(dim, value) for dim in dims)
     if isinstance(content, Equals) and not call["keepdim"] and len(value.dims) == len(places) + 1:
         raise Passed  # the experts' counts, or what the general rules make of it
@@ -277,6 +279,7 @@ def _summed(content: Number | Marks, over: Group, call: Call, state: Interpretat
     if isinstance(content, Number):
         if len(over) != 1 or over != tuple(experts):
             raise Refused("a sum of places over something else than experts")
+        check_counts(state, call.node)
         return own_expert(content, over[0])
     if len(over) == 1 and over == tuple(experts):
         if not content.is_mask:
@@ -323,7 +326,7 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
     if before == after:
         return value
     if isinstance(content, Number):
-        if after is torch.bool or not holds_integers(after):
+        if not holds_integers(before) or not holds_integers(after):
             raise Refused(f"places of assignments as {after}")
         return value
     if after is torch.bool:
@@ -339,6 +342,8 @@ def _getitem(call: Call, state: Interpretation) -> Value:
         raise Passed
     items = list(index) if isinstance(index, tuple) else [index]
     if any(not (item is None or item is Ellipsis or isinstance(item, slice)) for item in items):
+        raise Passed
+    if items.count(Ellipsis) > 1:
         raise Passed
     if Ellipsis in items:
         place = items.index(Ellipsis)

@@ -18,7 +18,7 @@ from moecompile.passes.dispatch import Places, Tensor, is_whole, take_apart
 from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, walk
 from moecompile.passes.places import Number
 from moecompile.passes.routing import ASSIGNMENT
-from moecompile.passes.rules_capacity import in_dtype
+from moecompile.passes.rules_capacity import check_counts, in_dtype
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -123,6 +123,7 @@ def _multiplied(
     numbers = [content for content in contents if isinstance(content, Number)]
     dims = tuple(groups[label] for label in output)
     if numbers:
+        check_counts(state, node)
         masked = scaled(numbers[0], contents[1] if contents[0] is numbers[0] else contents[0])
         return Value(dims, own_expert(masked, over[0]) if len(over) == 1 else masked if not over else _refuse())
     sides = [_as_weighted(content) for content in contents]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes import radix, terms
+from moecompile.passes import radix, substitution, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, is_plain
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
 from moecompile.passes.rules_views import free, holds_integers, selected, sliced
-from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Special, Value, Variable
+from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Size, Special, Value, Variable
 from moecompile.passes.unify import enumerates, look_up, unify
 
 
@@ -50,13 +50,11 @@ def indexed(state: Interpretation, source: fx.Node, index: Any, key: fx.Node) ->
                 raise Refused("indexing by a mask selects a number of rows that depends on data")
             lookups.append((dim, state.value(item)))
             dim += 1
-        elif isinstance(item, int) and not lookups and not any(isinstance(other, fx.Node) for other in items):
-            if is_plain(value) and not _integral(source) and not _is_sparse(state, value) and not _is_input(value):
+        elif isinstance(item, int):  # before any tensor looks up: PyTorch selects first, where NumPy would broadcast
+            alone = not any(isinstance(other, fx.Node) for other in items)
+            if alone and _is_of_no_concern(state, value, source):
                 return None
             value = selected(value, dim, item)
-        elif isinstance(item, int):
-            lookups.append((dim, Value((), Constant(item))))
-            dim += 1
         else:
             raise Refused(f"indexing by {item!r}")
     if not lookups:
@@ -85,6 +83,11 @@ def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
     ):
         raise Refused("the weights of one expert's tokens, read at other tokens")
     return Value((*value.dims[: lookups[0][0]], *index.dims, *value.dims[lookups[0][0] + 1 :]), content.about[1])
+
+
+def _is_of_no_concern(state: Interpretation, value: Value, source: fx.Node) -> bool:
+    """Whether one row of it is a leaf like any other: no ids, no gates, no weights."""
+    return is_plain(value) and not _integral(source) and not _is_sparse(state, value) and not _is_input(value)
 
 
 def _is_input(value: Value) -> bool:
@@ -160,13 +163,23 @@ def _gather(call: Call, state: Interpretation) -> Value | None:
         return None
     dim = (call["dim"] or 0) % len(value.dims)
     along = rows_index(index, dim)
+    check_wrapped(call, along, radix.group_size(value.dims[dim]), state)
     return look_up(value, [dim], [along], dim)
+
+
+def check_wrapped(call: Call, index: Value, extent: Size, state: Interpretation) -> None:
+    """Raises Refused where take_along_dim, which takes an index modulo the extent, may meet one beyond it."""
+    known = state.id_ranges.get(index.content.root) if isinstance(index.content, terms.Element) else 0  # type: ignore[arg-type]
+    if call.name == "take_along_dim" and (known is None or not radix.is_at_least(extent, known)):
+        raise Refused("take_along_dim with ids that may lie outside, which it wraps around")
 
 
 def rows_index(index: Value, dim: int) -> Value:
     """A full-rank index that is the same along every dimension but `dim`, as the one-dimensional index it repeats."""
     for number, group in enumerate(index.dims):
-        if number != dim and any(atom.variable.kind != "free" for atom in group):
+        if number != dim and any(
+            atom.variable.kind != "free" or substitution.mentions(index.content, atom) for atom in group
+        ):
             raise Refused("an index that differs along the features")
     return Value((index.dims[dim],), index.content)
 

@@ -126,11 +126,13 @@ def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, r
     choices = without(atom.variable.group, token.atoms)
     if choices is None or state.shape(target)[0] != radix.group_size(token.atoms):
         raise Refused("rows added at an index that is not their token's number")
-    before = state.value(target).content
-    partial = _partial(before, target, key)
+    before = state.value(target)
+    partial = _partial(before.content, target, key, choices)
     if any(expert == key.atom.index for expert, _ in partial.terms):
         raise Refused(f"expert {key.atom.index} adds to the sum twice")
     features = partial.features if partial.terms else dims[1]
+    if partial.terms and before.dims != (token.atoms, features):
+        raise Refused("a sum that is rearranged while experts are still adding to it")
     term = substitution.rename(Value((), contents[1]), _same_names((dims[1],), (features,))).content
     after = replace(
         partial, terms=(*partial.terms, (key.atom.index, term)), nodes=(*partial.nodes, call.node), features=features
@@ -139,11 +141,13 @@ def add_term(call: Call, state: Interpretation, target: fx.Node, index: Value, r
     return None if _completes(call, state, after, key, value, choices) else value
 
 
-def _partial(before: Content, target: fx.Node, key: Equals) -> Partial:
+def _partial(before: Content, target: fx.Node, key: Equals, choices: Group) -> Partial:
     if isinstance(before, Special) and before.kind == "partial":
-        partial, ids, _ = before.about
+        partial, ids, over = before.about
         if ids != key.content:
             raise Refused("experts that are chosen by different ids add to one sum")
+        if over != choices:
+            raise Refused("experts that sum over different choices add to one sum")
         return partial
     extent = key.atom.extent if isinstance(key.atom, Fixed) else 0
     return Partial(target, before == Constant(0), (), (), extent)

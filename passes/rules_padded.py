@@ -22,6 +22,7 @@ from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, sl
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain
 from moecompile.passes.radix import difference
+from moecompile.passes.rules_index import check_wrapped
 from moecompile.passes.slots import (
     Table,
     along_rows,
@@ -236,7 +237,9 @@ def _embedding(call: Call, state: Interpretation) -> Value:
 def _gather(call: Call, state: Interpretation) -> Value:
     value = state.value(call["input"])
     if is_bins(value.content):
-        return at_ids(value, state.value(call.arguments.get("index", call.arguments.get("indices"))))
+        index = state.value(call.arguments.get("index", call.arguments.get("indices")))
+        check_wrapped(call, index, radix.group_size(value.dims[0]), state)
+        return at_ids(value, index)
     index = along_rows(call, state)
     if state.shape(call.node)[1:] != state.shape(call["input"])[1:]:
         raise Passed

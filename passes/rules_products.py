@@ -15,7 +15,16 @@ from torch import fx
 from moecompile.passes import radix, rules_dispatch, substitution, terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Combine, Interpretation, Passed, Refused, Rule, is_plain, is_routed
+from moecompile.passes.interpret import (
+    Combine,
+    Interpretation,
+    Passed,
+    Refused,
+    Rule,
+    check_distinct,
+    is_plain,
+    is_routed,
+)
 from moecompile.passes.terms import (
     Apply,
     Atom,
@@ -90,6 +99,7 @@ def einsum(
             size = radix.group_size(groups[label])
             groups[label] = (Atom(Variable("bound", (node, label, equation)), 1, size),) if size != 1 else ()
             bound += groups[label]
+    check_distinct(Value(tuple(groups.values()), Constant(0)))
     contents = [
         _converted(_named(value, labels, groups), dtype)
         for value, labels, dtype in ((left, first, casts[0]), (right, second, casts[1]))

@@ -148,7 +148,10 @@ def _check_known(ids: Content, num_experts: Size, state: Interpretation) -> None
 def _bincount(call: Call, state: Interpretation) -> Value | None:
     if call["weights"] is not None or not isinstance(call["minlength"], int) or call["minlength"] < 1:
         return None
-    return counted(state, state.value(call["input"]), call["minlength"], call.node)
+    ids = state.value(call["input"])
+    if (known_range(ids.content, state) or 0) > call["minlength"]:
+        raise Refused(f"counts of {call['minlength']} experts or more, as ids may name others")
+    return counted(state, ids, call["minlength"], call.node)
 
 
 def _searchsorted(call: Call, state: Interpretation) -> Value | None:
@@ -251,6 +254,8 @@ def note_ids(call: Call, state: Interpretation) -> None:
     node = call.node
     fake = fake_of(node)
     if not isinstance(fake, torch.Tensor) or fake.is_floating_point() or fake.dtype not in _IDS or call.inplace:
+        return
+    if any(state.aliases.share(node, target) for targets in state.writers.values() for target in targets):
         return
     chosen = _chosen_by(call, state)
     if chosen is not None:
@@ -385,13 +390,11 @@ def _beyond(call: Call, state: Interpretation) -> Value | None:
 
 def unclamped(call: Call, state: Interpretation) -> Value | None:
     """ids.clamp(0, E - 1) where all ids are in that range anyway: the ids. None for anything else."""
-    if fake_of(call["input"]).dtype.is_floating_point:
-        return None
     value, low, high = state.value(call["input"]), call["min"], call["max"]
-    if not isinstance(value.content, Element) or not (low is None or (isinstance(low, int) and low <= 0)):
+    known = known_range(value.content, state)
+    if known is None or not (low is None or (isinstance(low, int) and low <= 0)):
         return None
-    fits = high is None or (isinstance(high, int) and high >= id_range(value.content, state) - 1)
-    return value if fits else None
+    return value if high is None or (isinstance(high, int) and high >= known - 1) else None
 
 
 RULES: dict[str, Rule] = {

@@ -104,7 +104,15 @@ def mask_of(state: Interpretation, node: Any) -> tuple[str, Bins] | None:
     if kind_of(value.content) not in ("filled", "unfilled", "binned"):
         return None
     assert isinstance(value.content, Special)
-    return value.content.kind, value.content.about[0]
+    bins = value.content.about[0]
+    if not any(bins_of(group) == bins or _is_run_of(group, bins) for group in value.dims):
+        raise Refused("a mask of padded slots in another order than the slots'")
+    return value.content.kind, bins
+
+
+def _is_run_of(group: Group, bins: Bins) -> bool:
+    """Whether a dimension is 0, 1, 2, ..., one number a slot."""
+    return len(group) == 1 and group[0].variable.kind == "free" and group[0].divisor == 1 and group[0].size == bins.capacity
 
 
 def is_tensor(argument: Any) -> bool:

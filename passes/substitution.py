@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from moecompile.passes import radix
+from moecompile.passes.interpret import Refused
 from moecompile.passes.terms import (
     Affine,
     Apply,
@@ -33,7 +34,8 @@ from moecompile.passes.terms import (
 def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
     """The part with the digit `old` of its variable replaced; the part itself if it does not hold that digit."""
     if part.variable != old.variable:
-        return [part]
+        _check_free(part, old, new)
+        return [_other(part, old, new) if depends(part, old) else part]
     if part == old:
         return [new]
     below = radix.divide(old.divisor, part.divisor)
@@ -46,6 +48,18 @@ def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
         Atom(part.variable, part.divisor, below),
     ]
     return [piece for piece in pieces if radix.extent_of(piece) != 1 or piece is new]
+
+
+def _check_free(part: Atom, old: Atom, new: Part) -> None:
+    """Raises Refused if a digit is given the name of another that the content has already: two would be one."""
+    if old.variable.kind == "between" and isinstance(new, Atom) and radix.overlap(part, new):
+        raise Refused("one index in the place of two")
+
+
+def depends(part: Atom, digit: Atom) -> bool:
+    """Whether a digit is a place among assignments, those in an order for example, that the other digit is one of."""
+    group = part.variable.group
+    return bool(group) and any(radix.overlap(own, digit) or depends(own, digit) for own in group)
 
 
 def _digit_of(part: Atom, old: Atom, new: Part) -> Part:
@@ -69,7 +83,7 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
     if isinstance(content, Element):
         return Element(content.root, substitute_index(content.index, old, new), content.written)
     if isinstance(content, Index):
-        if any(radix.overlap(old, digit) for atom in content.atoms for digit in atom.variable.group):
+        if any(depends(atom, old) for atom in content.atoms):
             return Special("index", (content, old, new))  # the place of `old` in an order; `new` has another
         parts = [piece for atom in content.atoms for piece in _replace_atom(atom, old, new)]
         if all(isinstance(part, Atom) for part in parts):
@@ -80,9 +94,12 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
     if isinstance(content, Contract):
         return replace(content, left=substitute(content.left, old, new), right=substitute(content.right, old, new))
     if isinstance(content, Equals):
-        atom: Part = new if content.atom == old else content.atom
-        if atom is content.atom and isinstance(atom, Atom) and radix.overlap(atom, old):
-            atom = _other(atom, old, new)
+        atom: Part = content.atom
+        if atom == old:
+            atom = new
+        elif isinstance(atom, Atom):
+            _check_free(atom, old, new)
+            atom = _other(atom, old, new) if radix.overlap(atom, old) or depends(atom, old) else atom
         return Equals(substitute(content.content, old, new), atom)
     if isinstance(content, Total):
         return replace(content, content=substitute(content.content, old, new))
@@ -91,21 +108,21 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
     if isinstance(content, Special) and content.kind == "spread":
         mask, number = content.about
         return Special("spread", (substitute(mask, old, new), substitute(number, old, new)))
-    if isinstance(content, Special) and _mentions(content.about, old):
+    if isinstance(content, Special) and mentions(content.about, old):
         return Special("moved", (content, old, new))  # only its own rules know what it is at another index
     if isinstance(content, (Count, Offsets)) and not isinstance(new, Atom):
         return Special("moved", (content, old, new))  # one expert's, or in another order: no longer one an expert
     return content
 
 
-def _mentions(item: Any, digit: Atom) -> bool:
+def mentions(item: Any, digit: Atom) -> bool:
     """Whether what a special meaning is about depends on a digit."""
     if isinstance(item, Atom):
         return radix.overlap(item, digit)
     if isinstance(item, (tuple, frozenset)):
-        return any(_mentions(part, digit) for part in item)
+        return any(mentions(part, digit) for part in item)
     if dataclasses.is_dataclass(item) and not isinstance(item, (type, Variable)):
-        return any(_mentions(getattr(item, entry.name), digit) for entry in dataclasses.fields(item))
+        return any(mentions(getattr(item, entry.name), digit) for entry in dataclasses.fields(item))
     return False
 
 
@@ -119,7 +136,9 @@ def substitute_index(index: Sequence[Part], old: Atom, new: Part) -> tuple[Part,
             if part.atom == old:
                 parts.append(compose(part, new))
             else:
-                parts.append(_other(part, old, new) if radix.overlap(part.atom, old) else part)
+                _check_free(part.atom, old, new)
+                changed = radix.overlap(part.atom, old) or depends(part.atom, old)
+                parts.append(_other(part, old, new) if changed else part)
         elif isinstance(part, Looked):
             parts.append(Looked(substitute(part.content, old, new), part.extent))
         else:
@@ -153,7 +172,7 @@ def _merge_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
 def rename(value: Value, pairs: Sequence[tuple[Atom, Part]]) -> Value:
     """The value with digits renamed all at once (a swap stays a swap), in its dims and its content."""
     pairs = [(old, new) for old, new in pairs if old != new]
-    through = [Atom(Variable("free", ("rename", number)), 1, old.size) for number, (old, _) in enumerate(pairs)]
+    through = [Atom(Variable("between", number), 1, old.size) for number, (old, _) in enumerate(pairs)]
     steps: list[tuple[Atom, Part]] = [(old, between) for (old, _), between in zip(pairs, through, strict=True)]
     steps += [(between, new) for (_, new), between in zip(pairs, through, strict=True)]
     dims, content = value.dims, value.content

@@ -36,8 +36,9 @@ Size: TypeAlias = "int | sympy.Expr"
 class Variable(NamedTuple):
     """An index variable. Rank says who gives way when two variables turn out to be the same index: the lower one."""
 
-    # "free" (a repeated dimension), "leaf", "ids" (a leaf of integers), "slice", "bound" (contracted), "expert"
-    # (merged), "order" (a permutation of `group`), "rows" (a subset), "places" and "padded" (slots of experts)
+    # "free" (a repeated dimension), "between" (a name while several are renamed at once), "leaf", "ids" (a leaf of
+    # integers), "slice", "bound" (contracted), "expert" (merged), "order" (a permutation of `group`), "rows" (a
+    # subset), "places" and "padded" (slots of experts)
     kind: str
     key: Any  # what makes it this variable: a node, or a node and a number
     group: tuple[Atom, ...] = ()  # for "order" and "rows": the atoms it enumerates
@@ -46,7 +47,7 @@ class Variable(NamedTuple):
     @property
     def rank(self) -> int:
         """0 for repeated dimensions up to 3 for enumerations, which never give way."""
-        return {"free": 0, "slice": 1, "leaf": 1, "ids": 2}.get(self.kind, 3)
+        return {"free": 0, "between": 0, "slice": 1, "leaf": 1, "ids": 2}.get(self.kind, 3)
 
 
 class Atom(NamedTuple):

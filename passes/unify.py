@@ -20,6 +20,7 @@ from moecompile.passes.terms import (
     Offsets,
     Part,
     Value,
+    Variable,
 )
 
 
@@ -79,12 +80,25 @@ def look_up(value: Value, dims: Sequence[int], indices: Sequence[Value], place: 
     if isinstance(value.content, (Count, Offsets)):
         raise Refused("the experts' counts or offsets, read in another order than the experts'")
     common, contents = unify(indices)
+    value = _apart(value, dims)
     content: Content = value.content
     for dim, index in zip(dims, contents, strict=True):
         content = _at(content, value.dims[dim], index)
     rest = [group for number, group in enumerate(value.dims) if number not in dims]
     before = sum(1 for number in range(place) if number not in dims)
     return Value((*rest[:before], *common, *rest[before:]), content)
+
+
+def _apart(value: Value, dims: Sequence[int]) -> Value:
+    """The value with names of their own for dimensions that are looked up one after the other.
+
+    What the first is looked up by may speak of the second's names.
+    """
+    if len(dims) < 2:
+        return value
+    atoms = [atom for dim in dims for atom in value.dims[dim] if atom.variable.rank < 3]
+    names = (Atom(Variable("free", ("looked up", number)), 1, atom.size) for number, atom in enumerate(atoms))
+    return substitution.rename(value, list(zip(atoms, names, strict=True)))
 
 
 def _at(content: Content, group: Group, index: Content) -> Content:
@@ -96,7 +110,7 @@ def _at(content: Content, group: Group, index: Content) -> Content:
             raise Refused("an index that does not run over the rows it is used on")
         return substitution.rename(Value((), content), _deduplicated(pairs)).content
     if isinstance(index, Constant) and isinstance(index.value, int):
-        if len(group) != 1:
+        if len(group) != 1 or group[0].variable.rank >= 3:
             raise Refused("one index of a dimension that holds several indices")
         extent = radix.group_size(group)
         position = index.value % extent if isinstance(extent, int) else index.value
