@@ -162,6 +162,8 @@ def _added(call: Call, state: Interpretation, first: Any, second: Any, sign: int
             if as_terms(content) is None:
                 raise Refused("marks of assignments are added to something else")
             found += weighted(call, state, content, argument)
+    if state.dtype(call.node) is torch.bool and len(found) > 1:  # True + True is True, not 2
+        check_disjoint(found, dims)
     return Value(dims, of_terms(found))
 
 

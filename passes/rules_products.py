@@ -57,10 +57,12 @@ def einsum(
     casts: Casts = (None, None),
 ) -> Value | None:
     """A product of two tensors by a two-operand equation in single letters, e.g. "sf,fn->sn"."""
-    with contextlib.suppress(Passed):
-        return rules_dispatch.einsum(state, node, left, right, equation, casts)
     inputs, output = equation.split("->")
     first, second = inputs.split(",")
+    if len(first) != len(left.dims) or len(second) != len(right.dims):
+        raise Refused(f"a product {equation} of tensors with other dimensions")
+    with contextlib.suppress(Passed):
+        return rules_dispatch.einsum(state, node, left, right, equation, casts)
     if (
         is_plain(left)
         and is_plain(right)
@@ -68,13 +70,8 @@ def einsum(
         and not _expert_like(state, right, left)
     ):
         return None
-    if (
-        len(first) != len(left.dims)
-        or len(second) != len(right.dims)
-        or len(set(first)) != len(first)
-        or len(set(second)) != len(second)
-    ):
-        raise Refused(f"a product {equation} of tensors with other dimensions")
+    if len(set(first)) != len(first) or len(set(second)) != len(second):
+        raise Refused(f"a product {equation} along a diagonal")
     if any(isinstance(value.content, (Index, Constant, terms.Count, Offsets)) for value in (left, right)):
         raise Refused("a product of indices")
     groups: dict[str, Group] = {}

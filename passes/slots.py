@@ -112,7 +112,12 @@ def mask_of(state: Interpretation, node: Any) -> tuple[str, Bins] | None:
 
 def _is_run_of(group: Group, bins: Bins) -> bool:
     """Whether a dimension is 0, 1, 2, ..., one number a slot."""
-    return len(group) == 1 and group[0].variable.kind == "free" and group[0].divisor == 1 and group[0].size == bins.capacity
+    return (
+        len(group) == 1
+        and group[0].variable.kind == "free"
+        and group[0].divisor == 1
+        and group[0].size == bins.capacity
+    )
 
 
 def is_tensor(argument: Any) -> bool:

@@ -129,6 +129,14 @@ class Rounded(Near):
         return super().marks(kept.long(), place.long(), capacity)
 
 
+class NarrowSum(Near):
+    """An assignment's place, summed over the experts in int8, wraps around after 127."""
+
+    def marks(self, kept: Tensor, place: Tensor, capacity: int) -> Tensor:
+        own = (place * kept).sum(-1, dtype=torch.int8).long()
+        return kept.unsqueeze(-1) * F.one_hot(own, capacity).unsqueeze(1)
+
+
 class TwoCounters(Near):
     """Each choice has its own counter, and both share the places."""
 
@@ -179,6 +187,7 @@ class ChangedBetween(Near):
 
 
 REASONS: dict[type[Spelling], str] = {
+    NarrowSum: "one place of one expert",
     OtherCapacity: "another capacity",
     OtherMask: "may stand at one place",
     OnlyFirstPutIn: "other expert ids",

@@ -201,9 +201,9 @@ def _cut(p: Program) -> tuple[Any, ...]:
         return kind, (node, p.dim(node)), {}
     items: list[Any] = []
     for _ in range(p.rng.randrange(1, 4)):
-        bounds = [p.rng.choice((None, None, p.rng.randrange(-size, size + 1))) for _ in range(2)]
-        step = p.rng.choice((None, None, None, 1, 2))
-        items.append(p.rng.choice((None, Ellipsis, slice(*bounds, step), slice(None), p.rng.randrange(-size, size))))
+        start, stop = (p.rng.choice((None, None, p.rng.randrange(-size, size + 1))) for _ in range(2))
+        part = slice(start, stop, p.rng.choice((None, None, None, 1, 2)))
+        items.append(p.rng.choice((None, Ellipsis, part, slice(None), p.rng.randrange(-size, size))))
     return operator.getitem, (node, tuple(items) if len(items) > 1 else items[0]), {}
 
 
@@ -248,7 +248,11 @@ def _count(p: Program) -> tuple[Any, ...]:
     if kind == "histc":
         bins = p.rng.choice((p.experts, p.experts, p.number()))
         source = p.call("float", (node,), {})
-        return torch.histc, (source,), {"bins": bins, "min": p.rng.choice((0, 0, 0, 1)), "max": bins - p.rng.choice((0, 1))}
+        return (
+            torch.histc,
+            (source,),
+            {"bins": bins, "min": p.rng.choice((0, 0, 0, 1)), "max": bins - p.rng.choice((0, 1))},
+        )
     if kind == "searchsorted":
         return torch.searchsorted, (node, p.pick("int")), {"right": p.rng.random() < 0.7}
     other = p.call(torch.arange, (p.rng.choice((p.experts, p.number())),), {})
@@ -310,7 +314,11 @@ def _write(p: Program) -> tuple[Any, ...]:
     kind = p.rng.choice(("setitem", "index_add", "index_copy", "scatter", "scatter_add", "index_put", "masked_fill"))
     place = "_" if p.rng.random() < 0.5 else ""
     if kind == "setitem":
-        return operator.setitem, (target, p.rng.choice((index, p.pick("bool", "int"), slice(0, p.number()))), source), {}
+        return (
+            operator.setitem,
+            (target, p.rng.choice((index, p.pick("bool", "int"), slice(0, p.number()))), source),
+            {},
+        )
     if kind == "index_put":
         return kind + place, (target, (index,), source), {"accumulate": p.rng.random() < 0.5}
     if kind == "masked_fill":
@@ -332,16 +340,22 @@ def _in_place(p: Program) -> tuple[Any, ...]:
 def _arithmetic(p: Program) -> tuple[Any, ...]:
     node = p.pick()
     other = p.rng.choice((p.pick(), p.pick(), p.number()))
-    target = p.rng.choice((operator.mul, operator.mul, operator.add, operator.sub, torch.sub, torch.add, "rsub", torch.maximum))
+    target = p.rng.choice(
+        (operator.mul, operator.mul, operator.add, operator.sub, torch.sub, torch.add, "rsub", torch.maximum)
+    )
     extra = {"alpha": p.rng.choice((1, 2))} if target in (torch.sub, torch.add, "rsub") and p.rng.random() < 0.3 else {}
     return target, ((other, node) if p.rng.random() < 0.3 and target != "rsub" else (node, other)), extra
 
 
 def _unary(p: Program) -> tuple[Any, ...]:
-    kind = p.rng.choice(("clamp", "clamp", "long", "float", "to", "bool", "contiguous", "clone", "relu", "invert", "neg"))
+    kind = p.rng.choice(
+        ("clamp", "clamp", "long", "float", "to", "bool", "contiguous", "clone", "relu", "invert", "neg")
+    )
     node = p.pick()
     if kind == "clamp":
-        bounds = p.rng.choice(({"min": 0}, {"max": p.experts - 1}, {"min": 0, "max": p.experts - 1}, {"max": p.number()}))
+        bounds = p.rng.choice(
+            ({"min": 0}, {"max": p.experts - 1}, {"min": 0, "max": p.experts - 1}, {"max": p.number()})
+        )
         return kind, (p.pick("int"),), bounds
     if kind == "to":
         return kind, (node, p.rng.choice((torch.int32, torch.int64, torch.float32, torch.bool, torch.float64))), {}
@@ -445,7 +459,11 @@ def _places(p: Program) -> tuple[Any, ...]:
     own = p.made(operator.sub, (p.made("sum", (place,), {"dim": -1}), 1))
     if kind == "kept":
         return operator.lt, (own, p.number()), {}
-    return (F.one_hot, (own, p.rng.choice((p.tokens * p.top_k, 3))), {}) if kind == "one_hot" else ("clamp", (own,), {"max": 2})
+    return (
+        (F.one_hot, (own, p.rng.choice((p.tokens * p.top_k, 3))), {})
+        if kind == "one_hot"
+        else ("clamp", (own,), {"max": 2})
+    )
 
 
 def _gates(p: Program) -> tuple[Any, ...]:
@@ -454,7 +472,11 @@ def _gates(p: Program) -> tuple[Any, ...]:
     shape = (p.tokens, p.experts)
     if kind == "sum":
         mask = p.made(F.one_hot, (ids, p.experts))
-        return "sum", (p.made(operator.mul, (mask, p.made("unsqueeze", (weights, -1)))),), {"dim": p.rng.choice((1, 1, 0, 2))}
+        return (
+            "sum",
+            (p.made(operator.mul, (mask, p.made("unsqueeze", (weights, -1)))),),
+            {"dim": p.rng.choice((1, 1, 0, 2))},
+        )
     base = p.made(torch.full, (shape, float("-inf") if kind == "scores" else 0.0))
     return "scatter", (base, 1, ids, 1.0 if kind == "marks" else weights), {}
 

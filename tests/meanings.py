@@ -135,11 +135,11 @@ class Oracle:
             space = self.along(group, index, extent, space)
         space = self.derived(space)
         full = [*shape, *[1] * (AXES - len(shape))]
-        whole = WHOLE.get(value.content.kind) if isinstance(value.content, terms.Special) else None
-        if whole is not None:
-            found, defined = whole(self, value.content.about, space, shape)
+        content = value.content
+        if isinstance(content, terms.Special) and content.kind in WHOLE:
+            found, defined = WHOLE[content.kind](self, content.about, space, shape)
         else:
-            found, defined = self.content(value.content, space), space.defined
+            found, defined = self.content(content, space), space.defined
         return found.expand(full).reshape(shape), None if defined is None else defined.expand(full).reshape(shape)
 
     def along(self, group: Group, index: Tensor, extent: int, space: Space) -> Space:
@@ -287,8 +287,10 @@ def _apply(oracle: Oracle, content: terms.Apply, space: Space) -> Tensor:
     if content.op == "cast":
         return arguments[0].to(getattr(torch, content.params[0])).double()
     function = getattr(torch, content.op, None) or getattr(torch.nn.functional, content.op)
-    found: Tensor = function(*arguments, *content.params) if content.op != "gelu" else torch.nn.functional.gelu(
-        arguments[0], approximate=content.params[0]
+    found: Tensor = (
+        function(*arguments, *content.params)
+        if content.op != "gelu"
+        else torch.nn.functional.gelu(arguments[0], approximate=content.params[0])
     )
     return found
 

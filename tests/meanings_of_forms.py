@@ -1,4 +1,4 @@
-"""What the meanings that only one form has are, for the oracle of meanings.py: capacity's places, padded bins' slots."""
+"""What the meanings that only one form has are, for the oracle: capacity's places, padded bins' slots."""
 
 from __future__ import annotations
 

@@ -212,3 +212,17 @@ def test_writes_after_the_block(whole: Callable[[WrittenAfter, Tensor], Tensor])
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert len(moecompile.last_report().sites) == 1
+
+
+def test_a_sum_added_into_the_tokens_it_was_made_of() -> None:
+    """Eager keeps gathered rows for backward, the operator would keep the tokens, which the sum overwrites."""
+
+    class Onto(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            x, tokens, flat = x * 1.0, torch.arange(T).repeat_interleave(K), ids.reshape(-1)
+            hidden = torch.relu(torch.bmm(x[tokens].unsqueeze(1), self.w_in[flat]))
+            out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return x.index_add_(0, tokens, out)
+
+    check(Onto())

@@ -12,7 +12,22 @@ from torch import Tensor
 
 import moecompile  # noqa: F401  (registers the operators)
 from moecompile.passes.detect import Detection, detect
-from padded_modules import BF16, B, E, H, K, Padded, Searched, Table, kept_sum, poison, put, put_back, rank, slots
+from padded_modules import (
+    BF16,
+    B,
+    E,
+    H,
+    K,
+    Padded,
+    Searched,
+    Table,
+    kept_sum,
+    poison,
+    put,
+    put_back,
+    rank,
+    slots,
+)
 from rewriting import rewrite
 from zoo_capture import captured
 
@@ -27,6 +42,11 @@ def wide(slot: Tensor) -> Tensor:
 
 def starts(sizes: Tensor) -> Tensor:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)[:-1]])
+
+
+def scattered(mask: Tensor) -> Tensor:
+    """The same entries in another order."""
+    return mask.view(4, -1).t().reshape(-1)
 
 
 def empty(x: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
@@ -165,6 +185,18 @@ REFUSED: dict[str, tuple[Padded, str]] = {
         "not summed into tokens",
     ),
     "spare row seen": (Table(sum=spare_row_seen), "used in several places"),
+    "masked in another order": (
+        Table(masked=lambda y, table, total: y.masked_fill(scattered(table == total)[:, None], 0)),
+        "does not tell which are filled",
+    ),
+    "a table masked in another order": (
+        Table(token=lambda table, total, tokens: torch.where(scattered(table < total), table // K, tokens)),
+        "one index along two dimensions",
+    ),
+    "searched, of masks in another order": (
+        Searched(filled=lambda place, count, slot, ends: (place < count) & scattered(slot < ends[-1])),
+        "in another order",
+    ),
     "searched from the left": (
         Searched(expert=lambda ends, slot: torch.searchsorted(ends, slot).clamp(max=E - 1)),
         "does not give their expert",
