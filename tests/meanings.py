@@ -1,25 +1,20 @@
-"""An oracle for detection: what a meaning says of a tensor, computed from the leaves, against what the tensor holds.
+"""What a meaning says of a tensor, computed from the leaves: an oracle for detection.
 
-A rule that gives a wrong meaning is a wrong rewrite waiting for a graph in which nothing else objects. So every meaning
-that the interpretation of a graph ever holds is evaluated as passes/terms.py defines it, with plain loops over index
-variables in float64, and compared with the tensor that the graph computes at that point of the program.
-
-    lies = check_meanings(gm, inputs)        # [] if every meaning is true
+A rule that gives a wrong meaning is a wrong rewrite waiting for a graph in which nothing else objects. Terms are
+evaluated as passes/terms.py defines them, with one axis for each index variable, in float64; meanings_of_forms.py adds
+the terms that only one form has, meanings_checked.py compares with the tensors of a graph.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx
 
 from moecompile.passes import interpret, terms
-from moecompile.passes.aliases import fake_of, tensors_in
 from moecompile.passes.interpret import Interpretation
 from moecompile.passes.terms import Atom, Content, Group, Part, Value, Variable
 
@@ -83,6 +78,19 @@ class Space:
         if reached < divisor * size:
             raise Wrong(f"{atom} is an index that runs along no dimension")
         return total // divisor % max(size, 1)
+
+
+class Logged(dict[fx.Node, Any]):
+    """Remembers every entry that was ever made, and how far the walk had come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[int, fx.Node, Any]] = []
+        self.clock: set[fx.Node] = set()
+
+    def __setitem__(self, node: fx.Node, value: Any) -> None:
+        self.entries.append((len(self.clock), node, value))
+        super().__setitem__(node, value)
 
 
 # ---- terms
@@ -188,7 +196,7 @@ class Oracle:
 
     def before(self, node: fx.Node, reader: fx.Node) -> Value:
         """The meaning that a tensor had when it was read."""
-        assert isinstance(self.state.values, _Logged)
+        assert isinstance(self.state.values, Logged)
         time = list(self.state.graph.nodes).index(reader) + 1
         found = [value for at, name, value in self.state.values.entries if name is node and at <= time]
         return found[-1]
@@ -272,7 +280,8 @@ def _element(oracle: Oracle, content: terms.Element, space: Space) -> Tensor:
     for part in content.index:
         extent = oracle.size(part.size if isinstance(part, Atom) else part.extent)
         flat = flat * extent + oracle.part(part, space)
-    return oracle.leaf(content).double()[flat]
+    leaf = oracle.leaf(content).double()
+    return leaf[flat] if leaf.numel() else torch.zeros([1] * AXES, dtype=torch.float64)
 
 
 def _index(oracle: Oracle, content: terms.Index, space: Space) -> Tensor:
@@ -334,16 +343,16 @@ def _count(oracle: Oracle, content: terms.Count | terms.Offsets, space: Space) -
 
 def _total(oracle: Oracle, content: terms.Total, space: Space) -> Tensor:
     """A sum; assignments that were dropped add nothing."""
-    kept = next((keep for keep in map(KEPT, interpret.walk(content.content)) if keep is not None), None)
+    found = (keep(inner) for keep in KEPT for inner in interpret.walk(content.content))
+    kept = next((keep for keep in found if keep is not None), None)
+    if kept is None and any(atom.variable.key == "assignment" for atom in content.over):
+        raise Unknown("a sum without experts, of which some are dropped")
     inner = content.content if kept is None else terms.Apply("mul", (kept, content.content))
     return oracle.summed(inner, content.over, space)
 
 
 def _constant(oracle: Oracle, content: terms.Constant, space: Space) -> Tensor:
     return torch.full([1] * AXES, float(content.value), dtype=torch.float64)
-
-
-# ---- meanings of one form
 
 
 def _special(oracle: Oracle, content: terms.Special, space: Space) -> Tensor:
@@ -354,53 +363,14 @@ def _special(oracle: Oracle, content: terms.Special, space: Space) -> Tensor:
     return found
 
 
-def _chosen(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    """1 where a token's ids name the expert."""
-    ids, atom = about
-    return oracle.summed(terms.Equals(ids.content, atom), ids.dims[1], space).clamp(max=1)
-
-
-def _any(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    return oracle.summed(about[0], about[1], space).clamp(max=1)
-
-
-def _spread(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    return oracle.content(about[0], space) * oracle.content(about[1], space)
-
-
-def _number_of_one(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    key, index, extent = about
-    return counts(oracle, key, extent)[index].view([1] * AXES)
-
-
-def _partial(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    """The base, and the terms of the experts that have added theirs."""
-    partial, ids, choices = about
-    if not partial.fresh:
-        raise Unknown("a sum added to something")
-    total = torch.zeros([1] * AXES, dtype=torch.float64)
-    for expert, term in partial.terms:
-        mask = terms.Equals(ids, terms.Fixed(expert, partial.num_experts))
-        total = total + oracle.summed(terms.Apply("mul", (mask, term)), choices, space)
-    return total
-
-
-def KEPT(content: Content) -> Content | None:  # replaced where a form drops assignments
-    return None
-
-
+# of forms that drop assignments: a content -> 1 where it speaks of one that was kept, or None
+KEPT: list[Callable[[Content], Content | None]] = []
 # leaves that are no node of the graph: their type -> (oracle, root) -> elements, flat
 LEAVES: dict[type, Any] = {}
 # of contents that say for themselves where they are defined: (oracle, about, space, shape) -> elements, defined
 WHOLE: dict[str, Any] = {}
-SPECIALS: dict[str, Any] = {
-    "chosen": _chosen,
-    "not chosen": lambda oracle, about, space: 1 - _chosen(oracle, about, space),
-    "any": _any,
-    "spread": _spread,
-    "count": _number_of_one,
-    "partial": _partial,
-}
+# contents that only one form has: their kind -> (oracle, about, space) -> elements
+SPECIALS: dict[str, Any] = {}
 CONTENTS: dict[type, Any] = {
     terms.Element: _element,
     terms.Index: _index,
@@ -413,229 +383,3 @@ CONTENTS: dict[type, Any] = {
     terms.Total: _total,
     terms.Special: _special,
 }
-
-
-# ---- a whole graph
-
-
-@dataclass(frozen=True)
-class Lie:
-    """A meaning that is not what the tensor holds."""
-
-    node: str
-    operation: str
-    value: Value
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.operation} {self.node}: {self.what}\n    {self.value}"
-
-
-@dataclass
-class Checked:
-    """What came of all meanings of a graph."""
-
-    lies: list[Lie] = field(default_factory=list)
-    compared: int = 0  # that say more than that a leaf is itself
-    unknown: dict[str, int] = field(default_factory=dict)
-
-
-class _Logged(dict[fx.Node, Any]):
-    """Remembers every entry that was ever made, and how far the walk had come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: list[tuple[int, fx.Node, Any]] = []
-        self.clock: set[fx.Node] = set()
-
-    def __setitem__(self, node: fx.Node, value: Any) -> None:
-        self.entries.append((len(self.clock), node, value))
-        super().__setitem__(node, value)
-
-
-@dataclass
-class _Watched(Interpretation):
-    """An interpretation that logs its meanings."""
-
-    def __post_init__(self) -> None:
-        self.values, self.results = _Logged(), _Logged()
-        self.values.clock = self.results.clock = self.seen
-
-
-def watched(graph: fx.Graph) -> Interpretation:
-    """`interpret`, with a log of all meanings."""
-    with mock.patch.object(interpret, "Interpretation", _Watched):
-        return interpret.interpret(graph)
-
-
-def check_meanings(gm: fx.GraphModule, inputs: Sequence[Any], tolerance: float = 1e-4) -> Checked:
-    """Runs a graph node by node, and compares every tensor with every meaning it is given at that point."""
-    state = watched(gm.graph)
-    return Run(gm, state, tolerance).checked(inputs)
-
-
-class Run(fx.Interpreter):
-    """One run of a graph beside its interpretation."""
-
-    def __init__(self, gm: fx.GraphModule, state: Interpretation, tolerance: float) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.state, self.tolerance = state, tolerance
-        self.leaves: dict[Any, Tensor] = {}
-        self.sizes: dict[Any, int] = {}
-        self.live: dict[fx.Node, Any] = {}
-        self.found = Checked()
-        self.oracle = Oracle(state, self.leaves, self.sizes)
-        self.log: dict[int, list[tuple[fx.Node, Any]]] = {}
-        for table in (state.values, state.results):
-            assert isinstance(table, _Logged)
-            for time, node, value in table.entries:
-                self.log.setdefault(time, []).append((node, value))
-
-    def checked(self, inputs: Sequence[Any]) -> Checked:
-        """Runs all of it."""
-        with torch.no_grad():
-            self.run(*[value.detach().clone() if isinstance(value, Tensor) else value for value in inputs])
-            for node, value in self.state.values.items():
-                self.judge(node, value, [self.live[node]])
-            self.facts()
-        return self.found
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Executes a node, and judges the meanings that its rule, or its write, gave."""
-        time = len(self.live) + 1
-        about = self.log.get(time, [])
-        before = {node: _copied(self.live[node]) for node, _ in about if node in self.live}
-        result = super().run_node(n)
-        self.live[n] = result
-        self.learn(n, result)
-        for node, value in about:
-            now = self.live[node]
-            held = [now, before[node]] if node in before else [now]
-            if isinstance(value, tuple):
-                for number, piece in enumerate(value):
-                    if piece is not None:
-                        self.judge(node, piece, [item[number] for item in held])
-            else:
-                self.judge(node, value, held)
-        return result
-
-    def learn(self, node: fx.Node, result: Any) -> None:
-        """Keeps a node's tensor as a leaf, those that it wrote into as leaves after the write, and symbolic sizes."""
-        fakes = tensors_in(fake_of(node))
-        for fake, real in zip(fakes, tensors_in(result), strict=False):
-            for size, number in zip(fake.shape, real.shape, strict=True):
-                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                    self.sizes[size.node.expr] = number
-        fake = fake_of(node)
-        if isinstance(fake, torch.SymInt) and fake.node.expr.is_symbol:
-            self.sizes[fake.node.expr] = int(result)
-        if isinstance(result, Tensor):
-            self.leaves[node] = _copied(result)
-        call = self.state.calls.get(node)
-        if call is not None and call.name in ("sort", "argsort"):
-            order = result if isinstance(result, Tensor) else result[1]
-            self.leaves[(node, "order")] = order.clone()
-        if node in self.state.writers:
-            for alias, tensor in (*self.live.items(), (node, result)):
-                if isinstance(tensor, Tensor):
-                    self.leaves[(alias, node)] = _copied(tensor)
-
-    def judge(self, node: fx.Node, value: Value, held: Sequence[Any]) -> None:
-        """Compares one meaning with what a tensor holds: right if it is what one of them is."""
-        try:
-            wrongs = [self.difference(value, tensor) for tensor in held if isinstance(tensor, Tensor)]
-        except Unknown as reason:
-            self.found.unknown[str(reason)] = self.found.unknown.get(str(reason), 0) + 1
-            return
-        except Wrong as reason:
-            wrongs = [str(reason)]
-        content = value.content
-        if not (isinstance(content, terms.Element) and content.root is node):
-            self.found.compared += 1
-        if wrongs and all(wrongs):
-            self.found.lies.append(Lie(str(node), str(node.target), value, str(wrongs[0])))
-
-    def difference(self, value: Value, tensor: Tensor, base: Any = 0.0) -> str | None:
-        """What differs where `base` is added to the meaning, or None."""
-        if tensor.is_complex():
-            raise Unknown("complex")
-        if not tensor.numel():
-            return None
-        said, defined = self.oracle.element(value, tensor.shape)
-        said = said + base
-        actual = tensor.double()
-        scale = max(1.0, float(actual[actual.isfinite()].abs().max()) if actual.isfinite().any() else 1.0)
-        tolerance = max(self.tolerance, {torch.bfloat16: 3e-2, torch.float16: 4e-3}.get(tensor.dtype, 0.0))
-        close = torch.isclose(said, actual, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-        if defined is not None:
-            close = close | ~defined
-        if bool(close.all()):
-            return None
-        place = tuple((~close).nonzero()[0].tolist())
-        return f"holds {float(actual[place]):.5g} at {place}, where its meaning gives {float(said[place]):.5g}"
-
-    def facts(self) -> None:
-        """What is known of leaves beside their meanings."""
-        for node, limit in self.state.id_ranges.items():
-            ids = self.leaves[node]
-            if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < limit):
-                self.fact(node, f"ids outside of range({limit})")
-        for node in self.state.distinct:
-            rows = self.leaves[node].unsqueeze(0).flatten(0, -2).tolist()
-            if any(len(set(row)) < len(row) for row in rows):
-                self.fact(node, "ids that are not distinct")
-        for node, sparse in self.state.sparse.items():
-            self.sparse(node, sparse)
-        for node, content in self.state.numbers.items():
-            with_number = self.oracle.content(content, Space())
-            if int(with_number) != int(self.live[node]):
-                self.fact(node, f"is {self.live[node]} where {int(with_number)} was expected")
-        for found in self.state.combines:
-            self.combine(found)
-
-    def sparse(self, node: fx.Node, sparse: interpret.Sparse) -> None:
-        """A sparse leaf holds its outside value wherever a token's ids do not name the expert."""
-        tensor = self.leaves[node]
-        try:
-            ids, _ = self.oracle.element(sparse.ids, (tensor.shape[0], self.extent(sparse.ids.dims[1])))
-        except Unknown:
-            return
-        except Wrong as reason:
-            return self.fact(node, str(reason))
-        named = (ids.unsqueeze(-1) == torch.arange(tensor.shape[1])).any(1)
-        if not bool(((tensor == sparse.outside) | named).all()):
-            self.fact(node, f"is not {sparse.outside} away from the tokens' ids")
-        self.found.compared += 1
-
-    def extent(self, group: Group) -> int:
-        return torch.Size([self.oracle.size(atom.size) for atom in group]).numel()
-
-    def combine(self, found: interpret.Combine) -> None:
-        """The base and the sum are what the tensor holds."""
-        tensor = self.leaves.get(found.node)
-        if tensor is None:  # a write without a result
-            tensor = self.leaves[(self.state.writers[found.node][0], found.node)]
-        base = 0.0 if found.fresh or found.base is None else self.leaves[found.base].double()
-        try:
-            wrong = self.difference(found.value, tensor, base)
-        except Unknown as reason:
-            self.found.unknown[str(reason)] = self.found.unknown.get(str(reason), 0) + 1
-            return
-        except Wrong as reason:
-            wrong = str(reason)
-        self.found.compared += 1
-        if wrong:
-            self.found.lies.append(Lie(str(found.node), f"the sum {found.node.target}", found.value, wrong))
-
-    def fact(self, node: fx.Node, what: str) -> None:
-        value = self.state.values.get(node) or Value((), terms.Constant(0))
-        self.found.lies.append(Lie(str(node), str(node.target), value, what))
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def nodes_of(lies: Sequence[Lie]) -> Iterator[str]:
-    """The names of the nodes that are lied about, each once."""
-    return (name for name, _ in itertools.groupby(lies, key=lambda lie: lie.node))

@@ -14,7 +14,7 @@ import meanings_of_forms  # noqa: F401  (what the forms' own meanings are)
 import moecompile  # noqa: F401  (registers the operators)
 from fuzz_graphs import edit, quiet, rounding
 from fuzz_programs import behind, program
-from meanings import Checked, check_meanings
+from meanings_checked import Checked, check_meanings
 from moecompile.passes import rules, terms
 from moecompile.passes.terms import Value
 from zoo_capture import Captured, captured_case, copied
