@@ -91,6 +91,7 @@ class Interpretation:
     appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
     seen: set[fx.Node] = field(default_factory=set)  # the nodes that were interpreted, as far as the walk has come
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
+    touched: set[fx.Node] = field(default_factory=set)  # tensors, later ones too, of memory that was written into
     rules: Mapping[str, Rule] = field(default_factory=dict)  # canonical name -> rule
     deferred: dict[fx.Node, Call] = field(default_factory=dict)  # views of plain leaves that nobody has asked for yet
 
@@ -360,18 +361,20 @@ def check_distinct(value: Value) -> None:
 
     Nor may two dimensions list the same assignments, each in an order of its own: contents could mean either's.
     """
-    atoms = [atom for group in value.dims for atom in group]
-    listed = [digit for atom in atoms for digit in atom.variable.group]
-    if len({atom.variable for atom in atoms}) == len(atoms) and not listed:
-        return
-    digits = [*(atom for atom in atoms if not atom.variable.group), *listed]
-    orders = [atom for atom in atoms if atom.variable.group]
-    for number, first in enumerate(digits):
-        if any(radix.overlap(first, second) for second in digits[number + 1 :]):
-            raise Refused("one index along two dimensions")
-    for number, first in enumerate(orders):
-        if any(radix.overlap(first, second) for second in orders[number + 1 :]):
-            raise Refused("one index along two dimensions")
+    orders: list[Atom] = []
+    digits: list[Atom] = []
+    for group in value.dims:
+        for atom in group:
+            if atom.variable.group:
+                orders.append(atom)
+                digits += atom.variable.group
+            else:
+                digits.append(atom)
+    for atoms in (digits, orders):
+        for number, first in enumerate(atoms):
+            for second in atoms[number + 1 :]:
+                if radix.overlap(first, second):
+                    raise Refused("one index along two dimensions")
 
 
 def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
@@ -382,6 +385,7 @@ def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     aliases = state.aliases
     for target in state.writers[node]:
         names = aliases.of(target)
+        state.touched.update(names)
         for alias in names:  # what was made of the tensor as it was
             for user in [user for user in alias.users if user in state.deferred]:
                 with contextlib.suppress(Refused):

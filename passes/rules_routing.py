@@ -255,7 +255,7 @@ def note_ids(call: Call, state: Interpretation) -> None:
     fake = fake_of(node)
     if not isinstance(fake, torch.Tensor) or fake.is_floating_point() or fake.dtype not in _IDS or call.inplace:
         return
-    if any(state.aliases.share(node, target) for targets in state.writers.values() for target in targets):
+    if node in state.touched:
         return
     chosen = _chosen_by(call, state)
     if chosen is not None:
