@@ -42,7 +42,7 @@ demo: $(READY_TO_RUN)
 	$(BIN)/python -m moecompile demo $(DEMO_ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 lint: $(READY_TO_TEST)
 	$(BIN)/python -m ruff check .
