@@ -104,6 +104,18 @@ def tensors_in(fake: Any) -> list[torch.Tensor]:
     return []
 
 
+def lies_in_order(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous for certain; asked without a guard."""
+    reach: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if type(size) is int and size == 1:
+            continue
+        if radix.difference(radix.size_of(stride), reach) != 0:
+            return False
+        reach = reach * radix.size_of(size)
+    return True
+
+
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     sizes = tuple(radix.size_of(size) for size in tensor.shape)
     strides = tuple(radix.size_of(stride) for stride in tensor.stride())

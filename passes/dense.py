@@ -19,7 +19,7 @@ from moecompile.passes.interpret import Combine, Interpretation, Refused, Sparse
 from moecompile.passes.merge import expert_atom, flattened, merge
 from moecompile.passes.recognise import Block
 from moecompile.passes.rules_routing import distinct
-from moecompile.passes.terms import Apply, Atom, Content, Element, Fixed, Group, Looked, Total, Value
+from moecompile.passes.terms import Apply, Atom, Constant, Content, Element, Fixed, Group, Looked, Total, Value
 
 
 def as_assignments(total: Total, tokens: Group, state: Interpretation) -> tuple[Total, Group]:
@@ -65,7 +65,7 @@ def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
 
     Additions of one term an expert, each with its own column of the gates.
     """
-    for node, value in state.values.items():
+    for node, value in state.made.items():
         content = value.content
         if (
             not isinstance(content, Apply)
@@ -73,19 +73,52 @@ def unrolled_sums(state: Interpretation) -> Iterator[Combine]:
             or any(_is_sum_of_more(user, content, state) for user in node.users)
         ):
             continue
-        found = _by_gate(flattened(content), state)
-        if found is None:
+        merged = _over_gates(node, value, state)
+        if merged is not None:
+            yield Combine(node, merged)
+    yield from _sums_in_place(state)
+
+
+def _sums_in_place(state: Interpretation) -> Iterator[Combine]:
+    """The same added to zeros in place: one sum, at its last addition."""
+    for base, zeros in state.made.items():
+        value = state.values[base]
+        if zeros.content != Constant(0) or not isinstance(value.content, Apply) or value.content.op != "add":
             continue
-        try:
-            merged = merge([found[number] for number in sorted(found)], node)
-        except Refused as reason:
-            state.refusals[node] = str(reason)
+        additions = [
+            writer
+            for writer, targets in state.writers.items()
+            if any(state.aliases.share(target, base) for target in targets)
+        ]
+        if not all(_adds_to(writer, base, state) for writer in additions):
             continue
-        yield Combine(node, Value(value.dims, Total(merged, (expert_atom(len(found)),), state.dtype(node))))
+        merged = _over_gates(additions[-1], value, state)
+        if merged is not None:
+            yield Combine(additions[-1], merged, base, True, tuple(additions[:-1]))
+
+
+def _adds_to(writer: fx.Node, base: fx.Node, state: Interpretation) -> bool:
+    """Whether a write is an addition to the whole of the base."""
+    call = state.calls.get(writer)
+    targets = state.writers[writer]
+    return call is not None and call.name == "add" and all(state.aliases.same_elements(at, base) for at in targets)
+
+
+def _over_gates(node: fx.Node, value: Value, state: Interpretation) -> Value | None:
+    """A chain of additions as one sum over the experts; None if it is something else."""
+    found = _by_gate(flattened(value.content), state)
+    if found is None:
+        return None
+    try:
+        merged = merge([found[number] for number in sorted(found)], node)
+    except Refused as reason:
+        state.refusals[node] = str(reason)
+        return None
+    return Value(value.dims, Total(merged, (expert_atom(len(found)),), state.dtype(node)))
 
 
 def _is_sum_of_more(user: fx.Node, content: Content, state: Interpretation) -> bool:
-    value = state.values.get(user)
+    value = state.made.get(user)
     return (
         value is not None
         and isinstance(value.content, Apply)

@@ -35,7 +35,7 @@ from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.recognise import Block, weight_steps
-from moecompile.passes.region import Layout, check_additions, region_of
+from moecompile.passes.region import Layout, check_additions, check_layout, region_of
 from moecompile.passes.rules_routing import known_range
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
@@ -82,6 +82,7 @@ def _site(combine: Combine, state: Interpretation, layout: Layout) -> Site:
     roots |= _written(block)
     if combine.base is not None and not combine.fresh:
         roots.setdefault(combine.base, None)
+    check_layout(combine.node, layout)
     region = region_of(combine.node, roots, state, layout, combine.partials)
     check_padding(region, state, layout)
     kept = [node for operand in operands.values() for node in operand.nodes]
@@ -125,7 +126,7 @@ def _single_choices(state: Interpretation) -> Iterator[Combine]:
 
     Where such rows, back in the tokens' order, meet the rest of the graph.
     """
-    for node, value in state.values.items():
+    for node, value in state.made.items():
         if isinstance(value.content, Element) or len(value.dims) != 2 or not _is_expert_output(value):
             continue
         fake = fake_of(node)
@@ -135,7 +136,7 @@ def _single_choices(state: Interpretation) -> Iterator[Combine]:
         rows = {
             user
             for user in node.users
-            if user in state.values and _is_expert_output(state.values[user]) and user not in state.refusals
+            if user in state.made and _is_expert_output(state.made[user]) and user not in state.refusals
         }
         if tokens and all(atom.variable.kind == "ids" for atom in tokens) and not rows and not writes(node):
             yield Combine(node, Value(value.dims, Total(value.content, (), fake.dtype)))

@@ -23,7 +23,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.aliases import fake_of
+from moecompile.passes.aliases import fake_of, lies_in_order
 from moecompile.passes.calls import writes
 from moecompile.passes.region import Layout, only_reads_dtype, removable
 from moecompile.passes.site import Operand, Site
@@ -252,6 +252,8 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> di
             final = made.add_(base, result)
     elif base is not None and not site.fresh:
         final = made.call(torch.add, (base, result))
+        if lies_in_order(fake_of(node)) and not lies_in_order(fake_of(final)):
+            final = made.method("contiguous", (final,))
     node.replace_all_uses_with(final)
     graph.erase_node(node)
     return replaced | {node: final}

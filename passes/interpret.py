@@ -78,6 +78,7 @@ class Interpretation:
     graph: fx.Graph
     aliases: Aliases
     values: dict[fx.Node, Value] = field(default_factory=dict)
+    made: dict[fx.Node, Value] = field(default_factory=dict)  # as `values`, of tensors as they were made: no write
     results: dict[fx.Node, tuple[Value | None, ...]] = field(default_factory=dict)
     refusals: dict[fx.Node, str] = field(
         default_factory=dict
@@ -130,6 +131,7 @@ class Interpretation:
                 deferred = self.deferred.pop(node, None)
                 outcome = None if deferred is None else _outcome(deferred, self)
                 self.values[node] = outcome if isinstance(outcome, Value) else self.leaf(node)
+                self.made.setdefault(node, self.values[node])
             return self.values[node]
         if isinstance(node, (int, float, bool)):
             return Value((), Constant(node))
@@ -258,6 +260,8 @@ def interpret(graph: fx.Graph) -> Interpretation:
             state.results[node] = outcome
         elif outcome is not None:
             state.values[node] = outcome
+            if not mutates:
+                state.made[node] = outcome
         elif (
             not mutates
             and node.op != "output"

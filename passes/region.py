@@ -20,10 +20,10 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from moecompile.passes.aliases import Aliases, fake_of
+from moecompile.passes.aliases import Aliases, fake_of, lies_in_order
 from moecompile.passes.calls import bind, writes
 from moecompile.passes.interpret import Interpretation, Refused, is_plain
-from moecompile.passes.terms import Apply, Contract, Element, Total
+from moecompile.passes.terms import Apply, Contract, Element, Total, Value
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
@@ -179,11 +179,16 @@ def _holds_tensor(node: fx.Node) -> bool:
 
 def is_row(node: fx.Node, state: Interpretation) -> bool:
     """Whether the node holds rows of assignments: what must not be seen from outside a block."""
-    fake, value = fake_of(node), state.values.get(node)
-    if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or value is None or is_plain(value):
+    fake = fake_of(node)
+    if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or fake.dim() < 2:
         return False
+    return any(map(_is_of_assignments, (state.made.get(node), state.values.get(node))))
+
+
+def _is_of_assignments(value: Value | None) -> bool:
     return (
-        fake.dim() > 1
+        value is not None
+        and not is_plain(value)
         and bool(value.dims and value.dims[-1])
         and isinstance(value.content, (Element, Apply, Contract, Total))
     )
@@ -216,11 +221,15 @@ def _check_rows(
             raise Refused(f"a hook on the gradient of {node}, inside the block")
         if node is end or not _is_of_rows(node, state, layout):
             continue
+        summed = any(layout.aliases.same_elements(node, target) for target in layout.writers.get(end, ()))
         outside = next(
             (
                 user
                 for user in node.users
-                if user not in region and not only_reads_dtype(user, node) and not checks_size(user)
+                if user not in region
+                and not only_reads_dtype(user, node)
+                and not checks_size(user)
+                and not (summed and layout.position[user] > layout.position[end])  # the sum itself, by another name
             ),
             None,
         )
@@ -267,6 +276,16 @@ def _check_roots(
                 raise Refused(
                     f"{writer}, inside the block, writes into {foreign or target}, which is not the block's own"
                 )
+
+
+def check_layout(end: fx.Node, layout: Layout) -> None:
+    """Raises Refused where somebody reads the sum's memory by its strides, and these are not those of a new tensor."""
+    fake = fake_of(end)
+    if not isinstance(fake, torch.Tensor) or end in layout.writers or lies_in_order(fake):
+        return
+    for alias in layout.aliases.of(end):
+        if "as_strided" in str(alias.target):
+            raise Refused(f"{alias} reads the memory of {end}, which does not lie row by row")
 
 
 def check_additions(additions: Sequence[fx.Node], operands: Iterable[fx.Node], layout: Layout) -> None:
