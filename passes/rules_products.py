@@ -86,12 +86,12 @@ def einsum(
     bound: list[Atom] = []
     summed: list[Atom] = []
     for label in contracted:
+        if any(atom.variable.rank >= 3 for atom in groups[label]):
+            raise Refused("a product that sums over rows in an order of their own")
         if groups[label] and (
             all(atom.variable.kind == "ids" for atom in groups[label]) or _is_gate(state, left, right)
         ):
             summed += groups[label]
-        elif any(atom.variable.rank >= 3 for atom in groups[label]):
-            raise Refused("a product that sums over rows in an order of their own")
         else:
             size = radix.group_size(groups[label])
             groups[label] = (Atom(Variable("bound", (node, label, equation)), 1, size),) if size != 1 else ()

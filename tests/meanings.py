@@ -324,7 +324,7 @@ def counts(oracle: Oracle, key: Content, num_experts: Any) -> Tensor:
     group = assignments(key)
     ids = oracle.flat(key, group, torch.Size([oracle.size(atom.size) for atom in group]).numel())
     assert isinstance(key, terms.Element)
-    if int(ids.max()) >= oracle.size(num_experts) and key.root not in oracle.state.id_ranges:
+    if ids.numel() and int(ids.max()) >= oracle.size(num_experts) and key.root not in oracle.state.id_ranges:
         raise Unknown("ids beyond the experts")  # eager's counts are longer then, and no grouped GEMM takes them
     return torch.stack([(ids == expert).sum() for expert in range(oracle.size(num_experts))]).double()
 
