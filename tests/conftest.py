@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -19,6 +20,9 @@ Golden = Callable[[str, str], None]
 _USED = pytest.StashKey[set[str]]()
 _OUTCOMES = pytest.StashKey[dict[str, bool]]()
 _PARTIAL = pytest.StashKey[str]()
+_REPORTS = pytest.StashKey[
+    list[tuple[list[str], list[str], str]]
+]()  # of processes: goldens used, failures, why partial
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    os.environ["COLUMNS"] = "100"  # what is printed does not depend on where the tests run
     logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under every failure otherwise
     config.stash[_USED] = set()
     config.stash[_OUTCOMES] = {}
@@ -87,7 +92,8 @@ def _forget() -> None:
         sys.modules["moecompile.report"].reset()
 
 
-# Unused goldens are found by the last test of a whole run: only then is it known which were compared.
+# Unused goldens are found by the last test of a whole run: only then is it known which were compared. Where
+# pytest-xdist runs the tests in several processes, by the one that collects what they report.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -98,8 +104,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.stash[_PARTIAL] = f"{len(missing)} test files were not collected"
     elif any("::" in argument for argument in config.args):
         config.stash[_PARTIAL] = "only some tests were asked for"
-    elif hasattr(config, "workerinput"):  # pytest-xdist, which this process knows by nothing else
-        config.stash[_PARTIAL] = "other processes run a part of it"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        failed = [nodeid for nodeid, passed in config.stash[_OUTCOMES].items() if not passed]
+        used = config.stash[_USED]
+        config.workeroutput["goldens"] = (sorted(used), failed, config.stash.get(_PARTIAL, ""))
+    elif (reports := config.stash.get(_REPORTS, [])) and not any(failed or partial for _, failed, partial in reports):
+        if unused := _unused({name for used, _, _ in reports for name in used}):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            print(f"\nno test compares these goldens any more, delete them: {unused}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """One of pytest-xdist's processes is done."""
+    known = node.config.stash.setdefault(_REPORTS, [])
+    known.append(node.workeroutput["goldens"] if hasattr(node, "workeroutput") else ([], [], "a process died"))
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -121,10 +145,16 @@ def pytest_runtest_makereport(
 @pytest.fixture
 def unused_goldens(request: pytest.FixtureRequest) -> list[str]:
     """Files in tests/goldens that no test of this run compared; skips unless every test with goldens ran."""
-    if reason := request.config.stash.get(_PARTIAL, ""):
+    reason = request.config.stash.get(_PARTIAL, "")
+    if hasattr(request.config, "workerinput"):  # pytest-xdist, which this process knows by nothing else
+        reason = reason or "other processes run a part of it, and all are judged at the end"
+    if reason:
         pytest.skip(f"needs the whole suite: {reason}")
     if failed := [nodeid for nodeid, passed in request.config.stash[_OUTCOMES].items() if not passed]:
         pytest.skip(f"needs every test with a golden to pass; {len(failed)} did not, {failed[0]} first")
+    return _unused(request.config.stash[_USED])
+
+
+def _unused(used: set[str]) -> list[str]:
     there = {str(path.relative_to(GOLDENS).with_suffix("")) for path in GOLDENS.rglob("*.txt")}
-    used = request.config.stash[_USED]
     return sorted(there - used)

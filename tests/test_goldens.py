@@ -71,14 +71,15 @@ def test_unused_goldens_are_not_judged_where_single_tests_were_asked_for(suite):
     suite.runpytest("test_small.py::test_every_golden_is_used").assert_outcomes(skipped=1)
 
 
-def test_unused_goldens_are_not_judged_by_one_process_of_several(suite):
-    class Worker:
-        def pytest_configure(self, config):
-            config.workerinput = {}  # as pytest-xdist does in its processes
-
+def test_unused_goldens_are_found_where_several_processes_run_the_tests(suite):
     write(suite, "graphs/one", "first\nsecond\n")
-    write(suite, "graphs/two", "another process compares this\n")
-    suite.runpytest(plugins=[Worker()]).assert_outcomes(passed=1, skipped=1)
+    unused = write(suite, "graphs/two", "no test reads this\n")
+    result = suite.runpytest_subprocess("-n", "2")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*delete them: [[]'graphs/two'[]]*"])
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    unused.unlink()
+    assert suite.runpytest_subprocess("-n", "2").ret == pytest.ExitCode.OK
 
 
 def test_one_golden_has_one_text(suite):
