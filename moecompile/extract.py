@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from moecompile.bodies import copy_graph
 from moecompile.passes.fuse import fuse
+from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import tensor_of
-from moecompile.passes.region import Layout
 from moecompile.passes.site import Operand, Site
 from moecompile.passes.spelling import operation_name
 

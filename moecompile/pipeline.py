@@ -23,6 +23,7 @@ from moecompile.bodies import bodies_of, text_of
 from moecompile.options import Options
 from moecompile.passes.detect import detect
 from moecompile.passes.fuse import fuse
+from moecompile.passes.layout import Layout
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
@@ -43,18 +44,19 @@ class Piece:
     module: fx.GraphModule
     sites: tuple[Site, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
+    layout: Layout | None = None
     changed: bool = False
 
 
 def detect_sites(piece: Piece) -> None:
     """Finds the mixture-of-experts blocks; changes nothing."""
     detection = detect(piece.module.graph)
-    piece.sites, piece.near_misses = detection.sites, detection.near_misses
+    piece.sites, piece.near_misses, piece.layout = detection.sites, detection.near_misses, detection.layout
 
 
 def fuse_sites(piece: Piece) -> None:
     """Replaces each block by our operators."""
-    piece.changed |= fuse(piece.module.graph, piece.sites) > 0
+    piece.changed |= fuse(piece.module.graph, piece.sites, piece.layout) > 0
 
 
 # In the order in which they run, under the names of `moecompile.options.PASSES`, where each is described.

@@ -27,8 +27,8 @@ from moecompile.bodies import bodies_of, copy_graph
 from moecompile.capture import gpus_in_use
 from moecompile.extract import Cut, cut, moved
 from moecompile.passes.forms import FORMS
+from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import tensor_of
-from moecompile.passes.region import Layout
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport
 

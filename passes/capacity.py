@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from moecompile.passes.interpret import Refused
-from moecompile.passes.places import Condition, Number, is_trivial, number, part_substituted
+from moecompile.passes.places import Condition, Number, is_trivial, number
 from moecompile.passes.radix import difference, is_at_least
-from moecompile.passes.substitution import substitute
+from moecompile.passes.substitution import substitute, substitute_part
 from moecompile.passes.terms import (
     Affine,
     Apply,
@@ -64,7 +64,7 @@ class At(Meaning):
 
     def substituted(self, old: Atom, new: Part) -> At:
         """The condition at another index."""
-        return At(self.number.substituted(old, new), part_substituted(self.place, old, new))
+        return At(self.number.substituted(old, new), substitute_part(self.place, old, new))
 
     def inside(self) -> tuple[Content, ...]:
         """The number."""

@@ -31,11 +31,12 @@ from moecompile.passes.dense import as_assignments, check_vanishing, unrolled_su
 from moecompile.passes.expert_products import Product, feature_atoms
 from moecompile.passes.forms import ANCHORS, Traits, form_of
 from moecompile.passes.interpret import Combine, Interpretation, Refused, interpret, walk
+from moecompile.passes.layout import Layout
 from moecompile.passes.near_misses import near_misses
 from moecompile.passes.padding import check_padding, is_padded
 from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.recognise import Block, weight_steps
-from moecompile.passes.region import Layout, check_additions, check_layout, region_of
+from moecompile.passes.region import check_additions, check_layout, region_of
 from moecompile.passes.rules_routing import known_range
 from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
@@ -46,7 +47,7 @@ from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
 def detect(graph: fx.Graph) -> Detection:
     """All Sites and near misses of the graph, in program order."""
     if not any(_is_call(node) for node in graph.nodes):
-        return Detection((), ())
+        return Detection((), (), Layout(graph))
     state = interpret(graph)
     layout = Layout(graph, state)
     sites: list[Site] = []
@@ -59,7 +60,7 @@ def detect(graph: fx.Graph) -> Detection:
             sites.append(_site(combine, state, layout))
         except Refused as reason:
             refused.append((combine, reason))
-    return Detection(tuple(sites), tuple(near_misses(state, sites, refused)))
+    return Detection(tuple(sites), tuple(near_misses(state, sites, refused)), layout)
 
 
 def _is_call(node: fx.Node) -> bool:

@@ -25,17 +25,21 @@ from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.aliases import fake_of, lies_in_order
 from moecompile.passes.calls import writes
-from moecompile.passes.region import Layout, only_reads_dtype, removable
+from moecompile.passes.layout import Layout
+from moecompile.passes.region import only_reads_dtype, removable
 from moecompile.passes.site import Operand, Site
 from moecompile.runtime import kernels
 
 _TENSORS = ("w_up", "b_in", "b_up", "b_out")
 
 
-def fuse(graph: fx.Graph, sites: Sequence[Site]) -> int:
-    """Rewrite the graph in place; returns how many Sites were replaced. The caller recompiles the GraphModule."""
+def fuse(graph: fx.Graph, sites: Sequence[Site], layout: Layout | None = None) -> int:
+    """Rewrite the graph in place; returns how many Sites were replaced. The caller recompiles the GraphModule.
+
+    `layout` is the graph's, as detection returns it with the Sites; without it, it is made here.
+    """
     replaced: dict[fx.Node, fx.Node] = {}
-    layout = Layout(graph)
+    layout = layout or Layout(graph)
     for site in sites:
         _free_from_metadata(graph, site)
     for found in sites:

@@ -29,7 +29,7 @@ from moecompile.codegen import expression
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused
-from moecompile.passes.region import Layout
+from moecompile.passes.layout import Layout
 from moecompile.passes.rules_arithmetic import ELEMENTWISE
 from moecompile.passes.slots import Table, kind_of, number, padded_atom, reads_zeros, table_of
 from moecompile.passes.terms import Special, Value

@@ -27,7 +27,6 @@ from moecompile.passes.terms import (
     Meaning,
     Part,
     Size,
-    Special,
     Variable,
 )
 
@@ -59,7 +58,7 @@ class Running(Meaning):
     def substituted(self, old: Atom, new: Part) -> Running:
         """The sum at another index."""
         at = substitution.substitute_index(self.at, old, new)
-        return Running(substitute(self.key, old, new), at, part_substituted(self.expert, old, new))
+        return Running(substitute(self.key, old, new), at, substitution.substitute_part(self.expert, old, new))
 
     def inside(self) -> tuple[Content, ...]:
         """The key, and what the expert is looked up by."""
@@ -79,7 +78,8 @@ class Tally(Meaning):
     def substituted(self, old: Atom, new: Part) -> Tally:
         """The count at another index."""
         return Tally(
-            frozenset(substitute(mark, old, new) for mark in self.marks), part_substituted(self.expert, old, new)
+            frozenset(substitute(mark, old, new) for mark in self.marks),
+            substitution.substitute_part(self.expert, old, new),
         )
 
     def inside(self) -> tuple[Content, ...]:
@@ -132,12 +132,6 @@ class Number(Meaning):
         own = [mark.content for mark in where if isinstance(mark, Equals) and mark.atom == content.expert]
         own += [part.content for part in (content.expert,) if isinstance(part, Looked)]
         return any(closed(key, content.at) == content.key for key in own)
-
-
-def part_substituted(part: Part, old: Atom, new: Part) -> Part:
-    """One index with the digit `old` replaced; an index that is known to be another, where it is a part of that."""
-    found = substitution.substitute_index((part,), old, new)
-    return found[0] if len(found) == 1 else Looked(Special("digit", (part, old, new)), radix.extent_of(part))
 
 
 def looked_up_by(part: Part) -> tuple[Content, ...]:

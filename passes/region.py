@@ -13,103 +13,19 @@ the combine, or raises Refused if replacing them could change anything outside:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from moecompile.passes.aliases import Aliases, fake_of, lies_in_order
-from moecompile.passes.calls import bind, writes
+from moecompile.passes.aliases import fake_of, lies_in_order
+from moecompile.passes.calls import writes
 from moecompile.passes.interpret import Interpretation, Refused, is_plain
+from moecompile.passes.layout import Layout
 from moecompile.passes.terms import Apply, Contract, Element, Total, Value
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
-_BORDERS = ("torch._C", "torch.amp", "torch.autograd", "torch._functorch", "torch.cuda", "torch.utils")
-
-
-@dataclass
-class Layout:
-    """A graph's order, aliases, writers and mode borders, computed once for all its blocks."""
-
-    graph: fx.Graph
-    state: Interpretation | None = None  # what has been found out about the same graph, if it is known
-
-    @cached_property
-    def position(self) -> dict[fx.Node, int]:
-        """Each node's place in program order."""
-        return {node: number for number, node in enumerate(self.graph.nodes)}
-
-    @cached_property
-    def aliases(self) -> Aliases:
-        """Which nodes share memory."""
-        return Aliases(self.graph) if self.state is None else self.state.aliases
-
-    @cached_property
-    def writers(self) -> dict[fx.Node, list[fx.Node]]:
-        """Writing node -> the nodes it writes into."""
-        if self.state is not None:
-            return self.state.writers
-        return {node: self.aliases.written(node) for node in self.graph.nodes if writes(node)}
-
-    @cached_property
-    def written(self) -> dict[fx.Node, list[fx.Node]]:
-        """Node -> what writes into memory that it may share."""
-        found: dict[fx.Node, list[fx.Node]] = {}
-        for writer, targets in self.writers.items():
-            for target in targets:
-                for alias in self.aliases.of(target):
-                    found.setdefault(alias, []).append(writer)
-        return found
-
-    @cached_property
-    def mode(self) -> dict[fx.Node, tuple[object, ...]]:
-        """The global modes (no_grad, autocast, ...) that hold at each node."""
-        found: dict[fx.Node, tuple[object, ...]] = {}
-        borders = dict.fromkeys(filter(_is_border, self.graph.nodes))
-        grad: object = None
-        entered: dict[fx.Node, object] = {}
-        others = 0
-        for node in self.graph.nodes:
-            if node in borders:
-                name = getattr(node.target, "__name__", "")
-                if name == "_set_grad_enabled":
-                    grad = node.args[0]
-                elif name.startswith("_enter_"):
-                    entered[node] = (name, *node.args)
-                elif (
-                    name.startswith("_exit_")
-                    and node.args
-                    and isinstance(node.args[0], fx.Node)
-                    and node.args[0] in entered
-                ):
-                    del entered[node.args[0]]
-                else:
-                    others += 1
-            found[node] = (grad, tuple(entered.values()), others)
-        initial = next(
-            (node.args[0] for node in borders if getattr(node.target, "__name__", "") == "_set_grad_enabled"), None
-        )
-        # before the first switch, gradients are as they are after it is undone
-        return {
-            node: (initial is False if mode[0] is None and initial is not None else mode[0], *mode[1:])
-            for node, mode in found.items()
-        }
-
-
-def _is_border(node: fx.Node) -> bool:
-    """A call that changes a global mode: from the modules that hold such switches, and with no tensor in or out."""
-    if node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload):
-        return False
-    module = getattr(node.target, "__module__", "") or ""
-    if not module.startswith(_BORDERS) or bind(node) is not None:
-        return False
-    tensors = isinstance(fake_of(node), torch.Tensor) or any(
-        isinstance(fake_of(argument), torch.Tensor) for argument in node.all_input_nodes
-    )
-    return not tensors
 
 
 def region_of(

@@ -12,6 +12,7 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Refused, Rule, is_plain
 from moecompile.passes.rules_loop import assigned_rows, rows_of_one
+from moecompile.passes.rules_routing import known_range
 from moecompile.passes.rules_views import free, holds_integers, selected, sliced
 from moecompile.passes.terms import Atom, Constant, Equals, Group, Index, Size, Special, Value, Variable
 from moecompile.passes.unify import enumerates, look_up, unify
@@ -169,7 +170,7 @@ def _gather(call: Call, state: Interpretation) -> Value | None:
 
 def check_wrapped(call: Call, index: Value, extent: Size, state: Interpretation) -> None:
     """Raises Refused where take_along_dim, which takes an index modulo the extent, may meet one beyond it."""
-    known = state.id_ranges.get(index.content.root) if isinstance(index.content, terms.Element) else 0  # type: ignore[arg-type]
+    known = known_range(index.content, state) if isinstance(index.content, terms.Element) else 0
     if call.name == "take_along_dim" and (known is None or not radix.is_at_least(extent, known)):
         raise Refused("take_along_dim with ids that may lie outside, which it wraps around")
 

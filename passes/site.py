@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from moecompile.passes.layout import Layout
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -78,7 +80,8 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Detection:
-    """All Sites and near misses of one graph, in program order."""
+    """All Sites and near misses of one graph, in program order, and the layout of that graph."""
 
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
+    layout: Layout = field(repr=False, compare=False)

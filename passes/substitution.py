@@ -34,8 +34,7 @@ from moecompile.passes.terms import (
 def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
     """The part with the digit `old` of its variable replaced; the part itself if it does not hold that digit."""
     if part.variable != old.variable:
-        _check_free(part, old, new)
-        return [_other(part, old, new) if depends(part, old) else part]
+        return [_other(part, old, new) if _is_another(part, old, new) else part]
     if part == old:
         return [new]
     below = radix.divide(old.divisor, part.divisor)
@@ -50,10 +49,14 @@ def _replace_atom(part: Atom, old: Atom, new: Part) -> list[Part]:
     return [piece for piece in pieces if radix.extent_of(piece) != 1 or piece is new]
 
 
-def _check_free(part: Atom, old: Atom, new: Part) -> None:
-    """Raises Refused if a digit is given the name of another that the content has already: two would be one."""
-    if old.variable.kind == "between" and isinstance(new, Atom) and radix.overlap(part, new):
+def _is_another(atom: Atom, old: Atom, new: Part) -> bool:
+    """Whether an index that is not `old` itself becomes another when that is replaced.
+
+    Raises Refused if `old` is given the name of a digit that the content has already: two would be one.
+    """
+    if old.variable.kind == "between" and isinstance(new, Atom) and radix.overlap(atom, new):
         raise Refused("one index in the place of two")
+    return radix.overlap(atom, old) or depends(atom, old)
 
 
 def depends(part: Atom, digit: Atom) -> bool:
@@ -94,13 +97,7 @@ def substitute(content: Content, old: Atom, new: Part) -> Content:
     if isinstance(content, Contract):
         return replace(content, left=substitute(content.left, old, new), right=substitute(content.right, old, new))
     if isinstance(content, Equals):
-        atom: Part = content.atom
-        if atom == old:
-            atom = new
-        elif isinstance(atom, Atom):
-            _check_free(atom, old, new)
-            atom = _other(atom, old, new) if radix.overlap(atom, old) or depends(atom, old) else atom
-        return Equals(substitute(content.content, old, new), atom)
+        return Equals(substitute(content.content, old, new), substitute_part(content.atom, old, new))
     if isinstance(content, Total):
         return replace(content, content=substitute(content.content, old, new))
     if isinstance(content, Meaning):
@@ -136,14 +133,22 @@ def substitute_index(index: Sequence[Part], old: Atom, new: Part) -> tuple[Part,
             if part.atom == old:
                 parts.append(compose(part, new))
             else:
-                _check_free(part.atom, old, new)
-                changed = radix.overlap(part.atom, old) or depends(part.atom, old)
-                parts.append(_other(part, old, new) if changed else part)
+                parts.append(_other(part, old, new) if _is_another(part.atom, old, new) else part)
         elif isinstance(part, Looked):
             parts.append(Looked(substitute(part.content, old, new), part.extent))
         else:
             parts.append(part)
     return _merge_parts(parts)
+
+
+def substitute_part(part: Part, old: Atom, new: Part) -> Part:
+    """One index with the digit `old` replaced; an index that is known to be another, where it is more than a digit."""
+    if part == old:
+        return new
+    found = substitute_index((part,), old, new)
+    if not found:  # an index of one value, which a flat index leaves out
+        return part
+    return found[0] if len(found) == 1 else _other(part, old, new)
 
 
 def compose(outer: Affine, inner: Part) -> Part:

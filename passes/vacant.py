@@ -24,10 +24,10 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.capacity import Support
 from moecompile.passes.dense import vanishes
 from moecompile.passes.interpret import Interpretation, Refused, walk
+from moecompile.passes.layout import Layout
 from moecompile.passes.places import Number, Running
 from moecompile.passes.radix import difference
 from moecompile.passes.recognise import Block, read, weight_steps
-from moecompile.passes.region import Layout
 from moecompile.passes.routing import ASSIGNMENT, Column, Routing
 from moecompile.passes.site import Operand
 from moecompile.passes.substitution import substitute

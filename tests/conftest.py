@@ -20,9 +20,8 @@ Golden = Callable[[str, str], None]
 _USED = pytest.StashKey[set[str]]()
 _OUTCOMES = pytest.StashKey[dict[str, bool]]()
 _PARTIAL = pytest.StashKey[str]()
-_REPORTS = pytest.StashKey[
-    list[tuple[list[str], list[str], str]]
-]()  # of processes: goldens used, failures, why partial
+# of each of pytest-xdist's processes: goldens used, tests with goldens that failed, why only a part was run
+_REPORTS = pytest.StashKey[list[tuple[list[str], list[str], str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from moecompile.passes import interpret, terms
 from moecompile.passes.interpret import Interpretation
+from moecompile.passes.radix import extent_of
 from moecompile.passes.terms import Atom, Content, Group, Part, Value, Variable
 
 AXES = 14  # index variables that can be in play at once: dimensions, and sums inside one another
@@ -124,12 +125,20 @@ class Oracle:
     def number_in(self, variable: Variable, space: Space) -> Tensor:
         """The place of an assignment among those that an order or a choice of rows lists; any if it is not listed."""
         listed = self.enumerated(variable)
-        number = torch.zeros(torch.Size([self.size(atom.size) for atom in variable.group]).numel(), dtype=torch.long)
+        number = torch.zeros(self.extent(variable.group), dtype=torch.long)
         number[listed] = torch.arange(len(listed))
+        return number[self.number(variable.group, space)]
+
+    def number(self, parts: Sequence[Part], space: Space) -> Tensor:
+        """Indices in mixed radix as one number, the first the most significant."""
         flat = torch.zeros([1] * AXES, dtype=torch.long)
-        for atom in variable.group:
-            flat = flat * self.size(atom.size) + self.digit(atom, space)
-        return number[flat]
+        for part in parts:
+            flat = flat * self.size(extent_of(part)) + self.part(part, space)
+        return flat
+
+    def extent(self, group: Sequence[Part]) -> int:
+        """How many numbers indices in mixed radix make."""
+        return torch.Size([self.size(extent_of(part)) for part in group]).numel()
 
     def element(self, value: Value, shape: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """All elements of a value, and where it says anything."""
@@ -173,7 +182,7 @@ class Oracle:
         """The assignments that an order or a choice of rows lists, one after another."""
         group, by = variable.group, variable.by
         assert by is not None
-        key, size = variable.key, torch.Size([self.size(atom.size) for atom in group]).numel()
+        key, size = variable.key, self.extent(group)
         by_assignment = self.flat(by, group, size)
         if variable.kind == "order":
             order = self.leaves.get((key, "order"))
@@ -189,9 +198,7 @@ class Oracle:
         call = self.state.calls[key]
         mask = self.before(call["input"] if call.name == "nonzero" else call["condition"], key)
         space = self.along(group, chosen.view(-1, *[1] * (AXES - 1)), size, Space(axes=1))
-        flat = torch.zeros([1] * AXES, dtype=torch.long)
-        for atom in (atom for dim in mask.dims for atom in dim):  # in the order that the mask's elements lie in
-            flat = flat * self.size(atom.size) + self.digit(atom, space)
+        flat = self.number([atom for dim in mask.dims for atom in dim], space)  # as the mask's elements lie
         return chosen[flat.expand(len(chosen), *[1] * (AXES - 1)).flatten().argsort(stable=True)]
 
     def before(self, node: fx.Node, reader: fx.Node) -> Value:
@@ -268,27 +275,20 @@ def _listed(oracle: Oracle, variable: Variable, number: Tensor, space: Space) ->
     listed = oracle.enumerated(variable)
     if number.numel() and int(number.max()) >= len(listed):
         raise Wrong(f"{len(listed)} rows of which number {int(number.max())} is named")
-    sizes = [oracle.size(digit.size) for digit in variable.group]
-    return oracle.along(variable.group, listed[number], torch.Size(sizes).numel(), space)
+    return oracle.along(variable.group, listed[number], oracle.extent(variable.group), space)
 
 
 DERIVED: dict[str, Any] = {"order": _listed, "rows": _listed}
 
 
 def _element(oracle: Oracle, content: terms.Element, space: Space) -> Tensor:
-    flat = torch.zeros([1] * AXES, dtype=torch.long)
-    for part in content.index:
-        extent = oracle.size(part.size if isinstance(part, Atom) else part.extent)
-        flat = flat * extent + oracle.part(part, space)
+    flat = oracle.number(content.index, space)
     leaf = oracle.leaf(content).double()
     return leaf[flat] if leaf.numel() else torch.zeros([1] * AXES, dtype=torch.float64)
 
 
 def _index(oracle: Oracle, content: terms.Index, space: Space) -> Tensor:
-    flat = torch.zeros([1] * AXES, dtype=torch.long)
-    for atom in content.atoms:
-        flat = flat * oracle.size(atom.size) + oracle.digit(atom, space)
-    return flat.double()
+    return oracle.number(content.atoms, space).double()
 
 
 def _apply(oracle: Oracle, content: terms.Apply, space: Space) -> Tensor:
@@ -322,7 +322,7 @@ def assignments(content: Content) -> Group:
 def counts(oracle: Oracle, key: Content, num_experts: Any) -> Tensor:
     """How many of all elements of a key equal each expert."""
     group = assignments(key)
-    ids = oracle.flat(key, group, torch.Size([oracle.size(atom.size) for atom in group]).numel())
+    ids = oracle.flat(key, group, oracle.extent(group))
     assert isinstance(key, terms.Element)
     if ids.numel() and int(ids.max()) >= oracle.size(num_experts) and key.root not in oracle.state.id_ranges:
         raise Unknown("ids beyond the experts")  # eager's counts are longer then, and no grouped GEMM takes them
@@ -330,14 +330,17 @@ def counts(oracle: Oracle, key: Content, num_experts: Any) -> Tensor:
 
 
 def _count(oracle: Oracle, content: terms.Count | terms.Offsets, space: Space) -> Tensor:
-    """One number an expert, along the only dimension there is."""
     found = counts(oracle, content.key, content.num_experts)
-    found = found.cumsum(0) if isinstance(content, terms.Offsets) else found
+    return along_experts(found.cumsum(0) if isinstance(content, terms.Offsets) else found, space)
+
+
+def along_experts(found: Tensor, space: Space) -> Tensor:
+    """One number an expert, along the only dimension there is."""
     indices = [index for known in space.digits.values() for _, size, index in known if size != 1]
     if len(found) == 1:
         return found.view([1] * AXES)
     if len(indices) != 1 or int(indices[0].max()) != len(found) - 1:
-        raise Unknown("counts that lie otherwise than one an expert")  # whoever reads them asks `per_expert`
+        raise Unknown("numbers that lie otherwise than one an expert")  # whoever reads them asks `per_expert`
     return found[indices[0]]
 
 

@@ -18,7 +18,7 @@ from meanings import Logged, Oracle, Space, Unknown, Wrong
 from moecompile.passes import interpret
 from moecompile.passes.aliases import fake_of, tensors_in
 from moecompile.passes.interpret import Interpretation
-from moecompile.passes.terms import Constant, Element, Group, Value
+from moecompile.passes.terms import Constant, Element, Value
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Run(fx.Interpreter):
         """A sparse leaf holds its outside value wherever a token's ids do not name the expert."""
         tensor = self.leaves[node]
         try:
-            ids, _ = self.oracle.element(sparse.ids, (tensor.shape[0], self.extent(sparse.ids.dims[1])))
+            ids, _ = self.oracle.element(sparse.ids, (tensor.shape[0], self.oracle.extent(sparse.ids.dims[1])))
         except Unknown:
             return
         except Wrong as reason:
@@ -196,9 +196,6 @@ class Run(fx.Interpreter):
         if not bool(((tensor == sparse.outside) | named).all()):
             self.fact(node, f"is not {sparse.outside} away from the tokens' ids")
         self.found.compared += 1
-
-    def extent(self, group: Group) -> int:
-        return torch.Size([self.oracle.size(atom.size) for atom in group]).numel()
 
     def combine(self, found: interpret.Combine) -> None:
         """The base and the sum are what the tensor holds."""

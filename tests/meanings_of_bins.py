@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import meanings
-from meanings import AXES, Oracle, Space, Unknown
+from meanings import AXES, Oracle, Space, Unknown, along_experts
 from moecompile.passes import bins
 from moecompile.passes.terms import Atom, Variable
 
@@ -43,16 +43,7 @@ def numbers(oracle: Oracle, linear: bins.Linear) -> Tensor:
 
 
 def _per_expert(oracle: Oracle, content: bins.PerExpert, space: Space) -> Tensor:
-    return _along_experts(numbers(oracle, content.linear), space)
-
-
-def _along_experts(found: Tensor, space: Space) -> Tensor:
-    indices = [index for known in space.digits.values() for _, size, index in known if size != 1]
-    if len(found) == 1:
-        return found.view([1] * AXES)
-    if len(indices) != 1 or int(indices[0].max()) != len(found) - 1:
-        raise Unknown("numbers that lie otherwise than one an expert")
-    return found[indices[0]]
+    return along_experts(numbers(oracle, content.linear), space)
 
 
 def _per_row(oracle: Oracle, content: bins.PerRow, space: Space) -> Tensor:
@@ -71,7 +62,7 @@ def _per_row(oracle: Oracle, content: bins.PerRow, space: Space) -> Tensor:
 def _in_slots(oracle: Oracle, variable: Variable, number: Tensor, space: Space) -> Space:
     """The assignment whose slot it is, if there is one."""
     content, _ = variable.key
-    size = torch.Size([oracle.size(atom.size) for atom in variable.group]).numel()
+    size = oracle.extent(variable.group)
     slot = oracle.flat(content, variable.group, size).long()
     stands = torch.full((int(max(number.max(), slot.max())) + 1,), -1)
     stands[slot] = torch.arange(size)
@@ -158,7 +149,7 @@ def _expert_at(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
 def _spare(oracle: Oracle, about: tuple[Any, ...], space: Space, shape: Sequence[int]) -> Whole:
     """Rows, and further rows of which nothing is said."""
     inner = about[0]
-    kept = torch.Size([oracle.size(atom.size) for atom in inner.dims[0]]).numel()
+    kept = oracle.extent(inner.dims[0])
     said, _ = oracle.element(inner, (kept, *shape[1:]))
     found, defined = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
     found[:kept], defined[:kept] = said, True
@@ -167,11 +158,11 @@ def _spare(oracle: Oracle, about: tuple[Any, ...], space: Space, shape: Sequence
 
 
 def _ratio(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    return _along_experts(numbers(oracle, about[0]) / about[1], space)
+    return along_experts(numbers(oracle, about[0]) / about[1], space)
 
 
 def _leading(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:
-    return _along_experts(numbers(oracle, about[0])[:-1], space)
+    return along_experts(numbers(oracle, about[0])[:-1], space)
 
 
 def _last(oracle: Oracle, about: tuple[Any, ...], space: Space) -> Tensor:

@@ -58,10 +58,7 @@ def _number(oracle: Oracle, content: places.Number, space: Space) -> Tensor:
 
 def _running(oracle: Oracle, content: places.Running, space: Space) -> Tensor:
     """The number of assignments up to `at`, itself included, whose key is the expert."""
-    at, size = torch.zeros([1] * AXES, dtype=torch.long), 1
-    for part in content.at:
-        extent = oracle.size(part.size if isinstance(part, Atom) else part.extent)
-        at, size = at * extent + oracle.part(part, space), size * extent
+    at, size = oracle.number(content.at, space), oracle.extent(content.at)
     expert, first = oracle.part(content.expert, space), space.axes
     space, earlier = space.axis(size)
     inner = space.bind(places._EARLIER, 1, size, earlier)

@@ -10,6 +10,7 @@ from moecompile.passes.fuse import fuse
 
 def rewrite(gm: fx.GraphModule) -> int:
     """Replaces every Site of the graph; returns how many there were."""
-    count = fuse(gm.graph, detect(gm.graph).sites)
+    found = detect(gm.graph)
+    count = fuse(gm.graph, found.sites, found.layout)
     gm.recompile()
     return count

@@ -108,8 +108,13 @@ def _turned(value: Value) -> Value:
     return replace(value, dims=value.dims[::-1])
 
 
-@pytest.mark.parametrize("lie", [_shifted, _turned])
-@pytest.mark.parametrize("operation", ["mul", "getitem", "sum", "bmm"])
+LIES = [
+    *((_shifted, operation) for operation in ("mul", "getitem", "bmm", "grouped_mm", "view", "transpose")),
+    *((_turned, operation) for operation in ("getitem", "grouped_mm")),
+]
+
+
+@pytest.mark.parametrize(("lie", "operation"), LIES)
 def test_a_lie_is_noticed(lie: Callable[[Value], Value], operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rule that gives another meaning than it should."""
     rule, told_lies = rules.RULES[operation], 0
@@ -128,4 +133,4 @@ def test_a_lie_is_noticed(lie: Callable[[Value], Value], operation: str, monkeyp
     seen = 0
     for name in ("batched_control", "grouped_control", "titan_control"):
         seen += len(told(captured_case(case(name), tokens=32)).lies)
-    assert (seen > 0) == (told_lies > 0)
+    assert told_lies > 0 and seen > 0
