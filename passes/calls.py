@@ -245,7 +245,7 @@ class Call:
 class _Signature(NamedTuple):
     names: tuple[str, ...]
     defaults: dict[str, Any]
-    required: tuple[str, ...]
+    required: frozenset[str]
     rest: str | None  # the name that takes the positional arguments left over
 
 
@@ -257,7 +257,7 @@ def _signature(name: str) -> _Signature:
     return _Signature(
         names=tuple(key for key, _ in own),
         defaults={key: ast.literal_eval(default) for key, default in own if default},
-        required=tuple(key for key, default in own if not default),
+        required=frozenset(key for key, default in own if not default),
         rest=next((key[1:] for key, _, _ in words if key.startswith("*")), None),
     )
 
@@ -349,7 +349,7 @@ def bind(node: fx.Node) -> Call | None:
             arguments[key] = value
         elif value is not None:
             return None
-    if any(key not in arguments for key in required):
+    if not required <= arguments.keys():
         return None
     if rest is not None:
         left = tuple(positional[len(names) :])

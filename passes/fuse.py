@@ -13,6 +13,7 @@ Contract
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,8 +55,6 @@ def fuse(graph: fx.Graph, sites: Sequence[Site], layout: Layout | None = None) -
         for node in gone:
             if not node.users:  # a base that the sum is added into stays
                 graph.erase_node(node)
-    if sites:
-        graph.lint()
     return len(sites)
 
 
@@ -152,6 +151,8 @@ class _Emitter:
     def method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
         """A method call with its example value computed."""
         node = self._graph.call_method(name, arguments)
+        if name == "reshape" and (view := _view(fake_of(arguments[0]), arguments[1:])) is not None:
+            return self._known(node, view)
         return self._with_meta(node, lambda args, kwargs: getattr(args[0], name)(*args[1:], **kwargs))
 
     def add_(self, base: fx.Node, result: fx.Node) -> fx.Node:
@@ -219,6 +220,22 @@ def _empty(like: torch.Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> to
         return FakeTensor(like.fake_mode, torch.empty(shape, dtype=dtype, device="meta"), like.device)
     with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
         return like.detach().new_empty(shape, dtype=dtype)
+
+
+def _view(fake: torch.Tensor, shape: tuple[Any, ...]) -> torch.Tensor | None:
+    """What a reshape makes of an example value that lies in order: the same memory; None if a size is symbolic.
+
+    Without PyTorch's dispatcher, as above.
+    """
+    sizes = [size for size in shape if size != -1]
+    known = isinstance(fake, FakeTensor) and all(type(size) is int for size in (*fake.shape, *sizes))
+    if not known or not fake.is_contiguous() or not all((*fake.shape, *sizes)):
+        return None
+    assert isinstance(fake, FakeTensor)
+    full = [fake.numel() // math.prod(sizes) if size == -1 else size for size in shape]
+    plain, memory = torch.empty(full, dtype=fake.dtype, device="meta"), fake.untyped_storage()
+    plain.set_(memory, int(fake.storage_offset()), plain.shape, plain.stride())
+    return FakeTensor(fake.fake_mode, plain, fake.device).requires_grad_(fake.requires_grad)
 
 
 def _has_shape(node: fx.Node, shape: tuple[Any, ...]) -> bool:

@@ -54,6 +54,8 @@ class Layout:
         """The global modes (no_grad, autocast, ...) that hold at each node."""
         found: dict[fx.Node, tuple[object, ...]] = {}
         borders = dict.fromkeys(filter(_is_border, self.graph.nodes))
+        if not borders:
+            return dict.fromkeys(self.graph.nodes, (None, (), 0))
         grad: object = None
         entered: dict[fx.Node, object] = {}
         others = 0

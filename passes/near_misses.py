@@ -89,7 +89,7 @@ def near_misses(
         if not covered.intersection(turns):
             misses.append(_near_miss(*_loop_difference(ids, turns, state), set(turns), turns, state))
         covered.update(turns)
-    for node in state.graph.nodes:
+    for node in state.calls:
         if node in covered or not _is_product(node, state):
             continue
         block = set(_reachable([node], lambda node: node.users))

@@ -12,5 +12,6 @@ def rewrite(gm: fx.GraphModule) -> int:
     """Replaces every Site of the graph; returns how many there were."""
     found = detect(gm.graph)
     count = fuse(gm.graph, found.sites, found.layout)
+    gm.graph.lint()
     gm.recompile()
     return count
