@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor
 
 from moecompile import callers
 from moecompile.capture import Stop
+from moecompile.options import unknown_variables
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
 from moecompile.pipeline import TRANSFORMED
@@ -76,7 +77,8 @@ def obstacle_of(gm: fx.GraphModule, record: GraphReport, example_inputs: Sequenc
         return Obstacle(SPLIT, "", KEEP_WHOLE)
     if record.ended_by is not None:
         end: Any = gm.compile_subgraph_reason
-        record.ended_by = graph_break(end.reason, end.user_stack)
+        routed = any(operation_name(node) in ("topk", "argmax", "one_hot") for node in gm.graph.nodes)
+        record.ended_by = graph_break(end.reason, end.user_stack, routed)
     if record.near_misses:
         miss = record.near_misses[0]
         return Obstacle(f"Nearest is the form {miss.form}, refused: {miss.reason}", miss.source, miss.cure)
@@ -95,18 +97,19 @@ def obstacle_of(gm: fx.GraphModule, record: GraphReport, example_inputs: Sequenc
     return None
 
 
-def graph_break(reason: str, frames: Iterable[traceback.FrameSummary]) -> GraphBreak:
+def graph_break(reason: str, frames: Iterable[traceback.FrameSummary], routed: bool = False) -> GraphBreak:
     """Dynamo's graph break as a record: whether it lies in MoE code, and what can be done about it.
 
     Args:
         reason: Dynamo's, as long as it is.
         frames: the user's, outermost first.
+        routed: whether the graph that ends there chooses experts, or something like it.
     """
     frames = list(frames)
     found = GraphBreak.of(reason, frames)
     innermost = frames[-1:]
     words = " ".join(f"{frame.name} {frame.filename} {_function_around(frame)}" for frame in innermost)
-    moe = found.moe or bool(_MOE_WORDS.search(words))
+    moe = found.moe or bool(_MOE_WORDS.search(words)) or (routed and depends_on_data(reason))
     cure = _HINT.search(reason)
     if moe and any(has_switchable_experts(frame.filename) for frame in frames):
         return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
@@ -116,6 +119,11 @@ def graph_break(reason: str, frames: Iterable[traceback.FrameSummary]) -> GraphB
         return dataclasses.replace(found, moe=moe, cure=NO_BRANCH)
     hint = f"PyTorch suggests: {' '.join(cure[1].split())}" if cure else None
     return dataclasses.replace(found, moe=moe, cure=hint)
+
+
+def depends_on_data(reason: str) -> bool:
+    """Whether Dynamo stopped at a size or a choice that only the data tells."""
+    return bool(_SIZE_WORDS.search(reason) or _BRANCH_WORDS.search(reason))
 
 
 def stop(given_up: Stop) -> GraphBreak:
@@ -159,6 +167,13 @@ def has_switchable_experts(file: str) -> bool:
             # the mark that transformers' decorator `use_experts_implementation` leaves on a class
             return any(isinstance(value, type) and hasattr(value, "_apply_gate") for value in vars(module).values())
     return False
+
+
+@functools.cache
+def warn_of_unknown_variables() -> None:
+    """Warns, once in a process, of environment variables that begin like ours and are none."""
+    for words in unknown_variables():
+        log.warning("%s", words)
 
 
 def note_caller(record: GraphReport) -> None:
@@ -222,7 +237,7 @@ def _warn(record: GraphReport, obstacle: Obstacle | None) -> None:
     broken = f"Dynamo broke the graph at {places} place{plural}; `moecompile.explain(model, ...)` tells why."
     log.warning(
         "moecompile rewrote nothing: %s no mixture-of-experts block that it knows.\n%s`%s` shows more.",
-        f"{record.name} holds" if len(graphs) == 1 else f"the {len(graphs)} graphs captured so far hold",
+        f"{record.name or 'the model'} holds" if len(graphs) == 1 else f"the {len(graphs)} graphs captured so far hold",
         f"{obstacle}\n" if obstacle else f"{broken}\n" if places else "",
         COMMAND,
     )

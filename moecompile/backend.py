@@ -46,6 +46,7 @@ def moecompile(
     record = report.GraphReport.of(gm)
     report.record(record)
     advice.note_caller(record)
+    advice.warn_of_unknown_variables()
 
     # 2. On request, nothing: to tell whether moecompile is to blame.
     if environment_disables_backend():

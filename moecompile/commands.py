@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,16 +36,18 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         the exit status: 0 when it worked, 1 when `doctor` found the machine wanting, 2 for a wrong command line.
     """
-    if arguments and arguments[0] == "demo":
-        # The demo reads its own arguments, --help included.
-        status = importlib.import_module("moecompile.demo").main(list(arguments[1:]))
-        return int(status or 0)
-    chosen = _parser().parse_args(arguments)
     try:
+        if arguments and arguments[0] == "demo":
+            # The demo reads its own arguments, --help included.
+            return int(importlib.import_module("moecompile.demo").main(list(arguments[1:])) or 0)
+        chosen = _parser().parse_args(arguments)
         return int(chosen.run(chosen))
     except UsageError as error:
-        print(f"python -m moecompile {chosen.verb}: {error}", file=sys.stderr)
+        print(f"python -m moecompile {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +102,14 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 
 def _model_and_inputs(target: str) -> tuple[Callable[..., Any], Sequence[Any], Mapping[str, Any]]:
-    made: Any = _callable(target)()
+    make = _callable(target)
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise UsageError(f"{target} takes arguments ({error}). Name a function that takes none.") from error
+    except ValueError:  # a builtin that does not say what it takes
+        pass
+    made: Any = make()
     shape = f"{target}: expected it to return (model, args) or (model, args, kwargs), got "
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         raise UsageError(
@@ -118,7 +128,9 @@ def _model_and_inputs(target: str) -> tuple[Callable[..., Any], Sequence[Any], M
 def _callable(target: str) -> Callable[[], Any]:
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
-        raise UsageError(f"expected MODULE:CALLABLE, such as my_package.my_module:make_model, got {target!r}.")
+        shape = "FILE:CALLABLE" if target.endswith(".py") else "MODULE:CALLABLE"
+        example = f"{target}:make_model" if target.endswith(".py") else "my_package.my_module:make_model"
+        raise UsageError(f"expected {shape}, such as {example}, got {target!r}.")
     module = _module(place)
     value: Any = module
     for part in name.split("."):

@@ -19,7 +19,13 @@ from typing import Literal
 import torch
 from packaging.version import Version
 
-from moecompile.options import ENVIRONMENT, cache_directory, environment_disabled_passes, environment_disables_backend
+from moecompile.options import (
+    ENVIRONMENT,
+    cache_directory,
+    environment_disabled_passes,
+    environment_disables_backend,
+    unknown_variables,
+)
 
 PYTHON_NEEDED = (3, 11)
 TORCH_NEEDED = Version("2.11")
@@ -191,7 +197,7 @@ def _cache(item: str) -> Finding:
             return Finding(item, "ok", str(directory))
     except OSError as error:
         cure = "set MOECOMPILE_CACHE_DIR to a directory that can be written"
-        return Finding(item, "error", f"{directory} cannot be written: {error.strerror}", cure)
+        return Finding(item, "missing", f"{directory} cannot be written: {error.strerror}; nothing is kept", cure)
 
 
 def _switches() -> list[Finding]:
@@ -207,7 +213,7 @@ def _switches() -> list[Finding]:
             findings.append(Finding(name, "note", f"set to {value!r}: {meaning}", f"unset {name} for the default"))
         except ValueError as error:
             findings.append(Finding(name, "error", str(error), f"unset {name}"))
-    return findings
+    return [*findings, *(Finding(words.split()[0], "note", words) for words in unknown_variables())]
 
 
 # What reads, and by reading checks, the variables that do not take any value.

@@ -52,8 +52,14 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     """
     _check_model(model)
     records: list[GraphReport] = []
-    stops = capture(model, args, kwargs, functools.partial(_examine, records))
-    breaks = {record.ended_by.source: record.ended_by for record in records if record.ended_by}
+    try:
+        stops = capture(model, args, kwargs, functools.partial(_examine, records))
+    except TypeError as error:
+        if len(args) == 1 and isinstance(args[0], tuple | list):
+            error.add_note("moecompile.explain calls model(*args): explain(model, x, y), not explain(model, (x, y)).")
+        raise
+    ends = sorted((record.ended_by for record in records if record.ended_by), key=lambda found: found.moe)
+    breaks = {found.source: found for found in ends}  # of several at one place, one that is known to be in MoE code
     for stop in stops:
         found = advice.stop(stop)
         breaks[found.source] = found

@@ -138,6 +138,15 @@ class Options:
         }
 
 
+def unknown_variables() -> list[str]:
+    """One sentence for each environment variable that begins like ours and is none."""
+    return [
+        f"{name} is set, and is no variable of moecompile's.{did_you_mean(name, ENVIRONMENT)} Unset it, or correct it."
+        for name in sorted(os.environ)
+        if name.startswith("MOECOMPILE_") and name not in ENVIRONMENT
+    ]
+
+
 def environment_disables_backend() -> bool:
     """Whether MOECOMPILE_DISABLE asks to hand every graph untouched to its lowering.
 

@@ -17,6 +17,7 @@ from torch import fx
 from moecompile.passes import terms
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import concerns_bins
+from moecompile.passes.branches import branches
 from moecompile.passes.forms import ANCHORS, Traces, resembled_form
 from moecompile.passes.interpret import Combine, Interpretation, Refused, is_plain, is_routed, walk
 from moecompile.passes.provenance import common_module, source_of
@@ -101,6 +102,11 @@ def near_misses(
         text = _between(place, state.refusals[place], state) if place in state.refusals else _NOT_SUMMED
         misses.append(_near_miss(place, text, block | {node}, [node], state))
         covered |= block | {node}
+    for found in branches(state, covered):
+        first = found.nodes[0]
+        module = common_module(found.nodes)
+        misses.append(NearMiss(found.form, found.reason, operation_name(first), module, source_of(first), found.cure))
+        covered.update(found.nodes)
     return list(dict.fromkeys(misses))
 
 
@@ -284,7 +290,12 @@ def _resembles(block: set[fx.Node], state: Interpretation) -> str:
             counts="cumsum" in names_before,
             padded=any(map(concerns_bins, contents)),
             turns=any(_chosen_by(node, state) is not None or _selects(node, state) for node in rows | before),
-            looked_up=any(isinstance(part, terms.Looked) for content in contents for part in _index_of(content)),
+            looked_up=any(
+                isinstance(part, terms.Looked)
+                for content in contents
+                for inner in walk(content)
+                for part in _index_of(inner)
+            ),
         )
     )
 

@@ -88,17 +88,15 @@ def _picked(value: Value, lookups: list[tuple[int, Value]]) -> Value | None:
 
 def _is_of_no_concern(state: Interpretation, value: Value, source: fx.Node) -> bool:
     """Whether one row of it is a leaf like any other: no ids, no gates, no weights."""
-    return is_plain(value) and not _integral(source) and not _is_sparse(state, value) and not _is_input(value)
+    return is_plain(value) and not _integral(source) and not _is_sparse(state, value) and not _is_weight(state, value)
 
 
-def _is_input(value: Value) -> bool:
-    """Whether the value is a view of a graph input, as weights are."""
-    content = value.content
-    return (
-        isinstance(content, terms.Element)
-        and isinstance(content.root, fx.Node)
-        and content.root.op in ("placeholder", "get_attr")
-    )
+def _is_weight(state: Interpretation, value: Value) -> bool:
+    """Whether the value is a view of a graph input, as weights are, or of several in one stack."""
+    root = value.content.root if isinstance(value.content, terms.Element) else None
+    if not isinstance(root, fx.Node):
+        return False
+    return root.op in ("placeholder", "get_attr") or (root in state.calls and state.calls[root].name == "stack")
 
 
 def _is_sparse(state: Interpretation, value: Value) -> bool:

@@ -187,3 +187,21 @@ def test_the_help_names_an_example_that_works(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["explain", target]) == 0
     assert "2 MoE blocks rewritten" in capsys.readouterr().out
+
+
+def test_a_function_that_takes_arguments_is_one_line(models, capsys):
+    (models / "more_models.py").write_text("def needs(size):\n    return size\n")
+    assert main(["explain", "more_models:needs"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "more_models:needs takes arguments (missing a required argument: 'size')" in line
+
+
+def test_a_file_without_a_function_is_told_the_form_for_files(models, capsys):
+    assert main(["explain", "some_models.py"]) == 2
+    assert "expected FILE:CALLABLE, such as some_models.py:make_model, got 'some_models.py'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback():
+    command = f"{sys.executable} -m moecompile doctor | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -96,7 +96,7 @@ def test_cache_directory_that_cannot_be_written(monkeypatch, tmp_path, place: st
     (tmp_path / "file").touch()
     monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(tmp_path / place))
     found = finding("cache directory")
-    assert found.state == "error" and "MOECOMPILE_CACHE_DIR" in found.cure
+    assert found.state == "missing" and "MOECOMPILE_CACHE_DIR" in found.cure
 
 
 def test_cache_directory_is_left_empty(tmp_path):

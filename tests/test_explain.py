@@ -343,6 +343,33 @@ def test_the_warning_and_the_report_name_what_may_cure_a_loop_over_all_experts(c
     assert "no graph breaks" not in str(report)
 
 
+def test_a_loop_is_known_by_the_choice_before_it_not_by_its_names():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r = nn.Linear(HIDDEN, 4, bias=False)
+            self.m = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+            self.n = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w, i = self.r(x).softmax(-1).topk(2)
+            out = torch.zeros_like(x)
+            for j in range(4):
+                t, k = torch.where(i == j)
+                out.index_add_(0, t, self.n[j](self.m[j](x[t]).relu()) * w[t, k, None])
+            return out
+
+    report = moecompile.explain(Plain(), torch.randn(12, HIDDEN))
+    assert report.graph_breaks and report.graph_breaks[0].moe
+    assert report.graph_breaks[0].cure == "torch.compile(..., fullgraph=True): tried, 1 block is found then"
+
+
+def test_one_tuple_for_several_arguments_is_noted():
+    with pytest.raises(TypeError) as caught:
+        moecompile.explain(nn.Linear(HIDDEN, HIDDEN), (inputs(),))
+    assert any("explain(model, x, y)" in note for note in caught.value.__notes__)
+
+
 def test_the_warning_counts_breaks_elsewhere(caplog: Any):
     def function(x: Tensor) -> Tensor:
         x = x.relu()

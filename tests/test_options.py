@@ -16,7 +16,7 @@ import torch
 import moecompile
 from moecompile import options as module
 from moecompile import pipeline
-from moecompile.options import ENVIRONMENT, PASSES, Options
+from moecompile.options import ENVIRONMENT, PASSES, Options, unknown_variables
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "options.md"
 
@@ -223,3 +223,10 @@ def test_the_documentation_is_the_table(section: str, header: list[str], rows: l
 
 def test_every_pass_is_described_and_every_description_has_a_pass():
     assert list(PASSES) == list(pipeline.PASSES)
+
+
+def test_variables_that_begin_like_ours_and_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECOMPILE_DISABLED", "1")
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "/somewhere")
+    (said,) = unknown_variables()
+    assert said.startswith("MOECOMPILE_DISABLED is set, and is no variable of moecompile's. Did you mean 'MOECOMPILE_")
