@@ -70,7 +70,9 @@ class Options:
         'what runs inside the operators: the fastest kernels the machine has, or only PyTorch\'s own ("reference")',
     )
     verify: Literal["first_call"] | None = _option(
-        None, "compares every rewritten block with the original region, outputs and gradients, at the first call"
+        None,
+        "compares every rewritten block with the original region at the first call: outputs, and gradients in training "
+        "(in the bodies of cond, map, scan and other operators than checkpoint: outputs alone)",
     )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.

@@ -60,6 +60,7 @@ def detect(graph: fx.Graph) -> Detection:
             sites.append(_site(combine, state, layout))
         except Refused as reason:
             refused.append((combine, reason))
+    sites = [site for site in sites if not any(site.node in other.region for other in sites if other is not site)]
     return Detection(tuple(sites), tuple(near_misses(state, sites, refused)), layout)
 
 

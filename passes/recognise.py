@@ -134,6 +134,8 @@ def _expression(content: Content, block: Block, match: Match) -> expression.Expr
     if isinstance(content, Apply):
         if content.op not in expression.OPERATIONS:
             raise Refused(f"{content.op} is not an operation that activations are written in")
+        if all(isinstance(argument, Constant) for argument in content.args):
+            raise Refused(f"{content.op} of numbers alone, which may round or wrap around in its dtype")
         return expression.Apply(
             content.op, tuple(_expression(argument, block, match) for argument in content.args), content.params
         )

@@ -186,7 +186,17 @@ class ChangedBetween(Near):
         return torch.einsum("tec,ecm->tm", dispatch, y)
 
 
+class ScaledMask(Near):
+    """The mask is scaled by a number before it is cast: in another dtype that may wrap around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dispatch, _ = self.gating(x)
+        y = self.experts(torch.einsum("tec,tm->ecm", dispatch, x))
+        return torch.einsum("tec,ecm->tm", (dispatch.long() * 2).to(x.dtype), y)
+
+
 REASONS: dict[type[Spelling], str] = {
+    ScaledMask: "of numbers alone",
     NarrowSum: "one place of one expert",
     OtherCapacity: "another capacity",
     OtherMask: "may stand at one place",

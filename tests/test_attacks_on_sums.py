@@ -149,3 +149,49 @@ def test_where_the_sum_lies_in_memory(layout: str) -> None:
             return LAYOUTS[layout](x, token, rows)
 
     check(Laid())
+
+
+def weighted_in_place(rows: Tensor, weights: Tensor) -> Tensor:
+    rows *= weights
+    return rows.view(T, 1, H).sum(1)
+
+
+def weighted_by_method(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows.mul_(weights).view(T, 1, H).sum(1)
+
+
+def weighted_then_added(rows: Tensor, weights: Tensor) -> Tensor:
+    rows *= weights
+    return torch.zeros_like(rows).index_add_(0, torch.arange(T), rows)
+
+
+def dropped_out_in_place(rows: Tensor, weights: Tensor) -> Tensor:
+    return torch.nn.functional.dropout(rows * weights, 0.1, False, inplace=True).view(T, 1, H).sum(1)
+
+
+@pytest.mark.parametrize("combine", [weighted_in_place, weighted_by_method, weighted_then_added, dropped_out_in_place])
+def test_rows_of_one_choice_changed_in_place(combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """With one expert a token, the rows before the change could be a result as well as those after it."""
+
+    class OneChoice(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.router(x).softmax(-1).topk(1)
+            flat = ids.reshape(-1)
+            hidden = torch.relu(torch.bmm(x.unsqueeze(1), self.w_in[flat]))
+            return combine(torch.bmm(hidden, self.w_out[flat]).squeeze(1), weights.reshape(-1, 1))
+
+    check(OneChoice(), sites=1)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros, torch.ones])
+def test_a_constant_bias_under_autocast(bias: Callable[..., Tensor]) -> None:
+    class Biased(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = self.routed(x)
+            flat, rows = ids.reshape(-1), x.repeat_interleave(K, 0).unsqueeze(1)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = torch.relu(torch.baddbmm(bias(1, 1, 24), rows, self.w_in[flat]))
+                out = torch.bmm(hidden, self.w_out[flat]).squeeze(1) * weights.reshape(-1, 1)
+            return out.view(T, K, H).sum(1)
+
+    check(Biased(), sites=0, tolerance=1e-2)

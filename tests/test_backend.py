@@ -366,6 +366,16 @@ def test_records_keep_no_graph_alive(monkeypatch: pytest.MonkeyPatch):
 # Derivatives of derivatives, and transforms.
 
 
+def test_tokens_changed_before_backward_are_an_error():
+    model = Model()
+    result = compiled(model)(inputs())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
 def test_double_backward_is_a_clear_error():
     fast = compiled(Model())
     x = inputs().requires_grad_()
