@@ -20,7 +20,7 @@ from moecompile.passes import radix, rules_bins, rules_padded_sums, rules_slots
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, slot_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain, walk
+from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain
 from moecompile.passes.radix import difference
 from moecompile.passes.rules_index import check_wrapped
 from moecompile.passes.slots import (
@@ -29,6 +29,7 @@ from moecompile.passes.slots import (
     appended,
     bins_of,
     check_capacity,
+    check_rows_known,
     integers,
     is_tensor,
     kind_of,
@@ -41,7 +42,7 @@ from moecompile.passes.slots import (
     table_of,
     whole,
 )
-from moecompile.passes.terms import Atom, Constant, Element, Index, Special, Value
+from moecompile.passes.terms import Atom, Constant, Index, Special, Value
 from moecompile.passes.unify import enumerates, look_up, unify
 
 # ---- rows put at slots
@@ -180,8 +181,7 @@ def _read(state: Interpretation, source: fx.Node, index: Value) -> Value:
         table = table_of(value)
         if isinstance(value.content, Special) and table is None:
             raise Refused("a mask of padded slots, read at slots")
-        if any(isinstance(inner, Element) and _is_along(inner, atom) for inner in walk(value.content)):
-            raise Refused("a tensor of padded slots of which nothing else is known, read at slots")
+        check_rows_known(value.content, atom)
         return Value((*index.dims, *value.dims[1:]), value.content if table is None else table.inside)
     if atom is not None and not isinstance(index.content, Index):
         raise Refused("padded rows read at other slots than they were put at")
@@ -192,11 +192,6 @@ def _read(state: Interpretation, source: fx.Node, index: Value) -> Value:
     if kind_of(value.content) in ("spare", "table", "filled", "unfilled", "binned", "position", "expert"):
         raise Refused("rows or numbers of padded slots, read in a way that detection does not understand")
     raise Passed
-
-
-def _is_along(element: Element, atom: Atom) -> bool:
-    """Whether an element is told by the slot itself, and not by what stands there."""
-    return any(isinstance(part, Atom) and part.variable == atom.variable for part in element.index)
 
 
 def _by_table(state: Interpretation, source: fx.Node, index: Value) -> Value:

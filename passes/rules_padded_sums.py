@@ -23,6 +23,7 @@ from moecompile.passes.slots import (
     Bins,
     along_rows,
     bins_of,
+    check_rows_known,
     is_tensor,
     kind_of,
     number,
@@ -90,6 +91,7 @@ def added(call: Call, state: Interpretation, index: Value, source: fx.Node) -> V
         raise Passed
     if len(rows.dims) != 2 or rows.dims[0] != (table.atom,) or len(index.dims) != 1:
         raise Refused("rows added at the tokens of other slots")
+    check_rows_known(rows.content, table.atom)
     token = table.inside
     over = without(table.atom.variable.group, token.atoms) if isinstance(token, Index) else None
     if over is None or not isinstance(token, Index) or state.dtype(source) != state.dtype(call.node):
@@ -112,6 +114,7 @@ def put_back(call: Call, state: Interpretation, index: Value, source: Any) -> Va
     assert table is not None
     if not rows.dims or rows.dims[0] != (table.atom,) or len(index.dims) != 1:
         raise Refused("padded rows put back at the numbers of other rows")
+    check_rows_known(rows.content, table.atom)
     if not isinstance(table.inside, Index) or table.inside.atoms != table.atom.variable.group:
         raise Refused("padded rows put back at numbers that are not one for each assignment")
     if state.dtype(source) != state.dtype(call["input"]) or state.shape(source)[1:] != state.shape(call["input"])[1:]:

@@ -23,10 +23,10 @@ from moecompile.passes import radix
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.bins import Linear, PerRow, Slot, is_slots, slot_of
 from moecompile.passes.calls import Call
-from moecompile.passes.interpret import Interpretation, Passed, Refused
+from moecompile.passes.interpret import Interpretation, Passed, Refused, walk
 from moecompile.passes.radix import is_at_least
 from moecompile.passes.rules_index import rows_index
-from moecompile.passes.terms import Atom, Constant, Content, Group, Index, Size, Special, Value, Variable
+from moecompile.passes.terms import Atom, Constant, Content, Element, Group, Index, Size, Special, Value, Variable
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,13 @@ def reads_zeros(state: Interpretation, node: fx.Node, table: Table) -> bool:
     if isinstance(outside, int) and outside < 0:
         outside = size + outside
     return is_at_least(outside, radix.group_size(rows.dims[0])) and is_at_least(size, outside + 1)
+
+
+def check_rows_known(content: Content, atom: Atom) -> None:
+    """Raises Refused if a padded tensor's content is told by the slot, and not by the assignment that stands there."""
+    for inner in walk(content):
+        if isinstance(inner, Element) and any(getattr(part, "variable", None) == atom.variable for part in inner.index):
+            raise Refused(f"{inner.root}, a tensor of padded slots of which nothing else is known")
 
 
 def check_capacity(slot: Slot, capacity: Size) -> None:
