@@ -89,6 +89,8 @@ def _digits(call: Call, state: Interpretation) -> tuple[Value, Group, Group] | N
     if not isinstance(value.content, Index) or isinstance(call["input"], int):
         return None
     number = state.number(call["other"])
+    if isinstance(number, int) and number < 1:
+        raise Refused(f"assignment numbers divided by {number}")
     groups = radix.regroup(
         value.content.atoms, (radix.divide(radix.group_size(value.content.atoms), number) or 0, number)
     )
@@ -149,7 +151,8 @@ def _bincount(call: Call, state: Interpretation) -> Value | None:
     if call["weights"] is not None or not isinstance(call["minlength"], int) or call["minlength"] < 1:
         return None
     ids = state.value(call["input"])
-    if (known_range(ids.content, state) or 0) > call["minlength"]:
+    known = known_range(ids.content, state)
+    if (known or 0) > call["minlength"] or (call["minlength"] == 1 and known is None):  # one count fits any shape
         raise Refused(f"counts of {call['minlength']} experts or more, as ids may name others")
     return counted(state, ids, call["minlength"], call.node)
 

@@ -324,7 +324,8 @@ def counts(oracle: Oracle, key: Content, num_experts: Any) -> Tensor:
     group = assignments(key)
     ids = oracle.flat(key, group, oracle.extent(group))
     assert isinstance(key, terms.Element)
-    if ids.numel() and int(ids.max()) >= oracle.size(num_experts) and key.root not in oracle.state.id_ranges:
+    known = key.written is None and key.root in oracle.state.id_ranges
+    if ids.numel() and int(ids.max()) >= oracle.size(num_experts) and not known:
         raise Unknown("ids beyond the experts")  # eager's counts are longer then, and no grouped GEMM takes them
     return torch.stack([(ids == expert).sum() for expert in range(oracle.size(num_experts))]).double()
 

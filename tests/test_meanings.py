@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 import meanings_of_forms  # noqa: F401  (what the forms' own meanings are)
 import moecompile  # noqa: F401  (registers the operators)
@@ -17,7 +19,7 @@ from fuzz_programs import behind, program
 from meanings_checked import Checked, check_meanings
 from moecompile.passes import rules, terms
 from moecompile.passes.terms import Value
-from zoo_capture import Captured, captured_case, copied
+from zoo_capture import Captured, captured, captured_case, copied
 from zoo_case import Case, Refusal
 from zoo_forms import CASES, case
 from zoo_refusals import REFUSALS
@@ -71,6 +73,16 @@ def test_of_many_random_programs(seed: int) -> None:
     assert programs(f"many {seed}", 1000) > 20000
 
 
+@contextlib.contextmanager
+def memory_filled() -> Iterator[None]:
+    """Within, memory that nobody wrote holds numbers that are no index, and not what happened to lie there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 4, 24])
 def test_of_edited_graphs(tokens: int) -> None:
@@ -84,15 +96,34 @@ def test_of_edited_graphs(tokens: int) -> None:
         gm = copied(known.gm)
         edits = [done for done in (edit(gm, rng) for _ in range(6)) if done]
         try:
-            with quiet():
+            with quiet(), memory_filled():
                 fx.Interpreter(gm).run(*[v.detach().clone() if isinstance(v, Tensor) else v for v in known.inputs])
         except Exception:  # whatever eager raises: there is nothing to compare
             continue
-        with quiet():
+        with quiet(), memory_filled():
             found = check_meanings(gm, known.inputs, max(rounding(gm), 1e-3))
         assert not found.lies, f"{chosen.name}, {edits}: {report(gm, found)}"
         compared += found.compared
     assert compared > 2000
+
+
+def divided_by_a_negative(x: Tensor) -> Tensor:
+    return x.topk(2).indices.flatten().argsort(stable=True) // -2
+
+
+def one_count_of_ids_that_were_written(x: Tensor) -> Tensor:
+    ids = x.topk(1).indices
+    ids.add_(1)
+    return ids.flatten().bincount(minlength=1)
+
+
+@pytest.mark.parametrize("function", [divided_by_a_negative, one_count_of_ids_that_were_written])
+def test_of_what_random_programs_once_found(function: Callable[[Tensor], Tensor]) -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    assert not told(captured(Module(), (torch.randn(5, 4),), fullgraph=True)).lies
 
 
 # ---- the oracle itself
