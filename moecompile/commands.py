@@ -39,9 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if arguments and arguments[0] == "demo":
             # The demo reads its own arguments, --help included.
-            return int(importlib.import_module("moecompile.demo").main(list(arguments[1:])) or 0)
-        chosen = _parser().parse_args(arguments)
-        return int(chosen.run(chosen))
+            status = int(importlib.import_module("moecompile.demo").main(list(arguments[1:])) or 0)
+        else:
+            chosen = _parser().parse_args(arguments)
+            status = int(chosen.run(chosen))
+        sys.stdout.flush()
+        return status
     except UsageError as error:
         print(f"python -m moecompile {arguments[0]}: {error}", file=sys.stderr)
         return 2

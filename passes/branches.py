@@ -37,6 +37,10 @@ class _Kind:
     cure: str
 
 
+# fewer alike operations are gate and up projection, or query, key and value, beside a choice of as many groups
+_LEAST = 4
+
+
 def branches(state: Interpretation, covered: Collection[fx.Node]) -> Iterator[Branches]:
     """Each group of branches that holds none of the nodes in `covered`, in program order."""
     counts = set(state.id_ranges.values()) - {1}
@@ -47,8 +51,8 @@ def branches(state: Interpretation, covered: Collection[fx.Node]) -> Iterator[Br
             continue
         for kind in _KINDS:
             for users in _alike(node, kind, state):
-                enough = any(len(users) == count * each for count in counts for each in kind.per_expert)
-                if enough and not any(user in covered for user in users):
+                as_many = any(len(users) == count * each for count in counts for each in kind.per_expert)
+                if as_many and len(users) >= _LEAST and not any(user in covered for user in users):
                     yield Branches(kind.form, users, kind.reason, kind.cure)
 
 
