@@ -130,6 +130,8 @@ def _expression(content: Content, block: Block, match: Match) -> expression.Expr
     if name is not None:
         return expression.Leaf(name)
     if isinstance(content, Constant):
+        if not isinstance(content.value, int | float):
+            raise Refused(f"the size {content.value}, which is not known, inside the expert computation")
         return expression.Constant(content.value)
     if isinstance(content, Apply):
         if content.op not in expression.OPERATIONS:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from meanings import Logged, Oracle, Space, Unknown, Wrong
-from moecompile.passes import interpret
+from moecompile.passes import interpret, radix
 from moecompile.passes.aliases import fake_of, tensors_in
 from moecompile.passes.interpret import Interpretation
 from moecompile.passes.terms import Constant, Element, Value
@@ -133,6 +133,8 @@ class Run(fx.Interpreter):
     def judge(self, node: fx.Node, value: Value, held: Sequence[Any]) -> None:
         """Compares one meaning with what a tensor holds: right if it is what one of them is."""
         try:
+            for tensor in held:
+                self.check_shape(fake_of(node), tensor)
             wrongs = [self.difference(value, tensor) for tensor in held if isinstance(tensor, Tensor)]
         except Unknown as reason:
             self.found.unknown[str(reason)] = self.found.unknown.get(str(reason), 0) + 1
@@ -144,6 +146,13 @@ class Run(fx.Interpreter):
             self.found.compared += 1
         if wrongs and all(wrongs):
             self.found.lies.append(Lie(str(node), str(node.target), value, str(wrongs[0])))
+
+    def check_shape(self, fake: Any, tensor: Any) -> None:
+        """Sizes that only the data tells are taken to agree where tensors meet; a compiled model checks it."""
+        if isinstance(fake, Tensor) and isinstance(tensor, Tensor):
+            sizes = [self.oracle.size(radix.size_of(size)) for size in fake.shape]
+            if sizes != list(tensor.shape):
+                raise Unknown("another shape than the example value's")
 
     def difference(self, value: Value, tensor: Tensor, base: Any = 0.0) -> str | None:
         """What differs where `base` is added to the meaning, or None."""
