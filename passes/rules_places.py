@@ -39,11 +39,11 @@ def _compare(call: Call, state: Interpretation) -> Value:
         return _at(value, state.value(second))
     bound = _bound(state, second)
     if name in ("lt", "le"):
-        if name == "le":
-            bound = bound + 1 if not isinstance(bound, float) else math.floor(bound) + 1
-        return Value(value.dims, Marks(frozenset({Below(value.content, _whole(bound))})))
+        return Value(
+            value.dims, Marks(frozenset({Below(value.content, _above(bound) if name == "le" else _whole(bound))}))
+        )
     if name in ("gt", "ge"):
-        return _from_below(value, bound if name == "ge" else math.floor(bound) + 1)
+        return _from_below(value, _above(bound) if name == "gt" else _whole(bound))
     raise Refused(f"places of assignments compared by {name}")
 
 
@@ -63,11 +63,16 @@ def _whole(bound: Any) -> Size:
     return math.ceil(bound) if isinstance(bound, float) else bound
 
 
-def _from_below(value: Value, bound: Any) -> Value:
+def _above(bound: Any) -> Size:
+    """The first whole number above."""
+    return math.floor(bound) + 1 if isinstance(bound, float) else bound + 1
+
+
+def _from_below(value: Value, bound: Size) -> Value:
     """place >= 0 where places of assignments that are not marked are -1."""
     content = value.content
     assert isinstance(content, Number)
-    least, bound = content.least(), _whole(bound)
+    least = content.least()
     if not content.where or least is None or content.most is not None:
         raise Refused("places of assignments compared from below")
     if not is_at_least(least, bound) or not is_at_least(bound - 1, content.otherwise):

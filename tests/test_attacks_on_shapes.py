@@ -11,8 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attacks import E, Experts, H, K, T, check, check_inference
+from moecompile.passes.detect import detect
+from zoo_capture import captured
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -178,3 +181,21 @@ def test_a_part_of_the_columns_written_back() -> None:
 
     torch.manual_seed(0)
     check_inference(Parts(forward), torch.randn(T, H))
+
+
+@pytest.mark.parametrize("name", ["gt", "ge", "lt", "le"])
+def test_places_beside_a_capacity_that_depends_on_the_tokens(name: str) -> None:
+    """A capacity that is no number yet is no reason to fail."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(H, E, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            marks = F.one_hot(self.router(x).argmax(-1), E)
+            places = (marks.cumsum(0) * marks).sum(-1) - 1
+            return x * getattr(torch, name)(places, x.shape[0] // 2)[:, None]
+
+    detection = detect(captured(Beside(), (torch.randn(T, H),), dynamic=True).gm.graph)
+    assert not detection.sites
