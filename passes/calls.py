@@ -343,6 +343,11 @@ def bind(node: fx.Node) -> Call | None:
     name, inplace = found
     names, defaults, required, rest = _signature(name)
     positional, keywords = node.args, node.kwargs
+    if not keywords and rest is None:  # most calls; what is required comes first
+        if not len(required) <= len(positional) <= len(names):
+            return None
+        arguments = defaults | dict(zip(names, positional, strict=False))
+        return Call(name, arguments, inplace or arguments.get("inplace") is True, node)
     arguments = defaults | dict(zip(names, positional, strict=False))
     for key, value in keywords.items():
         if key in names or (value is not None and (rest is not None or key in _HARMLESS)):

@@ -95,6 +95,7 @@ class Interpretation:
     touched: set[fx.Node] = field(default_factory=set)  # tensors, later ones too, of memory that was written into
     rules: Mapping[str, Rule] = field(default_factory=dict)  # canonical name -> rule
     deferred: dict[fx.Node, Call] = field(default_factory=dict)  # views of plain leaves that nobody has asked for yet
+    quiet: set[fx.Node] = field(default_factory=set)  # floating-point leaves, and views of such, that are no gates
 
     def combine(self, found: Combine) -> None:
         """Notes a sum of expert outputs; Refused unless it has the shape of its tensor, or of that it is added into."""
@@ -281,18 +282,28 @@ def _is_quiet(call: Call, state: Interpretation) -> bool:
 
     The rules would look at it from all sides, and find a leaf.
     """
-    result = fake_of(call.node)
+    result, arguments = fake_of(call.node), call.node.all_input_nodes
     if writes(call.node, call) or not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
         return False
-    for argument in call.node.all_input_nodes:
-        fake, value = fake_of(argument), state.values.get(argument)
-        if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or argument in state.sparse:
-            return False
-        if value is not None and (not is_plain(value) or state.sparse_leaf(value.content) is not None):
-            return False
-        if call.name == "cast" and fake.dtype == result.dtype:
-            return False
-    return call.name != "getitem" or _is_cut(call, state)
+    if not all(node in state.quiet or _is_floating_leaf(node, state) for node in arguments):
+        return False
+    if call.name == "cast" and any(fake_of(node).dtype == result.dtype for node in arguments):
+        return False
+    if call.name == "getitem" and not _is_cut(call, state):
+        return False
+    state.quiet.add(call.node)
+    return True
+
+
+def _is_floating_leaf(node: fx.Node, state: Interpretation) -> bool:
+    """Whether a node is a floating-point leaf or a view of one, and no gates; noted until the node is written into."""
+    fake, value = fake_of(node), state.values.get(node)
+    if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or node in state.sparse:
+        return False
+    if value is not None and (not is_plain(value) or state.sparse_leaf(value.content) is not None):
+        return False
+    state.quiet.add(node)
+    return True
 
 
 def _is_cut(call: Call, state: Interpretation) -> bool:
@@ -390,6 +401,7 @@ def _write(state: Interpretation, node: fx.Node, value: Value | None) -> None:
     for target in state.writers[node]:
         names = aliases.of(target)
         state.touched.update(names)
+        state.quiet.difference_update(names)
         for alias in names:  # what was made of the tensor as it was
             for user in [user for user in alias.users if user in state.deferred]:
                 with contextlib.suppress(Refused):

@@ -53,7 +53,8 @@ class Layout:
     def mode(self) -> dict[fx.Node, tuple[object, ...]]:
         """The global modes (no_grad, autocast, ...) that hold at each node."""
         found: dict[fx.Node, tuple[object, ...]] = {}
-        borders = dict.fromkeys(filter(_is_border, self.graph.nodes))
+        known = {} if self.state is None else self.state.calls
+        borders = dict.fromkeys(node for node in self.graph.nodes if node not in known and _is_border(node))
         if not borders:
             return dict.fromkeys(self.graph.nodes, (None, (), 0))
         grad: object = None

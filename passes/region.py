@@ -172,9 +172,8 @@ def _check_roots(
     position, differentiated = layout.position, _is_differentiated(end, layout)
     for root, written in roots.items():
         born = position[root if written is None else written]
-        for writer, targets in layout.writers.items():
-            later = born < position[writer] and writer not in additions
-            if not later or not any(layout.aliases.share(target, root) for target in targets):
+        for writer in layout.written.get(root, ()):
+            if position[writer] <= born or writer in additions:
                 continue
             if position[writer] < position[end]:
                 raise Refused(f"{writer} writes into {root} between its use by the experts and the end of the block")

@@ -154,7 +154,7 @@ class _Backward:
             if whole or not keep
             else self.hidden.new_empty((count, args.intermediate), dtype=args.dtypes.activation)
         )
-        of_hidden = _HiddenGradient(args, self.hidden) if self.to_hidden else None
+        of_hidden = _HiddenGradient(args, self.hidden, whole) if self.to_hidden else None
         for chunk in self.chunks if keep or of_a is not None else ():
             inputs = gate_and_up(args, self.hidden[chunk])
             wanted = {*self.weight, *(inputs if self.to_hidden else ())}
@@ -215,24 +215,45 @@ class _Backward:
 
 
 class _HiddenGradient:
-    """The gradient of the hidden rows, put together from chunks of its features.
+    """The gradient of the hidden rows, put together from its features, a chunk of rows at a time.
 
-    `value` holds it as GEMM1's backward wants it: "in" (R, N), and "up" apart where there are two matrices.
+    `value` holds it as GEMM1's backward wants it: "in" (R, N), and "up" apart where there are two matrices. One chunk
+    is joined; several are written to their places, because joining them would copy once more.
     """
 
-    def __init__(self, args: Arguments, hidden: Tensor) -> None:
-        count, inner = hidden.shape[0], args.intermediate
+    def __init__(self, args: Arguments, hidden: Tensor, whole: bool) -> None:
+        self.args, self.whole, self.like = args, whole, hidden
+        self.value: dict[str, Tensor] = {}
+        if whole:
+            return
         if args.gate_up == "separate":
-            parts = {"gate": hidden.new_empty(count, inner), "up": hidden.new_empty(count, inner)}
-            self.value, self.parts = {"in": parts["gate"], "up": parts["up"]}, parts
+            size = (hidden.shape[0], args.intermediate)
+            self.parts = {"gate": hidden.new_empty(size), "up": hidden.new_empty(size)}
+            self.value = {"in": self.parts["gate"], "up": self.parts["up"]}
         else:
-            whole = torch.empty_like(hidden)
-            self.value, self.parts = {"in": whole}, features(args, whole)
+            self.value = {"in": torch.empty_like(hidden)}
+            self.parts = features(args, self.value["in"])
 
     def put(self, chunk: slice, grads: dict[str, Tensor]) -> None:
         """Stores a chunk's gradients; a feature that the activation does not read has none."""
+        if self.whole:
+            self.value = self._joined(grads)
+            return
         for name, destination in self.parts.items():
             destination[chunk] = grads.get(name, 0)
+
+    def _joined(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        wanted = features(self.args, self.like)
+        found = {name: grads[name] if name in grads else torch.zeros_like(wanted[name]) for name in wanted}
+        match self.args.gate_up:
+            case "single":
+                return {"in": found["hidden"]}
+            case "separate":
+                return {"in": found["gate"], "up": found["up"]}
+            case "interleaved":
+                return {"in": torch.stack((found["gate"], found["up"]), 2).flatten(1)}
+            case _:
+                return {"in": torch.cat((found["gate"], found["up"]), 1)}
 
 
 def _uncast(grad: Tensor, dtype: torch.dtype, casts: Sequence[torch.dtype]) -> Tensor:

@@ -67,7 +67,8 @@ def _sum(rows: Tensor, slots: Tensor, dtype: torch.dtype, complete: bool) -> Ten
         return rows.to(dtype)
     parts = rows.view(*slots.shape, rows.shape[1])
     inner = torch.promote_types(rows.dtype, dtype)
-    if slots.shape[1] == 2 and inner == rows.dtype:  # one addition rounds once, and is much faster than sum
+    if slots.shape[1] == 2 and inner == rows.dtype and not writing_out.get():
+        # one addition rounds once and is much faster than sum, where no compiler fuses the sum with what it adds
         return (parts[:, 0] + parts[:, 1]).to(dtype)
     return parts.sum(1, dtype=inner).to(dtype)
 

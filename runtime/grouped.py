@@ -190,7 +190,9 @@ class WrittenOutRows(DeviceRows):
         return torch._grouped_mm(a, matrices, offs=self.offsets)
 
     def _outer(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch._grouped_mm(left.t(), right, offs=self.offsets)
+        # Inductor would compute the rows transposed, element by element; it makes them as they are for as_strided
+        transposed = left.contiguous().as_strided(left.shape[::-1], (1, left.shape[1]))
+        return torch._grouped_mm(transposed, right, offs=self.offsets)
 
 
 writing_out: ContextVar[bool] = ContextVar("writing_out", default=False)

@@ -1,6 +1,6 @@
 """On the CPU a rewritten model is not slower than the same model under plain Inductor (`pytest -m slow`).
 
-Two layers, hidden 512, 16 experts, 512 tokens, the same threads, medians of interleaved runs in one process.
+Two layers, hidden 512, 16 experts, 512 tokens, the same threads, the median ratio of neighbouring runs in one process.
 """
 
 from __future__ import annotations
@@ -85,12 +85,8 @@ def test_not_slower_than_inductor(form: str, run: Callable[[nn.Module, Tensor], 
         for _ in range(3):
             run(model, x)
     assert len(moecompile.last_report().sites) == 2
-    timings: dict[str, list[float]] = {"ours": [], "plain": []}
-    for _ in range(REPEATS):
-        timings["ours"].append(seconds(lambda: run(ours, x)))
-        timings["plain"].append(seconds(lambda: run(plain, x)))
-    mine, theirs = (statistics.median(timings[name]) for name in ("ours", "plain"))
-    print(
-        f"{form} {run.__name__}: {mine * 1e3:.2f} ms, plain Inductor {theirs * 1e3:.2f} ms, ratio {mine / theirs:.2f}"
-    )
-    assert mine <= BAR * theirs, f"{mine * 1e3:.1f} ms where plain Inductor takes {theirs * 1e3:.1f} ms"
+    pairs = [(seconds(lambda: run(ours, x)), seconds(lambda: run(plain, x))) for _ in range(REPEATS)]
+    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(one / other for one, other in pairs)  # of neighbours: the machine's speed may drift
+    print(f"{form} {run.__name__}: {mine * 1e3:.2f} ms, plain Inductor {theirs * 1e3:.2f} ms, ratio {ratio:.2f}")
+    assert ratio <= BAR, f"{mine * 1e3:.1f} ms where plain Inductor takes {theirs * 1e3:.1f} ms, ratio {ratio:.2f}"

@@ -5,7 +5,6 @@ In seconds of the processor's time: the passes and Dynamo both run in one thread
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import pytest
@@ -40,18 +39,18 @@ def times(layers: int) -> tuple[float, float]:
     return spent[0], spent[1] - began
 
 
-def medians(layers: int) -> tuple[float, float]:
-    """The medians of five runs: seconds in the passes, and their share of Dynamo's, which ran right before them."""
+def least(layers: int) -> tuple[float, float]:
+    """The least of five runs, seconds in the passes and in Dynamo: whatever else the machine does only adds to them."""
     passes, dynamo = zip(*(times(layers) for _ in range(5)), strict=True)
-    shares = [own / other for own, other in zip(passes, dynamo, strict=True)]
-    return statistics.median(passes), statistics.median(shares)
+    return min(passes), min(dynamo)
 
 
 @pytest.mark.slow
 def test_cost_and_growth() -> None:
     times(2)  # tables and imports
-    small, large = (medians(layers) for layers in (24, 48))
-    for layers, (passes, share) in ((24, small), (48, large)):
-        print(f"{layers} layers: {passes * 1e3:.0f} ms, {100 * share:.1f} % of Dynamo's time")
-        assert share <= 0.03, f"{layers} layers: {100 * share:.1f} % of Dynamo's time"
+    small, large = (least(layers) for layers in (24, 48))
+    for layers, (passes, dynamo) in ((24, small), (48, large)):
+        share = f"{layers} layers: {passes * 1e3:.0f} ms, {100 * passes / dynamo:.1f} % of Dynamo's {dynamo:.1f} s"
+        print(share)
+        assert passes <= 0.03 * dynamo, share
     assert large[0] <= 2.3 * small[0], f"24 layers {small[0] * 1e3:.0f} ms, 48 layers {large[0] * 1e3:.0f} ms"
