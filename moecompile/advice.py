@@ -172,7 +172,7 @@ def has_switchable_experts(file: str) -> bool:
 @functools.cache
 def warn_of_unknown_variables() -> None:
     """Warns, once in a process, of environment variables that begin like ours and are none."""
-    for words in unknown_variables():
+    for words in unknown_variables().values():
         log.warning("%s", words)
 
 

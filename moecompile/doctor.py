@@ -213,7 +213,7 @@ def _switches() -> list[Finding]:
             findings.append(Finding(name, "note", f"set to {value!r}: {meaning}", f"unset {name} for the default"))
         except ValueError as error:
             findings.append(Finding(name, "error", str(error), f"unset {name}"))
-    return [*findings, *(Finding(words.split()[0], "note", words) for words in unknown_variables())]
+    return [*findings, *(Finding(name, "note", words) for name, words in unknown_variables().items())]
 
 
 # What reads, and by reading checks, the variables that do not take any value.

@@ -140,13 +140,14 @@ class Options:
         }
 
 
-def unknown_variables() -> list[str]:
-    """One sentence for each environment variable that begins like ours and is none."""
-    return [
-        f"{name} is set, and is no variable of moecompile's.{did_you_mean(name, ENVIRONMENT)} Unset it, or correct it."
+def unknown_variables() -> dict[str, str]:
+    """Environment variables that begin like ours and are none -> a sentence about each."""
+    return {
+        name: f"{name} is set, and is no variable of moecompile's.{did_you_mean(name, ENVIRONMENT)} "
+        "Unset it, or correct it."
         for name in sorted(os.environ)
         if name.startswith("MOECOMPILE_") and name not in ENVIRONMENT
-    ]
+    }
 
 
 def environment_disables_backend() -> bool:

@@ -228,5 +228,5 @@ def test_every_pass_is_described_and_every_description_has_a_pass():
 def test_variables_that_begin_like_ours_and_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOECOMPILE_DISABLED", "1")
     monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "/somewhere")
-    (said,) = unknown_variables()
+    (said,) = unknown_variables().values()
     assert said.startswith("MOECOMPILE_DISABLED is set, and is no variable of moecompile's. Did you mean 'MOECOMPILE_")
