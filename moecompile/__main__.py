@@ -1,4 +1,4 @@
-"""`python -m moecompile explain|doctor|demo`."""
+"""`python -m moecompile explain|doctor|demo|cache`."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ import torch
 from torch import fx
 
 import moecompile
-from moecompile.options import Options, cache_directory
+from moecompile.codegen.cubins import cache_directory
+from moecompile.options import Options
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m moecompile explain|doctor|demo`. Each verb loads what it needs and no more."""
+"""The command line: `python -m moecompile explain|doctor|demo|cache`. Each verb loads what it needs and no more."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moecompile", description="The moecompile backend of torch.compile."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|doctor|demo")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|doctor|demo|cache")
     explain = verbs.add_parser(
         "explain",
         help="what moecompile does with a model",
@@ -74,7 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
     verbs.add_parser("demo", help="compiles real architectures, checks them against eager, trains a few steps")
+    cache = verbs.add_parser("cache", help="the compiled kernels on disk: how many, where, and how to be rid of them")
+    cache.add_argument("--clear", action="store_true", help="delete them; they are compiled again when they are needed")
+    cache.set_defaults(run=_cache)
     return parser
+
+
+def _cache(chosen: argparse.Namespace) -> int:
+    from moecompile.codegen import cubins
+
+    count, held = cubins.usage()
+    print(f"{cubins.folder()}: {count} kernels, {held / 2**20:.1f} MiB of at most {cubins.LIMIT / 2**20:.0f} MiB")
+    if chosen.clear:
+        print(f"deleted {cubins.clear()} kernels")
+    return 0
 
 
 def _explain(chosen: argparse.Namespace) -> int:

@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from packaging.version import Version
 
+from moecompile.codegen.cubins import cache_directory
 from moecompile.options import (
     ENVIRONMENT,
-    cache_directory,
     environment_disabled_passes,
     environment_disables_backend,
     unknown_variables,
@@ -30,7 +30,7 @@ from moecompile.options import (
 PYTHON_NEEDED = (3, 11)
 TORCH_NEEDED = Version("2.11")
 # Kernels of our own are to come; until then what they would need is told, and asked of nobody.
-NOT_NEEDED = "not needed: on GPUs this version runs PyTorch's grouped GEMM, and nothing is to be installed for it"
+NOT_NEEDED = "needed on Hopper GPUs alone, whose experts run PyTorch's grouped GEMM without it"
 # Switches of PyTorch's own that keep graphs from any backend, or Inductor from compiling them.
 FOREIGN_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_FORCE_DISABLE_CACHES")
 

@@ -12,7 +12,6 @@ import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 # The passes over the captured graph, in the order in which they run; `Options.disable` takes these names.
@@ -180,14 +179,6 @@ def disabled_passes(options: Options) -> frozenset[str]:
         ValueError: the environment variable names no pass.
     """
     return frozenset((*options.disable, *environment_disabled_passes()))
-
-
-def cache_directory() -> Path:
-    """Where moecompile keeps what it may reuse; not created by this call."""
-    chosen = os.environ.get("MOECOMPILE_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moecompile"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

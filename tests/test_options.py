@@ -160,17 +160,6 @@ def test_a_wrong_switch_is_an_error(monkeypatch):
         module.environment_disables_backend()
 
 
-def test_cache_directory(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert module.cache_directory() == tmp_path / ".cache" / "moecompile"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert module.cache_directory() == tmp_path / "xdg" / "moecompile"
-    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "~/own")
-    assert module.cache_directory() == tmp_path / "own"
-    assert not (tmp_path / "own").exists()
-
-
 def test_every_kind_of_annotation_is_checked():
     """Options that come later may be numbers, switches and pairs; each annotation must reject its neighbours."""
     for annotation, good, bad in [

@@ -1,0 +1,169 @@
+"""Compiled kernels: from memory, from disk, or from the compiler.
+
+One file for each kernel in `<cache directory>/kernels`, named after the kernel and a digest of everything that makes
+it: all sources, the instance, the compiler's version and flags. A file is written under another name and moved into
+place, so that any number of processes may start at once; it begins with its own checksum, and one that does not match
+is compiled again. The least recently used files go when the folder grows over its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moecompile.codegen import nvrtc
+from moecompile.codegen.instances import Instance, headers, source
+
+log = logging.getLogger("moecompile")
+
+LIMIT = 512 * 2**20
+"""Bytes that the folder may hold."""
+
+_CHECKSUM = hashlib.sha256().digest_size
+_memory: dict[Instance, bytes] = {}
+
+
+def cache_directory() -> Path:
+    """Where moecompile keeps what it may reuse; not created by this call."""
+    chosen = os.environ.get("MOECOMPILE_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moecompile"
+
+
+def folder() -> Path:
+    """Where the cubins lie."""
+    return cache_directory() / "kernels"
+
+
+def cubin(instance: Instance) -> bytes:
+    """The kernel's machine code.
+
+    Raises:
+        moecompile.codegen.nvrtc.CompilerMissing: it has to be compiled and there is no NVRTC.
+        moecompile.codegen.nvrtc.CompileError: with the compiler's log.
+    """
+    found = _memory.get(instance)
+    if found is None:
+        found = _memory[instance] = _from_disk(instance) or _build(instance)
+    return found
+
+
+def build(instances: Sequence[Instance]) -> None:
+    """Makes sure that all of these are there; says on a terminal how far it is when several have to be compiled."""
+    missing = [instance for instance in instances if instance not in _memory and _from_disk(instance) is None]
+    for done, instance in enumerate(missing):
+        _show(done, len(missing), instance)
+        cubin(instance)
+    if missing:
+        _show(len(missing), len(missing), None)
+
+
+def path(instance: Instance) -> Path:
+    """The file of a kernel."""
+    name = re.sub(r"\W+", "-", repr(instance)).strip("-")[:80]
+    return folder() / f"{name}.{_key(instance)[:24]}.cubin"
+
+
+def clear() -> int:
+    """Deletes every compiled kernel on disk; returns how many there were."""
+    _memory.clear()
+    files = list(_files())
+    for file, _ in files:
+        file.unlink(missing_ok=True)
+    return len(files)
+
+
+def usage() -> tuple[int, int]:
+    """How many kernels lie on disk, and their bytes."""
+    sizes = [status.st_size for _, status in _files()]
+    return len(sizes), sum(sizes)
+
+
+@functools.cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for name, text in headers().items():
+        digest.update(f"{name}\0{len(text)}\0{text}".encode())
+    return digest.hexdigest()
+
+
+def _key(instance: Instance) -> str:
+    parts = (_sources_digest(), source(instance), str(nvrtc.version()), *nvrtc.FLAGS)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _from_disk(instance: Instance) -> bytes | None:
+    file = path(instance)
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    checksum, machine_code = content[:_CHECKSUM], content[_CHECKSUM:]
+    if hashlib.sha256(machine_code).digest() != checksum:
+        log.warning("%s is damaged and is compiled again", file)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(file)  # its last use
+    return machine_code
+
+
+def _build(instance: Instance) -> bytes:
+    started = time.perf_counter()
+    compiled = nvrtc.compile_source(source(instance), headers(), repr(instance))
+    log.info("compiled %s in %.1f s", instance, time.perf_counter() - started)
+    try:
+        _write(path(instance), compiled.cubin)
+        _prune()
+    except OSError as error:
+        log.warning("compiled kernels cannot be kept in %s: %s. Every process compiles its own.", folder(), error)
+    return compiled.cubin
+
+
+def _write(file: Path, machine_code: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(hashlib.sha256(machine_code).digest() + machine_code)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _files() -> Iterator[tuple[Path, os.stat_result]]:
+    for file in folder().glob("*.cubin"):
+        with contextlib.suppress(FileNotFoundError):  # another process may be pruning
+            yield file, file.stat()
+
+
+def _prune() -> None:
+    """Deletes the least recently used files beyond the limit."""
+    files = sorted(_files(), key=lambda found: found[1].st_mtime, reverse=True)
+    held = 0
+    for file, status in files:
+        held += status.st_size
+        if held > LIMIT:
+            file.unlink(missing_ok=True)
+
+
+def _show(done: int, count: int, instance: Instance | None) -> None:
+    """One line on a terminal that is written over and over; nothing where nobody watches, or for a single kernel."""
+    if count < 2 or not sys.stderr.isatty():
+        return
+    width = 24
+    bar = "#" * (width * done // count)
+    what = f" {instance}"[:60] if instance is not None else ""
+    end = "\n" if done == count else ""
+    sys.stderr.write(f"\r\x1b[Kmoecompile: kernels [{bar:<{width}}] {done}/{count}{what}{end}")
+    sys.stderr.flush()

@@ -1,0 +1,67 @@
+// Rows in expert order back to tokens: out[t, :] = sum over k of output(rows[slots[t, k], :], weights[t, k]).
+//
+// A thread has eight columns of a token. Sums are in float32 and in the order of k, and rounded once; no atomics.
+#pragma once
+#include "elementwise.cuh"
+#include "kernel.cuh"
+#include "wgmma.cuh"
+
+// What is written: eight neighbouring columns.
+struct Float {
+    using Element = float;
+    static __device__ __forceinline__ void store(float* to, const float (&v)[8]) {
+        reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
+        reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+};
+template <typename Input>
+struct Half {
+    using Element = u16;
+    static __device__ __forceinline__ void store(u16* to, const float (&v)[8]) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(Input::pack(v[0], v[1]), Input::pack(v[2], v[3]),
+                                                   Input::pack(v[4], v[5]), Input::pack(v[6], v[7]));
+    }
+};
+
+template <typename Input, typename Result, typename Output>
+struct Combine {
+    static constexpr i32 THREADS = 256, BLOCKS = 1;
+    struct Arguments {
+        const u16* rows;       // (rows, columns)
+        const i32* slots;      // (tokens, top_k); -1 for an assignment without an expert
+        const float* weights;  // (tokens, top_k), or null
+        typename Result::Element* out;  // (tokens, columns)
+        i32 tokens, top_k, columns;
+    };
+    struct Shared {
+        u32 unused;
+    };
+
+    static __device__ __forceinline__ void run(const Arguments& arguments) {
+        i32 eights = arguments.columns / 8;
+        i64 count = i64(arguments.tokens) * eights, step = i64(gridDim.x) * THREADS;
+        for (i64 i = i64(blockIdx.x) * THREADS + threadIdx.x; i < count; i += step) {
+            i64 token = i / eights, column = i % eights * 8;
+            float sum[8] = {};
+#pragma unroll 4
+            for (i32 k = 0; k < arguments.top_k; k++) add(arguments, token * arguments.top_k + k, column, sum);
+            Result::store(arguments.out + token * arguments.columns + column, sum);
+        }
+    }
+
+    // A row that is not there is read as the first one and not added: a branch would keep the loads apart.
+    static __device__ __forceinline__ void add(const Arguments& arguments, i64 assignment, i64 column, float (&sum)[8]) {
+        i32 slot = __ldg(arguments.slots + assignment);
+        float weight = arguments.weights ? __ldg(arguments.weights + assignment) : 0;
+        const u16* row = arguments.rows + i64(max(slot, 0)) * arguments.columns + column;
+        uint4 packed = __ldg(reinterpret_cast<const uint4*>(row));
+        u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            float low, high;
+            Input::unpack(pairs[i], low, high);
+            sum[2 * i] += slot < 0 ? 0 : Output::value(low, weight);
+            sum[2 * i + 1] += slot < 0 ? 0 : Output::value(high, weight);
+        }
+    }
+};

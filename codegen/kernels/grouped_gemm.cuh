@@ -1,0 +1,313 @@
+// Products of rows that are grouped by expert, summed in float32. One template, two directions:
+//
+//     rows times matrices             out[r, :] = a[r, :] @ b[e(r)]
+//         a        (rows, K) in bf16, fp16, or e4m3 with a float32 scale for each row and 128 columns
+//         b        (E, N, K); (E, K, N) if B_MN, 16-bit inputs only; e4m3 with a float32 scale for each 128 x 128 block
+//         out      (rows, N) in bf16 or fp16; rows beyond the last offset are not written
+//
+//     rows times rows (OVER_ROWS)     out[e] = sum over e's rows of a[r, :]^T b[r, :]
+//         a, b     (rows, M), (rows, N) in bf16 or fp16; rows beyond the last offset are not looked at
+//         out      (E, M, N); zeros for an expert without rows
+//
+// What is written, and of what more than the sums it is made, is the epilogue's matter (epilogue.cuh).
+//
+//     offsets      (E,) int32: the end of each expert's rows, on the device; nobody else knows how many there are
+//
+// A persistent block is a producer warp, which moves tiles into a ring of stages in shared memory by bulk tensor copies,
+// and two consumer warpgroups, each of which multiplies 64 rows of the tile and writes them out on its own. Two blocks of
+// a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of it into both. Where an
+// expert's last row tile has no neighbour, they take it together, with columns of their own.
+//
+// FP8: the tensor cores add up in less than float32, so after every 128 columns of K their sum is scaled and added to
+// float32 registers (DeepSeek-V3, section 3.3.2). A tile of 256 columns is multiplied in two parts, because the sums of
+// both and the totals would not fit into registers; at 128 columns a tile, L2 could not deliver the operands in time.
+#pragma once
+#include "epilogue.cuh"
+#include "kernel.cuh"
+#include "schedule.cuh"
+#include "wgmma.cuh"
+
+template <typename Input, i32 COLUMNS, i32 STAGES, i32 CLUSTER, bool B_MN, bool OVER_ROWS, typename Epilogue>
+struct GroupedGemm {
+    static constexpr i32 CONSUMERS = 2, ROWS = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+    static constexpr i32 BLOCKS = CLUSTER;
+    static constexpr i32 LINE = 128;                     // bytes of a line of a stage: one swizzle atom
+    static constexpr i32 K_TILE = LINE / Input::BYTES;   // of K, in a stage
+    static constexpr i32 SHARE = COLUMNS / CLUSTER;      // columns that each block of the cluster loads for all
+    static constexpr bool SCALED = Input::SCALED, A_MN = OVER_ROWS;
+    static constexpr bool PAIRED = Epilogue::PAIRED;
+    static constexpr i32 BOX = PAIRED && CLUSTER == 1 ? COLUMNS / 2 : SHARE;  // columns that are loaded at once
+    static constexpr i32 WIDTH = PAIRED ? COLUMNS / 2 : COLUMNS;  // of a tile, in what the schedule counts
+    // A bulk copy without swizzle begins at a multiple of 16 bytes, a tile at any row: up to three scales before it come too.
+    static constexpr i32 SCALES = ROWS + 4;
+    static_assert(!(SCALED && (A_MN || B_MN)), "FP8 is read along K only");
+    static_assert(!OVER_ROWS || B_MN, "what is summed over rows is read across them");
+    static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
+    static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
+
+    template <bool over_rows>
+    struct ScheduleOf {
+        using Type = RowSchedule<ROWS, WIDTH, CLUSTER>;
+    };
+    template <>
+    struct ScheduleOf<true> {
+        using Type = MatrixSchedule<ROWS * CLUSTER, WIDTH>;
+    };
+    using Schedule = typename ScheduleOf<OVER_ROWS>::Type;
+
+    struct Arguments {
+        TensorMap a;          // boxes of ROWS x K_TILE, or of K_TILE x 64 if A_MN
+        TensorMap b, b_pair;  // of three dimensions; boxes of BOX x K_TILE, of K_TILE x 64 if B_MN; the second is for PAIRED
+        TensorMap scales;     // of a, transposed: (K / 128, rows); boxes of 1 x SCALES
+        const i32* offsets;
+        const float* b_scales;  // (E, ceil(N / 128), b_scale_stride)
+        i32 experts, a_columns, n, b_scale_stride;
+        typename Epilogue::Arguments epilogue;
+    };
+
+    struct Shared {
+        alignas(1024) u8 a[STAGES][ROWS * LINE];
+        alignas(1024) u8 b[STAGES][COLUMNS * LINE];
+        alignas(1024) u8 boxes[CONSUMERS * 4][Epilogue::BOXES * box::BYTES];  // of each warp
+        alignas(128) float a_scales[STAGES][SCALED ? (SCALES + 31) / 32 * 32 : 1];
+        float b_scales[STAGES][SCALED ? COLUMNS / 128 : 1];
+        Tile tiles[STAGES];  // of the stage that is a tile's first
+        u64 full[STAGES], empty[STAGES];
+        typename Epilogue::Shared epilogue;
+        i32 tile_count;
+    };
+
+    static __device__ __forceinline__ Schedule schedule_of(const Arguments& arguments) {
+        return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n);
+    }
+
+    static __device__ __forceinline__ void run(const Arguments& arguments) {
+        extern __shared__ __align__(1024) u8 raw[];
+        Shared& shared = *reinterpret_cast<Shared*>(raw);
+        u32 group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+        if (threadIdx.x == 0) {
+            for (i32 i = 0; i < STAGES; i++) {
+                ptx::barrier_init(&shared.full[i], 1);
+                ptx::barrier_init(&shared.empty[i], CONSUMERS * 4 * CLUSTER);
+            }
+            Epilogue::prepare(shared.epilogue);
+            ptx::barrier_init_fence();
+            ptx::prefetch_map(&arguments.a);
+            ptx::prefetch_map(&arguments.b);
+        }
+        if (threadIdx.x / 32 == 1) {
+            i32 count = schedule_of(arguments).count();
+            if (threadIdx.x == 32) shared.tile_count = count;
+        }
+        __syncthreads();
+        if (CLUSTER > 1) ptx::cluster_sync();
+        if (group == CONSUMERS) {
+            ptx::give_registers<504 - CONSUMERS * Epilogue::REGISTERS>();  // of 512 for a thread of each warpgroup
+            if (threadIdx.x / 32 == CONSUMERS * 4) produce(shared, arguments);
+        } else {
+            ptx::take_registers<Epilogue::REGISTERS>();
+            consume(shared, arguments, group);
+        }
+        if (CLUSTER > 1) {  // nobody leaves while another may still arrive at its barriers
+            __syncwarp();
+            ptx::cluster_sync();
+        }
+    }
+
+    // ---- the producer warp: all lanes walk together, one of them copies
+
+    static __device__ __forceinline__ void produce(Shared& shared, const Arguments& arguments) {
+        Schedule schedule = schedule_of(arguments);
+        u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
+        i32 stage = 0;
+        u32 parity = 1;
+        for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
+            Tile tile = schedule.find(number);
+            (tile.split ? tile.column : tile.row) += rank * (tile.split ? WIDTH : ROWS);
+            fill(shared, arguments, tile, rank, stage, parity);
+        }
+    }
+
+    // One tile's stages. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
+    static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
+                                                i32& stage, u32& parity) {
+        constexpr i32 PARTS = COLUMNS / 128;
+        i32 blocks = (arguments.n + 127) / 128, block = tile.column / 128, stride = arguments.b_scale_stride;
+        const float* scales = arguments.b_scales + (i64(tile.expert) * blocks + block) * stride;
+        float ahead[PARTS + 1];
+        for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + min(part, blocks - 1 - block) * stride);
+        i32 k = tile.k_begin;
+        do {  // a tile has a stage even where there is nothing to sum
+            ptx::barrier_wait(&shared.empty[stage], parity);
+            i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
+            if (ptx::elect()) {
+                if (k == tile.k_begin) shared.tiles[stage] = tile;
+                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = ahead[part];
+                load(shared, arguments, tile, k, stage, rank);
+            }
+            for (i32 part = 0; SCALED && part < PARTS; part++)
+                ahead[part] = __ldg(scales + min(part, blocks - 1 - block) * stride + next);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+            k += K_TILE;
+        } while (k < tile.k_end);
+    }
+
+    static __device__ __forceinline__ void load(Shared& shared, const Arguments& arguments, const Tile& tile, i32 k,
+                                                i32 stage, u32 rank) {
+        u64* full = &shared.full[stage];
+        u32 scales = SCALED ? SCALES * sizeof(float) : 0;
+        ptx::barrier_expect(full, sizeof(shared.a[0]) + sizeof(shared.b[0]) + scales);
+        if constexpr (A_MN) {
+            for (i32 row = 0; row < ROWS; row += 64)
+                ptx::load_2d(shared.a[stage] + row * LINE, &arguments.a, full, tile.row + row, k);
+        } else {
+            ptx::load_2d(shared.a[stage], &arguments.a, full, k, tile.row);
+        }
+        if (SCALED) ptx::load_2d(shared.a_scales[stage], &arguments.scales, full, tile.row & ~3, k / 128);
+        // The tile's columns; of a pair's, the second half are the other matrix's. Blocks with the same columns load a share
+        // each, for both.
+        i32 first = CLUSTER > 1 && !tile.split ? rank * SHARE : 0, end = CLUSTER > 1 && !tile.split ? first + SHARE : COLUMNS;
+        for (; first < end; first += BOX) {
+            bool other = PAIRED && first >= WIDTH;
+            i32 n = tile.column + (other ? first - WIDTH : first);
+            load_b(shared.b[stage] + first * LINE, other ? &arguments.b_pair : &arguments.b, full, n, k,
+                   OVER_ROWS ? 0 : tile.expert, CLUSTER > 1 && !tile.split);
+        }
+    }
+
+    static __device__ __forceinline__ void load_b(u8* to, const TensorMap* map, u64* full, i32 n, i32 k, i32 matrix, bool all) {
+        if constexpr (B_MN) {
+            for (i32 column = 0; column < BOX; column += 64)
+                copy_b(to + column * LINE, map, full, n + column, k, matrix, all);
+        } else {
+            copy_b(to, map, full, k, n, matrix, all);
+        }
+    }
+
+    static __device__ __forceinline__ void copy_b(u8* to, const TensorMap* map, u64* full, i32 x, i32 y, i32 z, bool all) {
+        if (all)
+            ptx::load_3d_multicast(to, map, full, x, y, z, (1 << CLUSTER) - 1);
+        else
+            ptx::load_3d(to, map, full, x, y, z);
+    }
+
+    // ---- the consumer warpgroups
+
+    static __device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, u32 group) {
+        i32 stage = 0;
+        u32 parity = 0, warp = group * 4 + threadIdx.x / 32 % 4, turn = 0;
+        for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
+            float total[COLUMNS / 2];
+            ptx::barrier_wait(&shared.full[stage], parity);
+            Tile tile = shared.tiles[stage];
+            if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
+                pass(shared, tile, stage, parity);
+                continue;
+            }
+            i32 offset = OVER_ROWS ? tile.expert * arguments.a_columns : 0;
+            Spot spot{{tile.row + i32(warp) * box::ROWS, tile.row_end}, tile.expert, tile.column, offset, turn++};
+            Epilogue::prefetch(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot);
+            if constexpr (SCALED)
+                scaled_products(shared, tile, group, stage, parity, total);
+            else
+                products(shared, tile, group, stage, parity, total);
+            Epilogue::finish(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot, total);
+        }
+        if (threadIdx.x % 32 == 0) ptx::store_wait();
+    }
+
+    static __device__ __forceinline__ void release(u64* empty) {
+        u32 lane = threadIdx.x % 32;
+        if (CLUSTER > 1) {
+            if (lane < CLUSTER) ptx::barrier_arrive_at(empty, lane);
+        } else if (lane == 0) {
+            ptx::barrier_arrive(empty);
+        }
+    }
+
+    // A tile of which none of this warpgroup's rows are the expert's: the tensor cores are left to the other.
+    static __device__ __forceinline__ void pass(Shared& shared, const Tile& tile, i32& stage, u32& parity) {
+        i32 k = tile.k_begin;
+        do {
+            ptx::barrier_wait(&shared.full[stage], parity);
+            release(&shared.empty[stage]);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+            k += K_TILE;
+        } while (k < tile.k_end);
+    }
+
+    // sum += 64 rows of a times N columns of b, over the K of one stage. The four products are issued at once, from
+    // descriptors that are ready: in between, the other warpgroup's would slip in, and both would end at the same time
+    // and leave the tensor cores idle together.
+    template <i32 N>
+    static __device__ __forceinline__ void multiply(float (&sum)[N / 2], const u8* a, const u8* b, bool accumulate) {
+        constexpr i32 ALONG = LINE / 4 >> 4, ACROSS = K_TILE / 4 * LINE >> 4;  // from one product to the next
+        u64 left = wgmma::describe(a, K_TILE * LINE), right = wgmma::describe(b, K_TILE * LINE);
+        wgmma::fence();
+#pragma unroll
+        for (i32 i = 0; i < 4; i++)
+            wgmma::Product<Input, N, A_MN, B_MN>::run(sum, left + i * (A_MN ? ACROSS : ALONG),
+                                                      right + i * (B_MN ? ACROSS : ALONG), accumulate || i > 0);
+        wgmma::commit();
+    }
+
+    static __device__ __forceinline__ void products(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
+                                                    float (&total)[COLUMNS / 2]) {
+        i32 last = -1, k = tile.k_begin;
+        do {
+            ptx::barrier_wait(&shared.full[stage], parity);
+            if (OVER_ROWS && k + K_TILE > tile.k_end) clear(shared, stage, tile.k_end - k);
+            multiply<COLUMNS>(total, shared.a[stage] + group * 64 * LINE, shared.b[stage], last >= 0);
+            wgmma::wait<1>();  // the product before this one is done with its stage
+            if (last >= 0) release(&shared.empty[last]);
+            last = stage;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+            k += K_TILE;
+        } while (k < tile.k_end);
+        wgmma::hold(total);
+        wgmma::wait<0>();
+        wgmma::hold(total);
+        release(&shared.empty[last]);
+    }
+
+    // Zeros for the lines of a stage from `line` on, which are other experts' rows: whatever they hold, infinities too, it
+    // must not meet ours. By both warpgroups together.
+    static __device__ __forceinline__ void clear(Shared& shared, i32 stage, i32 line) {
+        for (i32 block = 0; block < (ROWS + COLUMNS) / 64; block++) {  // 64 columns wide each
+            u8* first = block < ROWS / 64 ? shared.a[stage] + block * 64 * LINE : shared.b[stage] + (block - ROWS / 64) * 64 * LINE;
+            for (i32 at = line * LINE + threadIdx.x * 16; at < K_TILE * LINE; at += CONSUMERS * 128 * 16)
+                *reinterpret_cast<uint4*>(first + at) = make_uint4(0, 0, 0, 0);
+        }
+        ptx::fence_async_proxy();
+        ptx::named_barrier(1, CONSUMERS * 128);
+    }
+
+    // While one warpgroup adds its sum to its totals, the other has the tensor cores.
+    static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
+                                                           u32& parity, float (&total)[COLUMNS / 2]) {
+        constexpr i32 PARTS = COLUMNS / 128;
+        u32 upper = (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+        float sum[64];
+#pragma unroll
+        for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
+        for (i32 k = tile.k_begin; k < tile.k_end; k += K_TILE) {
+            ptx::barrier_wait(&shared.full[stage], parity);
+            float up = shared.a_scales[stage][upper], low = shared.a_scales[stage][upper + 8];
+            float scale[PARTS];
+#pragma unroll
+            for (i32 part = 0; part < PARTS; part++) scale[part] = shared.b_scales[stage][part];
+#pragma unroll
+            for (i32 part = 0; part < PARTS; part++) {
+                wgmma::hold(sum);
+                multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
+                wgmma::wait<0>();
+                wgmma::hold(sum);
+                if (part == PARTS - 1) release(&shared.empty[stage]);
+                float first = up * scale[part], second = low * scale[part];
+#pragma unroll
+                for (i32 i = 0; i < 64; i++) total[part * 64 + i] += (i % 4 < 2 ? first : second) * sum[i];
+            }
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+    }
+};

@@ -1,0 +1,145 @@
+"""The cache of compiled kernels: whatever other processes and damaged files do, the right kernel or none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sass
+from moecompile.codegen import cubins, nvrtc
+from moecompile.codegen.instances import GroupedGemm
+
+sass.require_compiler()
+
+SMALL = GroupedGemm("bfloat16", 128, 6)
+OTHER = GroupedGemm("float16", 128, 6)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cubins, "_memory", {})
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was compiled, with machine code that takes no time."""
+    done: list[str] = []
+
+    def compile_source(source: str, headers: object, what: str) -> nvrtc.Compiled:
+        done.append(what)
+        return nvrtc.Compiled(what.encode() * 100, "")
+
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    return done
+
+
+def forget() -> None:
+    cubins._memory.clear()
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(folder: Path) -> None:
+    script = (
+        "import hashlib\nfrom moecompile.codegen import cubins\n"
+        "from moecompile.codegen.instances import GroupedGemm, Plain\n"
+        f"print(hashlib.sha256(cubins.cubin({SMALL!r})).hexdigest())"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        for _ in range(3)
+    ]
+    results = {process.communicate()[0] for process in running}
+    assert len(results) == 1 and all(process.returncode == 0 for process in running)
+    assert [file.name for file in folder.iterdir()] == [cubins.path(SMALL).name]
+    assert cubins.cubin(SMALL).startswith(b"\x7fELF")
+
+
+def test_disk_then_memory(builds: list[str]) -> None:
+    first = cubins.cubin(SMALL)
+    forget()
+    assert cubins.cubin(SMALL) == first and cubins.cubin(SMALL) == first
+    assert cubins.cubin(OTHER) != first
+    assert builds == [repr(SMALL), repr(OTHER)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", b"x" * 5000])
+def test_a_damaged_file_is_compiled_again(damage: bytes, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    first = cubins.cubin(SMALL)
+    forget()
+    cubins.path(SMALL).write_bytes(damage)
+    with caplog.at_level(logging.WARNING, logger="moecompile"):
+        assert cubins.cubin(SMALL) == first
+    assert "damaged" in caplog.text and len(builds) == 2
+    forget()
+    assert cubins.cubin(SMALL) == first and len(builds) == 2
+
+
+def test_another_source_or_compiler_misses(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {cubins.path(SMALL)}
+    monkeypatch.setattr(nvrtc, "version", lambda: (13, 9))
+    files.add(cubins.path(SMALL))
+    monkeypatch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "-lineinfo"))
+    files.add(cubins.path(SMALL))
+    monkeypatch.setattr(cubins, "_sources_digest", lambda: "other")
+    files.add(cubins.path(SMALL))
+    assert len(files) == 4
+
+
+def test_the_folder_has_a_limit(folder: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = [GroupedGemm("bfloat16", 128, stages) for stages in range(2, 7)]
+    for age, kernel in enumerate(kernels):
+        cubins.cubin(kernel)
+        os.utime(cubins.path(kernel), (1000 + age, 1000 + age))
+    forget()
+    cubins.cubin(kernels[0])  # used again: the newest
+    size = cubins.path(kernels[0]).stat().st_size
+    monkeypatch.setattr(cubins, "LIMIT", 3 * size + size // 2)
+    cubins.cubin(SMALL if SMALL not in kernels else OTHER)
+    kept = {file.name for file in folder.iterdir()}
+    assert cubins.path(kernels[0]).name in kept and cubins.path(kernels[1]).name not in kept
+    assert cubins.usage()[0] == len(kept) == 3 and cubins.usage()[1] <= cubins.LIMIT
+    assert cubins.clear() == 3 and cubins.usage() == (0, 0)
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, builds: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "file"
+    place.write_text("not a folder")
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(place))
+    with caplog.at_level(logging.WARNING, logger="moecompile"):
+        assert cubins.cubin(SMALL)
+    assert "cannot be kept" in caplog.text
+
+
+def test_progress_is_for_terminals_and_several_kernels(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cubins.build([SMALL, OTHER])
+    assert capsys.readouterr().err == ""
+    forget()
+    cubins.clear()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cubins.build([SMALL, OTHER])
+    shown = capsys.readouterr().err
+    assert "1/2" in shown and "2/2" in shown and shown.endswith("\n")
+    cubins.build([SMALL, OTHER])
+    assert capsys.readouterr().err == ""
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MOECOMPILE_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cubins.cache_directory() == tmp_path / ".cache" / "moecompile"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cubins.cache_directory() == tmp_path / "xdg" / "moecompile"
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "~/own")
+    assert cubins.cache_directory() == tmp_path / "own"
+    assert not (tmp_path / "own").exists()

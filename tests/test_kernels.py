@@ -1,0 +1,141 @@
+"""Every kernel compiles to the machine code that was meant; no GPU is needed to see that."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import sass
+from moecompile.codegen import instances, nvrtc
+from moecompile.codegen.instances import (
+    Activated,
+    ActivationBackward,
+    Combine,
+    Dispatch,
+    GroupedGemm,
+    Instance,
+    PlanCount,
+    PlanPlace,
+    source,
+)
+
+sass.require_compiler()
+
+# (columns, stages, clusters) of the tiles that `moecompile.runtime.hopper` chooses from.
+TILES = ((256, 4, 1), (256, 4, 2), (256, 3, 1), (256, 3, 2), (128, 5, 1))
+PLAIN = [
+    GroupedGemm(dtype, *tile, transposed, over_rows)
+    for dtype, tile, (transposed, over_rows) in product(
+        ("bfloat16", "float16"), TILES, ((False, False), (True, False), (True, True))
+    )
+]
+SCALED = [GroupedGemm("float8_e4m3fn", 256, 4), GroupedGemm("float8_e4m3fn", 128, 5)]
+
+GPT_OSS = "mul(add(clamp(up, -7.0, 7.0), 1), mul(clamp(gate, None, 7.0), sigmoid(mul(clamp(gate, None, 7.0), 1.702))))"
+# (activation, how gate and up projection lie, whether there are biases)
+ACTIVATIONS = (
+    ("mul(silu(gate), up)", "halves", False),
+    ("mul(silu(gate), up)", "interleaved", False),
+    ("mul(gelu(gate, tanh), up)", "separate", False),
+    ("mul(silu(gate), up)", "halves", True),
+    (GPT_OSS, "interleaved", True),
+    ("square(relu(hidden))", "single", False),
+)
+ACTIVATED = [
+    GroupedGemm("bfloat16", *tile, transposed, epilogue=Activated(activation, gate_up, save, bias))
+    for tile, transposed, save, (activation, gate_up, bias) in product(
+        ((256, 4, 2), (128, 5, 1)), (False, True), (False, True), ACTIVATIONS
+    )
+    if not (save and tile == (256, 4, 2))
+]
+BACKWARD = [
+    GroupedGemm("bfloat16", 256, 3, 2, True, epilogue=ActivationBackward(activation, gate_up))
+    for activation, gate_up, _ in ACTIVATIONS
+]
+WITHOUT_PRODUCTS = [
+    Dispatch(),
+    Combine("bfloat16", "bfloat16", "mul(out, weight)"),
+    Combine("float16", "float32", "out"),
+    PlanCount("int64", 512),
+    PlanPlace("int64", 512),
+    PlanPlace("int32", 1536),
+]
+
+
+@pytest.mark.parametrize("instance", [*PLAIN, *SCALED, *ACTIVATED], ids=lambda instance: instance.template)
+def test_machine_code(instance: GroupedGemm, tmp_path: Path) -> None:
+    made = sass.machine(instance, tmp_path)
+    product_of, other = ("QGMMA", "HGMMA") if instance.input.startswith("float8") else ("HGMMA", "QGMMA")
+    assert made.count(product_of) and not made.count(other)
+    assert made.count("UTMALDG"), "operands do not come by bulk copies"
+    assert made.count("UTMASTG"), "results do not leave by bulk copies"
+    assert made.count("USETMAXREG") == 2, "registers do not move from the producer to the consumers"
+    assert not made.count("LDL") and not made.count("STL") and made.spilled == 0, "values live in local memory"
+    assert made.registers <= 65536 // 384, "a block of 384 threads does not fit"
+    assert "C75" not in made.log, f"matrix products are serialised:\n{made.log}"
+
+
+@pytest.mark.parametrize("instance", BACKWARD, ids=lambda instance: instance.template)
+def test_the_activations_backward(instance: GroupedGemm, tmp_path: Path) -> None:
+    """Its epilogue needs more registers than there are; what the products go through needs none in memory."""
+    made = sass.machine(instance, tmp_path)
+    names = [name for name, _ in made.operations]
+    products = [place for place, name in enumerate(names) if name.startswith("HGMMA")]
+    between = names[products[0] : products[-1]]
+    assert products and not [name for name in between if name.startswith(("LDL", "STL"))]
+    assert made.registers <= 65536 // 384 and "C75" not in made.log
+
+
+@pytest.mark.parametrize("instance", WITHOUT_PRODUCTS, ids=lambda instance: instance.template)
+def test_no_local_memory(instance: Instance, tmp_path: Path) -> None:
+    made = sass.machine(instance, tmp_path)
+    assert not made.count("LDL") and not made.count("STL") and made.spilled == 0
+
+
+def test_products_of_a_scaled_sum_are_issued_together(tmp_path: Path) -> None:
+    """Each from descriptors of its own: one that had to wait for another's would let the other warpgroup in between.
+
+    So it is for the tile that large products run; in the narrow one the compiler uses one set of registers for all.
+    """
+    made = sass.machine(SCALED[0], tmp_path)
+    products = [operands for name, operands in made.operations if name.startswith("QGMMA")]
+    descriptors = [operands.split("gdesc[")[1].split("]")[0] for operands in products]
+    batches = [descriptors[i : i + 4] for i in range(0, len(descriptors), 4)]
+    assert batches and all(len(set(batch)) == 4 for batch in batches), batches
+
+
+def test_bulk_copies_of_the_producer_need_no_vote(tmp_path: Path) -> None:
+    """Operands that the compiler cannot prove uniform are voted on, lane by lane, before each copy."""
+    made = sass.machine(SCALED[0], tmp_path)
+    copies = [i for i, (name, _) in enumerate(made.operations) if name.startswith("UTMALDG")]
+    for i in copies:
+        window = [name for name, _ in made.operations[i : i + 6]]
+        assert not any(name.startswith("BRA.U.ANY") for name in window), window
+
+
+def test_the_source_is_only_the_instantiation() -> None:
+    gemm = "GroupedGemm<wgmma::Bf16, 256, 4, 2, true, false, Plain<wgmma::Bf16, 256, false, 2>>"
+    text = source(GroupedGemm("bfloat16", 256, 4, 2, True, False))
+    assert text == f'#include "grouped_gemm.cuh"\nMOECOMPILE_KERNEL(moecompile_grouped_gemm, {gemm})\n'
+
+
+def test_a_compile_error_shows_the_log_and_the_kernel() -> None:
+    with pytest.raises(nvrtc.CompileError) as caught:
+        instance = GroupedGemm("float8_e4m3fn", 256, 4, transposed=True)
+        nvrtc.compile_source(source(instance), instances.headers(), repr(instance))
+    for part in ("FP8 is read along K only", "transposed=True", "MOECOMPILE_KERNEL"):
+        assert part in str(caught.value)
+
+
+def test_no_header_from_outside() -> None:
+    known = set(instances.headers())
+    for name, text in instances.headers().items():
+        included = {line.split('"')[1] for line in text.splitlines() if line.startswith("#include")}
+        assert included <= known, name
+
+
+def test_no_assertions_or_prints_in_kernels() -> None:
+    for (name, text), word in product(instances.headers().items(), ("printf", "assert(", "__trap")):
+        assert not any(word in line.replace("static_assert(", "") for line in text.splitlines()), (name, word)
