@@ -48,19 +48,21 @@ class Piece:
     changed: bool = False
 
 
-def detect_sites(piece: Piece) -> None:
+def detect_sites(piece: Piece, options: Options) -> None:
     """Finds the mixture-of-experts blocks; changes nothing."""
     detection = detect(piece.module.graph)
-    piece.sites, piece.near_misses, piece.layout = detection.sites, detection.near_misses, detection.layout
+    kernels = None if options.kernels == "auto" else options.kernels
+    piece.sites = tuple(dataclasses.replace(site, kernels=kernels) for site in detection.sites)
+    piece.near_misses, piece.layout = detection.near_misses, detection.layout
 
 
-def fuse_sites(piece: Piece) -> None:
+def fuse_sites(piece: Piece, _: Options) -> None:
     """Replaces each block by our operators."""
     piece.changed |= fuse(piece.module.graph, piece.sites, piece.layout) > 0
 
 
 # In the order in which they run, under the names of `moecompile.options.PASSES`, where each is described.
-PASSES: dict[str, Callable[[Piece], None]] = {
+PASSES: dict[str, Callable[[Piece, Options], None]] = {
     "detect": detect_sites,
     "fuse": fuse_sites,
 }
@@ -79,7 +81,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")
             else:
-                record.passes.append(_run_pass(number, name, run, pieces))
+                record.passes.append(_run_pass(number, name, run, pieces, options))
     for piece in pieces:
         if piece.changed:
             piece.module.graph.lint()
@@ -91,11 +93,13 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     return sites
 
 
-def _run_pass(number: int, name: str, run: Callable[[Piece], None], pieces: list[Piece]) -> PassRecord:
+def _run_pass(
+    number: int, name: str, run: Callable[[Piece, Options], None], pieces: list[Piece], options: Options
+) -> PassRecord:
     before, started = _counts(pieces), time.perf_counter()
     try:
         for piece in pieces:
-            run(piece)
+            run(piece, options)
     except Exception as error:
         raise PassFailed(
             f"the pass {name!r} failed with {type(error).__name__}: {error}. That is a bug in moecompile: please "

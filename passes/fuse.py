@@ -101,6 +101,7 @@ def emit(graph: fx.Graph, site: Site) -> fx.Node:
         ("w_in_transposed", False),
         ("w_out_transposed", False),
         ("out_dtype", None),
+        ("kernels", None),
     ):
         if getattr(site, name) != default:
             keywords[name] = getattr(site, name)

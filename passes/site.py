@@ -38,7 +38,7 @@ class Site:
 
     `input`, `activation` and `output` are expressions as text (codegen/expression.py): of `x` and `weight` before
     the first GEMM; of `gate` and `up` (or `hidden`) between the GEMMs; of `out` and `weight` after the second. Private
-    fields hold graph nodes.
+    fields hold graph nodes, and what the user chose to run inside the operators.
     """
 
     form: str
@@ -62,6 +62,7 @@ class Site:
     base: fx.Node | None = field(repr=False, compare=False, default=None)
     partials: tuple[fx.Node, ...] = field(repr=False, compare=False, default=())
     fresh: bool = field(repr=False, compare=False, default=True)
+    kernels: str | None = field(repr=False, compare=False, default=None)
     operands: dict[str, Operand] = field(repr=False, compare=False, default_factory=dict)
     region: frozenset[fx.Node] = field(repr=False, compare=False, default=frozenset())
 

@@ -16,6 +16,8 @@ from moecompile.codegen.expression import Apply, Expression, Leaf, leaves, parse
 from moecompile.runtime.elementwise import dtype_named, result_dtype
 
 GATE_UP = ("halves", "interleaved", "separate", "single")
+KERNELS = (None, "reference")
+"""What runs inside the operators: the fastest kernels that the device has, or PyTorch's alone."""
 DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
 """The order of `needs` and of the gradients that `experts_backward` returns."""
 
@@ -115,6 +117,7 @@ class Arguments:
     w_in_transposed: bool = False
     w_out_transposed: bool = False
     out_dtype: torch.dtype | None = None
+    kernels: str | None = None
 
     @property
     def num_experts(self) -> int:
@@ -166,6 +169,8 @@ class Arguments:
     def _check_attributes(self) -> None:
         if self.gate_up not in GATE_UP:
             raise _error(ValueError, f"gate_up must be one of {', '.join(GATE_UP)}; got {self.gate_up!r}")
+        if self.kernels not in KERNELS:
+            raise _error(ValueError, f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {self.kernels!r}")
         hidden = {"hidden"} if self.gate_up == "single" else {"gate", "up"}
         for name, allowed in (("input", {"x"}), ("activation", hidden), ("output", {"out"})):
             found = expression_leaves(getattr(self, name))

@@ -199,15 +199,25 @@ writing_out: ContextVar[bool] = ContextVar("writing_out", default=False)
 """Whether the reference is being traced, to be written out in a graph."""
 
 
-def rows_of(offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int) -> CpuRows | DeviceRows:
+def rows_of(
+    offsets: Tensor, order: Tensor, top_k: int, bytes_per_row: int, kernels: str | None = None
+) -> CpuRows | DeviceRows:
     """The rows on the device of `offsets` (E,); order (T*K,) as `plan` gives them.
 
-    bytes_per_row is the size of the largest value of a row, which on the CPU decides how many rows go together.
+    bytes_per_row is the size of the largest value of a row, which on the CPU decides how many rows go together. With
+    kernels="reference" all products are PyTorch's.
     """
     if writing_out.get():
         return WrittenOutRows(offsets, order, top_k)
     if offsets.device.type == "cpu":
         return CpuRows(offsets, order, top_k, bytes_per_row)
+    if kernels is None and offsets.device.type == "cuda":
+        from moecompile.runtime import hopper
+
+        if hopper.usable(offsets.device.index):
+            from moecompile.runtime.hopper_rows import HopperRows
+
+            return HopperRows(offsets, order, top_k)
     return DeviceRows(offsets, order, top_k)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ Parts = list[Tensor]
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layout of `expert_ids`."""
     check_plan(expert_ids, num_experts)
+    if expert_ids.device.type == "cuda":
+        from moecompile.runtime import hopper, hopper_routing
+
+        if hopper.usable(expert_ids.device.index) and hopper_routing.takes_plan(num_experts):
+            return hopper_routing.plan(expert_ids, num_experts)
     return reference.plan(expert_ids, num_experts)
 
 
@@ -40,7 +46,7 @@ def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 def experts(*args: Any, **attributes: Any) -> Tensor:
     """The result alone, for inference."""
     with _exact(args[0]):
-        return reference.experts(Arguments(*args, **attributes).check())
+        return _forward(Arguments(*args, **attributes).check(), save=False)[0]
 
 
 def experts_shape(*args: Any, **attributes: Any) -> tuple[tuple[int, int], torch.dtype]:
@@ -59,7 +65,9 @@ def fake_experts(*args: Any, **attributes: Any) -> Tensor:
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """The result and the rows that backward needs."""
     with _exact(args[0]):
-        return reference.experts_forward(Arguments(*args, **attributes).check())
+        result, hidden = _forward(Arguments(*args, **attributes).check(), save=True)
+    assert hidden is not None
+    return result, hidden
 
 
 def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
@@ -75,7 +83,9 @@ def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[b
     names = _needed(arguments, needs)
     arguments.check_backward(grad, hidden)
     with _exact(grad):
-        grads = backward.experts_backward(arguments, grad, hidden, names)
+        fused = _fused(arguments)
+        run = backward.experts_backward if fused is None else fused.backward
+        grads = run(arguments, grad, hidden, frozenset(names))
     return [grads[name] for name in names]
 
 
@@ -89,6 +99,20 @@ def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Seque
         tensor.new_empty(tensor.shape) if name in ("x", "weights") else torch.empty_like(tensor)
         for name, tensor in zip(names, like, strict=True)
     ]
+
+
+def _forward(arguments: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
+    fused = _fused(arguments)
+    return reference.forward(arguments, save) if fused is None else fused.forward(arguments, save)
+
+
+def _fused(arguments: Arguments) -> ModuleType | None:
+    """The module of the fused kernels, if they take these arguments."""
+    if arguments.x.device.type != "cuda" or writing_out.get():
+        return None
+    from moecompile.runtime import hopper_experts
+
+    return hopper_experts if hopper_experts.takes(arguments) else None
 
 
 @contextlib.contextmanager

@@ -22,8 +22,9 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     gate_up: "halves" (N = 2I, gate first), "interleaved" (N = 2I, gate at even features), "separate" (N = I, w_up
         holds the other), "single" (N = I, no gate)
     result (T, H2) in out_dtype, or in the dtype of the output expression's value
-    hidden (T*K, N), or (T*K, 2I) for "separate": GEMM1's rows with bias, 0 beyond offsets[-1]
+    hidden (T*K, N), or (T*K, 2I) for "separate": GEMM1's rows with bias; anything beyond offsets[-1]
     needs: bools for (x, weights, w_in, w_out, w_up, b_in, b_up, b_out)
+    kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
 
 `input`, `activation` and `output` are expressions (`moecompile.codegen.expression`) of the leaves x; gate and up, or
 hidden; out; and, in each, weight. Wrong shapes raise ValueError, wrong dtypes TypeError, wrong ids IndexError on the
@@ -42,7 +43,7 @@ ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor offsets, Tensor slots, Tensor order, Tensor w_in, Tensor w_out, "
     "Tensor? w_up=None, Tensor? b_in=None, Tensor? b_up=None, Tensor? b_out=None, *, str activation, str gate_up, "
     'str input="x", str output="mul(out, weight)", bool w_in_transposed=False, bool w_out_transposed=False, '
-    "ScalarType? out_dtype=None"
+    "ScalarType? out_dtype=None, str? kernels=None"
 )
 SCHEMAS = (
     "plan(Tensor expert_ids, int num_experts) -> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",

@@ -54,19 +54,8 @@ def _check_range(ids: Tensor, num_experts: int) -> None:
             )
 
 
-def experts(args: Arguments) -> Tensor:
-    """The result of `moecompile::experts`, (T, H2)."""
-    return _forward(args, save=False)[0]
-
-
-def experts_forward(args: Arguments) -> tuple[Tensor, Tensor]:
-    """The result, (T, H2), and the pre-activation rows in expert order, (T*K, N): gate then up if separate."""
-    result, hidden = _forward(args, save=True)
-    assert hidden is not None
-    return result, hidden
-
-
-def _forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
+def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
+    """The result, (T, H2), and, to save, GEMM1's rows in expert order, (T*K, N): gate then up if separate."""
     rows = rows_for(args)
     leaves = rows.leaves(args.x, args.weights)
     row = feed(args, leaves, rows.chunks())
@@ -81,7 +70,8 @@ def _forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
 
 def rows_for(args: Arguments) -> CpuRows | DeviceRows:
     """The rows of a call, in expert order."""
-    return rows_of(args.offsets, args.order, args.slots.shape[1], args.width * args.dtypes.hidden.itemsize)
+    bytes_per_row = args.width * args.dtypes.hidden.itemsize
+    return rows_of(args.offsets, args.order, args.slots.shape[1], bytes_per_row, args.kernels)
 
 
 def feed(args: Arguments, leaves: Mapping[str, Tensor], chunks: Sequence[slice]) -> Tensor:

@@ -313,12 +313,12 @@ def test_the_pass_table_is_the_documented_one():
 
 
 def test_the_driver_runs_a_pass_over_every_body_and_records_it(monkeypatch: pytest.MonkeyPatch, caplog: Any):
-    def relu_to_sigmoid(piece: pipeline.Piece) -> None:
+    def relu_to_sigmoid(piece: pipeline.Piece, _: options.Options) -> None:
         for node in piece.module.graph.find_nodes(op="call_method", target="relu"):
             node.target = "sigmoid"
             piece.changed = True
 
-    monkeypatch.setattr(pipeline, "PASSES", {"detect": lambda piece: None, "fuse": relu_to_sigmoid})
+    monkeypatch.setattr(pipeline, "PASSES", {"detect": lambda piece, _: None, "fuse": relu_to_sigmoid})
 
     def function(x: Tensor) -> Tensor:
         return checkpoint(lambda y: y.relu() * 2, x, use_reentrant=False) + x.relu()
@@ -334,7 +334,7 @@ def test_the_driver_runs_a_pass_over_every_body_and_records_it(monkeypatch: pyte
 
 
 def test_a_pass_that_fails_is_named_with_a_way_on(monkeypatch: pytest.MonkeyPatch):
-    def broken(piece: pipeline.Piece) -> None:
+    def broken(piece: pipeline.Piece, _: options.Options) -> None:
         raise IndexError("no such node")
 
     monkeypatch.setattr(pipeline, "PASSES", {"detect": broken, "fuse": pipeline.fuse_sites})
@@ -416,3 +416,12 @@ def test_a_transform_inside_a_compiled_function_is_left_alone(caplog: Any):
         torch.testing.assert_close(actual, expected)
     assert sites() == 1  # the one outside
     assert pipeline.TRANSFORMED in graphs()[0].notes
+
+
+def test_the_operators_are_told_which_kernels_to_run():
+    for chosen, shown in (("auto", False), ("reference", True)):
+        torch._dynamo.reset()
+        moecompile.reset()
+        compiled(Model(), kernels=chosen)(inputs())
+        (graph,) = graphs()
+        assert ('kernels="reference"' in graph.after) == shown

@@ -33,7 +33,7 @@ def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The CPU's walk over the experts, and that of other devices, run here on the CPU."""
     if request.param == "device":
         monkeypatch.setattr(
-            reference, "rows_of", lambda offsets, order, top_k, bytes_per_row: grouped.DeviceRows(offsets, order, top_k)
+            reference, "rows_of", lambda offsets, order, top_k, *_: grouped.DeviceRows(offsets, order, top_k)
         )
     return request.param
 
@@ -251,3 +251,10 @@ def test_saved_rows_are_the_preactivations_in_expert_order():
             expected.append(torch.cat((w_in[expert] @ row + b_in[expert], w_up[expert] @ row)))
     torch.testing.assert_close(hidden[: len(expected)], torch.stack(expected))
     assert not hidden[len(expected) :].any() and len(expected) < 18
+
+
+def test_kernels_are_named_right() -> None:
+    made = make_case(routing("random", 9, 2, 4), 4, SWIGLU)
+    given = made.attributes | {"kernels": "auto"}
+    with pytest.raises(ValueError, match="kernels must be one of None, 'reference'; got 'auto'"):
+        torch.ops.moecompile.experts(*made.arguments(), **given)

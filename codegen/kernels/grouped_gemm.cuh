@@ -200,6 +200,7 @@ struct GroupedGemm {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = shared.tiles[stage];
+            __syncwarp();  // all lanes have read it before one of them gives the stage back
             if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
                 pass(shared, tile, stage, parity);
                 continue;

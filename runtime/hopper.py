@@ -1,0 +1,285 @@
+"""The grouped GEMMs of `codegen/kernels` on torch tensors: which tile, which arguments, which grid."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import struct
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen import nvrtc
+from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain
+from moecompile.runtime.launch import load, tensor_map
+
+log = logging.getLogger("moecompile")
+
+ROWS = 128  # of a tile
+MULTIPROCESSORS = 132  # of an H200; the choice of a tile depends on it, nothing else
+LINE = 128  # bytes of a tile's line that pass at once
+ACROSS = 64  # columns of a line that runs across K
+OUT_BOX = (16, 64)  # of a result, written at once
+
+
+@functools.cache
+def usable(device: int) -> bool:
+    """Whether the kernels run on the device of that index; if not, the log says so, once."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
+        name = torch.cuda.get_device_name(device)
+        log.info("experts on %s run PyTorch's grouped GEMM: moecompile's kernels are for Hopper GPUs (sm_90)", name)
+        return False
+    try:
+        nvrtc.version()
+    except nvrtc.CompilerMissing as error:
+        log.warning("experts run PyTorch's grouped GEMM: %s", error)
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Projection:
+    """GEMM1 as the kernels take it.
+
+    Attributes:
+        matrices: (E, K, N) each, the second only where gate and up projection are two halves or two tensors; of the
+            last two dimensions one is contiguous, the same in both.
+        biases: (E, N) for each, contiguous; None if there are none.
+        gate_up: as in `moecompile.runtime.operators`.
+    """
+
+    matrices: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...] | None
+    gate_up: str
+
+    def parts(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each matrix in hidden rows (R, N), gate first."""
+        return hidden.tensor_split(len(self.matrices), 1)
+
+
+def grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    instance: GroupedGemm | None = None,
+) -> Tensor:
+    """out[r, :] = a[r, :] @ b[e(r)] + bias[e(r)], where expert e has the rows from offsets[e - 1] to offsets[e].
+
+    Args:
+        a: (rows, K), bfloat16, float16 or float8_e4m3fn; its last dimension is contiguous.
+        b: (E, K, N) of the same dtype; of its last two dimensions one is contiguous (K for float8_e4m3fn).
+        offsets: (E,) int32, on the device.
+        out: (rows, N), contiguous; float8 inputs give bfloat16. Rows beyond offsets[-1] are left as they are.
+        bias: (E, N) of a's dtype, contiguous, or None.
+        a_scales: (rows, ceil(K / 128)) float32, transposed in memory: strides (1, a multiple of 4).
+        b_scales: (E, ceil(N / 128), ceil(K / 128)) float32, contiguous.
+        instance: the kernel; chosen by the sizes if None.
+
+    Returns:
+        out.
+    """
+    (rows, k), (experts, _, n) = a.shape, b.shape
+    chosen = instance or choose(a.dtype, rows, experts, n, k, _is_transposed(b))
+    if bias is not None:
+        chosen = replace(chosen, epilogue=Plain(bias=True))
+    scales = _map(a_scales.t(), (1, ROWS + 4)) if a_scales is not None else None
+    _launch(chosen, a, (b,), offsets, (experts, k, n), (_target(out), bias), scales, b_scales)
+    return out
+
+
+def activated_gemm(
+    a: Tensor,
+    projection: Projection,
+    activation: str,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    hidden: Tensor | None = None,
+    weights: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """out = activation(a @ matrices + biases), each row with its expert's; the rows themselves go to `hidden`.
+
+    Args:
+        a: (rows, K), bfloat16 or float16, contiguous.
+        projection: GEMM1.
+        activation: an expression of `gate` and `up`, or of `hidden`, and of `weight`.
+        offsets: (E,) int32, on the device.
+        out: (rows, I) of a's dtype, contiguous.
+        hidden: (rows, N), or (rows, 2 I) where there are two matrices, contiguous; None if nobody needs them.
+        weights: (assignments,) float32, where the activation reads `weight`.
+        order: (rows,) int32, the assignment of a row; goes with `weights`.
+
+    Returns:
+        out.
+    """
+    (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
+    save, bias = hidden is not None, projection.biases is not None
+    wide = max(256, n * len(projection.matrices))
+    chosen = replace(
+        choose(a.dtype, rows, experts, wide, 0 if save else k, _is_transposed(projection.matrices[0])),
+        epilogue=Activated(activation, projection.gate_up, save, bias),
+    )
+    parts = projection.parts(hidden) if hidden is not None else ()
+    # where nothing is saved, the kernel takes only the number of columns from these
+    targets = [_target(part) for part in parts] or [_columns(n)]
+    biases = projection.biases or ()
+    _launch(
+        chosen, a, projection.matrices, offsets, (experts, k, n),
+        (_target(out), targets[0], targets[-1], *_pair(biases), weights, order),
+    )  # fmt: skip
+    return out
+
+
+def activation_backward(
+    of_out: Tensor,
+    w_out: Tensor,
+    projection: Projection,
+    activation: str,
+    offsets: Tensor,
+    hidden: Tensor,
+    order: Tensor,
+    *,
+    weights: Tensor | None,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Back through GEMM2 and the activation.
+
+    Args:
+        of_out: (rows, H2), the gradient of GEMM2's rows before the output's weight scales it; contiguous.
+        w_out: (E, I, H2); of its last two dimensions one is contiguous.
+        projection: GEMM1, which says how `hidden` is laid out.
+        activation: as of `activated_gemm`.
+        offsets: (E,) int32.
+        hidden: (rows, N), GEMM1's rows.
+        order: (rows,) int32, the assignment of a row.
+        weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
+        scales: (assignments,) float32, what the output multiplies by; None for 1.
+
+    Returns:
+        the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
+        in parts (parts, rows) float32, None where there is neither weight nor scale.
+    """
+    (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
+    weighted = weights is not None or scales is not None
+    epilogue = ActivationBackward(activation, projection.gate_up, scales is not None)
+    name, cluster = str(of_out.dtype).removeprefix("torch."), 2 if rows // experts >= 2 * ROWS else 1
+    instance = GroupedGemm(name, 256, 3, cluster, _is_transposed(w_out.mT), epilogue=epilogue)
+    of_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(rows, inner)
+    tiles = (inner + instance.columns - 1) // instance.columns
+    of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
+    parts, gradients = projection.parts(hidden), projection.parts(of_hidden)
+    _launch(
+        instance, of_out, (w_out.mT,), offsets, (experts, k, inner),
+        (
+            _map(parts[0], OUT_BOX), _map(parts[-1], OUT_BOX), _target(gradients[0]), _target(gradients[-1]),
+            _target(scaled), of_weight, weights, scales, order, rows,
+        ),
+    )  # fmt: skip
+    return of_hidden, scaled, of_weight
+
+
+def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None) -> Tensor:
+    """out[e] = a[rows of e].T @ b[rows of e], where expert e has the rows from offsets[e - 1] to offsets[e].
+
+    Args:
+        a: (rows, M), bfloat16 or float16; its last dimension is contiguous.
+        b: (rows, N) of the same dtype; its last dimension is contiguous. Rows beyond offsets[-1] may hold anything.
+        offsets: (E,) int32, on the device.
+        out: (E, M, N), contiguous; zeros where an expert has no rows.
+        instance: the kernel; chosen by the sizes if None.
+
+    Returns:
+        out.
+    """
+    (rows, m), n, experts = a.shape, b.shape[1], offsets.shape[0]
+    chosen = instance or choose(a.dtype, m, experts, n, rows, transposed=True, over_rows=True)
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_target(out.view(experts * m, n)), None))
+    return out
+
+
+def choose(
+    dtype: torch.dtype, rows: int, experts: int, n: int, k: int, transposed: bool = False, over_rows: bool = False
+) -> GroupedGemm:
+    """The kernel for a product of (rows, k), an expert's share of them each, with (k, n).
+
+    With `over_rows`, for each expert's product of (m, its share of k) with (its share of k, n), where m is `rows`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float8_e4m3fn:
+        return GroupedGemm(name, 256, 4) if n > 128 else GroupedGemm(name, 128, 5)
+    each = rows if over_rows else rows // experts
+    if n <= 128 or (each < ROWS // 2 and _fills_better(128, rows, experts, n)):
+        return GroupedGemm(name, 128, 5, 1, transposed, over_rows)
+    paired = each >= 2 * ROWS  # a pair of blocks finds rows for both
+    deep = (k // experts if over_rows else k) >= 4096
+    return GroupedGemm(name, 256, 4 if deep else 3, 2 if paired else 1, transposed, over_rows)
+
+
+def _fills_better(columns: int, rows: int, experts: int, n: int) -> bool:
+    """Whether tiles of so many columns end sooner than those of 256, where a tile takes as long as its columns do.
+
+    So it is with few rows, which only have to wait for their experts' matrices. How many experts have any is guessed:
+    as if each row chose one at random.
+    """
+    active = experts * -math.expm1(-rows / experts)
+
+    def time(width: int) -> int:
+        return math.ceil(active * math.ceil(n / width) / MULTIPROCESSORS) * width
+
+    return time(columns) < time(256)
+
+
+def _is_transposed(b: Tensor) -> bool:
+    """Whether of matrices (E, K, N) it is N that runs along memory."""
+    return b.stride(2) == 1 and b.stride(1) != 1
+
+
+def _map(tensor: Tensor, box: tuple[int, ...]) -> bytes:
+    return tensor_map(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box)
+
+
+def _target(out: Tensor) -> bytes:
+    """`Target` of kernels/box.cuh."""
+    numbers = struct.pack("<Qii", out.data_ptr(), out.shape[1], out.stride(0))
+    return (_map(out, OUT_BOX) + numbers).ljust(192, b"\0")
+
+
+def _columns(count: int) -> bytes:
+    """A `Target` that nothing is written to."""
+    return (bytes(128) + struct.pack("<Qii", 0, count, 0)).ljust(192, b"\0")
+
+
+def _pair(biases: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    return (biases[0], biases[-1]) if biases else (None, None)
+
+
+def _launch(
+    instance: GroupedGemm,
+    a: Tensor,
+    matrices: tuple[Tensor, ...],
+    offsets: Tensor,
+    sizes: tuple[int, int, int],
+    epilogue: tuple[bytes | Tensor | int | None, ...],
+    scales: bytes | None = None,
+    b_scales: Tensor | None = None,
+) -> None:
+    """Launches; `sizes` are the experts, the columns of a and those of the schedule."""
+    columns = LINE // a.element_size()
+    loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
+    boxes = [
+        _map(b, (1, columns, ACROSS)) if instance.transposed else _map(b.mT, (1, loaded, columns)) for b in matrices
+    ]
+    kernel = load(instance, a.device.index)
+    maps = (_map(a, (columns, ACROSS) if instance.over_rows else (ROWS, columns)), boxes[0], boxes[-1])
+    stride = b_scales.stride(1) if b_scales is not None else 0
+    blocks = kernel.multiprocessors // instance.cluster * instance.cluster
+    arguments = kernel.pack(*maps, scales or bytes(128), offsets, b_scales, *sizes, stride, *epilogue)
+    kernel.launch(blocks, arguments)

@@ -1,0 +1,209 @@
+"""The experts on a Hopper GPU: GEMM1 with the activation in its epilogue, GEMM2, combine; and back.
+
+    rows    = dispatch(x)                               hidden, a = GEMM1(rows), activation(hidden)
+    y       = GEMM2(a)                                  result    = combine(y, weights)
+
+    of_y    = dispatch(grad), not yet scaled by the weight w of the row
+    of_hidden, w a, of_w    = back through GEMM2 and the activation, in one GEMM with its epilogue
+    of_w_out = of_y^T (w a)                             of_w_in   = of_hidden^T rows
+    of_rows = of_hidden w_in                            of_x      = combine(of_rows)
+
+What these kernels do not take (`takes`), `moecompile.runtime.reference` runs, on the same grouped GEMMs where it can.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen.activation import print_struct
+from moecompile.runtime import combine, hopper, hopper_routing
+from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
+from moecompile.runtime.grouped import aligned
+from moecompile.runtime.hopper import Projection
+from moecompile.runtime.hopper_rows import HopperRows
+
+DTYPES = (torch.bfloat16, torch.float16)
+RESULTS = (*DTYPES, torch.float32)
+
+
+def takes(args: Arguments) -> bool:
+    """Whether the kernels compute these: one 16-bit dtype between gather and combine, whole lines of 16 bytes."""
+    if args.kernels is not None or args.offsets.device.type != "cuda" or not hopper.usable(args.offsets.device.index):
+        return False
+    dtypes, matrices = args.dtypes, (args.w_in, args.w_out, *(() if args.w_up is None else (args.w_up,)))
+    biases = [bias for bias in (args.b_in, args.b_up, args.b_out) if bias is not None]
+    inside = {dtypes.row, dtypes.hidden, dtypes.activation, dtypes.out, *(bias.dtype for bias in biases)}
+    return (
+        inside == {dtypes.row}
+        and dtypes.row in DTYPES
+        and args.x.dtype == dtypes.row
+        and dtypes.result in RESULTS
+        and args.input == "x"
+        and weighting(args.output) is not None
+        and args.rows > 0
+        and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
+        and not any(size % 8 for size in (args.x.shape[1], args.intermediate, args.out_features))
+        and all(matrix.data_ptr() % 16 == 0 and aligned(matrix) for matrix in matrices)
+        and all(bias.is_contiguous() and bias.data_ptr() % 4 == 0 for bias in biases)
+        and _is_printable(args.activation)
+        and _is_printable(args.output)
+    )
+
+
+def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
+    """The result, (T, H2), and GEMM1's rows if they are to be saved, (T*K, N); anything beyond offsets[-1]."""
+    x, projection = args.x.contiguous(), _projection(args)
+    rows = _dispatched(args, x)
+    hidden = x.new_empty(args.rows, args.width) if save else None
+    reads_weight = "weight" in expression_leaves(args.activation)
+    a = hopper.activated_gemm(
+        rows,
+        projection,
+        args.activation,
+        args.offsets,
+        x.new_empty(args.rows, args.intermediate),
+        hidden=hidden,
+        weights=_weights(args) if reads_weight else None,
+        order=args.order if reads_weight else None,
+    )
+    y = hopper.grouped_gemm(
+        a, _out_matrices(args), args.offsets, x.new_empty(args.rows, args.out_features), bias=args.b_out
+    )
+    result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
+    return hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result), hidden
+
+
+def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
+    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and GEMM1's rows."""
+    form = weighting(args.output)
+    assert form is not None
+    projection, found = _projection(args), dict[str, Tensor]()
+    of_y = _dispatched(args, grad.to(args.dtypes.activation))
+    scales = _scales(args, form)
+    of_hidden, scaled, parts = hopper.activation_backward(
+        of_y,
+        _out_matrices(args),
+        projection,
+        args.activation,
+        args.offsets,
+        hidden.contiguous(),
+        args.order,
+        weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
+        scales=scales,
+    )
+    plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
+    if "weights" in needs:
+        found["weights"] = _of_weights(args, parts, plain, of_y if scales is not None else None)
+    if "w_out" in needs:
+        found["w_out"] = _of_matrix(args.w_out, of_y, scaled, args.w_out_transposed, args.offsets)
+    if "b_out" in needs:
+        assert plain is not None and args.b_out is not None
+        weighted = of_y if scales is None else of_y * scales.view(-1)[plain.assignments, None]
+        found["b_out"] = plain.bias_gradient(args.b_out, weighted)
+    gradients = projection.parts(of_hidden)
+    names = ("w_in", "w_up")[: len(gradients)] if args.w_up is not None else ("w_in",)
+    of_products = gradients if args.w_up is not None else (of_hidden,)
+    for bias, of_product in zip(("b_in", "b_up"), of_products, strict=False):
+        if bias in needs:
+            assert plain is not None
+            found[bias] = plain.bias_gradient(getattr(args, bias), of_product)
+    if any(name in needs for name in names):
+        rows = _dispatched(args, args.x)
+        for name, of_product in zip(names, of_products, strict=True):
+            if name in needs:
+                matrices = getattr(args, name)
+                found[name] = _of_matrix(matrices, of_product, rows, args.w_in_transposed, args.offsets)
+    if "x" in needs:
+        found["x"] = _of_x(args, of_products)
+    return found
+
+
+def _of_x(args: Arguments, of_products: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of the tokens (T, H)."""
+    of_rows: Tensor | None = None
+    for of_product, matrices in zip(of_products, (args.w_in, args.w_up), strict=False):
+        assert matrices is not None
+        b = matrices.mT if args.w_in_transposed else matrices
+        product = hopper.grouped_gemm(of_product, b, args.offsets, of_product.new_empty(args.rows, args.x.shape[1]))
+        of_rows = product if of_rows is None else of_rows.add_(product)
+    assert of_rows is not None
+    return hopper_routing.combine(of_rows, args.slots.contiguous(), None, "out", args.x.new_empty(args.x.shape))
+
+
+def _of_weights(args: Arguments, parts: Tensor | None, plain: HopperRows | None, of_y: Tensor | None) -> Tensor:
+    """The gradient of the routing weights (T, K): the sum of its parts, and what GEMM2's bias adds to it."""
+    assert args.weights is not None
+    if parts is None:
+        return torch.zeros_like(args.weights)
+    of_rows = parts.sum(0).unsqueeze(1)
+    if args.b_out is not None and of_y is not None:
+        assert plain is not None
+        of_rows = of_rows + plain.bias_dot(args.b_out, of_y)
+    each = args.slots.reshape(-1, 1)
+    return combine.token_sum(of_rows, each, args.weights.dtype, False).view(args.slots.shape)
+
+
+def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, offsets: Tensor) -> Tensor:
+    """The gradient of an expert's matrix for its products' gradient (R, out) and the rows (R, in), laid out alike."""
+    left, right = (rows, of_product) if transposed else (of_product, rows)
+    if like.mT.is_contiguous() and not like.is_contiguous():
+        return hopper.grouped_outer(right, left, offsets, like.new_empty(like.mT.shape)).mT
+    out = hopper.grouped_outer(left, right, offsets, like.new_empty(like.shape))
+    expected = torch.empty_like(like, device="meta").stride()
+    return out if out.stride() == expected else torch.empty_like(like).copy_(out)
+
+
+def _projection(args: Arguments) -> Projection:
+    """GEMM1: one matrix, or two for a gate and an up projection that are two halves or two tensors."""
+    w_in = args.w_in if args.w_in_transposed else args.w_in.mT
+    if args.gate_up == "halves":
+        biases = None if args.b_in is None else tuple(half.contiguous() for half in args.b_in.chunk(2, 1))
+        gate, up = w_in.chunk(2, 2)
+        return Projection((gate, up), biases, "halves")
+    if args.w_up is not None:
+        w_up = args.w_up if args.w_in_transposed else args.w_up.mT
+        return Projection(
+            (w_in, w_up), None if args.b_in is None or args.b_up is None else (args.b_in, args.b_up), "separate"
+        )
+    return Projection((w_in,), None if args.b_in is None else (args.b_in,), args.gate_up)
+
+
+def _out_matrices(args: Arguments) -> Tensor:
+    """GEMM2's matrices, (E, I, H2)."""
+    return args.w_out if args.w_out_transposed else args.w_out.mT
+
+
+def _dispatched(args: Arguments, per_token: Tensor) -> Tensor:
+    """The rows' entries of a tensor (T, F), (T*K, F); anything for a row without an expert."""
+    rows = per_token.new_empty(args.rows, per_token.shape[1])
+    return hopper_routing.dispatch(per_token.contiguous(), args.slots.contiguous(), rows)
+
+
+def _weights(args: Arguments) -> Tensor | None:
+    """The routing weights, as kernels read them."""
+    return None if args.weights is None else args.weights.to(torch.float32).contiguous()
+
+
+def _scales(args: Arguments, form: Weighting) -> Tensor | None:
+    """What the output multiplies by: the routing weights with their casts; None if it does not."""
+    if args.weights is None or form.of_weight is None:
+        return None
+    return functools.reduce(Tensor.to, form.of_weight, args.weights).to(torch.float32).contiguous()
+
+
+def _has_biases(args: Arguments) -> bool:
+    return any(bias is not None for bias in (args.b_in, args.b_up, args.b_out))
+
+
+@functools.lru_cache(maxsize=256)
+def _is_printable(expression: str) -> bool:
+    """Whether kernels can compute the expression: its casts are to dtypes that they round to."""
+    try:
+        print_struct("Value", expression, tuple(sorted(expression_leaves(expression))))
+    except ValueError:
+        return False
+    return True
