@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import struct
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,6 @@ from moecompile.runtime.launch import load, tensor_map
 log = logging.getLogger("moecompile")
 
 ROWS = 128  # of a tile
-MULTIPROCESSORS = 132  # of an H200; the choice of a tile depends on it, nothing else
 LINE = 128  # bytes of a tile's line that pass at once
 ACROSS = 64  # columns of a line that runs across K
 OUT_BOX = (16, 64)  # of a result, written at once
@@ -122,9 +120,8 @@ def activated_gemm(
     """
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
     save, bias = hidden is not None, projection.biases is not None
-    wide = max(256, n * len(projection.matrices))
     chosen = replace(
-        choose(a.dtype, rows, experts, wide, 0 if save else k, _is_transposed(projection.matrices[0])),
+        choose(a.dtype, rows, experts, 256, 0 if save else k, _is_transposed(projection.matrices[0])),
         epilogue=Activated(activation, projection.gate_up, save, bias),
     )
     parts = projection.parts(hidden) if hidden is not None else ()
@@ -216,25 +213,11 @@ def choose(
     if dtype == torch.float8_e4m3fn:
         return GroupedGemm(name, 256, 4) if n > 128 else GroupedGemm(name, 128, 5)
     each = rows if over_rows else rows // experts
-    if n <= 128 or (each < ROWS // 2 and _fills_better(128, rows, experts, n)):
+    if n <= 128:  # narrow tiles fill the GPU better with few rows, too, and are slower all the same
         return GroupedGemm(name, 128, 5, 1, transposed, over_rows)
     paired = each >= 2 * ROWS  # a pair of blocks finds rows for both
     deep = (k // experts if over_rows else k) >= 4096
     return GroupedGemm(name, 256, 4 if deep else 3, 2 if paired else 1, transposed, over_rows)
-
-
-def _fills_better(columns: int, rows: int, experts: int, n: int) -> bool:
-    """Whether tiles of so many columns end sooner than those of 256, where a tile takes as long as its columns do.
-
-    So it is with few rows, which only have to wait for their experts' matrices. How many experts have any is guessed:
-    as if each row chose one at random.
-    """
-    active = experts * -math.expm1(-rows / experts)
-
-    def time(width: int) -> int:
-        return math.ceil(active * math.ceil(n / width) / MULTIPROCESSORS) * width
-
-    return time(columns) < time(256)
 
 
 def _is_transposed(b: Tensor) -> bool:

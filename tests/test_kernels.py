@@ -46,7 +46,7 @@ ACTIVATIONS = (
 ACTIVATED = [
     GroupedGemm("bfloat16", *tile, transposed, epilogue=Activated(activation, gate_up, save, bias))
     for tile, transposed, save, (activation, gate_up, bias) in product(
-        ((256, 4, 2), (128, 5, 1)), (False, True), (False, True), ACTIVATIONS
+        ((256, 4, 2), (256, 3, 1)), (False, True), (False, True), ACTIVATIONS
     )
     if not (save and tile == (256, 4, 2))
 ]
