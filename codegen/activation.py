@@ -21,7 +21,7 @@ named it. A cast rounds: to bfloat16, say, and is float32 again. Each operation 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moecompile.codegen.expression import Apply, Constant, Expression, Leaf, leaves, parameters, parse
@@ -129,14 +129,14 @@ def _numbers(step: Apply) -> list[Value]:
 def _gradients(program: _Program, result: Value, reads: Sequence[str]) -> Iterator[str]:
     """Reverse mode: the gradient of every value is there before that of its arguments."""
     known: dict[Value, str] = {result: "grad"}
-    counted: Mapping[Value, int] = _uses(program)
+    variables = set(program.names.values())
     made: dict[Value, int] = {}
     for target, step, arguments in reversed(program.steps):
         upstream = known.pop(target, None)
         if upstream is None:
             continue
         for place, argument in enumerate(arguments):
-            if argument not in counted:  # a literal
+            if argument not in variables:  # a literal
                 continue
             number = made[argument] = made.get(argument, -1) + 1
             name = f"g_{argument}_{number}"
@@ -148,17 +148,6 @@ def _gradients(program: _Program, result: Value, reads: Sequence[str]) -> Iterat
             known[argument] = name
     for leaf in reads:
         yield f"d_{leaf} = {known.get(leaf, '0')};"
-
-
-def _uses(program: _Program) -> dict[Value, int]:
-    """How often each variable is an argument; literals are left out."""
-    variables = set(program.names.values())
-    found: dict[Value, int] = {}
-    for _, _, arguments in program.steps:
-        for argument in arguments:
-            if argument in variables:
-                found[argument] = found.get(argument, 0) + 1
-    return found
 
 
 def _gradient(step: Apply, place: int, upstream: str, arguments: Sequence[Value], result: Value) -> str:

@@ -216,42 +216,32 @@ PLAN_EXPERTS = (512, 1536)
 
 
 @dataclass(frozen=True)
-class PlanCount:
-    """How often each expert is chosen, in each block's share of the assignments.
+class Plan:
+    """One of the plan's two steps.
 
     Attributes:
+        step: "count", how often each expert is chosen in each block's share of the assignments, or "place", which makes
+            counts, offsets, slots and order of that.
         ids: dtype of the expert ids, one of IDS.
         experts: room for so many, one of PLAN_EXPERTS.
     """
 
+    step: str
     ids: str
     experts: int
 
     header: ClassVar[str] = "plan.cuh"
-    name: ClassVar[str] = "moecompile_plan_count"
     definitions: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """What profilers call it."""
+        return f"moecompile_plan_{self.step}"
 
     @property
     def template(self) -> str:
         """The C++ type."""
-        return _template("PlanCount", IDS[self.ids], self.experts)
-
-
-@dataclass(frozen=True)
-class PlanPlace:
-    """Counts, offsets, slots and order; attributes as of `PlanCount`."""
-
-    ids: str
-    experts: int
-
-    header: ClassVar[str] = "plan.cuh"
-    name: ClassVar[str] = "moecompile_plan_place"
-    definitions: ClassVar[str] = ""
-
-    @property
-    def template(self) -> str:
-        """The C++ type."""
-        return _template("PlanPlace", IDS[self.ids], self.experts)
+        return _template(f"Plan{self.step.capitalize()}", IDS[self.ids], self.experts)
 
 
 def _template(name: str, *arguments: str | int | bool) -> str:

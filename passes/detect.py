@@ -42,6 +42,7 @@ from moecompile.passes.site import Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 from moecompile.passes.vacant import has_places, read_block, routing_operands
 from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
+from moecompile.runtime.elementwise import dtype_name
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -286,7 +287,7 @@ def _described(
         input=block.input,
         output=block.output,
         gate_up=block.gate_up,
-        dtype=inner.cast or str(fake_of(operands["w_in"].node).dtype).removeprefix("torch."),
+        dtype=inner.cast or dtype_name(fake_of(operands["w_in"].node).dtype),
         biases=tuple(name for name in ("b_in", "b_up", "b_out") if name in operands),
         module=common_module([*products, combine.node]),
         source=source_of(anchor),

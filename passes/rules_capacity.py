@@ -36,6 +36,7 @@ from moecompile.passes.places import Number, Tally, number, running, tally, tall
 from moecompile.passes.rules_views import holds_integers, sliced
 from moecompile.passes.terms import Apply, Atom, Constant, Content, Count, Element, Equals, Group, Index, Meaning, Value
 from moecompile.passes.unify import unify
+from moecompile.runtime.elementwise import dtype_name
 
 
 def _operands(state: Interpretation, *arguments: Any) -> list[Value]:
@@ -111,7 +112,7 @@ def in_dtype(content: Content, dtype: torch.dtype) -> Content:
 
 
 def _cast_weight(weight: Content, dtype: torch.dtype) -> Content:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if not dtype.is_floating_point:
         raise Refused(f"weights of assignments as {name}")
     return replace(weight, dtype=name) if isinstance(weight, Support) else Apply("cast", (weight,), (name,))

@@ -42,6 +42,7 @@ from moecompile.passes.terms import (
     Variable,
 )
 from moecompile.passes.unify import _choose, _deduplicated, _renaming, per_expert, run_once_through, unify
+from moecompile.runtime.elementwise import dtype_name
 
 # of each operand, the dtype that autocast gives it, or None
 Casts: TypeAlias = "tuple[str | None, ...]"
@@ -182,9 +183,9 @@ def casts_of(state: Interpretation, node: fx.Node, *operands: fx.Node) -> Casts:
     dtypes, result = [state.dtype(operand) for operand in operands], state.dtype(node)
     lowered = result in _LOWER and all(dtype in (torch.float32, *_LOWER) for dtype in dtypes)
     if not lowered and set(dtypes) != {result}:
-        names = sorted({str(dtype).removeprefix("torch.") for dtype in (*dtypes, result)})
+        names = sorted({dtype_name(dtype) for dtype in (*dtypes, result)})
         raise Refused(f"a product of mixed dtypes {names}")
-    return tuple(None if dtype == result else str(result).removeprefix("torch.") for dtype in dtypes)
+    return tuple(None if dtype == result else dtype_name(result) for dtype in dtypes)
 
 
 def _converted(content: Content, dtype: str | None) -> Content:

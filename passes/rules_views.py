@@ -27,6 +27,7 @@ from moecompile.passes.terms import (
     Variable,
 )
 from moecompile.passes.unify import per_expert
+from moecompile.runtime.elementwise import dtype_name
 
 
 def reshaped(value: Value, shape: tuple[Size, ...]) -> Value:
@@ -275,7 +276,7 @@ def _cast(call: Call, state: Interpretation) -> Value | None:
         return None
     if not after.is_floating_point:
         raise Refused(f"a cast to {after}, through which no gradient flows")
-    return Value(value.dims, Apply("cast", (value.content,), (str(after).removeprefix("torch."),)))
+    return Value(value.dims, Apply("cast", (value.content,), (dtype_name(after),)))
 
 
 def keep_sparse(call: Call, state: Interpretation) -> None:

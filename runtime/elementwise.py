@@ -54,6 +54,11 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What `dtype_named` calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _like(value: Value, other: Value) -> Tensor:
     """`value` as a tensor; a scalar becomes one of no dimensions in the other's dtype."""
     if isinstance(value, Tensor):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moecompile.codegen import nvrtc
 from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain
+from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import load, tensor_map
 
 log = logging.getLogger("moecompile")
@@ -167,7 +168,7 @@ def activation_backward(
     (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
     weighted = weights is not None or scales is not None
     epilogue = ActivationBackward(activation, projection.gate_up, scales is not None)
-    name, cluster = str(of_out.dtype).removeprefix("torch."), 2 if rows // experts >= 2 * ROWS else 1
+    name, cluster = dtype_name(of_out.dtype), 2 if rows // experts >= 2 * ROWS else 1
     instance = GroupedGemm(name, 256, 3, cluster, _is_transposed(w_out.mT), epilogue=epilogue)
     of_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(rows, inner)
     tiles = (inner + instance.columns - 1) // instance.columns
@@ -209,7 +210,7 @@ def choose(
 
     With `over_rows`, for each expert's product of (m, its share of k) with (its share of k, n), where m is `rows`.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if dtype == torch.float8_e4m3fn:
         return GroupedGemm(name, 256, 4) if n > 128 else GroupedGemm(name, 128, 5)
     each = rows if over_rows else rows // experts

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Combine, Dispatch, PlanCount, PlanPlace
+from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Combine, Dispatch, Plan
+from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import load
 
 PLAN_BLOCKS = 128
@@ -26,20 +27,20 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
         num_experts: at most the last of PLAN_EXPERTS.
     """
     ids = expert_ids.contiguous()
-    if str(ids.dtype).removeprefix("torch.") not in IDS:
+    if dtype_name(ids.dtype) not in IDS:
         ids = ids.to(torch.int64)
     assignments, device = ids.numel(), ids.device.index
     counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
     offsets = torch.empty_like(counts)
     slots = torch.empty_like(ids, dtype=torch.int32)
     order = torch.empty(assignments, dtype=torch.int32, device=ids.device)
-    chosen = str(ids.dtype).removeprefix("torch."), next(room for room in PLAN_EXPERTS if num_experts <= room)
-    place = load(PlanPlace(*chosen), device)
+    chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
+    place = load(Plan("place", *chosen), device)
     blocks = min(max(1, -(-assignments // place.threads)), PLAN_BLOCKS)
     block_counts = None
     if blocks > 1:
         block_counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=ids.device)
-        count = load(PlanCount(*chosen), device)
+        count = load(Plan("count", *chosen), device)
         count.launch(blocks, count.pack(ids, block_counts, assignments, num_experts))
     place.launch(blocks, place.pack(ids, block_counts, counts, offsets, slots, order, assignments, num_experts))
     return counts, offsets, slots, order
@@ -77,7 +78,7 @@ def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, ou
     Returns:
         out.
     """
-    given, wanted = (str(tensor.dtype).removeprefix("torch.") for tensor in (rows, out))
+    given, wanted = (dtype_name(tensor.dtype) for tensor in (rows, out))
     kernel = load(Combine(given, wanted, output), out.device.index)
     blocks = min(-(-out.numel() // (8 * kernel.threads)), 16 * kernel.multiprocessors)
     kernel.launch(blocks, kernel.pack(rows, slots, weights, out, *slots.shape, out.shape[1]))

@@ -16,8 +16,7 @@ from moecompile.codegen.instances import (
     Dispatch,
     GroupedGemm,
     Instance,
-    PlanCount,
-    PlanPlace,
+    Plan,
     source,
 )
 
@@ -58,9 +57,9 @@ WITHOUT_PRODUCTS = [
     Dispatch(),
     Combine("bfloat16", "bfloat16", "mul(out, weight)"),
     Combine("float16", "float32", "out"),
-    PlanCount("int64", 512),
-    PlanPlace("int64", 512),
-    PlanPlace("int32", 1536),
+    Plan("count", "int64", 512),
+    Plan("place", "int64", 512),
+    Plan("place", "int32", 1536),
 ]
 
 
