@@ -21,7 +21,8 @@ SHARED_LIMIT = 232448
 """Bytes of shared memory that one block may have."""
 INPUTS = {"bfloat16": "wgmma::Bf16", "float16": "wgmma::Fp16", "float8_e4m3fn": "wgmma::Fp8"}
 """What the tensor cores multiply, by torch's name."""
-
+VALUE = INPUTS["bfloat16"]
+"""What products of FP8 are rounded to before they are activated and quantised."""
 
 LAYOUTS = {"single": "SINGLE", "halves": "HALVES", "separate": "HALVES", "interleaved": "INTERLEAVED"}
 """How gate and up projection lie among GEMM1's columns: of `gate_up`, the kernels' name."""
@@ -88,9 +89,8 @@ class Activated:
     def template(self, gemm: GroupedGemm) -> str:
         """The C++ type."""
         given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", self.save, self.bias)
-        return _template(
-            "Activated", INPUTS[gemm.input], gemm.columns, *given, "weight" in leaves(parse(self.activation))
-        )
+        name, value = ("QuantizedActivated", VALUE) if gemm.quantized else ("Activated", INPUTS[gemm.input])
+        return _template(name, value, gemm.columns, *given, "weight" in leaves(parse(self.activation)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ class ActivationBackward:
         """The C++ type."""
         read = "weight" in leaves(parse(self.activation))
         given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", read, self.scaled)
-        return _template("ActivationBackward", INPUTS[gemm.input], gemm.columns, *given)
+        name, value = (
+            ("QuantizedActivationBackward", VALUE) if gemm.quantized else ("ActivationBackward", INPUTS[gemm.input])
+        )
+        return _template(name, value, gemm.columns, *given)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ class GroupedGemm:
         stages: of the ring in shared memory through which the operands pass.
         cluster: how many blocks share an expert's matrix.
         transposed: whether the matrices are (E, K, N) and not (E, N, K); 16-bit inputs only.
-        over_rows: whether the product is that of rows with rows, the gradient of the matrices; transposed then, too.
+        over_rows: whether the product is that of rows with rows, the gradient of the matrices; 16-bit inputs are
+            transposed then, too.
         epilogue: what becomes of the products.
     """
 
@@ -160,6 +164,11 @@ class GroupedGemm:
         """The C++ type."""
         given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows)
         return _template("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operands have scales."""
+        return self.input == "float8_e4m3fn"
 
     @property
     def room(self) -> int:
@@ -207,6 +216,80 @@ class Dispatch:
     name: ClassVar[str] = "moecompile_dispatch"
     definitions: ClassVar[str] = ""
     template: ClassVar[str] = "Dispatch"
+
+
+@dataclass(frozen=True)
+class QuantizeRows:
+    """Tokens to their rows in expert order, in e4m3 with a scale for each 128 columns.
+
+    Attributes:
+        input: dtype of the tokens.
+    """
+
+    input: str
+
+    header: ClassVar[str] = "quantize_rows.cuh"
+    name: ClassVar[str] = "moecompile_quantize_rows"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return _template("QuantizeRows", INPUTS[self.input])
+
+
+@dataclass(frozen=True)
+class QuantizeWeights:
+    """The experts' matrices in e4m3 with a scale for each 128 x 128, as they lie and transposed.
+
+    Attributes:
+        input: dtype of the matrices.
+        interleaved_columns: whether neighbouring columns are gate and up projection.
+    """
+
+    input: str
+    interleaved_columns: bool = False
+
+    header: ClassVar[str] = "quantize_weights.cuh"
+    name: ClassVar[str] = "moecompile_quantize_weights"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return _template("QuantizeWeights", INPUTS[self.input], 2 if self.interleaved_columns else 1)
+
+
+@dataclass(frozen=True)
+class PadOffsets:
+    """The end of each expert's rows where they are filled up to whole scale blocks."""
+
+    header: ClassVar[str] = "transpose.cuh"
+    name: ClassVar[str] = "moecompile_pad_offsets"
+    definitions: ClassVar[str] = ""
+    template: ClassVar[str] = "PadOffsets"
+
+
+@dataclass(frozen=True)
+class TransposeRows:
+    """Quantised rows transposed, with scales for 128 rows.
+
+    Attributes:
+        gathered: whether they are tokens, found through the rows' assignments.
+        per_column: whether each column has a scale of its own (gradients), or 128 columns share one (activations).
+    """
+
+    gathered: bool
+    per_column: bool
+
+    header: ClassVar[str] = "transpose.cuh"
+    name: ClassVar[str] = "moecompile_transpose_rows"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return _template("TransposeRows", self.gathered, self.per_column)
 
 
 IDS = {"int64": "i64", "int32": "i32"}

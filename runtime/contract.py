@@ -140,6 +140,11 @@ class Arguments:
         return self.intermediate if self.gate_up == "single" else 2 * self.intermediate
 
     @property
+    def features(self) -> int:
+        """H, features of a token."""
+        return self.w_in.shape[1 if self.w_in_transposed else 2]
+
+    @property
     def out_features(self) -> int:
         """H2, features of the result."""
         return self.w_out.shape[2 if self.w_out_transposed else 1]

@@ -254,16 +254,22 @@ def _launch(
     epilogue: tuple[bytes | Tensor | int | None, ...],
     scales: bytes | None = None,
     b_scales: Tensor | None = None,
+    b_scale_pair: int = 0,
 ) -> None:
-    """Launches; `sizes` are the experts, the columns of a and those of the schedule."""
+    """Launches.
+
+    `sizes` are the experts, the columns of a and those of the schedule; b_scales (E, blocks of N, blocks of K), in which
+    a second matrix begins `b_scale_pair` blocks after the first.
+    """
     columns = LINE // a.element_size()
     loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
     boxes = [
         _map(b, (1, columns, ACROSS)) if instance.transposed else _map(b.mT, (1, loaded, columns)) for b in matrices
     ]
     kernel = load(instance, a.device.index)
-    maps = (_map(a, (columns, ACROSS) if instance.over_rows else (ROWS, columns)), boxes[0], boxes[-1])
-    stride = b_scales.stride(1) if b_scales is not None else 0
+    box = (columns, ACROSS) if instance.over_rows and instance.transposed else (ROWS, columns)
+    maps = (_map(a, box), boxes[0], boxes[-1])
+    grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
-    arguments = kernel.pack(*maps, scales or bytes(128), offsets, b_scales, *sizes, stride, *epilogue)
+    arguments = kernel.pack(*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *epilogue)
     kernel.launch(blocks, arguments)

@@ -6,7 +6,9 @@
 //         out      (rows, N) in bf16 or fp16; rows beyond the last offset are not written
 //
 //     rows times rows (OVER_ROWS)     out[e] = sum over e's rows of a[r, :]^T b[r, :]
-//         a, b     (rows, M), (rows, N) in bf16 or fp16; rows beyond the last offset are not looked at
+//         a, b     (rows, M), (rows, N) in bf16 or fp16; rows beyond the last offset are not looked at. In e4m3 they are
+//                  (M, rows), (N, rows), each expert's rows filled up with zeros to a multiple of 128 (transpose.cuh), with
+//                  scales as above: for each 128 rows of a column of a, and for each 128 rows of 128 columns of b
 //         out      (E, M, N); zeros for an expert without rows
 //
 // What is written, and of what more than the sums it is made, is the epilogue's matter (epilogue.cuh).
@@ -22,7 +24,7 @@
 // float32 registers (DeepSeek-V3, section 3.3.2). A tile of 256 columns is multiplied in two parts, because the sums of
 // both and the totals would not fit into registers; at 128 columns a tile, L2 could not deliver the operands in time.
 #pragma once
-#include "epilogue.cuh"
+#include "epilogue_fp8.cuh"
 #include "kernel.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
@@ -34,14 +36,14 @@ struct GroupedGemm {
     static constexpr i32 LINE = 128;                     // bytes of a line of a stage: one swizzle atom
     static constexpr i32 K_TILE = LINE / Input::BYTES;   // of K, in a stage
     static constexpr i32 SHARE = COLUMNS / CLUSTER;      // columns that each block of the cluster loads for all
-    static constexpr bool SCALED = Input::SCALED, A_MN = OVER_ROWS;
+    static constexpr bool SCALED = Input::SCALED, A_MN = OVER_ROWS && !SCALED;
     static constexpr bool PAIRED = Epilogue::PAIRED;
     static constexpr i32 BOX = PAIRED && CLUSTER == 1 ? COLUMNS / 2 : SHARE;  // columns that are loaded at once
     static constexpr i32 WIDTH = PAIRED ? COLUMNS / 2 : COLUMNS;  // of a tile, in what the schedule counts
     // A bulk copy without swizzle begins at a multiple of 16 bytes, a tile at any row: up to three scales before it come too.
     static constexpr i32 SCALES = ROWS + 4;
-    static_assert(!(SCALED && (A_MN || B_MN)), "FP8 is read along K only");
-    static_assert(!OVER_ROWS || B_MN, "what is summed over rows is read across them");
+    static_assert(!(SCALED && B_MN), "FP8 is read along K only");
+    static_assert(!OVER_ROWS || SCALED || B_MN, "what is summed over rows is read across them");
     static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
     static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
 
@@ -60,8 +62,8 @@ struct GroupedGemm {
         TensorMap b, b_pair;  // of three dimensions; boxes of BOX x K_TILE, of K_TILE x 64 if B_MN; the second is for PAIRED
         TensorMap scales;     // of a, transposed: (K / 128, rows); boxes of 1 x SCALES
         const i32* offsets;
-        const float* b_scales;  // (E, ceil(N / 128), b_scale_stride)
-        i32 experts, a_columns, n, b_scale_stride;
+        const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
+        i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
         typename Epilogue::Arguments epilogue;
     };
 
@@ -132,10 +134,15 @@ struct GroupedGemm {
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
                                                 i32& stage, u32& parity) {
         constexpr i32 PARTS = COLUMNS / 128;
-        i32 blocks = (arguments.n + 127) / 128, block = tile.column / 128, stride = arguments.b_scale_stride;
-        const float* scales = arguments.b_scales + (i64(tile.expert) * blocks + block) * stride;
+        i32 block = tile.column / 128, stride = arguments.b_scale_stride, last = arguments.b_scale_blocks - 1 - block;
+        const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
         float ahead[PARTS + 1];
-        for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + min(part, blocks - 1 - block) * stride);
+        i32 from[PARTS + 1];  // each part's scales
+#pragma unroll
+        for (i32 part = 0; SCALED && part < PARTS; part++) {
+            from[part] = min(PAIRED ? part * arguments.b_scale_pair : part, last) * stride;
+            ahead[part] = __ldg(scales + from[part] + min(tile.k_begin / 128, stride - 1));
+        }
         i32 k = tile.k_begin;
         do {  // a tile has a stage even where there is nothing to sum
             ptx::barrier_wait(&shared.empty[stage], parity);
@@ -145,8 +152,8 @@ struct GroupedGemm {
                 for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = ahead[part];
                 load(shared, arguments, tile, k, stage, rank);
             }
-            for (i32 part = 0; SCALED && part < PARTS; part++)
-                ahead[part] = __ldg(scales + min(part, blocks - 1 - block) * stride + next);
+#pragma unroll
+            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + from[part] + next);
             if (++stage == STAGES) stage = 0, parity ^= 1;
             k += K_TILE;
         } while (k < tile.k_end);
@@ -199,8 +206,7 @@ struct GroupedGemm {
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
-            Tile tile = shared.tiles[stage];
-            __syncwarp();  // all lanes have read it before one of them gives the stage back
+            Tile tile = read(shared.tiles[stage]);
             if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
                 pass(shared, tile, stage, parity);
                 continue;
@@ -215,6 +221,21 @@ struct GroupedGemm {
             Epilogue::finish(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot, total);
         }
         if (threadIdx.x % 32 == 0) ptx::store_wait();
+    }
+
+    // What the producer wrote is read by the lane that will tell it that the stage is free again: no other read needs an order.
+    static __device__ __forceinline__ u32 reader() { return CLUSTER > 1 ? ptx::cluster_rank() : 0; }
+
+    static __device__ __forceinline__ Tile read(const Tile& shared) {
+        Tile tile = {};
+        if (threadIdx.x % 32 == reader()) tile = shared;
+        return tile.from(reader());
+    }
+
+    static __device__ __forceinline__ float read(const float& shared) {
+        float value = 0;
+        if (threadIdx.x % 32 == reader()) value = shared;
+        return __shfl_sync(~0u, value, reader());
     }
 
     static __device__ __forceinline__ void release(u64* empty) {
@@ -291,12 +312,13 @@ struct GroupedGemm {
         float sum[64];
 #pragma unroll
         for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
-        for (i32 k = tile.k_begin; k < tile.k_end; k += K_TILE) {
+        i32 k = tile.k_begin;
+        do {
             ptx::barrier_wait(&shared.full[stage], parity);
             float up = shared.a_scales[stage][upper], low = shared.a_scales[stage][upper + 8];
             float scale[PARTS];
 #pragma unroll
-            for (i32 part = 0; part < PARTS; part++) scale[part] = shared.b_scales[stage][part];
+            for (i32 part = 0; part < PARTS; part++) scale[part] = read(shared.b_scales[stage][part]);
 #pragma unroll
             for (i32 part = 0; part < PARTS; part++) {
                 wgmma::hold(sum);
@@ -304,11 +326,13 @@ struct GroupedGemm {
                 wgmma::wait<0>();
                 wgmma::hold(sum);
                 if (part == PARTS - 1) release(&shared.empty[stage]);
+                if (OVER_ROWS && k >= tile.k_end) continue;  // an expert without rows: what was loaded is another's
                 float first = up * scale[part], second = low * scale[part];
 #pragma unroll
                 for (i32 i = 0; i < 64; i++) total[part * 64 + i] += (i % 4 < 2 ? first : second) * sum[i];
             }
             if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
+            k += K_TILE;
+        } while (k < tile.k_end);
     }
 };

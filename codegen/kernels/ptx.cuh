@@ -144,8 +144,6 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// ---- numbers
-
 // ---- arithmetic
 
 // e to the power of x, to some units in the last place; infinities and zeros as of expf.
@@ -197,6 +195,59 @@ __device__ __forceinline__ void unpack_fp16(u32 packed, float& low, float& high)
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
         : "=f"(low), "=f"(high)
         : "r"(packed));
+}
+
+// Two e4m3 numbers, each the nearest; beyond 448 they stay at 448, and NaN stays NaN.
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) {
+    u16 packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// Two fp16 numbers to two e4m3 numbers, and back.
+__device__ __forceinline__ u16 narrow_e4m3(u32 packed) {
+    u16 narrow;
+    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(narrow) : "r"(packed));
+    return narrow;
+}
+
+__device__ __forceinline__ u32 widen_e4m3(u16 narrow) {
+    u32 packed;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(packed) : "h"(narrow));
+    return packed;
+}
+
+__device__ __forceinline__ void unpack_e4m3(u16 narrow, float& low, float& high) { unpack_fp16(widen_e4m3(narrow), low, high); }
+
+// Two products of fp16 numbers.
+__device__ __forceinline__ u32 multiply_fp16(u32 a, u32 b) {
+    u32 products;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(products) : "r"(a), "r"(b));
+    return products;
+}
+
+// The larger of each of two numbers; of a number and NaN, the number.
+__device__ __forceinline__ u32 larger_bf16(u32 a, u32 b) {
+    u32 larger;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+
+__device__ __forceinline__ u32 larger_fp16(u32 a, u32 b) {
+    u32 larger;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+}
+
+// Two bytes of shared memory.
+__device__ __forceinline__ u16 load_shared(u32 address) {
+    u16 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_shared(u32 address, u16 value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
 
 __device__ __forceinline__ void load_matrix_x4(u32 address, u32 (&found)[4]) {

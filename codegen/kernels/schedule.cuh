@@ -17,6 +17,13 @@ struct __align__(16) Tile {
     i32 k_begin, k_end;
     i32 split;             // whether a cluster's blocks have the same rows and neighbouring columns
     i32 unused;
+
+    // What that lane has, in all lanes.
+    __device__ __forceinline__ Tile from(u32 lane) const {
+        return {share(expert, lane), share(row, lane),   share(row_end, lane), share(column, lane),
+                share(k_begin, lane), share(k_end, lane), share(split, lane),   0};
+    }
+    static __device__ __forceinline__ i32 share(i32 value, u32 lane) { return __shfl_sync(~0u, value, lane); }
 };
 
 constexpr i32 BAND = 8;  // row tiles

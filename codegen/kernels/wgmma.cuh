@@ -38,18 +38,21 @@ struct Bf16 {
     static constexpr bool SCALED = false;
     static __device__ __forceinline__ u32 pack(float low, float high) { return ptx::pack_bf16(low, high); }
     static __device__ __forceinline__ void unpack(u32 packed, float& low, float& high) { ptx::unpack_bf16(packed, low, high); }
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return ptx::larger_bf16(a, b); }
 };
 struct Fp16 {
     static constexpr i32 BYTES = 2;
     static constexpr bool SCALED = false;
     static __device__ __forceinline__ u32 pack(float low, float high) { return ptx::pack_fp16(low, high); }
     static __device__ __forceinline__ void unpack(u32 packed, float& low, float& high) { ptx::unpack_fp16(packed, low, high); }
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return ptx::larger_fp16(a, b); }
 };
 struct Fp8 {  // e4m3 with a scale for each block; its results are bf16
     static constexpr i32 BYTES = 1;
     static constexpr bool SCALED = true;
     static __device__ __forceinline__ u32 pack(float low, float high) { return ptx::pack_bf16(low, high); }
     static __device__ __forceinline__ void unpack(u32 packed, float& low, float& high) { ptx::unpack_bf16(packed, low, high); }
+    static __device__ __forceinline__ u32 larger(u32 a, u32 b) { return ptx::larger_bf16(a, b); }
 };
 
 // static void run(float (&sum)[N / 2], u64 a, u64 b, bool accumulate)

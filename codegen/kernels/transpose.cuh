@@ -1,0 +1,198 @@
+// Quantised rows in expert order, transposed for the gradient of the matrices: (rows, columns) to (columns, padded rows).
+//
+// FP8 products read operands along what they sum over, here the rows. Each expert's rows are filled up with zeros to whole
+// blocks of 128, so that a block belongs to one expert and its gradient begins and ends with one:
+//
+//     PadOffsets       the end of each expert's blocks, in rows
+//     TransposeRows    a block of threads for each block of rows and some blocks of columns
+//
+// The new scales are for the rows of a block:
+//     PER_COLUMN       one for each column: gradients, quantised anew along the rows
+//     otherwise        one for 128 columns, the largest of the rows': the values are shifted to it, which is exact but for
+//                      what falls below the smallest number
+#pragma once
+#include "fp8.cuh"
+#include "kernel.cuh"
+
+struct PadOffsets {
+    static constexpr i32 THREADS = 32, BLOCKS = 1;
+    struct Arguments {
+        const i32* offsets;  // (E,)
+        i32* padded;         // (E,)
+        i32 experts;
+    };
+    struct Shared {
+        u32 unused;
+    };
+
+    static __device__ __forceinline__ void run(const Arguments& arguments) {
+        i32 lane = threadIdx.x, before = 0;
+        for (i32 first = 0; first < arguments.experts; first += 32) {
+            i32 expert = first + lane, end = 0;
+            if (expert < arguments.experts) {
+                i32 rows = arguments.offsets[expert] - (expert ? arguments.offsets[expert - 1] : 0);
+                end = (rows + fp8::BLOCK - 1) / fp8::BLOCK * fp8::BLOCK;
+            }
+            for (i32 step = 1; step < 32; step *= 2) {
+                i32 other = __shfl_up_sync(~0u, end, step);
+                if (lane >= step) end += other;
+            }
+            end += before;
+            before = __shfl_sync(~0u, end, 31);
+            if (expert < arguments.experts) arguments.padded[expert] = end;
+        }
+    }
+};
+
+// GATHERED: a row of the values is a token's, found through the row's assignment.
+template <bool GATHERED, bool PER_COLUMN>
+struct TransposeRows {
+    static constexpr i32 THREADS = fp8::TILE_THREADS, BLOCKS = 1, WARPS = THREADS / 32;
+    struct Arguments {
+        const u8* values;     // (rows or tokens, columns)
+        const float* scales;  // of a row or token and a block of columns, by the strides below
+        const i32* order;     // (rows,): the assignment of a row
+        const i32 *offsets, *padded;  // (E,)
+        u8* out;              // (columns, padded rows)
+        float* out_scales;    // PER_COLUMN: (blocks of rows, scale_pitch); otherwise (blocks of columns, blocks of rows)
+        i32 scale_row, scale_block;
+        i32 experts, top_k, columns, row_blocks, scale_pitch;
+    };
+    struct Shared {
+        u8 tile[fp8::BLOCK * fp8::BLOCK];
+        u8 turned[fp8::BLOCK * fp8::BLOCK];
+        float scales[fp8::BLOCK];
+        float most[WARPS][fp8::BLOCK];
+    };
+
+    static __device__ __forceinline__ void run(const Arguments& arguments) {
+        extern __shared__ __align__(16) u8 raw[];
+        Shared& shared = *reinterpret_cast<Shared*>(raw);
+        i32 row_block = blockIdx.x % arguments.row_blocks, lane = threadIdx.x % 32, expert = -1;
+        for (i32 first = 0; first < arguments.experts && expert < 0; first += 32) {
+            i32 own = first + lane;
+            u32 later = __ballot_sync(~0u, own < arguments.experts && row_block * fp8::BLOCK < __ldg(arguments.padded + own));
+            if (later) expert = first + __ffs(later) - 1;
+        }
+        if (expert < 0) return;  // behind all experts' blocks
+        i32 skipped = row_block * fp8::BLOCK - (expert ? __ldg(arguments.padded + expert - 1) : 0);
+        i32 begin = (expert ? __ldg(arguments.offsets + expert - 1) : 0) + skipped;
+        i32 count = min(fp8::BLOCK, __ldg(arguments.offsets + expert) - begin);
+        i64 sources[4];  // the rows or tokens of this thread's sixteens of columns; -1 where there is none
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) sources[i] = source(arguments, begin, count, threadIdx.x / 8 + 32 * i);
+        i32 blocks = (arguments.columns + fp8::BLOCK - 1) / fp8::BLOCK, step = gridDim.x / arguments.row_blocks;
+        i64 scaled = source(arguments, begin, count, threadIdx.x % fp8::BLOCK);
+        for (i32 block = blockIdx.x / arguments.row_blocks; block < blocks; block += step) {
+            load(shared, arguments, sources, scaled, block);
+            __syncthreads();
+            if constexpr (PER_COLUMN)
+                requantize(shared, arguments, row_block, block);
+            else
+                shift(shared, arguments, row_block, block, count);
+            __syncthreads();
+            u8* out = arguments.out + i64(block) * fp8::BLOCK * arguments.row_blocks * fp8::BLOCK + i64(row_block) * fp8::BLOCK;
+            fp8::write_transposed(shared.turned, out, i64(arguments.row_blocks) * fp8::BLOCK,
+                                  arguments.columns - block * fp8::BLOCK);
+        }
+    }
+
+    static __device__ __forceinline__ i64 source(const Arguments& arguments, i32 begin, i32 count, i32 row) {
+        if (row >= count) return -1;
+        return GATHERED ? __ldg(arguments.order + begin + row) / arguments.top_k : begin + row;
+    }
+
+    static __device__ __forceinline__ void load(Shared& shared, const Arguments& arguments, const i64 (&sources)[4], i64 scaled,
+                                                i32 block) {
+        i32 column = block * fp8::BLOCK + threadIdx.x % 8 * 16;
+        uint4 found[4];
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            found[i] = make_uint4(0, 0, 0, 0);
+            if (sources[i] >= 0 && column < arguments.columns)
+                found[i] = __ldg(reinterpret_cast<const uint4*>(arguments.values + sources[i] * arguments.columns + column));
+        }
+        if (threadIdx.x < fp8::BLOCK)
+            shared.scales[threadIdx.x] =
+                scaled < 0 ? 0 : __ldg(arguments.scales + scaled * arguments.scale_row + i64(block) * arguments.scale_block);
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) reinterpret_cast<uint4*>(shared.tile)[threadIdx.x + THREADS * i] = found[i];
+    }
+
+    // This thread's four columns, in sixteen rows.
+    static __device__ __forceinline__ u32 word(const Shared& shared, i32 i) {
+        i32 row = threadIdx.x / 32 * 16 + i;
+        return *reinterpret_cast<const u32*>(shared.tile + row * fp8::BLOCK + threadIdx.x % 32 * 4);
+    }
+
+    static __device__ __forceinline__ void shift(Shared& shared, const Arguments& arguments, i32 row_block, i32 block, i32 count) {
+        i32 lane = threadIdx.x % 32;
+        float most = 0;
+        for (i32 row = lane; row < count; row += 32) most = larger(most, shared.scales[row]);
+        for (i32 other = 1; other < 32; other *= 2) most = larger(most, __shfl_xor_sync(~0u, most, other));
+        float inverse = fp8::inverse_of(most);
+        u32 words[16];
+#pragma unroll
+        for (i32 i = 0; i < 16; i++) {
+            // at most 1; below 2^-24, which fp16 does not have, nothing is left of e4m3 either
+            float ratio = shared.scales[threadIdx.x / 32 * 16 + i] * inverse;
+            u32 found = word(shared, i), factor = ptx::pack_fp16(ratio, ratio);
+            u16 low = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found & 0xffff), factor));
+            u16 high = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found >> 16), factor));
+            words[i] = low | u32(high) << 16;
+        }
+        fp8::put_transposed(shared.turned, words);
+        if (threadIdx.x == 0) arguments.out_scales[i64(block) * arguments.scale_pitch + row_block] = most;
+    }
+
+    // Scales are positive, and infinite ones infect: no NaN is lost.
+    static __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
+
+    static __device__ __forceinline__ void requantize(Shared& shared, const Arguments& arguments, i32 row_block, i32 block) {
+        i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        float most[4] = {};
+#pragma unroll
+        for (i32 i = 0; i < 16; i++) {
+            float v[4];
+            values(shared, i, v);
+#pragma unroll
+            for (i32 j = 0; j < 4; j++) most[j] = fmaxf(most[j], fabsf(v[j]));
+        }
+        *reinterpret_cast<float4*>(&shared.most[warp][4 * lane]) = make_float4(most[0], most[1], most[2], most[3]);
+        __syncthreads();
+        fp8::Scale scales[4];
+#pragma unroll
+        for (i32 j = 0; j < 4; j++) most[j] = 0;
+#pragma unroll
+        for (i32 other = 0; other < WARPS; other++) {
+            float4 theirs = *reinterpret_cast<const float4*>(&shared.most[other][4 * lane]);
+            most[0] = fmaxf(most[0], theirs.x), most[1] = fmaxf(most[1], theirs.y);
+            most[2] = fmaxf(most[2], theirs.z), most[3] = fmaxf(most[3], theirs.w);
+        }
+#pragma unroll
+        for (i32 j = 0; j < 4; j++) scales[j] = fp8::scale_of(most[j]);
+        u32 words[16];
+#pragma unroll
+        for (i32 i = 0; i < 16; i++) {
+            float v[4];
+            values(shared, i, v);
+            u16 low = ptx::pack_e4m3(v[0] * scales[0].inverse, v[1] * scales[1].inverse);
+            u16 high = ptx::pack_e4m3(v[2] * scales[2].inverse, v[3] * scales[3].inverse);
+            words[i] = low | u32(high) << 16;
+        }
+        fp8::put_transposed(shared.turned, words);
+        i32 column = block * fp8::BLOCK + 4 * lane;
+        if (warp == 0 && column < arguments.columns)
+            *reinterpret_cast<float4*>(arguments.out_scales + i64(row_block) * arguments.scale_pitch + column) =
+                make_float4(scales[0].value, scales[1].value, scales[2].value, scales[3].value);
+    }
+
+    static __device__ __forceinline__ void values(const Shared& shared, i32 i, float (&v)[4]) {
+        u32 found = word(shared, i);
+        float scale = shared.scales[threadIdx.x / 32 * 16 + i];
+        ptx::unpack_e4m3(found & 0xffff, v[0], v[1]);
+        ptx::unpack_e4m3(found >> 16, v[2], v[3]);
+#pragma unroll
+        for (i32 j = 0; j < 4; j++) v[j] *= scale;
+    }
+};

@@ -1,0 +1,224 @@
+"""The experts in FP8 on a Hopper GPU: DeepSeek-V3's recipe (section 3.3) in fused kernels.
+
+    x8      = quantise(dispatch(x))                     hidden8, a8 = GEMM1(x8), activation(hidden), quantised
+    y       = GEMM2(a8), bfloat16                       result      = combine(y, weights)
+
+    of_y8   = quantise(dispatch(grad)), not yet scaled by the weight w of the row
+    of_hidden8, (w a)8, of_w    = back through GEMM2 and the activation, in one GEMM with its epilogue
+    of_w_out = of_y8^T (w a)8                           of_w_in     = of_hidden8^T x8
+    of_rows  = of_hidden8 w_in8                         of_x        = combine(of_rows)
+
+Saved for the backward are the tokens and GEMM1's rows, in FP8. The gradients of the matrices are sums over rows, which
+FP8 products read along memory: their operands are transposed first. What these kernels do not take (`takes`) runs in
+PyTorch's operators (`moecompile.runtime.fp8_reference`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime import combine, hopper, hopper_fp8_gemm, hopper_quantize, hopper_routing
+from moecompile.runtime.contract import Arguments, expression_leaves, weighting
+from moecompile.runtime.hopper_experts import _has_biases, _is_printable, _scales, _weights
+from moecompile.runtime.hopper_quantize import Matrices, Quantized, blocks_of, padded
+from moecompile.runtime.hopper_rows import HopperRows
+
+quantize_weights = hopper_quantize.quantize_weights
+takes_weights = hopper_quantize.takes_weights
+
+
+def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
+    """Whether the kernels compute these: bfloat16 outside of the products, sizes of whole lines of 16 bytes."""
+    device = args.offsets.device
+    if args.kernels is not None or device.type != "cuda" or not hopper.usable(device.index):
+        return False
+    given = (args.x, args.w_in, args.w_out, args.w_up, args.b_in, args.b_up, args.b_out)
+    form = weighting(args.output)
+    return (
+        all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in given)
+        and args.input == "x"
+        and form is not None
+        and args.rows > 0
+        and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
+        and not any(size % 16 for size in (args.features, args.intermediate, args.out_features))
+        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in quantized)
+        and _is_printable(args.activation)
+        and _is_printable(args.output)
+    )
+
+
+def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
+    """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
+    x, slots, (w_in, _, w_out, _) = args.x.contiguous(), args.slots.contiguous(), _matrices(quantized)
+    (tokens, features), rows = x.shape, args.rows
+    dispatched = Quantized.empty(x, rows, features)
+    saved = None
+    if save:
+        values = x.new_empty(tokens, features, dtype=hopper_quantize.E4M3)
+        saved = (values, x.new_empty(tokens, blocks_of(features), dtype=torch.float32))
+    hopper_quantize.quantize_rows(x, slots, dispatched, saved)
+    hidden = Quantized.empty(x, rows, w_in.values.shape[1]) if save else None
+    a = Quantized.empty(x, rows, padded(args.intermediate))
+    reads_weight = "weight" in expression_leaves(args.activation)
+    hopper_fp8_gemm.activated(
+        dispatched, w_in, args.activation, args.offsets, args.intermediate, a, hidden,
+        biases=_biases(args),
+        weights=_weights(args) if reads_weight else None,
+        order=args.order if reads_weight else None,
+    )  # fmt: skip
+    y = hopper_fp8_gemm.product(a, w_out, args.offsets, x.new_empty(rows, args.out_features), args.b_out)
+    result = x.new_empty(tokens, args.out_features, dtype=args.dtypes.result)
+    hopper_routing.combine(y, slots, _weights(args), args.output, result)
+    return result, None if saved is None or hidden is None else [*saved, hidden.values, hidden.scales]
+
+
+def backward(
+    args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str]
+) -> dict[str, Tensor]:
+    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2)."""
+    return _Backward(args, quantized, grad, saved, needs).run()
+
+
+class _Backward:
+    """One backward. `found` holds the gradients."""
+
+    def __init__(
+        self, args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str]
+    ) -> None:
+        self.args, self.needs, self.found = args, needs, dict[str, Tensor]()
+        form = weighting(args.output)
+        assert form is not None
+        self.scales = _scales(args, form)
+        self.grad, self.slots = grad.to(torch.bfloat16).contiguous(), args.slots.contiguous()
+        _, self.w_in, _, self.w_out = _matrices(quantized)
+        self.x, self.hidden = (saved[0], saved[1]), Quantized(saved[2], saved[3])
+        self.plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
+        self.top_k = args.slots.shape[1]
+
+    def run(self) -> dict[str, Tensor]:
+        """From the result's gradient to the tokens'; what is not needed any more is freed on the way."""
+        args, grad = self.args, self.grad
+        of_y = Quantized.empty(grad, args.rows, args.out_features)
+        of_tokens = None
+        if "w_out" in self.needs:
+            values = grad.new_empty(grad.shape, dtype=hopper_quantize.E4M3)
+            of_tokens = (values, grad.new_empty(grad.shape[0], blocks_of(grad.shape[1]), dtype=torch.float32))
+        hopper_quantize.quantize_rows(grad, self.slots, of_y, of_tokens)
+        of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
+            of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
+            weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
+            scales=self.scales,
+        )  # fmt: skip
+        del of_y
+        self._weights_and_biases(parts, of_hidden)
+        ends = hopper_quantize.pad_offsets(args.offsets) if self.needs & {"w_in", "w_up", "w_out"} else None
+        if of_tokens is not None and ends is not None:
+            self._of_w_out(of_tokens, scaled, ends)
+        del scaled, of_tokens
+        if self.needs & {"w_in", "w_up"} and ends is not None:
+            self._of_w_in(of_hidden, ends)
+        if "x" in self.needs:
+            features = self.x[0].shape[1]
+            of_rows = grad.new_empty(args.rows, features)
+            hopper_fp8_gemm.product(of_hidden, self.w_in, args.offsets, of_rows)
+            out = grad.new_empty(self.x[0].shape[0], features)
+            self.found["x"] = hopper_routing.combine(of_rows, self.slots, None, "out", out)
+        return self.found
+
+    def _transpose(self, values: Tensor, scales: Tensor, ends: Tensor, gathered: bool, per_column: bool) -> Quantized:
+        top_k = self.top_k if gathered else None
+        return hopper_quantize.transpose_rows(
+            values, scales, self.args.order, self.args.offsets, ends, top_k=top_k, per_column=per_column
+        )
+
+    def _of_w_out(self, of_tokens: tuple[Tensor, Tensor], scaled: Quantized, ends: Tensor) -> None:
+        args = self.args
+        of_y = self._transpose(*of_tokens, ends, gathered=True, per_column=True)
+        a = self._transpose(scaled.values, scaled.scales, ends, gathered=False, per_column=False)
+        out = self.grad.new_empty(args.num_experts, args.out_features, args.intermediate)
+        hopper_fp8_gemm.outer(of_y, a, ends, out)
+        self.found["w_out"] = _laid_out(args.w_out, out, args.w_out_transposed)
+
+    def _of_w_in(self, of_hidden: Quantized, ends: Tensor) -> None:
+        """Gradients of GEMM1's matrices: of gate and up projection together where they are one tensor's halves."""
+        args, inner = self.args, self.args.intermediate
+        rows = self._transpose(of_hidden.values, of_hidden.scales, ends, gathered=False, per_column=True)
+        x = self._transpose(*self.x, ends, gathered=True, per_column=False)
+        width = 2 * inner if args.gate_up in ("halves", "interleaved") else inner
+        if rows.values.shape[0] == width:
+            parts = [rows]
+        else:  # padded, or two tensors
+            starts = range(0, rows.values.shape[0], padded(inner))
+            parts = [Quantized(rows.values[i : i + inner], rows.scales[:, i : i + inner]) for i in starts]
+        shape = (args.num_experts, parts[0].values.shape[0], self.x[0].shape[1])
+        products = [hopper_fp8_gemm.outer(part, x, ends, self.grad.new_empty(shape)) for part in parts]
+        if args.gate_up == "separate":
+            for name, matrices, found in zip(("w_in", "w_up"), (args.w_in, args.w_up), products, strict=True):
+                if name in self.needs and matrices is not None:
+                    self.found[name] = _laid_out(matrices, found, args.w_in_transposed)
+            return
+        if args.gate_up == "interleaved":
+            halves = products if len(products) == 2 else list(products[0].chunk(2, 1))
+            products = [torch.stack(halves, 2).flatten(1, 2)]
+        whole = products[0] if len(products) == 1 else torch.cat(products, 1)
+        self.found["w_in"] = _laid_out(args.w_in, whole, args.w_in_transposed)
+
+    def _weights_and_biases(self, parts: Tensor | None, of_hidden: Quantized) -> None:
+        args, needs, plain = self.args, self.needs, self.plain
+        of_y = plain.gather(self.grad) if plain is not None and args.b_out is not None else None
+        if "weights" in needs and args.weights is not None:
+            if parts is None:
+                self.found["weights"] = torch.zeros_like(args.weights)
+            else:
+                of_rows = parts.sum(0).unsqueeze(1)
+                if plain is not None and of_y is not None and args.b_out is not None and self.scales is not None:
+                    of_rows = of_rows + plain.bias_dot(args.b_out, of_y)
+                summed = combine.token_sum(of_rows, self.slots.reshape(-1, 1), args.weights.dtype, False)
+                self.found["weights"] = summed.view(args.slots.shape)
+        if plain is None:
+            return
+        if "b_out" in needs and of_y is not None and args.b_out is not None:
+            weighted = of_y if self.scales is None else of_y * self.scales.view(-1)[plain.assignments, None]
+            self.found["b_out"] = plain.bias_gradient(args.b_out, weighted)
+        if needs & {"b_in", "b_up"}:
+            self._of_biases(plain, of_hidden)
+
+    def _of_biases(self, plain: HopperRows, of_hidden: Quantized) -> None:
+        args, inner = self.args, self.args.intermediate
+        rows, width = of_hidden.values.shape
+        scales = of_hidden.scales[:, :rows].t().unsqueeze(2)
+        wide = (of_hidden.values.to(torch.float32).view(rows, -1, hopper_quantize.BLOCK) * scales).view(rows, width)
+        halves = [wide[:, start : start + inner] for start in range(0, width, padded(inner))]
+        if args.gate_up in ("halves", "interleaved"):
+            joined = torch.cat(halves, 1) if args.gate_up == "halves" else torch.stack(halves, 2).flatten(1)
+            halves = [joined]
+        for name, bias, grads in zip(("b_in", "b_up"), (args.b_in, args.b_up), halves, strict=False):
+            if name in self.needs and bias is not None:
+                self.found[name] = plain.bias_gradient(bias, grads)
+
+
+def _laid_out(like: Tensor, found: Tensor, transposed: bool) -> Tensor:
+    """The gradient (E, N, K) of matrices as those themselves are laid out."""
+    found = found.mT if transposed else found
+    same = found.stride() == torch.empty_like(like, device="meta").stride()
+    return found if same else torch.empty_like(like).copy_(found)
+
+
+def _matrices(quantized: Sequence[Tensor]) -> tuple[Matrices, Matrices, Matrices, Matrices]:
+    """GEMM1's, its transposed, GEMM2's, its transposed."""
+    a, b, c, d, e, f, g, h = quantized
+    return Matrices(a, b), Matrices(c, d), Matrices(e, f), Matrices(g, h)
+
+
+def _biases(args: Arguments) -> tuple[Tensor, ...]:
+    """GEMM1's, of gate and up projection, or of the one matrix."""
+    if args.b_in is None:
+        return ()
+    if args.gate_up == "halves":
+        return tuple(half.contiguous() for half in args.b_in.chunk(2, 1))
+    if args.gate_up == "interleaved":
+        return args.b_in[:, 0::2].contiguous(), args.b_in[:, 1::2].contiguous()
+    return (args.b_in,) if args.b_up is None else (args.b_in, args.b_up)

@@ -1,0 +1,166 @@
+"""The grouped GEMMs of `codegen/kernels` on FP8 operands (`moecompile.runtime.hopper_quantize` makes them)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain
+from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _launch, _map, _pair, _target
+from moecompile.runtime.hopper_quantize import Matrices, Quantized
+
+DEEP = GroupedGemm("float8_e4m3fn", 256, 4)
+NARROW = GroupedGemm("float8_e4m3fn", 128, 5)
+
+
+def product(
+    a: Quantized, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, k: int | None = None
+) -> Tensor:
+    """out[r, :] = a[r, :] @ b[e(r)].T + bias[e(r)].
+
+    Args:
+        a: (R, K).
+        b: (E, N, K) of whole blocks; N may be more than the columns of `out`.
+        offsets: (E,) int32: expert e has the rows from offsets[e - 1] to offsets[e].
+        out: (R, columns) bfloat16, contiguous; rows beyond offsets[-1] are left as they are.
+        bias: (E, columns) bfloat16, contiguous, or None.
+        k: how much of K is summed over; all of a's columns if None.
+
+    Returns:
+        out.
+    """
+    n = out.shape[1]
+    instance = replace(DEEP if n > ROWS else NARROW, epilogue=Plain(bias is not None))
+    sizes = (b.values.shape[0], k or a.values.shape[1], n)
+    _launch(instance, a.values, (b.values.mT,), offsets, sizes, (_target(out), bias), _scales(a), b.scales)
+    return out
+
+
+def activated(
+    a: Quantized,
+    b: Matrices,
+    activation: str,
+    offsets: Tensor,
+    features: int,
+    out: Quantized,
+    hidden: Quantized | None,
+    *,
+    biases: tuple[Tensor, ...] = (),
+    weights: Tensor | None = None,
+    order: Tensor | None = None,
+) -> None:
+    """out = activation(a @ b.T + bias), quantised, and the rows themselves into `hidden`.
+
+    Args:
+        a: (R, K).
+        b: (E, N, K): the gate and then the up projection, each of `out`'s columns; or one matrix without a gate.
+        activation: an expression of `gate` and `up`, or of `hidden`, and of `weight`.
+        offsets: (E,) int32.
+        features: of the activation; the other columns become zero.
+        out: (R, whole blocks).
+        hidden: (R, N), or None.
+        biases: (E, features) of gate and up, or of the one matrix; contiguous, bfloat16.
+        weights: (assignments,) float32, where the activation reads `weight`.
+        order: (R,) int32, the assignment of a row; goes with `weights`.
+    """
+    columns = out.values.shape[1]
+    halves = b.values.split(columns, 1)
+    gate_up = "halves" if len(halves) == 2 else "single"
+    instance = replace(DEEP, epilogue=Activated(activation, gate_up, hidden is not None, bool(biases)))
+    sizes = (b.values.shape[0], a.values.shape[1], features)
+    _launch(
+        instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
+        (
+            _narrow(out), _narrow(hidden) if hidden else _columns(b.values.shape[1] // 2),
+            out.scales, hidden.scales if hidden else None, *_pair(biases), weights, order,
+            out.scales.shape[1], features, columns,
+        ),
+        _scales(a), b.scales, columns // 128,
+    )  # fmt: skip
+
+
+def activation_backward(
+    of_out: Quantized,
+    b: Matrices,
+    activation: str,
+    offsets: Tensor,
+    features: int,
+    hidden: Quantized,
+    order: Tensor,
+    *,
+    weights: Tensor | None,
+    scales: Tensor | None,
+) -> tuple[Quantized, Quantized, Tensor | None]:
+    """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
+
+    Args:
+        of_out: (R, H2), the gradient of GEMM2's rows before the output's weight scales it.
+        b: (E, whole blocks of features, whole blocks of H2), GEMM2's matrices transposed.
+        activation: as of `activated`.
+        offsets: (E,) int32.
+        features: of the activation.
+        hidden: (R, N), GEMM1's rows.
+        order: (R,) int32, the assignment of a row.
+        weights: (assignments,) float32, what the activation reads; None if it does not.
+        scales: (assignments,) float32, what the output multiplies by; None for 1.
+
+    Returns:
+        the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
+        in parts (parts, R) float32, None where there is neither weight nor scale.
+    """
+    rows, columns = of_out.values.shape[0], b.values.shape[1]
+    gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
+    instance = GroupedGemm(
+        "float8_e4m3fn", 256, 3, epilogue=ActivationBackward(activation, gate_up, scales is not None)
+    )
+    of_hidden = Quantized(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
+    scaled = Quantized.empty(of_out.values, rows, columns)
+    of_weight = None
+    if weights is not None or scales is not None:
+        of_weight = of_out.scales.new_empty(-(-features // instance.columns), rows)
+    _launch(
+        instance, of_out.values, (b.values.mT,), offsets, (b.values.shape[0], of_out.values.shape[1], features),
+        (
+            _map(_pairs(hidden.values), OUT_BOX), _narrow(of_hidden), _narrow(scaled), hidden.scales, of_hidden.scales,
+            scaled.scales, of_weight, weights, scales, order, rows, hidden.scales.shape[1], features, columns,
+        ),
+        _scales(of_out), b.scales,
+    )  # fmt: skip
+    return of_hidden, scaled, of_weight
+
+
+def outer(a: Quantized, b: Quantized, ends: Tensor, out: Tensor) -> Tensor:
+    """out[e] = a[:, rows of e] @ b[:, rows of e].T, over rows as `transpose_rows` lays them.
+
+    Args:
+        a: (M, P), with scales (P / 128, M) for each row and 128 columns; M is a multiple of 16.
+        b: (N, P), with scales (ceil(N / 128), P / 128) for each 128 x 128.
+        ends: (E,) int32 of `pad_offsets`.
+        out: (E, M, N) bfloat16, contiguous; zeros where an expert has no rows.
+
+    Returns:
+        out.
+    """
+    experts, m, n = out.shape
+    instance = replace(DEEP if n > ROWS else NARROW, over_rows=True)
+    _launch(
+        instance, a.values, (b.values.unsqueeze(0).mT,), ends, (experts, m, n),
+        (_target(out.view(experts * m, n)), None), _scales(a), b.scales.unsqueeze(0),
+    )  # fmt: skip
+    return out
+
+
+def _scales(a: Quantized) -> bytes:
+    """Bulk copies of the scales of a tile's rows."""
+    return _map(a.scales[:, : a.values.shape[0]], (1, ROWS + 4))
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """e4m3 numbers two by two: boxes of 16 x 128 of them travel as boxes of 16 x 64."""
+    return values.view(torch.bfloat16)
+
+
+def _narrow(rows: Quantized) -> bytes:
+    return _target(_pairs(rows.values))

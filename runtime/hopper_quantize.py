@@ -1,0 +1,194 @@
+"""Quantising on a Hopper GPU: matrices, tokens on their way to rows, and rows on their way to the gradient of matrices.
+
+e4m3 with power-of-two scales, each block by the rule of `moecompile.runtime.quantize` (DeepSeek-V3, section 3.3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen.instances import PadOffsets, QuantizeRows, QuantizeWeights, TransposeRows
+from moecompile.runtime.elementwise import dtype_name
+from moecompile.runtime.grouped import aligned
+from moecompile.runtime.launch import load
+
+BLOCK = 128
+"""Columns, or rows and columns, that share a scale."""
+E4M3 = torch.float8_e4m3fn
+SPLITS = 8
+"""Blocks of threads that share a block of rows to transpose: enough for the GPU, few enough to look it up seldom."""
+
+
+def blocks_of(size: int) -> int:
+    """Scale blocks that hold so many elements."""
+    return -(-size // BLOCK)
+
+
+def padded(size: int) -> int:
+    """The size in whole scale blocks."""
+    return blocks_of(size) * BLOCK
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows in e4m3.
+
+    Attributes:
+        values: (rows, columns), contiguous.
+        scales: (blocks of columns, pitch) float32, of a row and 128 columns; the pitch is a multiple of 4, at least the
+            number of rows.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, rows: int, columns: int) -> Quantized:
+        """Room for so many, on the device of `like`."""
+        scales = like.new_empty(blocks_of(columns), -(-rows // 4) * 4, dtype=torch.float32)
+        return cls(like.new_empty(rows, columns, dtype=E4M3), scales)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The experts' matrices in e4m3, for products that sum over their last dimension.
+
+    Attributes:
+        values: (E, N, K), whole blocks, contiguous.
+        scales: (E, N / 128, K / 128) float32.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+
+def takes_weights(w: Tensor, w_up: Tensor | None) -> bool:
+    """Whether `quantize_weights` reads these: 16 bits, whole lines of 16 bytes in each half of a pair."""
+    return all(
+        matrix.dtype in (torch.bfloat16, torch.float16)
+        and matrix.numel() > 0
+        and matrix.data_ptr() % 16 == 0
+        and aligned(matrix)
+        and not any(size % 16 for size in matrix.shape[1:])
+        for matrix in (w, w_up)
+        if matrix is not None
+    )
+
+
+def quantize_weights(
+    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`moecompile::quantize_weights`, in one launch that reads the matrices once.
+
+    Args:
+        w: (E, N, K), or (E, K, N) if `transposed`; bfloat16 or float16.
+        w_up: the same of the up projection for gate_up="separate", else None.
+        gate_up: as of `moecompile.runtime.operators`.
+        transposed: the layout of w.
+
+    Returns:
+        values (E, N', K') e4m3, scales (E, N' / 128, K' / 128) float32, and both transposed.
+    """
+    halves = _halves(w, w_up, gate_up, transposed)
+    along_columns = transposed
+    if halves[0].stride(2) != 1 and halves[0].stride(1) == 1:
+        halves, along_columns = [half.mT for half in halves], not transposed
+    interleaved = along_columns and gate_up == "interleaved"
+    if not interleaved and (halves[0].stride(2) != 1 or halves[0].stride() != halves[-1].stride()):
+        halves = [half.contiguous() for half in halves]
+    experts, rows, columns = halves[0].shape
+    split = (1, len(halves)) if along_columns else (len(halves), 1)
+    all_rows, all_columns = split[0] * padded(rows), split[1] * padded(columns)
+    same = w.new_empty(experts, all_rows, all_columns, dtype=E4M3)
+    turned = w.new_empty(experts, all_columns, all_rows, dtype=E4M3)
+    scales = w.new_empty(experts, all_rows // BLOCK, all_columns // BLOCK, dtype=torch.float32)
+    turned_scales = w.new_empty(experts, all_columns // BLOCK, all_rows // BLOCK, dtype=torch.float32)
+    kernel = load(QuantizeWeights(dtype_name(w.dtype), interleaved), w.device.index)
+    first, second = halves[0], halves[0] if interleaved else halves[-1]
+    arguments = kernel.pack(
+        first, second, same, scales, turned, turned_scales, *first.stride()[:2], rows, columns, *split
+    )  # fmt: skip
+    kernel.launch(experts * scales.shape[1] * scales.shape[2], arguments)
+    # rows of `same` are features out unless they run along the columns
+    return (turned, turned_scales, same, scales) if along_columns else (same, scales, turned, turned_scales)
+
+
+def _halves(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> list[Tensor]:
+    """Gate and up projection, or the one matrix, as views (E, N, K) or (E, K, N)."""
+    axis = 2 if transposed else 1
+    if gate_up == "halves":
+        return list(w.chunk(2, axis))
+    if gate_up == "interleaved":
+        return [w[:, :, 0::2], w[:, :, 1::2]] if transposed else [w[:, 0::2], w[:, 1::2]]
+    return [w] if w_up is None else [w, w_up]
+
+
+def quantize_rows(x: Tensor, slots: Tensor, rows: Quantized | None, tokens: tuple[Tensor, Tensor] | None) -> None:
+    """rows[slots[t, k], :] = x[t, :] for every k, quantised 1 x 128; and the tokens themselves.
+
+    Args:
+        x: (T, H), bfloat16 or float16, contiguous; H is a multiple of 16.
+        slots: (T, K) int32, contiguous; nothing is written where it is -1.
+        rows: (R, H), written; None if nobody wants them.
+        tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written; None if nobody wants them.
+    """
+    kernel = load(QuantizeRows(dtype_name(x.dtype)), x.device.index)
+    values, scales = tokens or (None, None)
+    row_values, row_scales = (rows.values, rows.scales) if rows else (None, None)
+    pitch = row_scales.shape[1] if row_scales is not None else 0
+    warps = x.shape[0] * -(-x.shape[1] // 1024)
+    blocks = max(1, min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors))
+    kernel.launch(
+        blocks, kernel.pack(x, slots, row_values, row_scales, values, scales, *slots.shape, x.shape[1], pitch)
+    )
+
+
+def pad_offsets(offsets: Tensor) -> Tensor:
+    """The end of each expert's rows (E,) int32 where they are filled up to whole blocks of 128."""
+    ends = torch.empty_like(offsets)
+    kernel = load(PadOffsets(), offsets.device.index)
+    kernel.launch(1, kernel.pack(offsets, ends, offsets.shape[0]))
+    return ends
+
+
+def transpose_rows(
+    values: Tensor,
+    scales: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    ends: Tensor,
+    *,
+    top_k: int | None,
+    per_column: bool,
+) -> Quantized:
+    """Rows in expert order as columns, each expert's filled up with zeros to whole blocks.
+
+    Args:
+        values: (R, F) e4m3, or the tokens (T, F), contiguous; F is a multiple of 16.
+        scales: of 1 x 128: (blocks, pitch) of rows, (T, blocks) of tokens.
+        order: (R,) int32, the assignment of a row.
+        offsets: (E,) int32.
+        ends: of `pad_offsets`.
+        top_k: experts of a token, where `values` are tokens; None where they are rows.
+        per_column: whether each column gets a scale of its own for 128 rows (gradients) or 128 columns share it.
+
+    Returns:
+        values (F, P) for the P rows that all experts may fill, those beyond the last end not written; scales
+        (P / 128, F), or (ceil(F / 128), P / 128) if not `per_column`.
+    """
+    columns, experts = values.shape[1], offsets.shape[0]
+    row_blocks = max(1, (order.shape[0] + (BLOCK - 1) * experts) // BLOCK)
+    out = values.new_empty(columns, row_blocks * BLOCK)
+    size = (row_blocks, columns) if per_column else (blocks_of(columns), row_blocks)
+    out_scales = scales.new_empty(size)
+    kernel = load(TransposeRows(top_k is not None, per_column), values.device.index)
+    strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
+    arguments = kernel.pack(
+        values, scales, order, offsets, ends, out, out_scales, *strides,
+        experts, top_k or 1, columns, row_blocks, out_scales.shape[1],
+    )  # fmt: skip
+    kernel.launch(row_blocks * min(SPLITS, blocks_of(columns)), arguments)
+    return Quantized(out, out_scales)
