@@ -115,7 +115,9 @@ def _ignoring_number(run: Call, _: int) -> object:
 def _each(all_sets: Statistics) -> Statistics:
     """The time of one of the calls that were recorded together."""
     low, high = (quartile / DECODE_SETS for quartile in all_sets.quartiles)
-    return Statistics(all_sets.median / DECODE_SETS, (low, high), all_sets.host / DECODE_SETS, all_sets.count)
+    return replace(
+        all_sets, median=all_sets.median / DECODE_SETS, quartiles=(low, high), host=all_sets.host / DECODE_SETS
+    )
 
 
 def _checked(

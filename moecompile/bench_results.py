@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +100,8 @@ class Speed:
         rate = f"{self.rate:7.0f} TFLOP/s" if self.rate is not None else " " * 15
         share = f"{self.share:4.0%} of floor {self.floor.milliseconds:.3f} ({self.floor.of})" if self.floor else ""
         ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratios.items())
-        parts = (f"{share:<34}", f"host {self.times.host:.3f}", ratios, self.verdict, self.note)
+        host = f"host {self.times.host:.3f}{'' if self.times.ahead else ' (in the time)'}"
+        parts = (f"{share:<34}", host, ratios, self.verdict, self.note)
         words = "  ".join(part for part in parts if part)
         return (
             f"  {self.contender:<26} {self.times.median:9.4f} ms ±{self.times.spread / 2:4.0%} {rate}  {words}".rstrip()
@@ -202,10 +202,18 @@ def ratios(own: float, others: Mapping[str, float]) -> dict[str, float]:
 
 
 class Results:
-    """The rows so far, each printed as soon as it is there, and written as JSON if there is a place for that."""
+    """The rows so far, each printed as soon as it is there, and written as JSON if there is a place for that.
+
+    Attributes:
+        machine: what they were measured with.
+        path: of the JSON, or None.
+        stream: where they are printed; standard output if None.
+        rows: all of them.
+        failures: what did not come about, and why.
+    """
 
     def __init__(self, machine: Mapping[str, Any], path: Path | None = None, stream: TextIO | None = None) -> None:
-        self.machine, self.path, self.stream = machine, path, stream or sys.stdout
+        self.machine, self.path, self.stream = machine, path, stream
         self.rows: list[Row] = []
         self.failures: list[str] = []
 

@@ -30,10 +30,11 @@ LONGEST_LEAD = 60.0
 
 @dataclass(frozen=True)
 class Timing:
-    """One call: milliseconds on the device, and those the host took to issue it."""
+    """One call: milliseconds on the device, and those the host took to issue it, and whether it was ahead all along."""
 
     device: float
     host: float
+    ahead: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Statistics:
         quartiles: of the timings; how far apart they are is how noisy the run was.
         host: the median of the host's share.
         count: how many there were.
+        ahead: whether the device never waited for the host; if it did, its time is part of what was measured.
     """
 
     median: float
     quartiles: tuple[float, float]
     host: float
     count: int
+    ahead: bool = True
 
     @classmethod
     def of(cls, timings: Sequence[Timing]) -> Statistics:
@@ -58,7 +61,7 @@ class Statistics:
         times = [timing.device for timing in timings]
         low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
         host = statistics.median(timing.host for timing in timings)
-        return cls(statistics.median(times), (low, high), host, len(times))
+        return cls(statistics.median(times), (low, high), host, len(times), all(timing.ahead for timing in timings))
 
     @property
     def spread(self) -> float:
@@ -141,7 +144,7 @@ class CudaTimer:
             if ahead:
                 break
             self.lead[name] = min(2 * max(lead, host), LONGEST_LEAD)
-        return Timing(start.elapsed_time(end), host)
+        return Timing(start.elapsed_time(end), host, ahead)
 
     def back_to_back(self, calls: Sequence[Call]) -> Timing:
         """Times all calls between two events."""
