@@ -1,4 +1,4 @@
-"""`python -m moecompile explain|doctor|demo|cache`."""
+"""`python -m moecompile explain|doctor|demo|bench|cache`."""
 
 from __future__ import annotations
 

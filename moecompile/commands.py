@@ -1,4 +1,4 @@
-"""The command line: `python -m moecompile explain|doctor|demo|cache`. Each verb loads what it needs and no more."""
+"""The command line, `python -m moecompile explain|doctor|demo|bench|cache`: each verb loads what it needs, no more."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ The callable takes nothing and returns (model, args) or (model, args, kwargs): t
 and the dict of keyword arguments that it is called with.
 """
 
+# Verbs that read their own arguments, --help included: the function `main` of the module of that name.
+READ_THEIR_OWN = ("demo", "bench")
+
 
 class UsageError(Exception):
     """A command cannot use what it was given; the message says what was expected, what came and what to do."""
@@ -37,9 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         the exit status: 0 when it worked, 1 when `doctor` found the machine wanting, 2 for a wrong command line.
     """
     try:
-        if arguments and arguments[0] == "demo":
-            # The demo reads its own arguments, --help included.
-            status = int(importlib.import_module("moecompile.demo").main(list(arguments[1:])) or 0)
+        if arguments and arguments[0] in READ_THEIR_OWN:
+            status = int(importlib.import_module(f"moecompile.{arguments[0]}").main(list(arguments[1:])) or 0)
         else:
             chosen = _parser().parse_args(arguments)
             status = int(chosen.run(chosen))
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moecompile", description="The moecompile backend of torch.compile."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|doctor|demo|cache")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|doctor|demo|bench|cache")
     explain = verbs.add_parser(
         "explain",
         help="what moecompile does with a model",
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
     verbs.add_parser("demo", help="compiles real architectures, checks them against eager, trains a few steps")
+    verbs.add_parser("bench", help="measures the kernels, and what a user would otherwise have, on a Hopper GPU")
     cache = verbs.add_parser("cache", help="the compiled kernels on disk: how many, where, and how to be rid of them")
     cache.add_argument("--clear", action="store_true", help="delete them; they are compiled again when they are needed")
     cache.set_defaults(run=_cache)

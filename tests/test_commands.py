@@ -172,7 +172,7 @@ def test_a_wrong_command_line_shows_the_usage(capsys, arguments: list[str]):
 def test_python_dash_m():
     command = [sys.executable, "-m", "moecompile", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(verb in shown for verb in ("explain", "doctor", "demo"))
+    assert all(verb in shown for verb in ("explain", "doctor", "demo", "bench", "cache"))
 
 
 def test_a_page_that_cannot_be_written_is_one_line(models, capsys):

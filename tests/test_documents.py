@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moecompile.bench_cases import BLOCKS, MEMORY_TARGETS, PRODUCTS, SPEED_TARGETS, STEP
+from moecompile.bench_results import Target
 from moecompile.options import Options
 from moecompile.passes.forms import FORMS
 from zoo_forms import CASES
@@ -48,16 +50,43 @@ def forms_in_full() -> str:
     return "\n" + "\n".join(sections) + "\n"
 
 
+def bench_targets() -> str:
+    """docs/bench.md's: sizes, and what each contender is to reach in which of them."""
+    sizes = [f"- `{shape.title.replace(' ', '`: ', 1)}" for shape in BLOCKS]
+    for product in PRODUCTS:
+        groups = ", ".join(map(str, product.counts)) if len({*product.counts}) > 1 else f"{product.counts[0]} each"
+        words = "outer products of the rows" if product.outer else "rows times matrices"
+        sizes.append(
+            f"- `{product.name}`: {words}, {len(product.counts)} groups of {groups}, N{product.n} K{product.k}"
+        )
+    whats: dict[tuple[str, str, Target], list[str]] = {}
+    for (case, what, who), target in SPEED_TARGETS.items():
+        whats.setdefault((case, who, target), []).append(what)
+    for (case, who), target in MEMORY_TARGETS.items():
+        whats[case, who, target] = [f"{STEP}, memory beyond gradients"]
+    lines = "".join(
+        f"| {case} | {'; '.join(found)} | {who} | {target.ratio:g} times {target.against} |\n"
+        for (case, who, target), found in whats.items()
+    )
+    return "\n".join(sizes) + f"\n\n| sizes | what | who | at least |\n|---|---|---|---|\n{lines}"
+
+
 @pytest.mark.parametrize(
-    ("path", "produce"), [(README, forms_table), (ROOT / "docs" / "forms.md", forms_in_full)], ids=["README", "forms"]
+    ("path", "name", "produce"),
+    [
+        (README, "forms", forms_table),
+        (ROOT / "docs" / "forms.md", "forms", forms_in_full),
+        (ROOT / "docs" / "bench.md", "targets", bench_targets),
+    ],
+    ids=["README", "forms", "bench"],
 )
-def test_the_forms_are_those_of_the_code(
-    path: Path, produce: Callable[[], str], request: pytest.FixtureRequest
+def test_the_tables_are_those_of_the_code(
+    path: Path, name: str, produce: Callable[[], str], request: pytest.FixtureRequest
 ) -> None:
-    before, produced = section(path, "forms"), produce()
+    before, produced = section(path, name), produce()
     if request.config.getoption("--accept"):
         text = path.read_text(encoding="utf-8")
-        marked = "<!-- forms -->\n{}<!-- /forms -->"
+        marked = f"<!-- {name} -->\n{{}}<!-- /{name} -->"
         path.write_text(text.replace(marked.format(before), marked.format(produced)), encoding="utf-8")
     else:
         assert before == produced, f"run `pytest --accept tests/{Path(__file__).name}`"

@@ -214,6 +214,7 @@ def test_the_import_registers_operators_and_does_nothing_else(imports: list[dict
         "moecompile.report",
         "moecompile.doctor",
         "moecompile.commands",
+        "moecompile.bench",
     }
     assert not faces & set(found["modules"])
 

@@ -1,0 +1,194 @@
+"""`python -m moecompile bench experts`: moecompile's kernels and what a user would otherwise have, in one process.
+
+Everything that is compared is measured in turns, on random data and random routing: whole blocks of experts, forward
+and forward+backward, against PyTorch's grouped GEMM, eager and under Inductor; a few tokens, as in decoding; and the
+grouped GEMMs by themselves, against PyTorch's and against the largest dense product of cuBLAS. A row is printed as soon
+as it is there: the median and how far the middle half of the timings is from it, floating-point operations a second,
+the share of the least time that the device would need, the time of the host, ratios (more than 1 is faster), and
+whether the target is met.
+
+Needs a Hopper GPU. The exit status is 0 if everything was measured, 1 if something failed, 2 if nothing can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moecompile
+from moecompile import bench_experts, bench_gemm
+from moecompile.bench_cases import (
+    BLOCKS,
+    DECODE,
+    DECODE_TOKENS,
+    PRODUCTS,
+    QUICK,
+    QUICK_TOKENS,
+    TINY,
+    TINY_PRODUCTS,
+    Product,
+    Shape,
+)
+from moecompile.bench_results import Results, Setting
+from moecompile.bench_timing import CudaTimer, HostTimer
+
+SECTIONS = ("block", "decode", "gemm")
+ROUNDS, QUICK_ROUNDS = 11, 3
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the bench.
+
+    Args:
+        argv: the command line after `python -m moecompile bench`.
+
+    Returns:
+        the exit status: 0 if everything was measured, 1 if something failed, 2 if nothing can be measured here.
+    """
+    parser = _parser()
+    chosen = parser.parse_args(argv)
+    names = _names(chosen.device)
+    if unknown := [name for name in chosen.shapes if name not in names]:
+        parser.error(f"--shapes: there is no {', '.join(unknown)}; there are {', '.join(names)}")
+    if chosen.device == "cuda" and (missing := _missing()):
+        print(f"python -m moecompile bench: {missing}", file=sys.stderr)
+        return 2
+    try:
+        if chosen.json is not None:
+            chosen.json.touch()
+    except OSError as error:
+        parser.error(f"--json: {chosen.json} cannot be written: {error.strerror}")
+    return _run(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moecompile bench",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=["experts"], help="what is measured: the experts of one GPU")
+    parser.add_argument(
+        "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"sections, of {','.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--shapes", type=_split, default=(), metavar="NAMES", help=f"sizes, of {','.join(_names('cuda'))}"
+    )
+    parser.add_argument("--rounds", type=_positive, metavar="N", help=f"turns of each contender (default: {ROUNDS})")
+    parser.add_argument("--quick", action="store_true", help=f"fewer sizes, {QUICK_ROUNDS} turns: a first look")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of each block and their times")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write all rows to PATH, after each of them")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=argparse.SUPPRESS)
+    return parser
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def _sections(text: str) -> tuple[str, ...]:
+    sections = _split(text)
+    if not sections or not set(sections) <= set(SECTIONS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
+    return sections
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _missing() -> str:
+    """Why nothing can be measured here; empty if it can."""
+    needed = "moecompile's kernels need a Hopper GPU (H100, H200)"
+    advice = "`python -m moecompile doctor` says what this machine has"
+    if not torch.cuda.is_available():
+        return f"{needed}, and torch sees no GPU; {advice}"
+    if torch.cuda.get_device_capability() != (9, 0) or torch.version.hip is not None:
+        return f"{needed}, not {torch.cuda.get_device_name()}; {advice}"
+    from moecompile.codegen import nvrtc
+
+    try:
+        nvrtc.version()
+    except nvrtc.CompilerMissing as error:
+        return str(error)
+    return ""
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    rounds = chosen.rounds or (QUICK_ROUNDS if chosen.quick else ROUNDS)
+    results = Results(_machine(chosen.device), chosen.json)
+    results.head("  ".join(f"{name} {value}" for name, value in results.machine.items()))
+    timer = CudaTimer() if chosen.device == "cuda" else HostTimer()
+    ceilings = bench_gemm.measure_ceilings(timer, chosen.device, rounds, results)
+    setting = Setting(chosen.device, timer, rounds, ceilings, results, chosen.profile)
+    for name, measure in _measurements(chosen, setting):
+        try:
+            measure()
+        except Exception as error:  # what else is to be measured is measured all the same
+            results.fail(name, error)
+        gc.collect()
+        if chosen.device == "cuda":
+            torch.cuda.empty_cache()
+    met, targets = results.verdicts()
+    failed = f", {len(results.failures)} measurements FAILED" if results.failures else ""
+    seconds = time.perf_counter() - started
+    results.head(f"{met} of {targets} targets met{failed}; {rounds} rounds, {seconds:.0f} s")
+    return 1 if results.failures else 0
+
+
+def _measurements(chosen: argparse.Namespace, setting: Setting) -> list[tuple[str, Callable[[], None]]]:
+    """What was chosen, by name, in the order in which it is measured."""
+    blocks, decode, products = _cases(chosen.device)
+    wanted = set(chosen.shapes or (QUICK if chosen.quick and chosen.device == "cuda" else _names(chosen.device)))
+    tokens = QUICK_TOKENS if chosen.quick or chosen.device == "cpu" else DECODE_TOKENS
+    found: dict[str, list[tuple[str, Callable[[], None]]]] = {
+        "gemm": [
+            (f"gemm {each.name} {precision}", partial(bench_gemm.measure_product, setting, each, precision))
+            for each in products
+            for precision in bench_gemm.NAMES
+            if each.name in wanted
+        ],
+        "block": [
+            (f"block {each.name}", partial(bench_experts.measure_block, setting, each))
+            for each in blocks
+            if each.name in wanted
+        ],
+        "decode": [
+            (f"decode {each.name}", partial(bench_experts.measure_decode, setting, each, tokens))
+            for each in decode
+            if each.name in wanted
+        ],
+    }
+    return [each for section in chosen.only for each in found[section]]
+
+
+def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Product]]:
+    """Blocks, those of decoding, and products."""
+    if device == "cpu":
+        return (TINY,), (TINY,), TINY_PRODUCTS
+    return BLOCKS, [shape for name in DECODE for shape in BLOCKS if shape.name == name], PRODUCTS
+
+
+def _names(device: str) -> tuple[str, ...]:
+    """What `--shapes` may name."""
+    blocks, _, products = _cases(device)
+    return (*(shape.name for shape in blocks), *(product.name for product in products))
+
+
+def _machine(device: str) -> dict[str, Any]:
+    facts = {"moecompile": moecompile.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return facts

@@ -1,0 +1,50 @@
+"""What each kernel of a call costs, by torch's profiler."""
+
+from __future__ import annotations
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from moecompile.bench_results import Kernel, Setting
+from moecompile.bench_timing import Contender
+
+CALLS = 3
+SHOWN = 14
+
+
+def kernels(setting: Setting, contender: Contender, section: str, case: str, what: str) -> list[Kernel]:
+    """The kernels of one call, on average over a few, the most expensive first.
+
+    Args:
+        setting: on the CPU, operators are listed in the place of kernels.
+        contender: what is called; it must have run before.
+        section: as of `Kernel`; so are `case` and `what`.
+        case: see `section`.
+        what: see `section`.
+
+    Returns:
+        the first SHOWN of them, then one for all others.
+    """
+    on_gpu = setting.device == "cuda"
+    setting.timer.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        for number in range(CALLS):
+            contender.call(number)
+        setting.timer.synchronize()
+    found: list[tuple[str, float, float]] = []
+    for event in profiled.key_averages():
+        if getattr(event, "is_user_annotation", False) or (event.device_type == DeviceType.CPU) == on_gpu:
+            continue
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append((str(event.key), event.count / CALLS, microseconds / 1000 / CALLS))
+    found.sort(key=lambda each: -each[2])
+    total = sum(milliseconds for _, _, milliseconds in found) or 1.0
+    rest = found[SHOWN:]
+    shown = found[:SHOWN]
+    if rest:
+        shown.append((f"{len(rest)} others", sum(each[1] for each in rest), sum(each[2] for each in rest)))
+    shown.append(("all", sum(each[1] for each in found), sum(each[2] for each in found)))
+    return [
+        Kernel(section, case, what, contender.name, name, count, milliseconds, milliseconds / total)
+        for name, count, milliseconds in shown
+    ]
