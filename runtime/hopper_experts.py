@@ -154,8 +154,8 @@ def _steps(args: Arguments, save: bool) -> Steps:
 
 def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
     """What makes the call's tensors, by their place in TENSORS, as the kernels read them."""
-    conforming: dict[str, Callable[[Tensor], Tensor]] = {"weights": _float32}
-    conforming |= dict.fromkeys(("x", "slots"), Tensor.contiguous)
+    conforming: dict[str, Callable[[Tensor], Tensor]] = {"x": _lines, "weights": _float32}
+    conforming["slots"] = Tensor.contiguous
     if args.gate_up == "halves":
         conforming["b_in"] = _halved
     return {TENSORS.index(name): conform for name, conform in conforming.items()}
@@ -273,7 +273,13 @@ def _out_matrices(args: Arguments) -> Tensor:
 def _dispatched(args: Arguments, per_token: Tensor) -> Tensor:
     """The rows' entries of a tensor (T, F), (T*K, F); anything for a row without an expert."""
     rows = per_token.new_empty(args.rows, per_token.shape[1])
-    return hopper_routing.dispatch(per_token.contiguous(), args.slots.contiguous(), rows)
+    return hopper_routing.dispatch(_lines(per_token), args.slots.contiguous(), rows)
+
+
+def _lines(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and in whole lines of 16 bytes."""
+    whole = tensor.contiguous()
+    return whole.clone() if whole.data_ptr() % 16 else whole
 
 
 def _weights(args: Arguments) -> Tensor | None:

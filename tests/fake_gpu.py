@@ -150,7 +150,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         patched.setattr(torch._C, "_cuda_getDevice", lambda: gpu.current, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
         patched.setattr(torch.Tensor, "new_empty", gpu.arena.method())
-        for name in ("_float32", "_halved"):
+        for name in ("_float32", "_halved", "_lines"):
             patched.setattr(hopper_experts, name, gpu.arena.keeping(getattr(hopper_experts, name)))
         patched.setattr(hopper_routing, "_conformed", gpu.arena.keeping(hopper_routing._conformed))
         patched.setattr(torch.Tensor, "contiguous", gpu.arena.keeping(torch.Tensor.contiguous))

@@ -344,3 +344,12 @@ def test_threads_do_not_share_arguments(gpu: FakeGpu) -> None:
         thread.join()
     assert sorted(each.arguments for each in gpu.launched) == wanted
     assert 1 <= len(kernel.idle) <= 4
+
+
+def test_tokens_that_begin_within_a_line(gpu: FakeGpu) -> None:
+    """Dispatch reads 16 bytes at once: it is given a copy."""
+    room = torch.zeros(TOKENS * HIDDEN + 8).bfloat16()
+    arguments = call(x=room[1 : TOKENS * HIDDEN + 1].view(TOKENS, HIDDEN))
+    for _ in range(2):
+        address = int.from_bytes(launched(gpu, arguments)[0].arguments[:8], "little")
+        assert address % 16 == 0 and address != arguments["x"].data_ptr()
