@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moecompile.runtime.contract import DIFFERENTIABLE
+from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS
 
 Parts = list[Tensor]
-TENSORS = ("x", "weights", "offsets", "slots", "order", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
 ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
 
 

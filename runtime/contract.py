@@ -18,6 +18,8 @@ from moecompile.runtime.elementwise import dtype_named, result_dtype
 GATE_UP = ("halves", "interleaved", "separate", "single")
 KERNELS = (None, "reference")
 """What runs inside the operators: the fastest kernels that the device has, or PyTorch's alone."""
+TENSORS = ("x", "weights", "offsets", "slots", "order", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+"""The tensors among the arguments of `experts`, in their order."""
 DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
 """The order of `needs` and of the gradients that `experts_backward` returns."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moecompile.codegen import nvrtc
 from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.launch import load, tensor_map
+from moecompile.runtime.launch import Launch, Mapped, Value, boxes_of, load
 
 log = logging.getLogger("moecompile")
 
@@ -36,6 +36,11 @@ def usable(device: int) -> bool:
         log.warning("experts run PyTorch's grouped GEMM: %s", error)
         return False
     return True
+
+
+def serves(device: torch.device) -> bool:
+    """Whether the kernels run on that device."""
+    return device.type == "cuda" and usable(device.index)
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,30 @@ def grouped_gemm(
     Returns:
         out.
     """
+    grouped_gemm_launch(
+        a, b, offsets, out, bias=bias, a_scales=a_scales, b_scales=b_scales, instance=instance
+    ).run()  # fmt: skip
+    return out
+
+
+def grouped_gemm_launch(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
+    instance: GroupedGemm | None = None,
+) -> Launch:
+    """What `grouped_gemm` launches."""
     (rows, k), (experts, _, n) = a.shape, b.shape
     chosen = instance or choose(a.dtype, rows, experts, n, k, _is_transposed(b))
     if bias is not None:
         chosen = replace(chosen, epilogue=Plain(bias=True))
-    scales = _map(a_scales.t(), (1, ROWS + 4)) if a_scales is not None else None
-    _launch(chosen, a, (b,), offsets, (experts, k, n), (_target(out), bias), scales, b_scales)
-    return out
+    scales = _mapped(a_scales, (1, ROWS + 4), turned=True) if a_scales is not None else None
+    return _prepared(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales)
 
 
 def activated_gemm(
@@ -119,6 +141,24 @@ def activated_gemm(
     Returns:
         out.
     """
+    activated_gemm_launch(
+        a, projection, activation, offsets, out, hidden=hidden, weights=weights, order=order
+    ).run()  # fmt: skip
+    return out
+
+
+def activated_gemm_launch(
+    a: Tensor,
+    projection: Projection,
+    activation: str,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    hidden: Tensor | None = None,
+    weights: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Launch:
+    """What `activated_gemm` launches."""
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
     save, bias = hidden is not None, projection.biases is not None
     chosen = replace(
@@ -127,13 +167,12 @@ def activated_gemm(
     )
     parts = projection.parts(hidden) if hidden is not None else ()
     # where nothing is saved, the kernel takes only the number of columns from these
-    targets = [_target(part) for part in parts] or [_columns(n)]
+    targets: list[Value] = [_written(part) for part in parts] or [_columns(n)]
     biases = projection.biases or ()
-    _launch(
+    return _prepared(
         chosen, a, projection.matrices, offsets, (experts, k, n),
-        (_target(out), targets[0], targets[-1], *_pair(biases), weights, order),
+        (_written(out), targets[0], targets[-1], *_pair(biases), weights, order),
     )  # fmt: skip
-    return out
 
 
 def activation_backward(
@@ -226,14 +265,24 @@ def _is_transposed(b: Tensor) -> bool:
     return b.stride(2) == 1 and b.stride(1) != 1
 
 
+def _mapped(tensor: Tensor, box: tuple[int, ...], *, turned: bool = False) -> Mapped:
+    """The tensor, or with `turned` its transpose, for bulk copies of such boxes."""
+    seen = tensor.mT if turned else tensor
+    return Mapped(tensor, boxes_of(seen.dtype, tuple(seen.shape), seen.stride(), box))
+
+
+def _written(out: Tensor) -> Mapped:
+    """The tensor as a `Target` of kernels/box.cuh."""
+    return Mapped(out, boxes_of(out.dtype, tuple(out.shape), out.stride(), OUT_BOX, target=True))
+
+
 def _map(tensor: Tensor, box: tuple[int, ...]) -> bytes:
-    return tensor_map(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box)
+    return _mapped(tensor, box).described()
 
 
 def _target(out: Tensor) -> bytes:
     """`Target` of kernels/box.cuh."""
-    numbers = struct.pack("<Qii", out.data_ptr(), out.shape[1], out.stride(0))
-    return (_map(out, OUT_BOX) + numbers).ljust(192, b"\0")
+    return _written(out).described()
 
 
 def _columns(count: int) -> bytes:
@@ -245,31 +294,47 @@ def _pair(biases: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     return (biases[0], biases[-1]) if biases else (None, None)
 
 
+def _prepared(
+    instance: GroupedGemm,
+    a: Tensor,
+    matrices: tuple[Tensor, ...],
+    offsets: Tensor,
+    sizes: tuple[int, int, int],
+    epilogue: tuple[Value, ...],
+    scales: bytes | Mapped | None = None,
+    b_scales: Tensor | None = None,
+    b_scale_pair: int = 0,
+) -> Launch:
+    """The launch.
+
+    `sizes` are the experts, the columns of a and those of the schedule. b_scales are (E, blocks of N, blocks of K); a
+    second matrix begins `b_scale_pair` blocks after the first.
+    """
+    columns = LINE // a.element_size()
+    loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
+    boxes = [
+        _mapped(b, (1, columns, ACROSS)) if instance.transposed else _mapped(b, (1, loaded, columns), turned=True)
+        for b in matrices
+    ]
+    kernel = load(instance, a.device.index)
+    box = (columns, ACROSS) if instance.over_rows and instance.transposed else (ROWS, columns)
+    maps = (_mapped(a, box), boxes[0], boxes[-1])
+    grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
+    blocks = kernel.multiprocessors // instance.cluster * instance.cluster
+    values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *epilogue)
+    return Launch(kernel, blocks, values)
+
+
 def _launch(
     instance: GroupedGemm,
     a: Tensor,
     matrices: tuple[Tensor, ...],
     offsets: Tensor,
     sizes: tuple[int, int, int],
-    epilogue: tuple[bytes | Tensor | int | None, ...],
-    scales: bytes | None = None,
+    epilogue: tuple[Value, ...],
+    scales: bytes | Mapped | None = None,
     b_scales: Tensor | None = None,
     b_scale_pair: int = 0,
 ) -> None:
-    """Launches.
-
-    `sizes` are the experts, the columns of a and those of the schedule; b_scales (E, blocks of N, blocks of K), in which
-    a second matrix begins `b_scale_pair` blocks after the first.
-    """
-    columns = LINE // a.element_size()
-    loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
-    boxes = [
-        _map(b, (1, columns, ACROSS)) if instance.transposed else _map(b.mT, (1, loaded, columns)) for b in matrices
-    ]
-    kernel = load(instance, a.device.index)
-    box = (columns, ACROSS) if instance.over_rows and instance.transposed else (ROWS, columns)
-    maps = (_map(a, box), boxes[0], boxes[-1])
-    grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
-    blocks = kernel.multiprocessors // instance.cluster * instance.cluster
-    arguments = kernel.pack(*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *epilogue)
-    kernel.launch(blocks, arguments)
+    """Launches; the arguments are those of `_prepared`."""
+    _prepared(instance, a, matrices, offsets, sizes, epilogue, scales, b_scales, b_scale_pair).run()

@@ -14,25 +14,31 @@ What these kernels do not take (`takes`), `moecompile.runtime.reference` runs, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecompile.codegen.activation import print_struct
 from moecompile.runtime import combine, hopper, hopper_routing
-from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
+from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.hopper import Projection
 from moecompile.runtime.hopper_rows import HopperRows
+from moecompile.runtime.launch import Launch
+from moecompile.runtime.remembered import Memory, Remembered, signature
 
 DTYPES = (torch.bfloat16, torch.float16)
 RESULTS = (*DTYPES, torch.float32)
+EXPERTS: Memory[Remembered] = Memory()
+"""What `experts` launches, by what decides it."""
 
 
 def takes(args: Arguments) -> bool:
     """Whether the kernels compute these: one 16-bit dtype between gather and combine, whole lines of 16 bytes."""
-    if args.kernels is not None or args.offsets.device.type != "cuda" or not hopper.usable(args.offsets.device.index):
+    if args.kernels is not None or not hopper.serves(args.offsets.device):
         return False
     dtypes, matrices = args.dtypes, (args.w_in, args.w_out, *(() if args.w_up is None else (args.w_up,)))
     biases = [bias for bias in (args.b_in, args.b_up, args.b_out) if bias is not None]
@@ -54,27 +60,105 @@ def takes(args: Arguments) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The forward of one call, ready to be launched.
+
+    Attributes:
+        conformed: the call's tensors, in the order of TENSORS, as the kernels read them (`_conforming`).
+        views: of which of these each other tensor that the launches read is a view.
+        scratch: what the launches write and read.
+        result: what they write last, (T, H2).
+        hidden: GEMM1's rows if they are to be saved, (T*K, N).
+        launches: in their order.
+    """
+
+    conformed: list[Tensor | None]
+    views: list[tuple[Tensor, int]]
+    scratch: list[Tensor]
+    result: Tensor
+    hidden: Tensor | None
+    launches: list[Launch]
+
+
 def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
     """The result, (T, H2), and GEMM1's rows if they are to be saved, (T*K, N); anything beyond offsets[-1]."""
-    x, projection = args.x.contiguous(), _projection(args)
-    rows = _dispatched(args, x)
+    steps = _steps(args, save)
+    for launch in steps.launches:
+        launch.run()
+    return steps.result, steps.hidden
+
+
+def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor | None:
+    """The result of `infer`, (T, H2), for arguments like some before, which need no checks; None if they are new."""
+    known = EXPERTS.get(signature(tensors, *attributes.items()))
+    return None if known is None else known.run(tensors)[0]
+
+
+def infer(args: Arguments, tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor:
+    """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
+    steps = _steps(args, save=False)
+    for launch in steps.launches:
+        launch.run()
+    if _tells_apart(tensors, attributes):
+        conformed = steps.conformed[: len(tensors)]
+        known = Remembered(
+            tensors, _conforming(args), conformed, steps.views, steps.scratch, (steps.result,), steps.launches
+        )
+        EXPERTS.put(signature(tensors, *attributes.items()), known)
+    return steps.result
+
+
+def _tells_apart(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> bool:
+    """Whether each tensor is an object of its own and given by position, so that a call can be remembered."""
+    given = [id(tensor) for tensor in tensors if tensor is not None]
+    return len(set(given)) == len(given) and not any(isinstance(value, Tensor) for value in attributes.values())
+
+
+def _steps(args: Arguments, save: bool) -> Steps:
+    """Makes what the forward writes, and its launches."""
+    conforming = _conforming(args)
+    conformed = [getattr(args, name) for name in TENSORS]
+    conformed = [
+        conforming[i](each) if i in conforming and each is not None else each for i, each in enumerate(conformed)
+    ]
+    x, weights, offsets, slots, order, *_, b_in, _, b_out = conformed
+    projection, w_out = _projection(args, b_in), _out_matrices(args)
+    rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
     hidden = x.new_empty(args.rows, args.width) if save else None
-    reads_weight = "weight" in expression_leaves(args.activation)
-    a = hopper.activated_gemm(
-        rows,
-        projection,
-        args.activation,
-        args.offsets,
-        x.new_empty(args.rows, args.intermediate),
-        hidden=hidden,
-        weights=_weights(args) if reads_weight else None,
-        order=args.order if reads_weight else None,
-    )
-    y = hopper.grouped_gemm(
-        a, _out_matrices(args), args.offsets, x.new_empty(args.rows, args.out_features), bias=args.b_out
-    )
+    y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
-    return hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result), hidden
+    reads_weight = "weight" in expression_leaves(args.activation)
+    launches = [
+        hopper_routing.dispatch_launch(x, slots, rows),
+        hopper.activated_gemm_launch(
+            rows,
+            projection,
+            args.activation,
+            offsets,
+            a,
+            hidden=hidden,
+            weights=weights if reads_weight else None,
+            order=order if reads_weight else None,
+        ),
+        hopper.grouped_gemm_launch(a, w_out, offsets, y, bias=b_out),
+        hopper_routing.combine_launch(y, slots, weights, args.output, result),
+    ]
+    second = "w_in" if args.w_up is None else "w_up"
+    views = [(w_out, TENSORS.index("w_out")), (projection.matrices[0], TENSORS.index("w_in"))]
+    views.append((projection.matrices[-1], TENSORS.index(second)))
+    if args.gate_up == "halves":
+        views.extend((half, TENSORS.index("b_in")) for half in projection.biases or ())
+    return Steps(conformed, views, [rows, a, y], result, hidden, launches)
+
+
+def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
+    """What makes the call's tensors, by their place in TENSORS, as the kernels read them."""
+    conforming: dict[str, Callable[[Tensor], Tensor]] = {"x": _lines, "weights": _float32}
+    conforming["slots"] = Tensor.contiguous
+    if args.gate_up == "halves":
+        conforming["b_in"] = _halved
+    return {TENSORS.index(name): conform for name, conform in conforming.items()}
 
 
 def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
@@ -157,19 +241,28 @@ def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool,
     return out if out.stride() == expected else torch.empty_like(like).copy_(out)
 
 
-def _projection(args: Arguments) -> Projection:
-    """GEMM1: one matrix, or two for a gate and an up projection that are two halves or two tensors."""
+def _projection(args: Arguments, b_in: Tensor | None = None) -> Projection:
+    """GEMM1: one matrix, or two for a gate and an up projection that are two halves or two tensors.
+
+    `b_in` is the argument of that name, for "halves" what `_halved` makes of it; None where biases are not read.
+    """
     w_in = args.w_in if args.w_in_transposed else args.w_in.mT
     if args.gate_up == "halves":
-        biases = None if args.b_in is None else tuple(half.contiguous() for half in args.b_in.chunk(2, 1))
         gate, up = w_in.chunk(2, 2)
-        return Projection((gate, up), biases, "halves")
+        return Projection((gate, up), None if b_in is None else (b_in[0], b_in[1]), "halves")
     if args.w_up is not None:
         w_up = args.w_up if args.w_in_transposed else args.w_up.mT
-        return Projection(
-            (w_in, w_up), None if args.b_in is None or args.b_up is None else (args.b_in, args.b_up), "separate"
-        )
-    return Projection((w_in,), None if args.b_in is None else (args.b_in,), args.gate_up)
+        return Projection((w_in, w_up), None if b_in is None or args.b_up is None else (b_in, args.b_up), "separate")
+    return Projection((w_in,), None if b_in is None else (b_in,), args.gate_up)
+
+
+def _halved(biases: Tensor) -> Tensor:
+    """Biases (E, 2I) of gate and up projection as (2, E, I)."""
+    return biases.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+
+
+def _float32(weights: Tensor) -> Tensor:
+    return weights.to(torch.float32).contiguous()
 
 
 def _out_matrices(args: Arguments) -> Tensor:
@@ -180,12 +273,18 @@ def _out_matrices(args: Arguments) -> Tensor:
 def _dispatched(args: Arguments, per_token: Tensor) -> Tensor:
     """The rows' entries of a tensor (T, F), (T*K, F); anything for a row without an expert."""
     rows = per_token.new_empty(args.rows, per_token.shape[1])
-    return hopper_routing.dispatch(per_token.contiguous(), args.slots.contiguous(), rows)
+    return hopper_routing.dispatch(_lines(per_token), args.slots.contiguous(), rows)
+
+
+def _lines(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and in whole lines of 16 bytes."""
+    whole = tensor.contiguous()
+    return whole.clone() if whole.data_ptr() % 16 else whole
 
 
 def _weights(args: Arguments) -> Tensor | None:
     """The routing weights, as kernels read them."""
-    return None if args.weights is None else args.weights.to(torch.float32).contiguous()
+    return None if args.weights is None else _float32(args.weights)
 
 
 def _scales(args: Arguments, form: Weighting) -> Tensor | None:

@@ -7,10 +7,15 @@ from torch import Tensor
 
 from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Combine, Dispatch, Plan
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.launch import load
+from moecompile.runtime.launch import Launch, load
+from moecompile.runtime.remembered import Memory, Remembered, signature
 
 PLAN_BLOCKS = 128
 """Blocks that make a plan, at most: each adds up the counts of all before it."""
+
+
+PLANS: Memory[Remembered] = Memory()
+"""What `plan` launches, by what decides it."""
 
 
 def takes_plan(num_experts: int) -> bool:
@@ -26,24 +31,39 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
             [0, num_experts) is a device-side assertion.
         num_experts: at most the last of PLAN_EXPERTS.
     """
-    ids = expert_ids.contiguous()
-    if dtype_name(ids.dtype) not in IDS:
-        ids = ids.to(torch.int64)
-    assignments, device = ids.numel(), ids.device.index
-    counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)
-    offsets = torch.empty_like(counts)
-    slots = torch.empty_like(ids, dtype=torch.int32)
-    order = torch.empty(assignments, dtype=torch.int32, device=ids.device)
+    key = signature((expert_ids,), num_experts)
+    known = PLANS.get(key)
+    if known is not None:
+        counts, offsets, slots, order = known.run((expert_ids,))
+        return counts, offsets, slots, order
+    ids = _conformed(expert_ids)
     chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
-    place = load(Plan("place", *chosen), device)
+    place = load(Plan("place", *chosen), ids.device.index)
+    assignments = ids.numel()
     blocks = min(max(1, -(-assignments // place.threads)), PLAN_BLOCKS)
-    block_counts = None
+
+    def empty(*size: int) -> Tensor:
+        return ids.new_empty(size, dtype=torch.int32)
+
+    block_counts, launches = None, []
     if blocks > 1:
-        block_counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=ids.device)
-        count = load(Plan("count", *chosen), device)
-        count.launch(blocks, count.pack(ids, block_counts, assignments, num_experts))
-    place.launch(blocks, place.pack(ids, block_counts, counts, offsets, slots, order, assignments, num_experts))
+        block_counts, count = empty(blocks, num_experts), load(Plan("count", *chosen), ids.device.index)
+        launches.append(Launch(count, blocks, (ids, block_counts, assignments, num_experts)))
+    made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(assignments)
+    counts, offsets, slots, order = made
+    values = (ids, block_counts, counts, offsets, slots, order, assignments, num_experts)
+    launches.append(Launch(place, blocks, values))
+    for launch in launches:
+        launch.run()
+    scratch = () if block_counts is None else (block_counts,)
+    PLANS.put(key, Remembered((expert_ids,), {0: _conformed}, (ids,), (), scratch, made, launches))
     return counts, offsets, slots, order
+
+
+def _conformed(expert_ids: Tensor) -> Tensor:
+    """The ids as the kernels read them."""
+    ids = expert_ids.contiguous()
+    return ids if dtype_name(ids.dtype) in IDS else ids.to(torch.int64)
 
 
 def dispatch(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
@@ -57,12 +77,17 @@ def dispatch(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     Returns:
         rows.
     """
+    dispatch_launch(x, slots, rows).run()
+    return rows
+
+
+def dispatch_launch(x: Tensor, slots: Tensor, rows: Tensor) -> Launch:
+    """What `dispatch` launches."""
     kernel = load(Dispatch(), rows.device.index)
     pieces = x.shape[1] * x.element_size() // 16
     warps = x.shape[0] * -(-pieces // 128)
     blocks = min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors)
-    kernel.launch(blocks, kernel.pack(x, slots, rows, *slots.shape, pieces))
-    return rows
+    return Launch(kernel, blocks, (x, slots, rows, *slots.shape, pieces))
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Tensor:
@@ -78,8 +103,13 @@ def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, ou
     Returns:
         out.
     """
+    combine_launch(rows, slots, weights, output, out).run()
+    return out
+
+
+def combine_launch(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Launch:
+    """What `combine` launches."""
     given, wanted = (dtype_name(tensor.dtype) for tensor in (rows, out))
     kernel = load(Combine(given, wanted, output), out.device.index)
     blocks = min(-(-out.numel() // (8 * kernel.threads)), 16 * kernel.multiprocessors)
-    kernel.launch(blocks, kernel.pack(rows, slots, weights, out, *slots.shape, out.shape[1]))
-    return out
+    return Launch(kernel, blocks, (rows, slots, weights, out, *slots.shape, out.shape[1]))

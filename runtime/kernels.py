@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -21,11 +22,9 @@ Parts = list[Tensor]
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layout of `expert_ids`."""
     check_plan(expert_ids, num_experts)
-    if expert_ids.device.type == "cuda":
-        from moecompile.runtime import hopper, hopper_routing
-
-        if hopper.usable(expert_ids.device.index) and hopper_routing.takes_plan(num_experts):
-            return hopper_routing.plan(expert_ids, num_experts)
+    fused = _fused_on(expert_ids.device)
+    if fused is not None and fused.hopper_routing.takes_plan(num_experts):
+        return fused.hopper_routing.plan(expert_ids, num_experts)
     return reference.plan(expert_ids, num_experts)
 
 
@@ -45,8 +44,17 @@ def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 def experts(*args: Any, **attributes: Any) -> Tensor:
     """The result alone, for inference."""
-    with _exact(args[0]):
-        return _forward(Arguments(*args, **attributes).check(), save=False)[0]
+    x: Tensor = args[0]
+    fused = _fused_on(x.device)
+    if fused is not None:  # what it remembers has been checked, and computes nothing that autocast would change
+        known: Tensor | None = fused.infer_again(args, attributes)
+        if known is not None:
+            return known
+    with _exact(x):
+        arguments = Arguments(*args, **attributes).check()
+        if fused is None or not fused.takes(arguments):
+            return reference.forward(arguments, save=False)[0]
+        return fused.infer(arguments, args, attributes)
 
 
 def experts_shape(*args: Any, **attributes: Any) -> tuple[tuple[int, int], torch.dtype]:
@@ -108,11 +116,22 @@ def _forward(arguments: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
 
 def _fused(arguments: Arguments) -> ModuleType | None:
     """The module of the fused kernels, if they take these arguments."""
-    if arguments.x.device.type != "cuda" or writing_out.get():
-        return None
-    from moecompile.runtime import hopper_experts
+    fused = _fused_on(arguments.x.device)
+    return fused if fused is not None and fused.takes(arguments) else None
 
-    return hopper_experts if hopper_experts.takes(arguments) else None
+
+def _fused_on(device: torch.device) -> ModuleType | None:
+    """The module of the fused kernels, if they run on that device."""
+    return None if writing_out.get() else _fused_module(device)
+
+
+@functools.cache
+def _fused_module(device: torch.device) -> ModuleType | None:
+    if device.type != "cuda":
+        return None
+    from moecompile.runtime import hopper, hopper_experts
+
+    return hopper_experts if hopper.serves(device) else None
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Compiled kernels on a device: loaded once, launched on torch's current stream.
 
     kernel = load(GroupedGemm("bfloat16", 256, 4, 2), device)
-    kernel.launch(blocks, kernel.pack(map_a, map_b, offsets, 4096))
+    Launch(kernel, blocks, (Mapped(a, boxes), offsets, 4096)).run()
 
 A kernel has one struct of arguments. Nothing here waits for the device, so that launches can be captured in CUDA
 graphs; only loading cannot, and happens at the first use.
@@ -13,7 +13,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,60 @@ def driver_call(function: str, *arguments: Any, about: str = "") -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """How a kernel copies a tensor in bulk: all that a tensor map says, but for the address.
+
+    One object for each content, made by `boxes_of`, so that it is its own key.
+
+    Attributes:
+        dtype: of the elements.
+        shape: of the tensor.
+        strides: in elements.
+        box: elements that one copy moves along each dimension.
+        target: whether what the kernel takes is a `Target` of kernels/box.cuh, which begins with the map.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    target: bool
+
+
+@functools.lru_cache(maxsize=8192)
+def boxes_of(
+    dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], target: bool = False
+) -> Boxes:
+    """The only `Boxes` of this content."""
+    return Boxes(dtype, shape, strides, box, target)
+
+
+@functools.lru_cache(maxsize=65536)
+def described(boxes: Boxes, address: int) -> bytes:
+    """What a kernel is told of the tensor at that address: a tensor map, 128 bytes, or a `Target`, 192."""
+    encoded = tensor_map(address, boxes.dtype, boxes.shape, boxes.strides, boxes.box)
+    if not boxes.target:
+        return encoded
+    return (encoded + struct.pack("<Qii", address, boxes.shape[1], boxes.strides[0])).ljust(192, b"\0")
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """An argument that is read or written by bulk copies: the memory of `tensor`, seen as `boxes` say."""
+
+    tensor: Tensor
+    boxes: Boxes
+
+    def described(self) -> bytes:
+        """A tensor map or a `Target`."""
+        return described(self.boxes, self.tensor.data_ptr())
+
+
+Value = bytes | Mapped | Tensor | int | float | None
+"""An argument of a kernel."""
+
+
 @dataclass
 class Kernel:
     """One kernel in a device's memory.
@@ -51,6 +105,7 @@ class Kernel:
         multiprocessors: of the device; a persistent kernel's grid.
         device: its index.
         layout: of its arguments, once they have been packed.
+        idle: memory for arguments that no launch is using.
     """
 
     instance: Instance
@@ -62,38 +117,73 @@ class Kernel:
     multiprocessors: int
     device: int
     layout: struct.Struct | None = None
+    idle: list[_Storage] = field(default_factory=list, repr=False, compare=False)
 
-    def pack(self, *values: bytes | Tensor | int | float | None) -> bytes:
+    def pack(self, *values: Value) -> bytes:
         """The struct of arguments: tensors as pointers (None: null), numbers in 32 bits.
 
         Bytes, which are tensor maps or begin with one, begin at a multiple of 64.
         """
+        packed = [value.described() if isinstance(value, Mapped) else value for value in values]
+        numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in packed]
+        return self.layout_of(packed).pack(*numbers)
+
+    def layout_of(self, values: Sequence[bytes | Tensor | int | float | None]) -> struct.Struct:
+        """How its arguments, of which `values` are some, lie in its struct, padding included."""
         if self.layout is None:
-            self.layout = _layout(values)
-            if not 0 <= self.argument_bytes - self.layout.size < 64:  # tensor maps align the struct to 64 bytes
-                raise ValueError(
-                    f"{self.instance} takes {self.argument_bytes} bytes of arguments, got {self.layout.size}"
-                )
-        numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in values]
-        return self.layout.pack(*numbers).ljust(self.argument_bytes, b"\0")
+            layout = _layout(values)
+            padding = self.argument_bytes - layout.size
+            if not 0 <= padding < 64:  # tensor maps align the struct to 64 bytes
+                raise ValueError(f"{self.instance} takes {self.argument_bytes} bytes of arguments, got {layout.size}")
+            self.layout = struct.Struct(f"{layout.format}{padding}x")
+        return self.layout
 
     def launch(self, blocks: int, arguments: bytes) -> None:
         """Launches that many blocks on the current stream of the kernel's device."""
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
                 return self.launch(blocks, arguments)
-        storage = ctypes.c_char_p(arguments)  # the driver copies them before it returns
-        pointers = (ctypes.c_void_p * 1)(ctypes.cast(storage, ctypes.c_void_p))
-        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        return self.launch_on(torch._C._cuda_getCurrentRawStream(self.device), blocks, arguments)
+
+    def launch_on(self, stream: int, blocks: int, arguments: bytes) -> None:
+        """Launches on that stream of the kernel's device, which is the current one."""
+        try:  # taking from the list and giving back are atomic: no two threads have the same memory
+            storage = self.idle.pop()
+        except IndexError:
+            storage = _Storage(self.argument_bytes)
+        storage.bytes[:] = arguments
         (status,) = _driver().cuLaunchKernel(
-            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(pointers), 0
+            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, storage.address, 0
         )
+        self.idle.append(storage)  # the driver has copied the arguments
         if int(status):
             raise DriverError(
                 f"cuLaunchKernel failed with {getattr(status, 'name', status)}: {self.instance}, {blocks} blocks of "
                 f"{self.threads} threads, {self.shared_bytes} bytes of shared memory, arguments {arguments.hex()}"
             )
-        return None
+
+
+class _Storage:
+    """Memory for the arguments of one launch, and for what the driver is given: an array of one pointer to them."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = (ctypes.c_char * size)()
+        self.bytes = memoryview(self.memory).cast("B")
+        self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.memory))
+        self.address = ctypes.addressof(self.pointers)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel with its arguments, not yet launched."""
+
+    kernel: Kernel
+    blocks: int
+    values: tuple[Value, ...]
+
+    def run(self) -> None:
+        """Launches it on the current stream of the kernel's device."""
+        self.kernel.launch(self.blocks, self.kernel.pack(*self.values))
 
 
 @functools.cache
@@ -141,7 +231,6 @@ def load(instance: Instance, device: int) -> Kernel:
     return Kernel(instance, function, shared_bytes, argument_bytes, threads, cluster, multiprocessors, device)
 
 
-@functools.lru_cache(maxsize=65536)
 def tensor_map(
     address: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> bytes:

@@ -1,0 +1,165 @@
+"""A driver that launches nothing: the way to a launch on CPU tensors, without a GPU, a compiler or the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import math
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moecompile.codegen.instances import Instance
+from moecompile.runtime import hopper, hopper_experts, hopper_routing, kernels, launch
+from moecompile.runtime.launch import Kernel
+
+STREAM = 77
+
+
+class FakeKernel(Kernel):
+    """A kernel whose struct of arguments is what it is first given."""
+
+    def layout_of(self, values: Sequence[Any]) -> struct.Struct:
+        if self.layout is None:
+            self.argument_bytes = -(-launch._layout(values).size // 64) * 64
+        return super().layout_of(values)
+
+
+class Arena:
+    """Memory that is given again in the same order after `reset`, as the caching allocator does call after call."""
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(1 << 20, dtype=torch.uint8)
+        self.used = 0
+
+    def reset(self) -> None:
+        self.used = 0
+
+    def new_empty(self, like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        kind = dtype or like.dtype
+        begin, count = -(-self.used // 512) * 512, math.prod(shape) * kind.itemsize
+        self.used = begin + count
+        return self.memory[begin : self.used].view(kind).view(shape)
+
+    def method(self) -> Callable[..., Tensor]:
+        """`new_empty` as a method of tensors."""
+
+        def method(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
+            return self.new_empty(like, *size, dtype=dtype)
+
+        return method
+
+    def keeping(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function with what it makes in this memory."""
+
+        def kept(tensor: Tensor, *others: Any) -> Tensor:
+            made = function(tensor, *others)
+            return tensor if made is tensor else self.new_empty(made, made.shape).copy_(made)
+
+        return kept
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What the driver was asked to launch."""
+
+    instance: Instance
+    blocks: int
+    threads: int
+    arguments: bytes
+
+
+@dataclass
+class FakeGpu:
+    """The driver's part of a launch.
+
+    Attributes:
+        launched: what it was asked to launch.
+        devices: which device was current at each launch.
+        encoded: how many tensor maps it was asked for.
+        status: its answer to a launch.
+        current: the current device.
+        pause: seconds until it has read a launch's arguments.
+        arena: where what the fused kernels write lies.
+    """
+
+    launched: list[Launched] = field(default_factory=list)
+    devices: list[int | None] = field(default_factory=list)
+    encoded: int = 0
+    status: int = 0
+    current: int | None = None
+    pause: float = 0.0
+    arena: Arena = field(default_factory=Arena)
+
+    def cuLaunchKernel(self, kernel: Kernel, blocks: int, *others: int) -> tuple[int]:
+        _, _, threads, _, _, _, stream, pointers, _ = others
+        assert stream == STREAM
+        self.devices.append(self.current)
+        time.sleep(self.pause)
+        address = ctypes.c_void_p.from_address(pointers).value
+        assert address is not None
+        arguments = ctypes.string_at(address, kernel.argument_bytes)
+        self.launched.append(Launched(kernel.instance, blocks, threads, arguments))
+        return (self.status,)
+
+    def tensor_map(self, *contents: Any) -> bytes:
+        """128 bytes that tell tensor maps apart."""
+        self.encoded += 1
+        return hashlib.sha512(repr(contents).encode()).digest() * 2
+
+    @staticmethod
+    def load(instance: Any, device: int | None) -> Kernel:
+        """The kernel, with room for any arguments."""
+        return _load(instance, device)
+
+    def taken(self) -> list[Launched]:
+        """What has been launched since the last time; the arena begins again."""
+        launched, self.launched = self.launched, []
+        self.arena.reset()
+        return launched
+
+
+@functools.cache
+def _load(instance: Instance, device: int | None) -> Kernel:
+    made = FakeKernel(instance, None, 1000, 0, 384, 1, 132, device)  # type: ignore[arg-type]
+    made.function = made
+    return made
+
+
+@contextlib.contextmanager
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Within, the fused kernels serve CPU tensors, launched by the driver that is given."""
+    gpu = FakeGpu()
+    _forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(launch, "_driver", lambda: gpu)
+        patched.setattr(launch, "tensor_map", gpu.tensor_map)
+        for module in (hopper, hopper_routing):
+            patched.setattr(module, "load", _load)
+        patched.setattr(hopper, "serves", lambda device: True)
+        patched.setattr(kernels, "_fused_module", lambda device: hopper_experts)
+        patched.setattr(torch._C, "_cuda_getDevice", lambda: gpu.current, raising=False)
+        patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+        patched.setattr(torch.Tensor, "new_empty", gpu.arena.method())
+        for name in ("_float32", "_halved", "_lines"):
+            patched.setattr(hopper_experts, name, gpu.arena.keeping(getattr(hopper_experts, name)))
+        patched.setattr(hopper_routing, "_conformed", gpu.arena.keeping(hopper_routing._conformed))
+        patched.setattr(torch.Tensor, "contiguous", gpu.arena.keeping(torch.Tensor.contiguous))
+        yield gpu
+    _forget()
+
+
+def _forget() -> None:
+    hopper_experts.EXPERTS.clear()
+    hopper_routing.PLANS.clear()
+    launch.described.cache_clear()
+    _load.cache_clear()
