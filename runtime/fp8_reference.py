@@ -66,7 +66,7 @@ def forward(args: Arguments, quantized: Quantized, save: bool) -> tuple[Tensor, 
     if not save:
         return result, None
     hidden_values, scales = quantize(rows.every(hidden, args.rows), ALONG_FEATURES)
-    hidden_scales = torch.nn.functional.pad(scales.t(), (0, -args.rows % PITCH))
+    hidden_scales = torch.nn.functional.pad(scales.t(), (0, -args.rows % PITCH)).contiguous()
     return result, Saved(x_values, x_scales, hidden_values, hidden_scales)
 
 
@@ -106,7 +106,9 @@ class _Backward:
         of_product = dequantize(*self.of_hidden_q, ALONG_FEATURES)
         of_rows = self.rows.linear(of_product, _w_in(self.args, self.quantized), True)
         dtype = self.args.dtypes.row
-        return token_sum(of_rows.to(dtype), self.args.slots, dtype, self.rows.complete)
+        # as float32 again, because the CPU's embedding_bag rounds sums of bfloat16 half away from zero
+        rounded = of_rows.to(dtype).to(torch.float32)
+        return token_sum(rounded, self.args.slots, dtype, self.rows.complete)
 
     def _of_weights(self) -> Tensor:
         args = self.args

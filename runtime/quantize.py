@@ -126,7 +126,7 @@ def quantize_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: b
     matrices = [matrix.mT if transposed else matrix for matrix in (w, w_up) if matrix is not None]
     packed = pack(split_features(matrices, gate_up))
     values, scales = quantize(torch.nn.functional.pad(packed, (0, pad(packed.shape[2]) - packed.shape[2])), SQUARE)
-    return values, scales, values.mT.contiguous(), scales.mT.contiguous()
+    return values, scales, _transposed(values), _transposed(scales)
 
 
 def padded_width(inner: int, gate_up: str) -> int:
@@ -157,6 +157,11 @@ def pack(parts: list[Tensor]) -> Tensor:
 def unpack(packed: Tensor, inner: int) -> list[Tensor]:
     """Views of the parts (n, I) in packed rows (n, N')."""
     return [part[:, :inner] for part in packed.split(pad(inner), 1)]
+
+
+def _transposed(matrices: Tensor) -> Tensor:
+    """A copy that is contiguous, and a copy even where the transposed view is contiguous itself."""
+    return matrices.mT.clone(memory_format=torch.contiguous_format)
 
 
 def _scales(amax: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     given = {name: tensor.detach().double() for name, tensor in case.given.items()}
     dtype, weighted = case.given["x"].dtype, "weights" in given
     w_in, w_out = matrices(case), given["w_out"].mT if case.transposed[1] else given["w_out"]
-    names = [name for name in ("b_in", "b_up") if name in given]
+    names = [name for name in ("b_in", "b_up") if name in given]  # of two projections both or none
     biases = parts(case.gate_up, [given[name] for name in names]) if names else []
     grads = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
     of_w_in, of_biases = [torch.zeros_like(w) for w in w_in], [torch.zeros_like(b) for b in biases]
@@ -106,17 +106,16 @@ def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             continue
         weight = given["weights"][tokens, slots].unsqueeze(1) if weighted else torch.ones(1, dtype=torch.float64)
         first, second = [rounded(w[e], SQUARE) for w in w_in], rounded(w_out[e], SQUARE)
-        hidden = [x[tokens] @ w.T for w in first]
-        for part, bias in zip(hidden, biases, strict=False):
-            part += bias[e]
-        hidden = [part.to(dtype).double() for part in hidden]
+        added = [bias[e] for bias in biases] or [torch.zeros(1)] * len(first)
+        hidden = [(x[tokens] @ w.T + bias).to(dtype).double() for w, bias in zip(first, added, strict=True)]
         a = case.form.activate(hidden[0], hidden[-1], weight).to(dtype)
         y = rounded(a, ROW) @ second.T + (given["b_out"][e] if "b_out" in given else 0)
         result.index_add_(0, tokens, case.form.finish(y.to(dtype).double(), weight))
 
         leaves = [rounded(part, ROW).requires_grad_() for part in hidden]
         of_a, a = g[tokens] @ second, case.form.activate(leaves[0], leaves[-1], weight)
-        of_hidden = [grad.to(dtype).double() for grad in torch.autograd.grad(a, leaves, of_a * weight)]
+        found = torch.autograd.grad(a, leaves, of_a * weight, allow_unused=True, materialize_grads=True)
+        of_hidden = [grad.to(dtype).double() for grad in found]
         a = a.detach()
         of_row = sum(rounded(grad, ROW) @ w for grad, w in zip(of_hidden, first, strict=True))
         assert isinstance(of_row, Tensor)

@@ -205,7 +205,12 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
     "layout": ((torch.ones(1, 4, 4),), {"gate_up": "halved"}, ValueError, "gate_up must be one of .*; got 'halved'"),
     "no up": ((torch.ones(1, 4, 4),), {"gate_up": "separate"}, ValueError, "w_up goes with .*'separate'.* got None"),
     "up": ((torch.ones(1, 4, 4),) * 2, {}, ValueError, r"w_up goes with .* got shape \(1, 4, 4\), gate_up='single'"),
-    "odd": ((torch.ones(1, 5, 4),), {"gate_up": "halves"}, ValueError, "w must have an even number of features .* got 5"),
+    "odd": (
+        (torch.ones(1, 5, 4),),
+        {"gate_up": "halves"},
+        ValueError,
+        "w must have an even number of features .* got 5",
+    ),
     "odd transposed": (
         (torch.ones(1, 4, 5),),
         {"gate_up": "interleaved", "transposed": True},
@@ -238,5 +243,5 @@ def test_weights_that_are_refused(name: str, fake: bool):
 
 
 def test_values_of_another_dtype_are_refused():
-    with pytest.raises(TypeError, match="takes values of .*; got torch.float64, cast them first"):
+    with pytest.raises(TypeError, match=r"takes values of .*; got torch.float64, cast them first"):
         quantize(torch.ones(2, 2, dtype=torch.float64), ALONG_FEATURES)
