@@ -58,15 +58,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
-def assert_by_hand(case: Case, seed: int = 1) -> None:
+def assert_by_hand(case: Case, loudness: Tensor | float = 1.0) -> None:
     """Results and gradients are those of the definition, rounded once.
 
     Sums in float32 differ from those in float64 in the last bit. That moves a hidden value to the neighbouring number
-    of 16 bits once in thousands, and its FP8 copy more rarely: one such value costs some 4e-5.
+    of 16 bits once in thousands, and its FP8 copy more rarely: one such value costs some 4e-5. The result's gradient
+    is random, times `loudness`.
     """
     out = run(case)
-    torch.manual_seed(seed)
-    cotangent = torch.randn(out.shape).to(out.dtype)
+    torch.manual_seed(1)
+    cotangent = (torch.randn(out.shape) * loudness).to(out.dtype)
     expected, wanted = by_hand.experts(case, cotangent)
     assert relative(out, expected.to(out.dtype)) <= 2e-4
     for name, grad in gradients(case, out, cotangent).items():
@@ -108,6 +109,17 @@ def test_blocks_of_tokens_begin_at_each_expert(kind: str, walk: str, poisoned: N
     with torch.no_grad():  # neighbouring tokens share scales: louder ones show which those are
         case.given["x"] *= torch.exp2(torch.randint(-4, 4, (170, 1)))
     assert_by_hand(case)
+
+
+def test_quiet_gradients_of_loud_tokens(walk: str, poisoned: None):
+    """All tokens count alike in the weights' gradients; what one scale of 128 tokens loses of the quiet ones shows."""
+    torch.manual_seed(0)
+    form = replace(UNWEIGHTED, activation="relu(gate)", activate=lambda gate, up, weight: gate.relu())
+    case = make_case(routing("random", 200, 1, 2), 2, form, dtype=torch.bfloat16, sizes=(16, 24, 8))
+    loudness = torch.exp2(torch.randint(-10, 11, (200, 1)))
+    with torch.no_grad():
+        case.given["x"] *= loudness
+    assert_by_hand(case, 1 / loudness)
 
 
 def test_a_missing_bias_is_zero(walk: str, poisoned: None):

@@ -15,6 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from dense_experts import FORMS, INPUTS, RELU_SQUARED, SWIGLU, UNWEIGHTED, Case, make_case, routing
+from moecompile.runtime import fp8_reference, reference
+from moecompile.runtime.contract import Arguments
+from moecompile.runtime.fp8_contract import Quantized
+from moecompile.runtime.grouped import DeviceRows
 
 ops = torch.ops.moecompile
 BF16 = torch.bfloat16
@@ -64,7 +68,8 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-# torch's check of the schema multiplies, and its check of gradients sums, what e4m3 tensors cannot: see the tests below.
+# torch's check of schemas multiplies e4m3 tensors, and that of gradients sums them, which is not implemented; what the
+# former would find is tested below.
 CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -104,6 +109,21 @@ def test_arguments_are_left_as_they_are_and_share_nothing_with_results(sample: s
     made = [again[0], *again[1], *grads]
     places = [tensor.untyped_storage().data_ptr() for tensor in (*given, *made) if tensor.numel()]
     assert len(set(places)) == len(places)
+
+
+def test_on_devices_nothing_asks_the_host(monkeypatch: pytest.MonkeyPatch):
+    """Fake tensors have no values: whatever depended on one would raise."""
+    monkeypatch.setattr(reference, "rows_of", lambda offsets, order, top_k, *_: DeviceRows(offsets, order, top_k))
+    case = SAMPLES["separate"]()
+    given, copies = [None if tensor is None else tensor.detach() for tensor in case.arguments()], quantized(case)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = [None if tensor is None else mode.from_tensor(tensor) for tensor in given]
+        args = Arguments(*fake, **case.attributes)  # type: ignore[arg-type]
+        packed = Quantized(*map(mode.from_tensor, copies))
+        out, saved = fp8_reference.forward(args, packed, save=True)
+        assert saved is not None
+        grads = fp8_reference.backward(args, packed, out, saved, INPUTS)
+    assert {name: grad.shape for name, grad in grads.items()} == {n: t.shape for n, t in case.given.items()}
 
 
 def bits(tensor: Tensor) -> Tensor:
