@@ -64,6 +64,18 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Turned:
+    """The gradient of the matrices, transposed."""
+
+    suffix: ClassVar[str] = "_transposed"
+    definitions: ClassVar[str] = ""
+
+    def template(self, gemm: GroupedGemm) -> str:
+        """The C++ type."""
+        return _template("Turned", INPUTS[gemm.input], gemm.columns, min(gemm.columns // 64, gemm.room))
+
+
+@dataclass(frozen=True)
 class Activated:
     """GEMM1's rows, with their bias, through the activation.
 
@@ -145,7 +157,7 @@ class GroupedGemm:
     cluster: int = 1
     transposed: bool = False
     over_rows: bool = False
-    epilogue: Plain | Activated | ActivationBackward = Plain()
+    epilogue: Plain | Turned | Activated | ActivationBackward = Plain()
 
     header: ClassVar[str] = "grouped_gemm.cuh"
 

@@ -1,4 +1,8 @@
-"""The derivative of `moecompile::experts`, and what it refuses: second derivatives, forward mode, torch.func."""
+"""The derivatives of `moecompile::experts` and `experts_fp8`, and what they refuse.
+
+That is second derivatives, forward mode and torch.func. Quantised weights are constants: the gradient of the weights
+they were made of comes from `experts_fp8`, which gets those too.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,39 @@ class _Experts(torch.autograd.Function):
         return (None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
 
 
+class _ExpertsFp8(torch.autograd.Function):
+    """experts_fp8_forward with experts_fp8_backward as its derivative; of x only the quantised copy is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: dict[str, Any], quantized: Parts, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = torch.ops.moecompile.experts_fp8_forward(*tensors, **attributes, quantized=quantized)
+        result, saved = found
+        ctx.attributes, ctx.split = attributes, (len(saved), len(saved) + len(quantized))
+        ctx.save_for_backward(*saved, *quantized, *tensors[1:])
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        return result, *saved
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, *_ = grads
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        first, second = ctx.split
+        kept = ctx.saved_tensors
+        saved, quantized, tensors = list(kept[:first]), list(kept[first:second]), kept[second:]
+        wanted = dict(zip(TENSORS, ctx.needs_input_grad[2:], strict=True))
+        needs = [wanted[name] for name in DIFFERENTIABLE]
+        found = iter(
+            torch.ops.moecompile.experts_fp8_backward(
+                grad, saved, *tensors, **ctx.attributes, quantized=quantized, needs=needs
+            )
+        )
+        of_tensors = (next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
+        return None, None, *of_tensors
+
+
 def _differentiates(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd records a call with these arguments; refuses transforms that it could not serve."""
     if torch._C._are_functorch_transforms_active():
@@ -70,6 +107,42 @@ def experts_backward(*args: Any, **attributes: Any) -> Parts:
     """experts_backward above autograd: gradients whose own derivative, if anyone takes it, is an error."""
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.moecompile.experts_backward(*args, **attributes)
+    return _once(grads, args)
+
+
+def quantize_weights(*args: Any, **attributes: Any) -> Any:
+    """quantize_weights above autograd: no gradient flows through it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.quantize_weights(*args, **attributes)
+
+
+def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:
+    """experts_fp8_forward above autograd: recorded where something requires grad."""
+    if _differentiates(args):
+        tensors = (*args, *([None] * (len(TENSORS) - len(args))))
+        result, *saved = _ExpertsFp8.apply(attributes, quantized, *tensors)
+        return result, saved
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.experts_fp8_forward(*args, **attributes, quantized=quantized)
+
+
+def experts_fp8(*args: Any, **attributes: Any) -> Tensor:
+    """experts_fp8 above autograd: becomes experts_fp8_forward where something requires grad."""
+    if _differentiates(args):
+        return experts_fp8_forward(*args, **attributes)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.experts_fp8(*args, **attributes)
+
+
+def experts_fp8_backward(grad: Tensor, saved: Parts, *args: Any, **attributes: Any) -> Parts:
+    """experts_fp8_backward above autograd, as experts_backward is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.moecompile.experts_fp8_backward(grad, saved, *args, **attributes)
+    return _once(grads, (grad, *args))
+
+
+def _once(grads: Parts, args: Sequence[Tensor | None]) -> Parts:
+    """The gradients of these arguments, which refuse to be differentiated again."""
     if not _differentiates(args) or not grads:
         return grads
     message = f"moecompile::experts has no second derivative; {ADVICE}"

@@ -25,7 +25,7 @@ from moecompile.runtime.combine import token_sum
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import vjp
 from moecompile.runtime.grouped import row_dot
-from moecompile.runtime.reference import activate, by_chunk, features, feed, gate_and_up, part, rows_for
+from moecompile.runtime.reference import activate, by_chunk, features, feed, gate_and_up, joined, part, rows_for
 
 
 def experts_backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
@@ -237,23 +237,12 @@ class _HiddenGradient:
     def put(self, chunk: slice, grads: dict[str, Tensor]) -> None:
         """Stores a chunk's gradients; a feature that the activation does not read has none."""
         if self.whole:
-            self.value = self._joined(grads)
+            wanted = features(self.args, self.like)
+            found = [grads[name] if name in grads else torch.zeros_like(wanted[name]) for name in wanted]
+            self.value = joined(self.args.gate_up, found)
             return
         for name, destination in self.parts.items():
             destination[chunk] = grads.get(name, 0)
-
-    def _joined(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        wanted = features(self.args, self.like)
-        found = {name: grads[name] if name in grads else torch.zeros_like(wanted[name]) for name in wanted}
-        match self.args.gate_up:
-            case "single":
-                return {"in": found["hidden"]}
-            case "separate":
-                return {"in": found["gate"], "up": found["up"]}
-            case "interleaved":
-                return {"in": torch.stack((found["gate"], found["up"]), 2).flatten(1)}
-            case _:
-                return {"in": torch.cat((found["gate"], found["up"]), 1)}
 
 
 def _uncast(grad: Tensor, dtype: torch.dtype, casts: Sequence[torch.dtype]) -> Tensor:

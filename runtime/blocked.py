@@ -34,10 +34,11 @@ class Blocks:
         yield from zip(self.expert.split(size), self.rows.split(size), strict=True)
 
 
-def blocks_of(offsets: Tensor, rows: int) -> Blocks:
-    """Cuts `rows` rows, sorted by expert and ending at offsets (E,), into blocks."""
+def blocks_of(offsets: Tensor, rows: int, height: int | None = None) -> Blocks:
+    """Cuts `rows` rows, sorted by expert and ending at offsets (E,), into blocks of a height, or of one that fits."""
     experts = offsets.shape[0]
-    height = max(16, min(512, 1 << max(0, rows // experts - 1).bit_length()))
+    if height is None:
+        height = max(16, min(512, 1 << max(0, rows // experts - 1).bit_length()))
     bound = rows // height + min(rows, experts)
     ends = offsets.to(torch.int64)
     starts = torch.cat((ends.new_zeros(1), ends[:-1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,10 @@ def _strip_casts(tree: Expression) -> tuple[Expression, tuple[torch.dtype, ...]]
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of `moecompile::experts`, by the names of its schema (see `moecompile.runtime.operators`)."""
+    """The arguments of `moecompile::experts`, by the names of its schema (see `moecompile.runtime.operators`).
+
+    Operators that do not take x (`without_x`) have one on the meta device: its shape and its dtype, without values.
+    """
 
     x: Tensor
     weights: Tensor | None
@@ -120,6 +124,17 @@ class Arguments:
     w_out_transposed: bool = False
     out_dtype: torch.dtype | None = None
     kernels: str | None = None
+
+    @classmethod
+    def without_x(
+        cls, weights: Tensor | None, offsets: Tensor, slots: Tensor, *args: Any, **attributes: Any
+    ) -> Arguments:
+        """The record of a call without x, whose shape follows from the other arguments; x has the weights' dtype."""
+        order, w_in, *rest = args
+        features = w_in.shape[1 if attributes.get("w_in_transposed") else 2] if w_in.dim() == 3 else 0
+        tokens = slots.shape[0] if slots.dim() == 2 else 0  # of another rank `check` complains
+        x = w_in.new_empty((tokens, features), device="meta")
+        return cls(x, weights, offsets, slots, order, w_in, *rest, **attributes)
 
     @property
     def num_experts(self) -> int:
@@ -232,8 +247,15 @@ def _error(kind: type[Exception], message: str) -> Exception:
 
 
 def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], words: str) -> None:
+    expect_shape("experts", tensor, name, shape, words)
+
+
+def expect_shape(operator: str, tensor: Tensor, name: str, shape: tuple[int, ...], words: str, hint: str = "") -> None:
+    """Raises ValueError, naming the operator and the argument and with a hint, unless the tensor has that shape."""
+
     def message() -> str:
-        return f"moecompile::experts: {name} must have shape {words} = {shape}, got {tuple(tensor.shape)}"
+        came = f"got {tuple(tensor.shape)}{'; ' if hint else ''}{hint}"
+        return f"moecompile::{operator}: {name} must have shape {words} = {shape}, {came}"
 
     if tensor.dim() != len(shape):
         raise ValueError(message())

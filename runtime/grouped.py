@@ -39,8 +39,12 @@ class Rows:
         """`x` (R, H) of the rows and, if there are weights (T, K), `weight` (R, 1)."""
         found = {"x": self.gather(x)}
         if weights is not None:
-            found["weight"] = weights.reshape(-1).index_select(0, self.assignments).unsqueeze(1)
+            found["weight"] = self.weight(weights)
         return found
+
+    def weight(self, weights: Tensor) -> Tensor:
+        """The routing weight (R, 1) of the rows, of the weights (T, K)."""
+        return weights.reshape(-1).index_select(0, self.assignments).unsqueeze(1)
 
     def gather(self, per_token: Tensor) -> Tensor:
         """The rows' entries of a tensor (T, F), shape (R, F)."""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moecompile.runtime import combine, hopper, hopper_fp8_gemm, hopper_quantize, hopper_routing
 from moecompile.runtime.contract import Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import _has_biases, _is_printable, _scales, _weights
-from moecompile.runtime.hopper_quantize import Matrices, Quantized, blocks_of, padded
+from moecompile.runtime.hopper_experts import _has_biases, _is_printable, _lines, _scales, _weights
+from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
 from moecompile.runtime.hopper_rows import HopperRows
 
 quantize_weights = hopper_quantize.quantize_weights
@@ -52,16 +52,16 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
 
 def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
     """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
-    x, slots, (w_in, _, w_out, _) = args.x.contiguous(), args.slots.contiguous(), _matrices(quantized)
+    x, slots, (w_in, _, w_out, _) = _lines(args.x), args.slots.contiguous(), _matrices(quantized)
     (tokens, features), rows = x.shape, args.rows
-    dispatched = Quantized.empty(x, rows, features)
+    dispatched = QuantizedRows.empty(x, rows, features)
     saved = None
     if save:
         values = x.new_empty(tokens, features, dtype=hopper_quantize.E4M3)
         saved = (values, x.new_empty(tokens, blocks_of(features), dtype=torch.float32))
     hopper_quantize.quantize_rows(x, slots, dispatched, saved)
-    hidden = Quantized.empty(x, rows, w_in.values.shape[1]) if save else None
-    a = Quantized.empty(x, rows, padded(args.intermediate))
+    hidden = QuantizedRows.empty(x, rows, w_in.values.shape[1]) if save else None
+    a = QuantizedRows.empty(x, rows, padded(args.intermediate))
     reads_weight = "weight" in expression_leaves(args.activation)
     hopper_fp8_gemm.activated(
         dispatched, w_in, args.activation, args.offsets, args.intermediate, a, hidden,
@@ -92,16 +92,16 @@ class _Backward:
         form = weighting(args.output)
         assert form is not None
         self.scales = _scales(args, form)
-        self.grad, self.slots = grad.to(torch.bfloat16).contiguous(), args.slots.contiguous()
+        self.grad, self.slots = _lines(grad.to(torch.bfloat16)), args.slots.contiguous()
         _, self.w_in, _, self.w_out = _matrices(quantized)
-        self.x, self.hidden = (saved[0], saved[1]), Quantized(saved[2], saved[3])
+        self.x, self.hidden = (saved[0], saved[1]), QuantizedRows(saved[2], saved[3])
         self.plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
         self.top_k = args.slots.shape[1]
 
     def run(self) -> dict[str, Tensor]:
         """From the result's gradient to the tokens'; what is not needed any more is freed on the way."""
         args, grad = self.args, self.grad
-        of_y = Quantized.empty(grad, args.rows, args.out_features)
+        of_y = QuantizedRows.empty(grad, args.rows, args.out_features)
         of_tokens = None
         if "w_out" in self.needs:
             values = grad.new_empty(grad.shape, dtype=hopper_quantize.E4M3)
@@ -128,45 +128,40 @@ class _Backward:
             self.found["x"] = hopper_routing.combine(of_rows, self.slots, None, "out", out)
         return self.found
 
-    def _transpose(self, values: Tensor, scales: Tensor, ends: Tensor, gathered: bool, per_column: bool) -> Quantized:
-        top_k = self.top_k if gathered else None
+    def _transpose(
+        self,
+        values: Tensor,
+        scales: Tensor,
+        ends: Tensor,
+        gathered: bool,
+        per_column: bool,
+        features: int | None = None,
+        interleaved: bool = False,
+    ) -> QuantizedRows:
         return hopper_quantize.transpose_rows(
-            values, scales, self.args.order, self.args.offsets, ends, top_k=top_k, per_column=per_column
-        )
+            values, scales, self.args.order, self.args.offsets, ends, top_k=self.top_k if gathered else None,
+            per_column=per_column, features=features, interleaved=interleaved,
+        )  # fmt: skip
 
-    def _of_w_out(self, of_tokens: tuple[Tensor, Tensor], scaled: Quantized, ends: Tensor) -> None:
+    def _of_w_out(self, of_tokens: tuple[Tensor, Tensor], scaled: QuantizedRows, ends: Tensor) -> None:
         args = self.args
         of_y = self._transpose(*of_tokens, ends, gathered=True, per_column=True)
-        a = self._transpose(scaled.values, scaled.scales, ends, gathered=False, per_column=False)
-        out = self.grad.new_empty(args.num_experts, args.out_features, args.intermediate)
-        hopper_fp8_gemm.outer(of_y, a, ends, out)
-        self.found["w_out"] = _laid_out(args.w_out, out, args.w_out_transposed)
+        a = self._transpose(scaled.values, scaled.scales, ends, False, False, args.intermediate)
+        self.found["w_out"] = hopper_fp8_gemm.outer(of_y, a, ends, args.w_out, args.w_out_transposed)
 
-    def _of_w_in(self, of_hidden: Quantized, ends: Tensor) -> None:
+    def _of_w_in(self, of_hidden: QuantizedRows, ends: Tensor) -> None:
         """Gradients of GEMM1's matrices: of gate and up projection together where they are one tensor's halves."""
         args, inner = self.args, self.args.intermediate
-        rows = self._transpose(of_hidden.values, of_hidden.scales, ends, gathered=False, per_column=True)
+        interleaved = args.gate_up == "interleaved"
+        rows = self._transpose(of_hidden.values, of_hidden.scales, ends, False, True, inner, interleaved)
         x = self._transpose(*self.x, ends, gathered=True, per_column=False)
-        width = 2 * inner if args.gate_up in ("halves", "interleaved") else inner
-        if rows.values.shape[0] == width:
-            parts = [rows]
-        else:  # padded, or two tensors
-            starts = range(0, rows.values.shape[0], padded(inner))
-            parts = [Quantized(rows.values[i : i + inner], rows.scales[:, i : i + inner]) for i in starts]
-        shape = (args.num_experts, parts[0].values.shape[0], self.x[0].shape[1])
-        products = [hopper_fp8_gemm.outer(part, x, ends, self.grad.new_empty(shape)) for part in parts]
-        if args.gate_up == "separate":
-            for name, matrices, found in zip(("w_in", "w_up"), (args.w_in, args.w_up), products, strict=True):
-                if name in self.needs and matrices is not None:
-                    self.found[name] = _laid_out(matrices, found, args.w_in_transposed)
-            return
-        if args.gate_up == "interleaved":
-            halves = products if len(products) == 2 else list(products[0].chunk(2, 1))
-            products = [torch.stack(halves, 2).flatten(1, 2)]
-        whole = products[0] if len(products) == 1 else torch.cat(products, 1)
-        self.found["w_in"] = _laid_out(args.w_in, whole, args.w_in_transposed)
+        for name, matrices, start in (("w_in", args.w_in, 0), ("w_up", args.w_up, inner)):
+            if name in self.needs and matrices is not None:
+                end = start + inner if args.gate_up == "separate" else None
+                part = QuantizedRows(rows.values[start:end], rows.scales[:, start:end])
+                self.found[name] = hopper_fp8_gemm.outer(part, x, ends, matrices, args.w_in_transposed)
 
-    def _weights_and_biases(self, parts: Tensor | None, of_hidden: Quantized) -> None:
+    def _weights_and_biases(self, parts: Tensor | None, of_hidden: QuantizedRows) -> None:
         args, needs, plain = self.args, self.needs, self.plain
         of_y = plain.gather(self.grad) if plain is not None and args.b_out is not None else None
         if "weights" in needs and args.weights is not None:
@@ -186,7 +181,7 @@ class _Backward:
         if needs & {"b_in", "b_up"}:
             self._of_biases(plain, of_hidden)
 
-    def _of_biases(self, plain: HopperRows, of_hidden: Quantized) -> None:
+    def _of_biases(self, plain: HopperRows, of_hidden: QuantizedRows) -> None:
         args, inner = self.args, self.args.intermediate
         rows, width = of_hidden.values.shape
         scales = of_hidden.scales[:, :rows].t().unsqueeze(2)
@@ -198,13 +193,6 @@ class _Backward:
         for name, bias, grads in zip(("b_in", "b_up"), (args.b_in, args.b_up), halves, strict=False):
             if name in self.needs and bias is not None:
                 self.found[name] = plain.bias_gradient(bias, grads)
-
-
-def _laid_out(like: Tensor, found: Tensor, transposed: bool) -> Tensor:
-    """The gradient (E, N, K) of matrices as those themselves are laid out."""
-    found = found.mT if transposed else found
-    same = found.stride() == torch.empty_like(like, device="meta").stride()
-    return found if same else torch.empty_like(like).copy_(found)
 
 
 def _matrices(quantized: Sequence[Tensor]) -> tuple[Matrices, Matrices, Matrices, Matrices]:

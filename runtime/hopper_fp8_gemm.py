@@ -7,16 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain
-from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _launch, _map, _pair, _target
-from moecompile.runtime.hopper_quantize import Matrices, Quantized
+from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain, Turned
+from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _launch, _map, _pair, _target, choose
+from moecompile.runtime.hopper_quantize import E4M3, Matrices, QuantizedRows
 
-DEEP = GroupedGemm("float8_e4m3fn", 256, 4)
-NARROW = GroupedGemm("float8_e4m3fn", 128, 5)
+WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
+TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
 
 
 def product(
-    a: Quantized, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, k: int | None = None
+    a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, k: int | None = None
 ) -> Tensor:
     """out[r, :] = a[r, :] @ b[e(r)].T + bias[e(r)].
 
@@ -32,20 +32,20 @@ def product(
         out.
     """
     n = out.shape[1]
-    instance = replace(DEEP if n > ROWS else NARROW, epilogue=Plain(bias is not None))
+    instance = replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias is not None))
     sizes = (b.values.shape[0], k or a.values.shape[1], n)
     _launch(instance, a.values, (b.values.mT,), offsets, sizes, (_target(out), bias), _scales(a), b.scales)
     return out
 
 
 def activated(
-    a: Quantized,
+    a: QuantizedRows,
     b: Matrices,
     activation: str,
     offsets: Tensor,
     features: int,
-    out: Quantized,
-    hidden: Quantized | None,
+    out: QuantizedRows,
+    hidden: QuantizedRows | None,
     *,
     biases: tuple[Tensor, ...] = (),
     weights: Tensor | None = None,
@@ -68,7 +68,7 @@ def activated(
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
-    instance = replace(DEEP, epilogue=Activated(activation, gate_up, hidden is not None, bool(biases)))
+    instance = replace(WIDE, epilogue=Activated(activation, gate_up, hidden is not None, bool(biases)))
     sizes = (b.values.shape[0], a.values.shape[1], features)
     _launch(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
@@ -82,17 +82,17 @@ def activated(
 
 
 def activation_backward(
-    of_out: Quantized,
+    of_out: QuantizedRows,
     b: Matrices,
     activation: str,
     offsets: Tensor,
     features: int,
-    hidden: Quantized,
+    hidden: QuantizedRows,
     order: Tensor,
     *,
     weights: Tensor | None,
     scales: Tensor | None,
-) -> tuple[Quantized, Quantized, Tensor | None]:
+) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
     Args:
@@ -112,11 +112,9 @@ def activation_backward(
     """
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
-    instance = GroupedGemm(
-        "float8_e4m3fn", 256, 3, epilogue=ActivationBackward(activation, gate_up, scales is not None)
-    )
-    of_hidden = Quantized(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
-    scaled = Quantized.empty(of_out.values, rows, columns)
+    instance = replace(WIDE, stages=3, epilogue=ActivationBackward(activation, gate_up, scales is not None))
+    of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
+    scaled = QuantizedRows.empty(of_out.values, rows, columns)
     of_weight = None
     if weights is not None or scales is not None:
         of_weight = of_out.scales.new_empty(-(-features // instance.columns), rows)
@@ -131,28 +129,34 @@ def activation_backward(
     return of_hidden, scaled, of_weight
 
 
-def outer(a: Quantized, b: Quantized, ends: Tensor, out: Tensor) -> Tensor:
-    """out[e] = a[:, rows of e] @ b[:, rows of e].T, over rows as `transpose_rows` lays them.
+def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transposed: bool) -> Tensor:
+    """The gradient of matrices: for each expert, a[:, rows of e] @ b[:, rows of e].T, over rows of `transpose_rows`.
 
     Args:
         a: (M, P), with scales (P / 128, M) for each row and 128 columns; M is a multiple of 16.
         b: (N, P), with scales (ceil(N / 128), P / 128) for each 128 x 128.
         ends: (E,) int32 of `pad_offsets`.
-        out: (E, M, N) bfloat16, contiguous; zeros where an expert has no rows.
+        like: the matrices (E, M, N), or (E, N, M) if `transposed`, in bfloat16.
+        transposed: the layout of `like`.
 
     Returns:
-        out.
+        a tensor laid out as `like`; zeros where an expert has no rows.
     """
-    experts, m, n = out.shape
-    instance = replace(DEEP if n > ROWS else NARROW, over_rows=True)
-    _launch(
-        instance, a.values, (b.values.unsqueeze(0).mT,), ends, (experts, m, n),
-        (_target(out.view(experts * m, n)), None), _scales(a), b.scales.unsqueeze(0),
-    )  # fmt: skip
-    return out
+    experts, m, n = like.shape[0], a.values.shape[0], b.values.shape[0]
+    instance = choose(E4M3, m, experts, n, 0, over_rows=True)
+    expected = torch.empty_like(like, device="meta")
+    turned = transposed != (expected.mT.is_contiguous() and not expected.is_contiguous())
+    out = like.new_empty((experts, n, m) if turned else (experts, m, n))
+    if turned:
+        instance = replace(instance, epilogue=Turned())
+    written = (_map(out, TURNED_BOX), n) if turned else (_target(out.view(experts * m, n)), None)
+    matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
+    _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
+    found = out if turned == transposed else out.mT
+    return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
 
 
-def _scales(a: Quantized) -> bytes:
+def _scales(a: QuantizedRows) -> bytes:
     """Bulk copies of the scales of a tile's rows."""
     return _map(a.scales[:, : a.values.shape[0]], (1, ROWS + 4))
 
@@ -162,5 +166,5 @@ def _pairs(values: Tensor) -> Tensor:
     return values.view(torch.bfloat16)
 
 
-def _narrow(rows: Quantized) -> bytes:
+def _narrow(rows: QuantizedRows) -> bytes:
     return _target(_pairs(rows.values))

@@ -33,7 +33,7 @@ def padded(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedRows:
     """Rows in e4m3.
 
     Attributes:
@@ -46,7 +46,7 @@ class Quantized:
     scales: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor, rows: int, columns: int) -> Quantized:
+    def empty(cls, like: Tensor, rows: int, columns: int) -> QuantizedRows:
         """Room for so many, on the device of `like`."""
         scales = like.new_empty(blocks_of(columns), -(-rows // 4) * 4, dtype=torch.float32)
         return cls(like.new_empty(rows, columns, dtype=E4M3), scales)
@@ -126,7 +126,7 @@ def _halves(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> l
     return [w] if w_up is None else [w, w_up]
 
 
-def quantize_rows(x: Tensor, slots: Tensor, rows: Quantized | None, tokens: tuple[Tensor, Tensor] | None) -> None:
+def quantize_rows(x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None) -> None:
     """rows[slots[t, k], :] = x[t, :] for every k, quantised 1 x 128; and the tokens themselves.
 
     Args:
@@ -163,7 +163,9 @@ def transpose_rows(
     *,
     top_k: int | None,
     per_column: bool,
-) -> Quantized:
+    features: int | None = None,
+    interleaved: bool = False,
+) -> QuantizedRows:
     """Rows in expert order as columns, each expert's filled up with zeros to whole blocks.
 
     Args:
@@ -174,21 +176,27 @@ def transpose_rows(
         ends: of `pad_offsets`.
         top_k: experts of a token, where `values` are tokens; None where they are rows.
         per_column: whether each column gets a scale of its own for 128 rows (gradients) or 128 columns share it.
+        features: of each half where the columns are one or two halves padded to whole blocks; None if there is nothing
+            to leave out.
+        interleaved: whether the two halves' features come by turns in the result.
 
     Returns:
-        values (F, P) for the P rows that all experts may fill, those beyond the last end not written; scales
-        (P / 128, F), or (ceil(F / 128), P / 128) if not `per_column`.
+        values (F, P), without what pads F, for the P rows that all experts may fill, those beyond the last end not
+        written; scales (P / 128, F), or (ceil(F / 128), P / 128) if not `per_column`.
     """
     columns, experts = values.shape[1], offsets.shape[0]
     row_blocks = max(1, (order.shape[0] + (BLOCK - 1) * experts) // BLOCK)
-    out = values.new_empty(columns, row_blocks * BLOCK)
-    size = (row_blocks, columns) if per_column else (blocks_of(columns), row_blocks)
+    half, kept = (columns, columns) if features is None else (padded(features), features)
+    lines = columns // half * kept
+    step, second = (2, 1) if interleaved else (1, kept)
+    out = values.new_empty(lines, row_blocks * BLOCK)
+    size = (row_blocks, lines) if per_column else (blocks_of(columns), row_blocks)
     out_scales = scales.new_empty(size)
     kernel = load(TransposeRows(top_k is not None, per_column), values.device.index)
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
     arguments = kernel.pack(
         values, scales, order, offsets, ends, out, out_scales, *strides,
-        experts, top_k or 1, columns, row_blocks, out_scales.shape[1],
+        experts, top_k or 1, columns, row_blocks, out_scales.shape[1], half, kept, step, second,
     )  # fmt: skip
     kernel.launch(row_blocks * min(SPLITS, blocks_of(columns)), arguments)
-    return Quantized(out, out_scales)
+    return QuantizedRows(out, out_scales)

@@ -50,7 +50,7 @@ def experts(*args: Any, **attributes: Any) -> Tensor:
         known: Tensor | None = fused.infer_again(args, attributes)
         if known is not None:
             return known
-    with _exact(x):
+    with exact(x):
         arguments = Arguments(*args, **attributes).check()
         if fused is None or not fused.takes(arguments):
             return reference.forward(arguments, save=False)[0]
@@ -72,7 +72,7 @@ def fake_experts(*args: Any, **attributes: Any) -> Tensor:
 
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """The result and the rows that backward needs."""
-    with _exact(args[0]):
+    with exact(args[0]):
         result, hidden = _forward(Arguments(*args, **attributes).check(), save=True)
     assert hidden is not None
     return result, hidden
@@ -88,9 +88,9 @@ def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]
 def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
     arguments = Arguments(*args, **attributes).check()
-    names = _needed(arguments, needs)
+    names = needed(arguments, needs)
     arguments.check_backward(grad, hidden)
-    with _exact(grad):
+    with exact(grad):
         fused = _fused(arguments)
         run = backward.experts_backward if fused is None else fused.backward
         grads = run(arguments, grad, hidden, frozenset(names))
@@ -100,7 +100,7 @@ def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[b
 def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
     """Shapes, dtypes and strides of the needed gradients."""
     arguments = Arguments(*args, **attributes).check()
-    names = _needed(arguments, needs)
+    names = needed(arguments, needs)
     arguments.check_backward(grad, hidden)
     like = [getattr(arguments, name) for name in names]
     return [
@@ -144,19 +144,19 @@ def written_out() -> Iterator[None]:
         writing_out.reset(token)
 
 
-def _needed(arguments: Arguments, needs: Sequence[bool]) -> list[str]:
-    """Names of the arguments whose gradient is needed, in their order."""
+def needed(arguments: Arguments, needs: Sequence[bool], operator: str = "experts_backward") -> list[str]:
+    """Names of the arguments whose gradient is needed, in their order; raises ValueError if there is none to have."""
     if len(needs) != len(DIFFERENTIABLE):
         words = f"one bool for each of ({', '.join(DIFFERENTIABLE)})"
-        raise ValueError(f"moecompile::experts_backward: needs must hold {words}, got {len(needs)}")
+        raise ValueError(f"moecompile::{operator}: needs must hold {words}, got {len(needs)}")
     names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
     for name in names:
         if getattr(arguments, name) is None:
-            raise ValueError(f"moecompile::experts_backward: needs asks for the gradient of {name}, which is None")
+            raise ValueError(f"moecompile::{operator}: needs asks for the gradient of {name}, which is None")
     return names
 
 
-def _exact(tensor: Tensor) -> AbstractContextManager[object]:
+def exact(tensor: Tensor) -> AbstractContextManager[object]:
     """Runs what is inside in the dtypes that the operator was given, whatever autocast surrounds it."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device):

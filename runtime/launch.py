@@ -104,6 +104,7 @@ class Kernel:
         blocks_of_a_cluster: the grid is a multiple of it.
         multiprocessors: of the device; a persistent kernel's grid.
         device: its index.
+        context: the driver's handle of torch's context on it.
         layout: of its arguments, once they have been packed.
         idle: memory for arguments that no launch is using.
     """
@@ -116,6 +117,7 @@ class Kernel:
     blocks_of_a_cluster: int
     multiprocessors: int
     device: int
+    context: Any = None
     layout: struct.Struct | None = None
     idle: list[_Storage] = field(default_factory=list, repr=False, compare=False)
 
@@ -152,9 +154,11 @@ class Kernel:
         except IndexError:
             storage = _Storage(self.argument_bytes)
         storage.bytes[:] = arguments
-        (status,) = _driver().cuLaunchKernel(
-            self.function, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, storage.address, 0
-        )
+        driver, grid = _driver(), (blocks, 1, 1, self.threads, 1, 1)
+        (status,) = driver.cuLaunchKernel(self.function, *grid, self.shared_bytes, stream, storage.address, 0)
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # autograd's thread may not have met the device yet
+            driver_call("cuCtxSetCurrent", self.context, about=f"{self.instance} on device {self.device}")
+            (status,) = driver.cuLaunchKernel(self.function, *grid, self.shared_bytes, stream, storage.address, 0)
         self.idle.append(storage)  # the driver has copied the arguments
         if int(status):
             raise DriverError(
@@ -217,6 +221,7 @@ def load(instance: Instance, device: int) -> Kernel:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # makes torch's context of the device the driver's
         about = f"{instance} on device {device}"
+        context = driver_call("cuCtxGetCurrent", about=about)
         module = driver_call("cuModuleLoadData", machine_code, about=about)
         function = driver_call("cuModuleGetFunction", module, instance.name.encode(), about=about)
         pointer, size = driver_call("cuModuleGetGlobal", module, b"facts", about=about)
@@ -228,7 +233,7 @@ def load(instance: Instance, device: int) -> Kernel:
         limit = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         driver_call("cuFuncSetAttribute", function, limit, shared_bytes, about=about)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Kernel(instance, function, shared_bytes, argument_bytes, threads, cluster, multiprocessors, device)
+    return Kernel(instance, function, shared_bytes, argument_bytes, threads, cluster, multiprocessors, device, context)
 
 
 def tensor_map(

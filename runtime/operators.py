@@ -4,9 +4,14 @@
     experts(x, weights, offsets, slots, order, w_in, w_out, w_up, b_in, b_up, b_out, ...) -> result
     experts_forward(the same) -> (result, hidden)
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
+    quantize_weights(w, w_up, gate_up, transposed) -> (values, scales, values_t, scales_t)
+    experts_fp8(the arguments of experts, quantized) -> result
+    experts_fp8_forward(the same) -> (result, saved)
+    experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
 
 `experts` differentiates through `experts_forward` and `experts_backward`, so that AOTAutograd's graphs hold `experts`
-in inference and the other two in training.
+in inference and the other two in training; `experts_fp8` likewise. Its products are of FP8 operands, its gradients
+those of x, of the biases and of the master weights w_in, w_up and w_out, which it multiplies by nothing itself.
 
 Shapes, for T tokens of H features, K experts a token, E experts of inner size I, results of H2 features:
 
@@ -24,11 +29,15 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     result (T, H2) in out_dtype, or in the dtype of the output expression's value
     hidden (T*K, N), or (T*K, 2I) for "separate": GEMM1's rows with bias; anything beyond offsets[-1]
     needs: bools for (x, weights, w_in, w_out, w_up, b_in, b_up, b_out)
+    quantized: [*quantize_weights(w_in, w_up, gate_up, w_in_transposed), *quantize_weights(w_out, w_out_transposed)],
+        e4m3 values and float32 scales of 128x128 blocks, padded (`moecompile.runtime.quantize`)
+    saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
 
 `input`, `activation` and `output` are expressions (`moecompile.codegen.expression`) of the leaves x; gate and up, or
-hidden; out; and, in each, weight. Wrong shapes raise ValueError, wrong dtypes TypeError, wrong ids IndexError on the
-CPU and a device-side assertion elsewhere.
+hidden; out; and, in each, weight. In FP8 x, the experts' weights and biases have one dtype, bfloat16 or float16, the
+input is x, and the output a product of out and weight, or out. Wrong shapes and expressions raise ValueError, wrong
+dtypes TypeError, wrong ids IndexError on the CPU and a device-side assertion elsewhere.
 """
 
 from __future__ import annotations
@@ -45,12 +54,23 @@ ARGUMENTS = (
     'str input="x", str output="mul(out, weight)", bool w_in_transposed=False, bool w_out_transposed=False, '
     "ScalarType? out_dtype=None, str? kernels=None"
 )
+WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
 SCHEMAS = (
     "plan(Tensor expert_ids, int num_experts) -> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",
     f"experts({ARGUMENTS}) -> Tensor",
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
+    'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False) '
+    "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
+    f"experts_fp8({ARGUMENTS}, Tensor[] quantized) -> Tensor",
+    f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
+    f"experts_fp8_backward(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
 )
+ROOMS = {
+    "kernels": ("plan", "experts", "experts_forward", "experts_backward"),
+    "fp8_experts": ("quantize_weights", "experts_fp8", "experts_fp8_forward", "experts_fp8_backward"),
+}
+"""The module that computes an operator, and its fake."""
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
@@ -69,9 +89,10 @@ def _late(module: str, function: str) -> Callable[..., Any]:
 library = torch.library.Library("moecompile", "DEF")
 for _schema in SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-for _name in ("plan", "experts", "experts_forward", "experts_backward"):
-    library.impl(_name, _late("kernels", _name), "CompositeExplicitAutograd")
-    library.impl(_name, _late("autograd", "batched"), "FuncTorchBatched")
-    torch.library.register_fake(f"moecompile::{_name}", _late("kernels", f"fake_{_name}"), lib=library)
-for _name in ("experts", "experts_forward", "experts_backward"):
-    library.impl(_name, _late("autograd", _name), "Autograd")
+for _room, _names in ROOMS.items():
+    for _name in _names:
+        library.impl(_name, _late(_room, _name), "CompositeExplicitAutograd")
+        library.impl(_name, _late("autograd", "batched"), "FuncTorchBatched")
+        torch.library.register_fake(f"moecompile::{_name}", _late(_room, f"fake_{_name}"), lib=library)
+        if _name != "plan":  # which takes and gives integers
+            library.impl(_name, _late("autograd", _name), "Autograd")

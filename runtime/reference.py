@@ -126,3 +126,16 @@ def features(args: Arguments, hidden: Tensor) -> dict[str, Tensor]:
     if args.gate_up == "interleaved":
         return {"gate": hidden[:, 0::2], "up": hidden[:, 1::2]}
     return {"gate": hidden[:, : args.intermediate], "up": hidden[:, args.intermediate :]}
+
+
+def joined(gate_up: str, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gate and up (n, I) each, or all there is, as GEMM1's matrices give them: "in" (n, N), and "up" if separate."""
+    match gate_up:
+        case "single":
+            return {"in": parts[0]}
+        case "separate":
+            return {"in": parts[0], "up": parts[1]}
+        case "interleaved":
+            return {"in": torch.stack(tuple(parts), 2).flatten(1)}
+        case _:
+            return {"in": torch.cat(tuple(parts), 1)}

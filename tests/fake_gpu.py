@@ -86,6 +86,7 @@ class FakeGpu:
         launched: what it was asked to launch.
         devices: which device was current at each launch.
         encoded: how many tensor maps it was asked for.
+        contexts: those that were made current.
         status: its answer to a launch.
         current: the current device.
         pause: seconds until it has read a launch's arguments.
@@ -95,10 +96,19 @@ class FakeGpu:
     launched: list[Launched] = field(default_factory=list)
     devices: list[int | None] = field(default_factory=list)
     encoded: int = 0
+    contexts: list[Any] = field(default_factory=list)
     status: int = 0
     current: int | None = None
     pause: float = 0.0
     arena: Arena = field(default_factory=Arena)
+
+    class CUresult:
+        CUDA_ERROR_INVALID_CONTEXT = 201
+
+    def cuCtxSetCurrent(self, context: Any) -> tuple[int]:
+        self.contexts.append(context)
+        self.status = 0
+        return (0,)
 
     def cuLaunchKernel(self, kernel: Kernel, blocks: int, *others: int) -> tuple[int]:
         _, _, threads, _, _, _, stream, pointers, _ = others

@@ -309,6 +309,17 @@ def test_a_launch_that_fails(gpu: FakeGpu) -> None:
             run(arguments)
 
 
+def test_a_thread_that_has_not_met_the_device(gpu: FakeGpu) -> None:
+    """The driver knows no context there, as in autograd's thread before its first call of the runtime."""
+    arguments = call()
+    run(arguments)
+    before = len(gpu.launched)
+    gpu.status = 201
+    run(arguments)
+    assert gpu.contexts == [None]  # the kernel's
+    assert len(gpu.launched) == before + 5  # the first was refused and launched again
+
+
 def test_another_device_is_current(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the kernel's while they are launched, and not after."""
     arguments = call()

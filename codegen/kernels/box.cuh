@@ -55,6 +55,15 @@ __device__ __forceinline__ void put(u8* staged, const u32 (&packed)[VALUES / 2])
         put_sixteen(staged, i, packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
 }
 
+// The box transposed: 64 lines of 16 values, one after the other.
+__device__ __forceinline__ void put_turned(u8* staged, const u32 (&packed)[VALUES / 2]) {
+    u32 lane = threadIdx.x % 32, line = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
+#pragma unroll
+    for (i32 i = 0; i < 4; i++)
+        ptx::store_matrix_x4_turned(ptx::shared_address(staged) + (16 * i + line) * 2 * ROWS + half * 16, packed[4 * i],
+                                    packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
+}
+
 __device__ __forceinline__ void take_sixteen(const u8* staged, i32 i, u32 (&packed)[4]) {
     u32 lane = threadIdx.x % 32;
     ptx::load_matrix_x4(ptx::shared_address(staged) + at(lane % 16, i * 2 + lane / 16), packed);

@@ -67,6 +67,43 @@ struct Plain {
     }
 };
 
+// The sums of each expert transposed: out (E, columns, rows).
+template <typename Input, i32 COLUMNS, i32 BOXES_>
+struct Turned {
+    static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
+    static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
+    static constexpr bool PAIRED = false;
+    struct Arguments {
+        TensorMap out;  // boxes of 1 x 64 x 16
+        i32 columns;
+    };
+    struct Shared {};
+
+    static __device__ __forceinline__ void prepare(Shared&) {}
+
+    static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
+
+    static __device__ __forceinline__ void finish(u8* boxes, Shared&, u32, const Arguments& arguments, const Spot& spot,
+                                                  float (&total)[COLUMNS / 2]) {
+#pragma unroll
+        for (i32 i = 0; i < COLUMNS / 64; i++) {
+            i32 x = spot.column + i * 64;
+            u32 packed[16];
+            u8* staged = boxes + i % BOXES * box::BYTES;
+            box::pack<Input>(total + i * 32, packed);
+            box::acquire<BOXES - 1>();
+            box::put_turned(staged, packed);
+            ptx::fence_async_proxy();
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) {
+                if (spot.place.row < spot.place.end && x < arguments.columns)
+                    ptx::store_3d(&arguments.out, staged, spot.place.row, x, spot.expert);
+                ptx::store_commit();
+            }
+        }
+    }
+};
+
 // GEMM1's rows through the activation: out = activation(gate, up), and, with SAVE, the rows themselves for the backward.
 //
 // They are rounded before the activation, as where each of them is a tensor.

@@ -14,7 +14,7 @@ struct QuantizedActivated {
     static constexpr bool PAIRED = LAYOUT == Layout::HALVES;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK / (PAIRED ? 2 : 1);  // of features in a tile
     static constexpr i32 SENDS = 1 + (SAVE ? (PAIRED ? 2 : 1) : 0);         // boxes for each of them
-    static constexpr i32 BOXES = 2, REGISTERS = 232;
+    static constexpr i32 BOXES = 2, REGISTERS = 224;
     static_assert(LAYOUT != Layout::INTERLEAVED, "quantised matrices are put side by side");
     struct Arguments {
         Target out;                 // (rows, padded features)
@@ -93,7 +93,7 @@ template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool 
 struct QuantizedActivationBackward {
     static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK, PARTS = PAIR ? 2 : 1;
-    static constexpr i32 BOXES = BLOCKS * PARTS + 1, REGISTERS = 232, NOWHERE = 1 << 30;  // beyond every matrix's columns
+    static constexpr i32 BOXES = BLOCKS * PARTS + 1, REGISTERS = 224, NOWHERE = 1 << 30;  // beyond every matrix's columns
     static_assert(LAYOUT != Layout::INTERLEAVED, "quantised matrices are put side by side");
     struct Arguments {
         TensorMap hidden;       // as `of_hidden`; boxes of 16 x 64

@@ -44,7 +44,7 @@ struct GroupedGemm {
     static constexpr i32 SCALES = ROWS + 4;
     static_assert(!(SCALED && B_MN), "FP8 is read along K only");
     static_assert(!OVER_ROWS || SCALED || B_MN, "what is summed over rows is read across them");
-    static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
+    static_assert(!SCALED || COLUMNS == 128 || COLUMNS == 256, "a part of an FP8 tile is a scale block wide");
     static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
 
     template <bool over_rows>
@@ -137,12 +137,10 @@ struct GroupedGemm {
         i32 block = tile.column / 128, stride = arguments.b_scale_stride, last = arguments.b_scale_blocks - 1 - block;
         const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
         float ahead[PARTS + 1];
-        i32 from[PARTS + 1];  // each part's scales
+        i32 second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;  // the other part's scales
 #pragma unroll
-        for (i32 part = 0; SCALED && part < PARTS; part++) {
-            from[part] = min(PAIRED ? part * arguments.b_scale_pair : part, last) * stride;
-            ahead[part] = __ldg(scales + from[part] + min(tile.k_begin / 128, stride - 1));
-        }
+        for (i32 part = 0; SCALED && part < PARTS; part++)
+            ahead[part] = __ldg(scales + part * second + min(tile.k_begin / 128, stride - 1));
         i32 k = tile.k_begin;
         do {  // a tile has a stage even where there is nothing to sum
             ptx::barrier_wait(&shared.empty[stage], parity);
@@ -153,7 +151,7 @@ struct GroupedGemm {
                 load(shared, arguments, tile, k, stage, rank);
             }
 #pragma unroll
-            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + from[part] + next);
+            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + part * second + next);
             if (++stage == STAGES) stage = 0, parity ^= 1;
             k += K_TILE;
         } while (k < tile.k_end);
@@ -304,7 +302,21 @@ struct GroupedGemm {
         ptx::named_barrier(1, CONSUMERS * 128);
     }
 
-    // While one warpgroup adds its sum to its totals, the other has the tensor cores.
+    // What the sums of a stage are multiplied by.
+    struct Factors {
+        float up, low, columns[COLUMNS / 128];
+    };
+
+    static __device__ __forceinline__ Factors factors_of(const Shared& shared, u32 upper, i32 stage) {
+        Factors found = {shared.a_scales[stage][upper], shared.a_scales[stage][upper + 8]};
+#pragma unroll
+        for (i32 part = 0; part < COLUMNS / 128; part++) found.columns[part] = read(shared.b_scales[stage][part]);
+        return found;
+    }
+
+    // While one warpgroup adds its sum to its totals, the other has the tensor cores: it must be back with the next product
+    // before theirs ends. So it reads its factors while the first product of a stage is under way, and looks for the next
+    // stage while the last is.
     static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
                                                            u32& parity, float (&total)[COLUMNS / 2]) {
         constexpr i32 PARTS = COLUMNS / 128;
@@ -313,26 +325,28 @@ struct GroupedGemm {
 #pragma unroll
         for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
         i32 k = tile.k_begin;
+        ptx::barrier_wait(&shared.full[stage], parity);
         do {
-            ptx::barrier_wait(&shared.full[stage], parity);
-            float up = shared.a_scales[stage][upper], low = shared.a_scales[stage][upper + 8];
-            float scale[PARTS];
-#pragma unroll
-            for (i32 part = 0; part < PARTS; part++) scale[part] = read(shared.b_scales[stage][part]);
+            i32 own = stage;
+            Factors factors;
+            k += K_TILE;
 #pragma unroll
             for (i32 part = 0; part < PARTS; part++) {
                 wgmma::hold(sum);
-                multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
+                multiply<128>(sum, shared.a[own] + group * 64 * LINE, shared.b[own] + part * 128 * LINE, false);
+                if (part == 0) factors = factors_of(shared, upper, own);
+                if (part == PARTS - 1) {
+                    if (++stage == STAGES) stage = 0, parity ^= 1;
+                    if (k < tile.k_end) ptx::barrier_wait(&shared.full[stage], parity);
+                }
                 wgmma::wait<0>();
                 wgmma::hold(sum);
-                if (part == PARTS - 1) release(&shared.empty[stage]);
-                if (OVER_ROWS && k >= tile.k_end) continue;  // an expert without rows: what was loaded is another's
-                float first = up * scale[part], second = low * scale[part];
+                if (part == PARTS - 1) release(&shared.empty[own]);
+                if (OVER_ROWS && tile.k_begin == tile.k_end) continue;  // no rows: what was loaded is another expert's
+                float first = factors.up * factors.columns[part], second = factors.low * factors.columns[part];
 #pragma unroll
                 for (i32 i = 0; i < 64; i++) total[part * 64 + i] += (i % 4 < 2 ? first : second) * sum[i];
             }
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-            k += K_TILE;
         } while (k < tile.k_end);
     }
 };

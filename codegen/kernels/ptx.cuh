@@ -24,7 +24,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 
@@ -117,6 +117,12 @@ __device__ __forceinline__ void load_3d_multicast(void* to, const TensorMap* map
 __device__ __forceinline__ void store_2d(const TensorMap* map, const void* from, i32 x, i32 y) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                  "r"(shared_address(from)), "r"(x), "r"(y)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_3d(const TensorMap* map, const void* from, i32 x, i32 y, i32 z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
 
@@ -259,6 +265,13 @@ __device__ __forceinline__ void load_matrix_x4(u32 address, u32 (&found)[4]) {
 
 __device__ __forceinline__ void store_matrix_x4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+// The same with rows and columns of each 8 x 8 exchanged.
+__device__ __forceinline__ void store_matrix_x4_turned(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
                  "r"(c), "r"(d)
                  : "memory");
 }

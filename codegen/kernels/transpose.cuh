@@ -6,6 +6,8 @@
 //     PadOffsets       the end of each expert's blocks, in rows
 //     TransposeRows    a block of threads for each block of rows and some blocks of columns
 //
+// Columns that are padded halves, gate and up projection, lose their padding and come to lie as the matrix has them.
+//
 // The new scales are for the rows of a block:
 //     PER_COLUMN       one for each column: gradients, quantised anew along the rows
 //     otherwise        one for 128 columns, the largest of the rows': the values are shifted to it, which is exact but for
@@ -53,10 +55,13 @@ struct TransposeRows {
         const float* scales;  // of a row or token and a block of columns, by the strides below
         const i32* order;     // (rows,): the assignment of a row
         const i32 *offsets, *padded;  // (E,)
-        u8* out;              // (columns, padded rows)
+        u8* out;              // (features, padded rows)
         float* out_scales;    // PER_COLUMN: (blocks of rows, scale_pitch); otherwise (blocks of columns, blocks of rows)
         i32 scale_row, scale_block;
         i32 experts, top_k, columns, row_blocks, scale_pitch;
+        // Halves of the columns, `half` each (all columns if there is one), begin with that many features; those of the first
+        // half are lines 0, step, 2 step, ... of the result, and those of the second begin with line `second`.
+        i32 half, features, step, second;
     };
     struct Shared {
         u8 tile[fp8::BLOCK * fp8::BLOCK];
@@ -91,11 +96,22 @@ struct TransposeRows {
             else
                 shift(shared, arguments, row_block, block, count);
             __syncthreads();
-            u8* out = arguments.out + i64(block) * fp8::BLOCK * arguments.row_blocks * fp8::BLOCK + i64(row_block) * fp8::BLOCK;
-            fp8::write_transposed(shared.turned, out, i64(arguments.row_blocks) * fp8::BLOCK,
-                                  arguments.columns - block * fp8::BLOCK);
+            i64 pitch = i64(arguments.row_blocks) * fp8::BLOCK;
+            Lines lines(arguments, block);
+            fp8::write_transposed(shared.turned, arguments.out + lines.first * pitch + row_block * fp8::BLOCK,
+                                  arguments.step * pitch, lines.count);
         }
     }
+
+    // Where a block's columns become lines.
+    struct Lines {
+        i32 first, count;
+        __device__ __forceinline__ Lines(const Arguments& arguments, i32 block) {
+            i32 column = block * fp8::BLOCK, second = column >= arguments.half;
+            i32 feature = column - second * arguments.half;
+            first = feature * arguments.step + second * arguments.second, count = arguments.features - feature;
+        }
+    };
 
     static __device__ __forceinline__ i64 source(const Arguments& arguments, i32 begin, i32 count, i32 row) {
         if (row >= count) return -1;
@@ -181,10 +197,11 @@ struct TransposeRows {
             words[i] = low | u32(high) << 16;
         }
         fp8::put_transposed(shared.turned, words);
-        i32 column = block * fp8::BLOCK + 4 * lane;
-        if (warp == 0 && column < arguments.columns)
-            *reinterpret_cast<float4*>(arguments.out_scales + i64(row_block) * arguments.scale_pitch + column) =
-                make_float4(scales[0].value, scales[1].value, scales[2].value, scales[3].value);
+        Lines lines(arguments, block);
+        float* out = arguments.out_scales + i64(row_block) * arguments.scale_pitch + lines.first;
+#pragma unroll
+        for (i32 j = 0; j < 4; j++)
+            if (warp == 0 && 4 * lane + j < lines.count) out[(4 * lane + j) * arguments.step] = scales[j].value;
     }
 
     static __device__ __forceinline__ void values(const Shared& shared, i32 i, float (&v)[4]) {

@@ -1,0 +1,142 @@
+"""What the FP8 operators of `moecompile.runtime.operators` do below autograd: torch kernels and fake kernels.
+
+On a Hopper GPU `moecompile.runtime.hopper_fp8` computes what it takes; everywhere else, and for the rest,
+`moecompile.runtime.fp8_reference` emulates the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime import fp8_reference, quantize
+from moecompile.runtime.contract import Arguments
+from moecompile.runtime.fp8_contract import (
+    Quantized,
+    Saved,
+    Specs,
+    check_fp8,
+    check_fp8_backward,
+    check_weights,
+    saved_specs,
+)
+from moecompile.runtime.kernels import exact, needed
+
+Parts = list[Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def quantize_weights(
+    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False
+) -> Four:
+    """Values, scales, and both transposed."""
+    check_weights(w, w_up, gate_up, transposed)
+    fused = _hopper(w)
+    run = fused.quantize_weights if fused is not None and fused.takes_weights(w, w_up) else quantize.quantize_weights
+    values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed)
+    return values, scales, values_t, scales_t
+
+
+def fake_quantize_weights(
+    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False
+) -> Four:
+    """Shapes and dtypes of the values and the scales."""
+    values, scales, values_t, scales_t = _empty(w, check_weights(w, w_up, gate_up, transposed))
+    return values, scales, values_t, scales_t
+
+
+def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
+    """The result alone, for inference."""
+    return _forward(Arguments(*args, **attributes), quantized, save=False)[0]
+
+
+def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
+    """Shape and dtype of the result."""
+    arguments = Arguments(*args, **attributes)
+    check_fp8(arguments, quantized)
+    return arguments.x.new_empty((arguments.x.shape[0], arguments.out_features), dtype=arguments.dtypes.result)
+
+
+def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
+    """The result, and x and the hidden rows in FP8, which backward needs."""
+    result, saved = _forward(Arguments(*args, **attributes), quantized, save=True)
+    assert saved is not None
+    return result, list(saved)
+
+
+def fake_experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
+    """Shapes and dtypes of the result and what is saved."""
+    result = fake_experts_fp8(*args, quantized=quantized, **attributes)
+    return result, _empty(result, saved_specs(Arguments(*args, **attributes)))
+
+
+def experts_fp8_backward(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    *args: Any,
+    quantized: Sequence[Tensor],
+    needs: Sequence[bool],
+    **attributes: Any,
+) -> Parts:
+    """The needed gradients, in the order of DIFFERENTIABLE."""
+    arguments = Arguments.without_x(*args, **attributes)
+    copies = check_fp8(arguments, quantized)
+    names = needed(arguments, needs, "experts_fp8_backward")
+    kept = check_fp8_backward(arguments, grad, saved)
+    with exact(grad):
+        run = _kernels(arguments, copies).backward
+        grads: dict[str, Tensor] = run(arguments, copies, grad, kept, frozenset(names))
+    return [grads[name] for name in names]
+
+
+def fake_experts_fp8_backward(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    *args: Any,
+    quantized: Sequence[Tensor],
+    needs: Sequence[bool],
+    **attributes: Any,
+) -> Parts:
+    """Shapes, dtypes and strides of the needed gradients."""
+    arguments = Arguments.without_x(*args, **attributes)
+    check_fp8(arguments, quantized)
+    names = needed(arguments, needs, "experts_fp8_backward")
+    check_fp8_backward(arguments, grad, saved)
+    like = [getattr(arguments, name) for name in names]
+    return [
+        grad.new_empty(tensor.shape, dtype=tensor.dtype) if name in ("x", "weights") else torch.empty_like(tensor)
+        for name, tensor in zip(names, like, strict=True)
+    ]
+
+
+def _forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, Saved | None]:
+    copies = check_fp8(args, quantized)
+    with exact(args.x):
+        result, saved = _kernels(args, copies).forward(args, copies, save)
+    return result, None if saved is None else Saved(*saved)
+
+
+def _kernels(args: Arguments, quantized: Quantized) -> ModuleType:
+    """The module that computes these: the fused kernels if they take them."""
+    fused = _hopper(args.offsets) if args.kernels is None else None
+    return fused if fused is not None and fused.takes(args, quantized) else fp8_reference
+
+
+def _hopper(tensor: Tensor) -> ModuleType | None:
+    """The module of the fused kernels, if the tensor's device runs them."""
+    if tensor.device.type != "cuda":
+        return None
+    from moecompile.runtime import hopper
+
+    if not hopper.usable(tensor.device.index):
+        return None
+    return importlib.import_module("moecompile.runtime.hopper_fp8")
+
+
+def _empty(like: Tensor, specs: Specs) -> Parts:
+    return [like.new_empty(shape, dtype=dtype) for shape, dtype in specs]
