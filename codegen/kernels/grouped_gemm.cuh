@@ -314,9 +314,8 @@ struct GroupedGemm {
         return found;
     }
 
-    // While one warpgroup adds its sum to its totals, the other has the tensor cores: it must be back with the next product
-    // before theirs ends. So it reads its factors while the first product of a stage is under way, and looks for the next
-    // stage while the last is.
+    // While one warpgroup adds its sum to its totals, the other has the tensor cores, and the first must be back with its next
+    // product before theirs ends: it reads its factors while a product is under way.
     static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
                                                            u32& parity, float (&total)[COLUMNS / 2]) {
         constexpr i32 PARTS = COLUMNS / 128;
@@ -325,28 +324,24 @@ struct GroupedGemm {
 #pragma unroll
         for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
         i32 k = tile.k_begin;
-        ptx::barrier_wait(&shared.full[stage], parity);
         do {
-            i32 own = stage;
+            ptx::barrier_wait(&shared.full[stage], parity);
             Factors factors;
             k += K_TILE;
 #pragma unroll
             for (i32 part = 0; part < PARTS; part++) {
                 wgmma::hold(sum);
-                multiply<128>(sum, shared.a[own] + group * 64 * LINE, shared.b[own] + part * 128 * LINE, false);
-                if (part == 0) factors = factors_of(shared, upper, own);
-                if (part == PARTS - 1) {
-                    if (++stage == STAGES) stage = 0, parity ^= 1;
-                    if (k < tile.k_end) ptx::barrier_wait(&shared.full[stage], parity);
-                }
+                multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
+                if (part == 0) factors = factors_of(shared, upper, stage);
                 wgmma::wait<0>();
                 wgmma::hold(sum);
-                if (part == PARTS - 1) release(&shared.empty[own]);
+                if (part == PARTS - 1) release(&shared.empty[stage]);
                 if (OVER_ROWS && tile.k_begin == tile.k_end) continue;  // no rows: what was loaded is another expert's
                 float first = factors.up * factors.columns[part], second = factors.low * factors.columns[part];
 #pragma unroll
                 for (i32 i = 0; i < 64; i++) total[part * 64 + i] += (i % 4 < 2 ? first : second) * sum[i];
             }
+            if (++stage == STAGES) stage = 0, parity ^= 1;
         } while (k < tile.k_end);
     }
 };
