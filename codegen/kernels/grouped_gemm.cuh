@@ -22,7 +22,8 @@
 //
 // FP8: the tensor cores add up in less than float32, so after every 128 columns of K their sum is scaled and added to
 // float32 registers (DeepSeek-V3, section 3.3.2). A tile of 256 columns is multiplied in two parts, because the sums of
-// both and the totals would not fit into registers; at 128 columns a tile, L2 could not deliver the operands in time.
+// both and the totals would not fit into registers; one of 192 columns at once, and so it is the fastest where the epilogue
+// does not want whole scale blocks. At 128 columns a tile, L2 could not deliver the operands in time.
 #pragma once
 #include "epilogue_fp8.cuh"
 #include "kernel.cuh"
@@ -44,8 +45,9 @@ struct GroupedGemm {
     static constexpr i32 SCALES = ROWS + 4;
     static_assert(!(SCALED && B_MN), "FP8 is read along K only");
     static_assert(!OVER_ROWS || SCALED || B_MN, "what is summed over rows is read across them");
-    static_assert(!SCALED || COLUMNS == 128 || COLUMNS == 256, "a part of an FP8 tile is a scale block wide");
-    static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
+    static constexpr i32 PART = COLUMNS == 256 ? 128 : COLUMNS;  // of an FP8 tile, that is multiplied at once
+    static constexpr i32 SCALE_BLOCKS = (COLUMNS + 127) / 128;   // of an FP8 tile's columns, at most
+    static_assert(!B_MN || SHARE % 64 == 0, "a line across K holds 64 columns");
 
     template <bool over_rows>
     struct ScheduleOf {
@@ -72,7 +74,7 @@ struct GroupedGemm {
         alignas(1024) u8 b[STAGES][COLUMNS * LINE];
         alignas(1024) u8 boxes[CONSUMERS * 4][Epilogue::BOXES * box::BYTES];  // of each warp
         alignas(128) float a_scales[STAGES][SCALED ? (SCALES + 31) / 32 * 32 : 1];
-        float b_scales[STAGES][SCALED ? COLUMNS / 128 : 1];
+        float b_scales[STAGES][SCALED ? SCALE_BLOCKS : 1];
         Tile tiles[STAGES];  // of the stage that is a tile's first
         u64 full[STAGES], empty[STAGES];
         typename Epilogue::Shared epilogue;
@@ -133,13 +135,12 @@ struct GroupedGemm {
     // One tile's stages. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
                                                 i32& stage, u32& parity) {
-        constexpr i32 PARTS = COLUMNS / 128;
         i32 block = tile.column / 128, stride = arguments.b_scale_stride, last = arguments.b_scale_blocks - 1 - block;
         const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
-        float ahead[PARTS + 1];
+        float ahead[SCALE_BLOCKS];
         i32 second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;  // the other part's scales
 #pragma unroll
-        for (i32 part = 0; SCALED && part < PARTS; part++)
+        for (i32 part = 0; SCALED && part < SCALE_BLOCKS; part++)
             ahead[part] = __ldg(scales + part * second + min(tile.k_begin / 128, stride - 1));
         i32 k = tile.k_begin;
         do {  // a tile has a stage even where there is nothing to sum
@@ -147,12 +148,12 @@ struct GroupedGemm {
             i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
             if (ptx::elect()) {
                 if (k == tile.k_begin) shared.tiles[stage] = tile;
-                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = ahead[part];
+                for (i32 part = 0; SCALED && part < SCALE_BLOCKS; part++) shared.b_scales[stage][part] = ahead[part];
                 load(shared, arguments, tile, k, stage, rank);
             }
 #pragma unroll
-            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + part * second + next);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            for (i32 part = 0; SCALED && part < SCALE_BLOCKS; part++) ahead[part] = __ldg(scales + part * second + next);
+            advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
     }
@@ -201,25 +202,52 @@ struct GroupedGemm {
     static __device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, u32 group) {
         i32 stage = 0;
         u32 parity = 0, warp = group * 4 + threadIdx.x / 32 % 4, turn = 0;
+        u8* boxes = shared.boxes[warp];
+        Waiting waiting;
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = read(shared.tiles[stage]);
             if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
+                waiting.write(boxes, arguments);
                 pass(shared, tile, stage, parity);
                 continue;
             }
             i32 offset = OVER_ROWS ? tile.expert * arguments.a_columns : 0;
             Spot spot{{tile.row + i32(warp) * box::ROWS, tile.row_end}, tile.expert, tile.column, offset, turn++};
-            Epilogue::prefetch(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot);
+            Epilogue::prefetch(boxes, shared.epilogue, warp, arguments.epilogue, spot);
             if constexpr (SCALED)
-                scaled_products(shared, tile, group, stage, parity, total);
+                scaled_products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
             else
-                products(shared, tile, group, stage, parity, total);
-            Epilogue::finish(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot, total);
+                products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
+            if constexpr (Epilogue::DEFERRED)
+                waiting.take(arguments, spot, total);
+            else
+                Epilogue::finish(boxes, shared.epilogue, warp, arguments.epilogue, spot, total);
         }
+        waiting.write(boxes, arguments);
         if (threadIdx.x % 32 == 0) ptx::store_wait();
     }
+
+    // What the last tile left to be written.
+    struct Waiting {
+        u32 packed[Epilogue::DEFERRED ? COLUMNS / 4 : 1];
+        Spot spot;
+        bool any = false;
+
+        __device__ __forceinline__ void take(const Arguments& arguments, const Spot& at, float (&total)[COLUMNS / 2]) {
+            Epilogue::take(arguments.epilogue, at, total, packed);
+            wgmma::hold(packed);  // now, not when it is written: the next product has the registers of the sums
+            spot = at, any = true;
+        }
+
+        __device__ __forceinline__ void write(u8* boxes, const Arguments& arguments) {
+            if constexpr (Epilogue::DEFERRED) {
+                if (any) Epilogue::put(boxes, arguments.epilogue, spot, packed);
+                any = false;
+            }
+        }
+    };
 
     // What the producer wrote is read by the lane that will tell it that the stage is free again: no other read needs an order.
     static __device__ __forceinline__ u32 reader() { return CLUSTER > 1 ? ptx::cluster_rank() : 0; }
@@ -251,7 +279,7 @@ struct GroupedGemm {
         do {
             ptx::barrier_wait(&shared.full[stage], parity);
             release(&shared.empty[stage]);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
     }
@@ -271,23 +299,34 @@ struct GroupedGemm {
         wgmma::commit();
     }
 
+    static __device__ __forceinline__ void advance(i32& stage, u32& parity) {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+
+    // `meanwhile` is done while the first product is under way.
+    template <typename Meanwhile>
     static __device__ __forceinline__ void products(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
-                                                    float (&total)[COLUMNS / 2]) {
-        i32 last = -1, k = tile.k_begin;
-        do {
-            ptx::barrier_wait(&shared.full[stage], parity);
-            if (OVER_ROWS && k + K_TILE > tile.k_end) clear(shared, stage, tile.k_end - k);
-            multiply<COLUMNS>(total, shared.a[stage] + group * 64 * LINE, shared.b[stage], last >= 0);
+                                                    float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
+        i32 last = stage, k = tile.k_begin;
+        start(shared, tile, group, stage, parity, k, total, false);
+        meanwhile();
+        for (advance(stage, parity), k += K_TILE; k < tile.k_end; advance(stage, parity), k += K_TILE) {
+            start(shared, tile, group, stage, parity, k, total, true);
             wgmma::wait<1>();  // the product before this one is done with its stage
-            if (last >= 0) release(&shared.empty[last]);
+            release(&shared.empty[last]);
             last = stage;
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-            k += K_TILE;
-        } while (k < tile.k_end);
+        }
         wgmma::hold(total);
         wgmma::wait<0>();
         wgmma::hold(total);
         release(&shared.empty[last]);
+    }
+
+    static __device__ __forceinline__ void start(Shared& shared, const Tile& tile, u32 group, i32 stage, u32 parity, i32 k,
+                                                 float (&total)[COLUMNS / 2], bool accumulate) {
+        ptx::barrier_wait(&shared.full[stage], parity);
+        if (OVER_ROWS && k + K_TILE > tile.k_end) clear(shared, stage, tile.k_end - k);
+        multiply<COLUMNS>(total, shared.a[stage] + group * 64 * LINE, shared.b[stage], accumulate);
     }
 
     // Zeros for the lines of a stage from `line` on, which are other experts' rows: whatever they hold, infinities too, it
@@ -304,44 +343,57 @@ struct GroupedGemm {
 
     // What the sums of a stage are multiplied by.
     struct Factors {
-        float up, low, columns[COLUMNS / 128];
-    };
+        float up, low, columns[SCALE_BLOCKS];
 
-    static __device__ __forceinline__ Factors factors_of(const Shared& shared, u32 upper, i32 stage) {
-        Factors found = {shared.a_scales[stage][upper], shared.a_scales[stage][upper + 8]};
+        __device__ __forceinline__ Factors(const Shared& shared, u32 upper, i32 stage)
+            : up(shared.a_scales[stage][upper]), low(shared.a_scales[stage][upper + 8]) {
 #pragma unroll
-        for (i32 part = 0; part < COLUMNS / 128; part++) found.columns[part] = read(shared.b_scales[stage][part]);
-        return found;
-    }
+            for (i32 i = 0; i < SCALE_BLOCKS; i++) columns[i] = read(shared.b_scales[stage][i]);
+        }
+
+        // Of 64 columns: a tile that is no multiple of a scale block may begin in the middle of one.
+        __device__ __forceinline__ float of(i32 sixty_four, bool middle) const {
+            if (COLUMNS % 128 == 0) return columns[sixty_four / 2];
+            return sixty_four == 0 || (sixty_four == 1 && !middle) ? columns[0] : columns[1];
+        }
+    };
 
     // While one warpgroup adds its sum to its totals, the other has the tensor cores, and the first must be back with its next
     // product before theirs ends: it reads its factors while a product is under way.
+    template <typename Meanwhile>
     static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
-                                                           u32& parity, float (&total)[COLUMNS / 2]) {
-        constexpr i32 PARTS = COLUMNS / 128;
-        u32 upper = (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-        float sum[64];
+                                                           u32& parity, float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
+        add_scaled<true>(shared, tile, group, stage, parity, total, meanwhile);
+        for (i32 k = tile.k_begin + K_TILE; k < tile.k_end; k += K_TILE)
+            add_scaled<false>(shared, tile, group, stage, parity, total, [] {});
+        if (OVER_ROWS && tile.k_begin == tile.k_end) {  // no rows: what was loaded is another expert's
 #pragma unroll
-        for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
-        i32 k = tile.k_begin;
-        do {
-            ptx::barrier_wait(&shared.full[stage], parity);
-            Factors factors;
-            k += K_TILE;
+            for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
+        }
+    }
+
+    template <bool FIRST, typename Meanwhile>
+    static __device__ __forceinline__ void add_scaled(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
+                                                      float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
+        float sum[PART / 2];
+        ptx::barrier_wait(&shared.full[stage], parity);
 #pragma unroll
-            for (i32 part = 0; part < PARTS; part++) {
-                wgmma::hold(sum);
-                multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
-                if (part == 0) factors = factors_of(shared, upper, stage);
-                wgmma::wait<0>();
-                wgmma::hold(sum);
-                if (part == PARTS - 1) release(&shared.empty[stage]);
-                if (OVER_ROWS && tile.k_begin == tile.k_end) continue;  // no rows: what was loaded is another expert's
-                float first = factors.up * factors.columns[part], second = factors.low * factors.columns[part];
+        for (i32 part = 0; part < COLUMNS / PART; part++) {
+            wgmma::hold(sum);
+            multiply<PART>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * PART * LINE, false);
+            // again for each part: registers are scarcer than reads
+            Factors factors(shared, (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, stage);
+            if (part == 0) meanwhile();
+            wgmma::wait<0>();
+            wgmma::hold(sum);
+            if (part == COLUMNS / PART - 1) release(&shared.empty[stage]);
 #pragma unroll
-                for (i32 i = 0; i < 64; i++) total[part * 64 + i] += (i % 4 < 2 ? first : second) * sum[i];
+            for (i32 i = 0; i < PART / 2; i++) {
+                float factor = factors.of(part * PART / 64 + i / 32, tile.column % 128) * (i % 4 < 2 ? factors.up : factors.low);
+                float& to = total[part * PART / 2 + i];
+                to = FIRST ? factor * sum[i] : to + factor * sum[i];
             }
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-        } while (k < tile.k_end);
+        }
+        advance(stage, parity);
     }
 };
