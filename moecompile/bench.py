@@ -130,10 +130,14 @@ def _run(chosen: argparse.Namespace) -> int:
     rounds = chosen.rounds or (QUICK_ROUNDS if chosen.quick else ROUNDS)
     results = Results(_machine(chosen.device), chosen.json)
     results.head("  ".join(f"{name} {value}" for name, value in results.machine.items()))
+    if chosen.device == "cpu":
+        results.head("a look without a GPU: our operators are emulated in PyTorch, and no time is a kernel's")
     timer = CudaTimer() if chosen.device == "cuda" else HostTimer()
     ceilings = bench_gemm.measure_ceilings(timer, chosen.device, rounds, results)
     setting = Setting(chosen.device, timer, rounds, ceilings, results, chosen.profile)
+    seconds: dict[str, float] = {"ceilings": time.perf_counter() - started}
     for name, measure in _measurements(chosen, setting):
+        begun = time.perf_counter()
         try:
             measure()
         except Exception as error:  # what else is to be measured is measured all the same
@@ -141,10 +145,12 @@ def _run(chosen: argparse.Namespace) -> int:
         gc.collect()
         if chosen.device == "cuda":
             torch.cuda.empty_cache()
+        section = name.partition(" ")[0]
+        seconds[section] = seconds.get(section, 0.0) + time.perf_counter() - begun
     met, targets = results.verdicts()
     failed = f", {len(results.failures)} measurements FAILED" if results.failures else ""
-    seconds = time.perf_counter() - started
-    results.head(f"{met} of {targets} targets met{failed}; {rounds} rounds, {seconds:.0f} s")
+    where = ", ".join(f"{section} {taken:.0f}" for section, taken in seconds.items())
+    results.head(f"{met} of {targets} targets met{failed}; {rounds} rounds, {sum(seconds.values()):.0f} s: {where}")
     return 1 if results.failures else 0
 
 
@@ -178,7 +184,8 @@ def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Prod
     """Blocks, those of decoding, and products."""
     if device == "cpu":
         return (TINY,), (TINY,), TINY_PRODUCTS
-    return BLOCKS, [shape for name in DECODE for shape in BLOCKS if shape.name == name], PRODUCTS
+    shapes = {shape.name: shape for shape in BLOCKS}
+    return BLOCKS, [shapes[name] for name in DECODE], PRODUCTS
 
 
 def _names(device: str) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ FP8_COPYING = "ours FP8, with copies"
 TORCH, CEILING = "torch", "cuBLAS"
 FORWARD, STEP = "forward", "forward+backward"
 GPU_TIME, CALLS = "time on the GPU", "calls back to back"
-ALONE, IN_A_ROW = "one at a time", "back to back"
+ALONE, BURST, IN_A_ROW = "one at a time", "bursts of 4", "back to back"
+BURST_CALLS = 4
 QUANTISING = "quantising the weights"
 
 
@@ -120,7 +121,7 @@ def _decode(case: str, tokens: int, **ratios: float) -> dict[tuple[str, str, str
 def _product(case: str, **ratios: float) -> dict[tuple[str, str, str], Target]:
     names = {"bf16": ("BF16", OURS), "fp8": ("FP8", FP8), "copying": ("FP8", FP8_COPYING)}
     return {
-        (case, f"{names[name][0]}, {ALONE}", names[name][1]): Target(ratio, CEILING) for name, ratio in ratios.items()
+        (case, f"{names[name][0]}, {BURST}", names[name][1]): Target(ratio, CEILING) for name, ratio in ratios.items()
     }
 
 
