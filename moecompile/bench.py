@@ -1,11 +1,11 @@
 """`python -m moecompile bench experts`: moecompile's kernels and what a user would otherwise have, in one process.
 
 Everything that is compared is measured in turns, on random data and random routing: whole blocks of experts, forward
-and forward+backward, against PyTorch's grouped GEMM, eager and under Inductor; a few tokens, as in decoding; and the
-grouped GEMMs by themselves, against PyTorch's and against the largest dense product of cuBLAS. A row is printed as soon
-as it is there: the median and how far the middle half of the timings is from it, floating-point operations a second,
-the share of the least time that the device would need, the time of the host, ratios (more than 1 is faster), and
-whether the target is met.
+and forward+backward, against PyTorch's grouped GEMM, eager and under Inductor; a few tokens, as in decoding; the
+grouped GEMMs by themselves, against PyTorch's and against the largest dense product of cuBLAS; and transformers' blocks
+under torch.compile, against the same under Inductor. A row is printed as soon as it is there: the median and how far
+the middle half of the timings is from it, floating-point operations a second, the share of the least time that the
+device would need, the time of the host, ratios (more than 1 is faster), and whether the target is met.
 
 Needs a Hopper GPU. The exit status is 0 if everything was measured, 1 if something failed, 2 if nothing can be.
 """
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 import moecompile
-from moecompile import bench_experts, bench_gemm
+from moecompile import bench_experts, bench_gemm, bench_model
 from moecompile.bench_cases import (
     BLOCKS,
     DECODE,
     DECODE_TOKENS,
+    MODELS,
     PRODUCTS,
     QUICK,
     QUICK_TOKENS,
@@ -41,7 +42,7 @@ from moecompile.bench_cases import (
 from moecompile.bench_results import Results, Setting
 from moecompile.bench_timing import CudaTimer, HostTimer
 
-SECTIONS = ("block", "decode", "gemm")
+SECTIONS = ("block", "decode", "gemm", "model")
 ROUNDS, QUICK_ROUNDS = 11, 3
 
 
@@ -156,7 +157,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 def _measurements(chosen: argparse.Namespace, setting: Setting) -> list[tuple[str, Callable[[], None]]]:
     """What was chosen, by name, in the order in which it is measured."""
-    blocks, decode, products = _cases(chosen.device)
+    blocks, decode, products, models = _cases(chosen.device)
     wanted = set(chosen.shapes or (QUICK if chosen.quick and chosen.device == "cuda" else _names(chosen.device)))
     tokens = QUICK_TOKENS if chosen.quick or chosen.device == "cpu" else DECODE_TOKENS
     found: dict[str, list[tuple[str, Callable[[], None]]]] = {
@@ -176,21 +177,26 @@ def _measurements(chosen: argparse.Namespace, setting: Setting) -> list[tuple[st
             for each in decode
             if each.name in wanted
         ],
+        "model": [
+            (f"model {each.name}", partial(bench_model.measure_model, setting, each))
+            for each in models
+            if each.name in wanted
+        ],
     }
     return [each for section in chosen.only for each in found[section]]
 
 
-def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Product]]:
-    """Blocks, those of decoding, and products."""
+def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Product], Sequence[Shape]]:
+    """Blocks, those of decoding, products, and blocks of models."""
     if device == "cpu":
-        return (TINY,), (TINY,), TINY_PRODUCTS
+        return (TINY,), (TINY,), TINY_PRODUCTS, (TINY,)
     shapes = {shape.name: shape for shape in BLOCKS}
-    return BLOCKS, [shapes[name] for name in DECODE], PRODUCTS
+    return BLOCKS, [shapes[name] for name in DECODE], PRODUCTS, [shapes[name] for name in MODELS]
 
 
 def _names(device: str) -> tuple[str, ...]:
     """What `--shapes` may name."""
-    blocks, _, products = _cases(device)
+    blocks, _, products, _ = _cases(device)
     return (*(shape.name for shape in blocks), *(product.name for product in products))
 
 

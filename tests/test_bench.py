@@ -229,7 +229,7 @@ def test_without_a_gpu_it_says_what_it_needs(capsys, monkeypatch):
         ([], "the following arguments are required: what"),
         (["exports"], "invalid choice: 'exports'"),
         (["experts", "--shapes", "deepsek"], "--shapes: there is no deepsek; there are deepseek, qwen3,"),
-        (["experts", "--only", "blocks"], "expected some of block,decode,gemm, got 'blocks'"),
+        (["experts", "--only", "blocks"], "expected some of block,decode,gemm,model, got 'blocks'"),
         (["experts", "--rounds", "0"], "expected a positive number, got '0'"),
         (["experts", "--device", "cpu", "--json", "/no/such/folder/rows.json"], "cannot be written: No such file"),
     ],

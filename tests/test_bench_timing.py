@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moecompile import bench_cases
-from moecompile.bench_cases import BLOCKS, DECODE, DECODE_TOKENS, PRODUCTS, SPEED_TARGETS
+from moecompile.bench_cases import BLOCKS, DECODE, DECODE_TOKENS, MODELS, PRODUCTS, SPEED_TARGETS
+from moecompile.bench_modules import BUILDERS
 from moecompile.bench_results import Ceilings, Floor, Kernel, Memory, Results, Speed, Target, ratios, verdict
 from moecompile.bench_timing import (
     Contender,
@@ -193,6 +194,9 @@ def test_the_tables_fit_each_other():
     whats = {shape.name: {bench_cases.FORWARD, bench_cases.STEP} for shape in BLOCKS}
     whats |= {case: {bench_cases.GPU_TIME, bench_cases.CALLS} for case in decode}
     whats |= {product.name: {"BF16, bursts of 4", "FP8, bursts of 4"} for product in PRODUCTS}
+    for name in MODELS:
+        whats[name] |= {f"{what}, kernels of the experts" for what in (bench_cases.FORWARD, bench_cases.STEP)}
+    assert set(MODELS) <= set(BUILDERS)
     assert all(what in whats[case] for case, what, _ in SPEED_TARGETS)
     assert {case for case, _, _ in SPEED_TARGETS} == set(whats)  # no case without a target
     assert BLOCKS[0].flops == 6 * 8192 * 8 * 7168 * 2048
