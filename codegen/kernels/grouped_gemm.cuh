@@ -22,8 +22,7 @@
 //
 // FP8: the tensor cores add up in less than float32, so after every 128 columns of K their sum is scaled and added to
 // float32 registers (DeepSeek-V3, section 3.3.2). A tile of 256 columns is multiplied in two parts, because the sums of
-// both and the totals would not fit into registers; one of 192 columns at once, and so it is the fastest where the epilogue
-// does not want whole scale blocks. At 128 columns a tile, L2 could not deliver the operands in time.
+// both and the totals would not fit into registers; at 128 columns a tile, L2 could not deliver the operands in time.
 #pragma once
 #include "epilogue_fp8.cuh"
 #include "kernel.cuh"
@@ -45,9 +44,11 @@ struct GroupedGemm {
     static constexpr i32 SCALES = ROWS + 4;
     static_assert(!(SCALED && B_MN), "FP8 is read along K only");
     static_assert(!OVER_ROWS || SCALED || B_MN, "what is summed over rows is read across them");
-    static constexpr i32 PART = COLUMNS == 256 ? 128 : COLUMNS;  // of an FP8 tile, that is multiplied at once
-    static constexpr i32 SCALE_BLOCKS = (COLUMNS + 127) / 128;   // of an FP8 tile's columns, at most
-    static_assert(!B_MN || SHARE % 64 == 0, "a line across K holds 64 columns");
+    static constexpr i32 PARTS = COLUMNS / 128;  // of an FP8 tile, each of a scale block's columns, multiplied one after the other
+    // FP8 gradients of matrices are faster written at once (docs/perf.md).
+    static constexpr bool DEFERRED = Epilogue::DEFERRED && !(SCALED && OVER_ROWS);
+    static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
+    static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
 
     template <bool over_rows>
     struct ScheduleOf {
@@ -74,7 +75,7 @@ struct GroupedGemm {
         alignas(1024) u8 b[STAGES][COLUMNS * LINE];
         alignas(1024) u8 boxes[CONSUMERS * 4][Epilogue::BOXES * box::BYTES];  // of each warp
         alignas(128) float a_scales[STAGES][SCALED ? (SCALES + 31) / 32 * 32 : 1];
-        float b_scales[STAGES][SCALED ? SCALE_BLOCKS : 1];
+        float b_scales[STAGES][SCALED ? PARTS : 1];
         Tile tiles[STAGES];  // of the stage that is a tile's first
         u64 full[STAGES], empty[STAGES];
         typename Epilogue::Shared epilogue;
@@ -137,10 +138,10 @@ struct GroupedGemm {
                                                 i32& stage, u32& parity) {
         i32 block = tile.column / 128, stride = arguments.b_scale_stride, last = arguments.b_scale_blocks - 1 - block;
         const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
-        float ahead[SCALE_BLOCKS];
+        float ahead[PARTS];
         i32 second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;  // the other part's scales
 #pragma unroll
-        for (i32 part = 0; SCALED && part < SCALE_BLOCKS; part++)
+        for (i32 part = 0; SCALED && part < PARTS; part++)
             ahead[part] = __ldg(scales + part * second + min(tile.k_begin / 128, stride - 1));
         i32 k = tile.k_begin;
         do {  // a tile has a stage even where there is nothing to sum
@@ -148,11 +149,11 @@ struct GroupedGemm {
             i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
             if (ptx::elect()) {
                 if (k == tile.k_begin) shared.tiles[stage] = tile;
-                for (i32 part = 0; SCALED && part < SCALE_BLOCKS; part++) shared.b_scales[stage][part] = ahead[part];
+                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = ahead[part];
                 load(shared, arguments, tile, k, stage, rank);
             }
 #pragma unroll
-            for (i32 part = 0; SCALED && part < SCALE_BLOCKS; part++) ahead[part] = __ldg(scales + part * second + next);
+            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + part * second + next);
             advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
@@ -221,7 +222,7 @@ struct GroupedGemm {
             else
                 products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
             if constexpr (Epilogue::DEFERRED)
-                waiting.take(arguments, spot, total);
+                waiting.take(boxes, arguments, spot, total);
             else
                 Epilogue::finish(boxes, shared.epilogue, warp, arguments.epilogue, spot, total);
         }
@@ -235,10 +236,11 @@ struct GroupedGemm {
         Spot spot;
         bool any = false;
 
-        __device__ __forceinline__ void take(const Arguments& arguments, const Spot& at, float (&total)[COLUMNS / 2]) {
+        __device__ __forceinline__ void take(u8* boxes, const Arguments& arguments, const Spot& at, float (&total)[COLUMNS / 2]) {
             Epilogue::take(arguments.epilogue, at, total, packed);
             wgmma::hold(packed);  // now, not when it is written: the next product has the registers of the sums
             spot = at, any = true;
+            if constexpr (!DEFERRED) write(boxes, arguments);
         }
 
         __device__ __forceinline__ void write(u8* boxes, const Arguments& arguments) {
@@ -343,18 +345,10 @@ struct GroupedGemm {
 
     // What the sums of a stage are multiplied by.
     struct Factors {
-        float up, low, columns[SCALE_BLOCKS];
-
-        __device__ __forceinline__ Factors(const Shared& shared, u32 upper, i32 stage)
-            : up(shared.a_scales[stage][upper]), low(shared.a_scales[stage][upper + 8]) {
-#pragma unroll
-            for (i32 i = 0; i < SCALE_BLOCKS; i++) columns[i] = read(shared.b_scales[stage][i]);
-        }
-
-        // Of 64 columns: a tile that is no multiple of a scale block may begin in the middle of one.
-        __device__ __forceinline__ float of(i32 sixty_four, bool middle) const {
-            if (COLUMNS % 128 == 0) return columns[sixty_four / 2];
-            return sixty_four == 0 || (sixty_four == 1 && !middle) ? columns[0] : columns[1];
+        float upper, lower;  // of this lane's two rows
+        __device__ __forceinline__ Factors(const Shared& shared, u32 row, i32 stage, i32 part) {
+            float columns = read(shared.b_scales[stage][part]);
+            upper = shared.a_scales[stage][row] * columns, lower = shared.a_scales[stage][row + 8] * columns;
         }
     };
 
@@ -375,23 +369,22 @@ struct GroupedGemm {
     template <bool FIRST, typename Meanwhile>
     static __device__ __forceinline__ void add_scaled(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
                                                       float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
-        float sum[PART / 2];
+        float sum[64];
+        u32 row = (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
         ptx::barrier_wait(&shared.full[stage], parity);
 #pragma unroll
-        for (i32 part = 0; part < COLUMNS / PART; part++) {
+        for (i32 part = 0; part < PARTS; part++) {
             wgmma::hold(sum);
-            multiply<PART>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * PART * LINE, false);
-            // again for each part: registers are scarcer than reads
-            Factors factors(shared, (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, stage);
+            multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
+            Factors factors(shared, row, stage, part);
             if (part == 0) meanwhile();
             wgmma::wait<0>();
             wgmma::hold(sum);
-            if (part == COLUMNS / PART - 1) release(&shared.empty[stage]);
+            if (part == PARTS - 1) release(&shared.empty[stage]);
 #pragma unroll
-            for (i32 i = 0; i < PART / 2; i++) {
-                float factor = factors.of(part * PART / 64 + i / 32, tile.column % 128) * (i % 4 < 2 ? factors.up : factors.low);
-                float& to = total[part * PART / 2 + i];
-                to = FIRST ? factor * sum[i] : to + factor * sum[i];
+            for (i32 i = 0; i < 64; i++) {
+                float product = (i % 4 < 2 ? factors.upper : factors.lower) * sum[i];
+                total[part * 64 + i] = FIRST ? product : total[part * 64 + i] + product;
             }
         }
         advance(stage, parity);

@@ -81,8 +81,6 @@ struct Product;
 #define NAMES_OF_256 NAMES_OF_128 ", " NAMES_4 ", " NAMES_5 ", " NAMES_6 ", " NAMES_7
 #define SUMS_OF_64 SUMS_16(0), SUMS_16(16)
 #define SUMS_OF_128 SUMS_OF_64, SUMS_16(32), SUMS_16(48)
-#define NAMES_OF_192 NAMES_OF_128 ", " NAMES_4 ", " NAMES_5
-#define SUMS_OF_192 SUMS_OF_128, SUMS_16(64), SUMS_16(80)
 #define SUMS_OF_256 SUMS_OF_128, SUMS_16(64), SUMS_16(80), SUMS_16(96), SUMS_16(112)
 
 #define MULTIPLY(SHAPE, TYPES, NAMES, A, B, ADD, TAIL)                          \
@@ -117,7 +115,6 @@ struct Product;
 
 PRODUCTS(64, "%32", "%33", "%34", "%35", "%36")
 PRODUCTS(128, "%64", "%65", "%66", "%67", "%68")
-PRODUCTS(192, "%96", "%97", "%98", "%99", "%100")
 PRODUCTS(256, "%128", "%129", "%130", "%131", "%132")
 
 }  // namespace wgmma
