@@ -230,7 +230,7 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
         a: (rows, M), bfloat16 or float16; its last dimension is contiguous.
         b: (rows, N) of the same dtype; its last dimension is contiguous. Rows beyond offsets[-1] may hold anything.
         offsets: (E,) int32, on the device.
-        out: (E, M, N), contiguous; zeros where an expert has no rows.
+        out: (E, M, N), contiguous but for columns that may lie between its lines; zeros where an expert has no rows.
         instance: the kernel; chosen by the sizes if None.
 
     Returns:
@@ -238,7 +238,7 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
     """
     (rows, m), n, experts = a.shape, b.shape[1], offsets.shape[0]
     chosen = instance or choose(a.dtype, m, experts, n, rows, transposed=True, over_rows=True)
-    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_target(out.view(experts * m, n)), None))
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_target(out.flatten(0, 1)), None))
     return out
 
 

@@ -32,6 +32,8 @@ from moecompile.runtime.remembered import Memory, Remembered, signature
 
 DTYPES = (torch.bfloat16, torch.float16)
 RESULTS = (*DTYPES, torch.float32)
+LARGE = 512 * 2**20
+"""Bytes of rows that are not made as a whole for the gradients of matrices."""
 EXPERTS: Memory[Remembered] = Memory()
 """What `experts` launches, by what decides it."""
 
@@ -195,14 +197,35 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
         if bias in needs:
             assert plain is not None
             found[bias] = plain.bias_gradient(getattr(args, bias), of_product)
-    if any(name in needs for name in names):
-        rows = _dispatched(args, args.x)
-        for name, of_product in zip(names, of_products, strict=True):
-            if name in needs:
-                matrices = getattr(args, name)
-                found[name] = _of_matrix(matrices, of_product, rows, args.w_in_transposed, args.offsets)
+    del of_y, scaled, parts  # the gradients to come want their memory
     if "x" in needs:
         found["x"] = _of_x(args, of_products)
+    wanted = {name: of_product for name, of_product in zip(names, of_products, strict=True) if name in needs}
+    if wanted:
+        found.update(_of_gemm1(args, wanted))
+    return found
+
+
+def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of GEMM1's matrices, by name, for those of their products (R, out).
+
+    Rows that are large are there by halves of their columns: a step's memory is at its highest here.
+    """
+    columns = args.x.shape[1]
+    matrices = {name: getattr(args, name) for name in of_products}
+    whole = args.w_in_transposed or not all(each.is_contiguous() for each in matrices.values())
+    if whole or columns % 128 or args.rows * columns * args.x.element_size() < LARGE:
+        rows = _dispatched(args, args.x)
+        return {
+            name: _of_matrix(matrices[name], of_product, rows, args.w_in_transposed, args.offsets)
+            for name, of_product in of_products.items()
+        }
+    found = {name: torch.empty_like(each) for name, each in matrices.items()}
+    for half in (slice(0, columns // 2), slice(columns // 2, columns)):
+        rows = _dispatched(args, args.x, half)
+        for name, of_product in of_products.items():
+            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, half])
+        del rows
     return found
 
 
@@ -270,10 +293,11 @@ def _out_matrices(args: Arguments) -> Tensor:
     return args.w_out if args.w_out_transposed else args.w_out.mT
 
 
-def _dispatched(args: Arguments, per_token: Tensor) -> Tensor:
-    """The rows' entries of a tensor (T, F), (T*K, F); anything for a row without an expert."""
-    rows = per_token.new_empty(args.rows, per_token.shape[1])
-    return hopper_routing.dispatch(_lines(per_token), args.slots.contiguous(), rows)
+def _dispatched(args: Arguments, per_token: Tensor, columns: slice = slice(None)) -> Tensor:
+    """The rows' entries of columns of a tensor (T, F), (T*K, columns); anything for a row without an expert."""
+    tokens = _lines(per_token)[:, columns]
+    rows = per_token.new_empty(args.rows, tokens.shape[1])
+    return hopper_routing.dispatch(tokens, args.slots.contiguous(), rows)
 
 
 def _lines(tensor: Tensor) -> Tensor:

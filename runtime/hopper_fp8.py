@@ -118,14 +118,15 @@ class _Backward:
         if of_tokens is not None and ends is not None:
             self._of_w_out(of_tokens, scaled, ends)
         del scaled, of_tokens
-        if self.needs & {"w_in", "w_up"} and ends is not None:
-            self._of_w_in(of_hidden, ends)
         if "x" in self.needs:
             features = self.x[0].shape[1]
             of_rows = grad.new_empty(args.rows, features)
             hopper_fp8_gemm.product(of_hidden, self.w_in, args.offsets, of_rows)
             out = grad.new_empty(self.x[0].shape[0], features)
             self.found["x"] = hopper_routing.combine(of_rows, self.slots, None, "out", out)
+            del of_rows
+        if self.needs & {"w_in", "w_up"} and ends is not None:
+            self._of_w_in(of_hidden, ends)
         return self.found
 
     def _transpose(

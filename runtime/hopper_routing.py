@@ -70,7 +70,7 @@ def dispatch(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     """rows[slots[t, k], :] = x[t, :] for every k.
 
     Args:
-        x: (T, H), contiguous; a row is a multiple of 16 bytes.
+        x: (T, H), a row after the other, each contiguous and, with what lies between, a multiple of 16 bytes.
         slots: (T, K) int32, contiguous; nothing is written where it is -1.
         rows: (R, H) of x's dtype, contiguous.
 
@@ -84,10 +84,10 @@ def dispatch(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
 def dispatch_launch(x: Tensor, slots: Tensor, rows: Tensor) -> Launch:
     """What `dispatch` launches."""
     kernel = load(Dispatch(), rows.device.index)
-    pieces = x.shape[1] * x.element_size() // 16
+    pieces, pitch = (size * x.element_size() // 16 for size in (x.shape[1], x.stride(0)))
     warps = x.shape[0] * -(-pieces // 128)
     blocks = min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors)
-    return Launch(kernel, blocks, (x, slots, rows, *slots.shape, pieces))
+    return Launch(kernel, blocks, (x, slots, rows, *slots.shape, pieces, pitch))
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Tensor:

@@ -7,10 +7,10 @@
 struct Dispatch {
     static constexpr i32 THREADS = 256, BLOCKS = 1, PIECES = 4;  // of 16 bytes, for each lane
     struct Arguments {
-        const uint4* x;    // (tokens, pieces)
+        const uint4* x;    // (tokens, pieces), of lines of pitch
         const i32* slots;  // (tokens, top_k); -1 for an assignment without an expert
         uint4* rows;       // (rows, pieces)
-        i32 tokens, top_k, pieces;
+        i32 tokens, top_k, pieces, pitch;
     };
     struct Shared {
         u32 unused;
@@ -26,7 +26,7 @@ struct Dispatch {
 #pragma unroll
             for (i32 piece = 0; piece < PIECES; piece++)
                 if (first + 32 * piece < arguments.pieces)
-                    held[piece] = __ldg(arguments.x + token * arguments.pieces + first + 32 * piece);
+                    held[piece] = __ldg(arguments.x + token * arguments.pitch + first + 32 * piece);
             for (i32 k = 0; k < arguments.top_k; k++) {
                 i32 slot = __ldg(arguments.slots + token * arguments.top_k + k);
                 if (slot < 0) continue;

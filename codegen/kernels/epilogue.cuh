@@ -7,8 +7,8 @@
 //     prefetch(...)     before a tile's products, by each consumer warp
 //     finish(...)       after them: total holds 16 rows of the warp, box after box of 64 columns, as in box.cuh
 //
-// or, with DEFERRED, in its place
-//     take(...)         after them, which leaves what will be written, in half of the registers
+// or, if HELD is not 0, in its place
+//     take(...)         after them, which leaves what will be written in HELD registers
 //     put(...)          writes it, while the next tile's first product is under way
 //
 // FEATURES are what the model calls columns: a tile of 256 columns holds 128 features with a gate and an up projection.
@@ -44,7 +44,8 @@ template <typename Input, i32 COLUMNS, bool BIAS, i32 BOXES_>
 struct Plain {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
-    static constexpr bool PAIRED = false, DEFERRED = true;
+    static constexpr bool PAIRED = false;
+    static constexpr i32 HELD = COLUMNS / 4;
     struct Arguments {
         Target out;
         const u16* bias;  // (E, N)
@@ -56,7 +57,7 @@ struct Plain {
     static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
 
     static __device__ __forceinline__ void take(const Arguments& arguments, const Spot& spot, float (&total)[COLUMNS / 2],
-                                                u32 (&packed)[COLUMNS / 4]) {
+                                                u32 (&packed)[HELD]) {
 #pragma unroll
         for (i32 i = 0; i < COLUMNS / 64; i++) {
             if constexpr (BIAS)
@@ -66,7 +67,7 @@ struct Plain {
     }
 
     static __device__ __forceinline__ void put(u8* boxes, const Arguments& arguments, const Spot& spot,
-                                               const u32 (&packed)[COLUMNS / 4]) {
+                                               const u32 (&packed)[HELD]) {
 #pragma unroll
         for (i32 first = 0; first < COLUMNS / 64; first += BOXES) {
             box::acquire<0>();
@@ -85,7 +86,8 @@ template <typename Input, i32 COLUMNS, i32 BOXES_>
 struct Turned {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
-    static constexpr bool PAIRED = false, DEFERRED = true;
+    static constexpr bool PAIRED = false;
+    static constexpr i32 HELD = COLUMNS / 4;
     struct Arguments {
         TensorMap out;  // boxes of 1 x 64 x 16
         i32 columns;
@@ -97,13 +99,13 @@ struct Turned {
     static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
 
     static __device__ __forceinline__ void take(const Arguments&, const Spot&, float (&total)[COLUMNS / 2],
-                                                u32 (&packed)[COLUMNS / 4]) {
+                                                u32 (&packed)[HELD]) {
 #pragma unroll
         for (i32 i = 0; i < COLUMNS / 64; i++) box::pack<Input>(total + i * 32, packed + i * 16);
     }
 
     static __device__ __forceinline__ void put(u8* boxes, const Arguments& arguments, const Spot& spot,
-                                               const u32 (&packed)[COLUMNS / 4]) {
+                                               const u32 (&packed)[HELD]) {
 #pragma unroll
         for (i32 first = 0; first < COLUMNS / 64; first += BOXES) {
             box::acquire<0>();
@@ -131,7 +133,8 @@ struct Activated {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2;  // boxes of columns for a box of features
     static constexpr i32 ROUNDS = COLUMNS / 64 / PER_ROUND, SAVED = SAVE ? PER_ROUND : 0, LAST = SAVE ? 1 : 2;
     static constexpr i32 BOXES = SAVED + LAST, REGISTERS = 224;
-    static constexpr bool PAIRED = LAYOUT == Layout::HALVES, DEFERRED = false;
+    static constexpr bool PAIRED = LAYOUT == Layout::HALVES;
+    static constexpr i32 HELD = SAVE ? 0 : ROUNDS * 16;  // together with the rows that are saved they would be too many
     static_assert(ROUNDS % LAST == 0, "every tile begins with the first box");
     struct Arguments {
         Target out;                // (rows, features)
@@ -146,9 +149,16 @@ struct Activated {
 
     static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
 
-    static __device__ __forceinline__ float weight_of(const Arguments& arguments, const box::Place& place, i32 row) {
-        return WEIGHTED && row < place.end ? __ldg(arguments.weights + __ldg(arguments.order + row)) : 0;
-    }
+    // The routing weights of a lane's two rows.
+    struct Weights {
+        float of[2];
+        __device__ __forceinline__ Weights(const Arguments& arguments, const Spot& spot) {
+            for (i32 i = 0; i < 2; i++) {
+                i32 row = spot.place.upper() + 8 * i;
+                of[i] = WEIGHTED && row < spot.place.end ? __ldg(arguments.weights + __ldg(arguments.order + row)) : 0;
+            }
+        }
+    };
 
     // A box of GEMM1's rows: with its bias, rounded, and saved.
     static __device__ __forceinline__ void settle(u8* staged, const Target& target, const u16* bias, const Spot& spot, i32 x,
@@ -164,33 +174,68 @@ struct Activated {
 
     static __device__ __forceinline__ void finish(u8* boxes, Shared&, u32, const Arguments& arguments, const Spot& spot,
                                                   float (&total)[COLUMNS / 2]) {
-        i32 row = spot.place.upper();
-        float weight[2] = {weight_of(arguments, spot.place, row), weight_of(arguments, spot.place, row + 8)};
+        Weights weights(arguments, spot);
 #pragma unroll
         for (i32 round = 0; round < ROUNDS; round++) {
             u8* last = boxes + (SAVED + round % LAST) * box::BYTES;
-            float* gate = total + round * 32 * (LAYOUT == Layout::INTERLEAVED ? 2 : 1);
-            float* up = LAYOUT == Layout::HALVES ? gate + COLUMNS / 4 : gate + 32;
-            i32 feature = (LAYOUT == Layout::INTERLEAVED ? spot.column / 2 : spot.column) + round * 64;
-            u32 first[16], second[16], a[16];
-            if constexpr (LAYOUT == Layout::INTERLEAVED) {
-                settle(boxes, arguments.hidden, arguments.bias, spot, 2 * feature, gate, first);
-                settle(boxes + box::BYTES, arguments.hidden, arguments.bias, spot, 2 * feature + 64, up, second);
-                activate_pairs(first, weight, a);
-                activate_pairs(second, weight, a + 8);
-            } else {
-                settle(boxes, arguments.hidden, arguments.bias, spot, feature, gate, first);
-                if constexpr (PAIRED)
-                    settle(boxes + box::BYTES, arguments.hidden_up, arguments.bias_up, spot, feature, up, second);
-#pragma unroll
-                for (i32 i = 0; i < 16; i++) a[i] = activate(first[i], second[i], weight[i % 2]);
-            }
+            u32 a[16];
+            features(boxes, arguments, spot, total, weights, round, a);
             box::acquire<BOXES - 1>();
-            if constexpr (LAYOUT == Layout::INTERLEAVED)
-                put_fours(last, a);
-            else
-                box::put(last, a);
-            box::send(last, arguments.out, spot.place, feature);
+            stage(last, a);
+            box::send(last, arguments.out, spot.place, first_feature(spot) + round * 64);
+        }
+    }
+
+    static __device__ __forceinline__ void take(const Arguments& arguments, const Spot& spot, float (&total)[COLUMNS / 2],
+                                                u32 (&packed)[HELD ? HELD : 1]) {
+        Weights weights(arguments, spot);
+#pragma unroll
+        for (i32 round = 0; round < ROUNDS; round++) features(nullptr, arguments, spot, total, weights, round, packed + round * 16);
+    }
+
+    static __device__ __forceinline__ void put(u8* boxes, const Arguments& arguments, const Spot& spot,
+                                               const u32 (&packed)[HELD ? HELD : 1]) {
+#pragma unroll
+        for (i32 first = 0; first < ROUNDS; first += LAST) {
+            box::acquire<0>();
+#pragma unroll
+            for (i32 i = 0; i < LAST; i++) stage(boxes + i * box::BYTES, packed + (first + i) * 16);
+            box::publish();
+#pragma unroll
+            for (i32 i = 0; i < LAST; i++)
+                box::send_published(boxes + i * box::BYTES, arguments.out, spot.place, first_feature(spot) + (first + i) * 64);
+        }
+    }
+
+    static __device__ __forceinline__ i32 first_feature(const Spot& spot) {
+        return LAYOUT == Layout::INTERLEAVED ? spot.column / 2 : spot.column;
+    }
+
+    static __device__ __forceinline__ void stage(u8* staged, const u32* a) {
+        if constexpr (LAYOUT == Layout::INTERLEAVED)
+            put_fours(staged, a);
+        else
+            box::put(staged, a);
+    }
+
+    // A box of features, from one or two boxes of columns.
+    static __device__ __forceinline__ void features(u8* boxes, const Arguments& arguments, const Spot& spot,
+                                                    float (&total)[COLUMNS / 2], const Weights& weights, i32 round, u32* a) {
+        float* gate = total + round * 32 * (LAYOUT == Layout::INTERLEAVED ? 2 : 1);
+        float* up = LAYOUT == Layout::HALVES ? gate + COLUMNS / 4 : gate + 32;
+        i32 feature = first_feature(spot) + round * 64;
+        u32 first[16], second[16];
+        if constexpr (LAYOUT == Layout::INTERLEAVED) {
+            settle(boxes, arguments.hidden, arguments.bias, spot, 2 * feature, gate, first);
+            settle(boxes + box::BYTES, arguments.hidden, arguments.bias, spot, 2 * feature + 64, up, second);
+            activate_pairs(first, weights.of, a);
+            activate_pairs(second, weights.of, a + 8);
+        } else {
+            settle(boxes, arguments.hidden, arguments.bias, spot, feature, gate, first);
+            if constexpr (PAIRED)
+                settle(boxes + box::BYTES, arguments.hidden_up, arguments.bias_up, spot, feature, up, second);
+#pragma unroll
+            for (i32 i = 0; i < 16; i++) a[i] = activate(first[i], second[i], weights.of[i % 2]);
         }
     }
 
@@ -225,7 +270,7 @@ struct Activated {
     }
 
     // A box of what `activate_pairs` made, twice.
-    static __device__ __forceinline__ void put_fours(u8* staged, const u32 (&a)[16]) {
+    static __device__ __forceinline__ void put_fours(u8* staged, const u32* a) {
         u32 lane = threadIdx.x % 32, row = lane / 4 + 8 * (lane % 2);
 #pragma unroll
         for (i32 i = 0; i < 16; i++) {
@@ -246,7 +291,8 @@ template <typename Input, i32 COLUMNS, typename Activation, Layout LAYOUT, bool 
 struct ActivationBackward {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2, ROUNDS = COLUMNS / 64;
     static constexpr i32 BOXES = 2 * PER_ROUND + 1, REGISTERS = 232;
-    static constexpr bool PAIRED = false, DEFERRED = false;
+    static constexpr bool PAIRED = false;
+    static constexpr i32 HELD = 0;
     struct Arguments {
         TensorMap hidden, hidden_up;           // as `of_hidden`; boxes of 16 x 64
         Target of_hidden, of_hidden_up;        // (rows, columns), or (rows, features) each if there are two halves

@@ -11,10 +11,10 @@
 // for the backward. What the activation reads is the rounded row, not the quantised one.
 template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED>
 struct QuantizedActivated {
-    static constexpr bool PAIRED = LAYOUT == Layout::HALVES, DEFERRED = false;
+    static constexpr bool PAIRED = LAYOUT == Layout::HALVES;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK / (PAIRED ? 2 : 1);  // of features in a tile
     static constexpr i32 SENDS = 1 + (SAVE ? (PAIRED ? 2 : 1) : 0);         // boxes for each of them
-    static constexpr i32 BOXES = 2, REGISTERS = 224;
+    static constexpr i32 BOXES = 2, REGISTERS = 224, HELD = BLOCKS * SENDS * fp8::PAIRS;
     static_assert(LAYOUT != Layout::INTERLEAVED, "quantised matrices are put side by side");
     struct Arguments {
         Target out;                 // (rows, padded features)
@@ -35,26 +35,44 @@ struct QuantizedActivated {
         return WEIGHTED && row < place.end ? __ldg(arguments.weights + __ldg(arguments.order + row)) : 0;
     }
 
-    static __device__ __forceinline__ void finish(u8* boxes, Shared&, u32, const Arguments& arguments, const Spot& spot,
-                                                  float (&total)[COLUMNS / 2]) {
+    // For each block of features: gates and up projections if they are saved, and the activation.
+    using Held = u32[BLOCKS][SENDS][fp8::PAIRS];
+
+    static __device__ __forceinline__ void take(const Arguments& arguments, const Spot& spot, float (&total)[COLUMNS / 2],
+                                                u32 (&packed)[HELD]) {
+        Held& held = reinterpret_cast<Held&>(packed);
         i32 row = spot.place.upper();
         float weight[2] = {weight_of(arguments, spot.place, row), weight_of(arguments, spot.place, row + 8)};
 #pragma unroll
         for (i32 block = 0; block < BLOCKS; block++) {
-            i32 feature = spot.column + block * fp8::BLOCK, turn = (spot.turn * BLOCKS + block) * SENDS;
-            u32 gates[fp8::PAIRS], ups[fp8::PAIRS], a[fp8::PAIRS];
+            i32 feature = spot.column + block * fp8::BLOCK;
+            u32 gates[fp8::PAIRS], ups[fp8::PAIRS];
             settle(arguments.bias, spot, arguments.features, feature, total + block * 64, gates);
             if constexpr (PAIRED) settle(arguments.bias_up, spot, arguments.features, feature, total + 64, ups);
 #pragma unroll
-            for (i32 i = 0; i < fp8::PAIRS; i++) a[i] = activate(gates[i], ups[i], weight[i % 2]);
-            if (feature + fp8::BLOCK > arguments.features) fp8::clear_from(a, arguments.features - feature);
+            for (i32 i = 0; i < fp8::PAIRS; i++) {
+                held[block][SENDS - 1][i] = activate(gates[i], ups[i], weight[i % 2]);
+                if constexpr (SAVE) held[block][0][i] = gates[i];
+                if constexpr (SAVE && PAIRED) held[block][1][i] = ups[i];
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void put(u8* boxes, const Arguments& arguments, const Spot& spot, u32 (&packed)[HELD]) {
+        Held& held = reinterpret_cast<Held&>(packed);
+#pragma unroll
+        for (i32 block = 0; block < BLOCKS; block++) {
+            i32 feature = spot.column + block * fp8::BLOCK, turn = (spot.turn * BLOCKS + block) * SENDS;
+            if (feature + fp8::BLOCK > arguments.features)
+                fp8::clear_from(held[block][SENDS - 1], arguments.features - feature);
             if constexpr (SAVE) {
-                send(boxes, turn, gates, arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, feature);
+                send(boxes, turn, held[block][0], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, feature);
                 if constexpr (PAIRED)
-                    send(boxes, turn + 1, ups, arguments.hidden, arguments.hidden_scales, arguments.pitch, spot,
+                    send(boxes, turn + 1, held[block][1], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot,
                          arguments.up + feature);
             }
-            send(boxes, turn + SENDS - 1, a, arguments.out, arguments.out_scales, arguments.pitch, spot, feature);
+            send(boxes, turn + SENDS - 1, held[block][SENDS - 1], arguments.out, arguments.out_scales, arguments.pitch, spot,
+                 feature);
         }
     }
 
@@ -91,7 +109,8 @@ struct QuantizedActivated {
 // Back through GEMM2 and the activation, as ActivationBackward: from the quantised rows, to quantised gradients.
 template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool READ, bool SCALED>
 struct QuantizedActivationBackward {
-    static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false, DEFERRED = false;
+    static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false;
+    static constexpr i32 HELD = 0;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK, PARTS = PAIR ? 2 : 1;
     static constexpr i32 BOXES = BLOCKS * PARTS + 1, REGISTERS = 224, NOWHERE = 1 << 30;  // beyond every matrix's columns
     static_assert(LAYOUT != Layout::INTERLEAVED, "quantised matrices are put side by side");

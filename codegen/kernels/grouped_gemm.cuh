@@ -46,7 +46,7 @@ struct GroupedGemm {
     static_assert(!OVER_ROWS || SCALED || B_MN, "what is summed over rows is read across them");
     static constexpr i32 PARTS = COLUMNS / 128;  // of an FP8 tile, each of a scale block's columns, multiplied one after the other
     // FP8 gradients of matrices are faster written at once (docs/perf.md).
-    static constexpr bool DEFERRED = Epilogue::DEFERRED && !(SCALED && OVER_ROWS);
+    static constexpr bool LATER = !(SCALED && OVER_ROWS);
     static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
     static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
 
@@ -200,10 +200,18 @@ struct GroupedGemm {
 
     // ---- the consumer warpgroups
 
+    // The first stage's rows of this warpgroup and columns, as matrix products are told of them.
+    struct Operands {
+        u32 a, b;
+        __device__ __forceinline__ Operands(const Shared& shared, u32 group)
+            : a(wgmma::describe(shared.a[0] + group * 64 * LINE, K_TILE * LINE)), b(wgmma::describe(shared.b[0], K_TILE * LINE)) {}
+    };
+
     static __device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, u32 group) {
         i32 stage = 0;
         u32 parity = 0, warp = group * 4 + threadIdx.x / 32 % 4, turn = 0;
         u8* boxes = shared.boxes[warp];
+        Operands operands(shared, group);
         Waiting waiting;
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             float total[COLUMNS / 2];
@@ -218,10 +226,10 @@ struct GroupedGemm {
             Spot spot{{tile.row + i32(warp) * box::ROWS, tile.row_end}, tile.expert, tile.column, offset, turn++};
             Epilogue::prefetch(boxes, shared.epilogue, warp, arguments.epilogue, spot);
             if constexpr (SCALED)
-                scaled_products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
+                scaled_products(shared, operands, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
             else
-                products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
-            if constexpr (Epilogue::DEFERRED)
+                products(shared, operands, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
+            if constexpr (Epilogue::HELD > 0)
                 waiting.take(boxes, arguments, spot, total);
             else
                 Epilogue::finish(boxes, shared.epilogue, warp, arguments.epilogue, spot, total);
@@ -232,7 +240,7 @@ struct GroupedGemm {
 
     // What the last tile left to be written.
     struct Waiting {
-        u32 packed[Epilogue::DEFERRED ? COLUMNS / 4 : 1];
+        u32 packed[Epilogue::HELD ? Epilogue::HELD : 1];
         Spot spot;
         bool any = false;
 
@@ -240,11 +248,11 @@ struct GroupedGemm {
             Epilogue::take(arguments.epilogue, at, total, packed);
             wgmma::hold(packed);  // now, not when it is written: the next product has the registers of the sums
             spot = at, any = true;
-            if constexpr (!DEFERRED) write(boxes, arguments);
+            if constexpr (!LATER) write(boxes, arguments);
         }
 
         __device__ __forceinline__ void write(u8* boxes, const Arguments& arguments) {
-            if constexpr (Epilogue::DEFERRED) {
+            if constexpr (Epilogue::HELD > 0) {
                 if (any) Epilogue::put(boxes, arguments.epilogue, spot, packed);
                 any = false;
             }
@@ -286,18 +294,19 @@ struct GroupedGemm {
         } while (k < tile.k_end);
     }
 
-    // sum += 64 rows of a times N columns of b, over the K of one stage. The four products are issued at once, from
-    // descriptors that are ready: in between, the other warpgroup's would slip in, and both would end at the same time
-    // and leave the tensor cores idle together.
+    // sum += 64 rows of a times N columns of b, from the column `first` on, over the K of one stage. The four products are
+    // issued at once, from descriptors that are ready: in between, the other warpgroup's would slip in, and both would end at
+    // the same time and leave the tensor cores idle together.
     template <i32 N>
-    static __device__ __forceinline__ void multiply(float (&sum)[N / 2], const u8* a, const u8* b, bool accumulate) {
+    static __device__ __forceinline__ void multiply(float (&sum)[N / 2], const Operands& operands, i32 stage, i32 first,
+                                                    bool accumulate) {
         constexpr i32 ALONG = LINE / 4 >> 4, ACROSS = K_TILE / 4 * LINE >> 4;  // from one product to the next
-        u64 left = wgmma::describe(a, K_TILE * LINE), right = wgmma::describe(b, K_TILE * LINE);
+        u32 left = operands.a + stage * (ROWS * LINE >> 4), right = operands.b + stage * (COLUMNS * LINE >> 4) + (first * LINE >> 4);
         wgmma::fence();
 #pragma unroll
         for (i32 i = 0; i < 4; i++)
-            wgmma::Product<Input, N, A_MN, B_MN>::run(sum, left + i * (A_MN ? ACROSS : ALONG),
-                                                      right + i * (B_MN ? ACROSS : ALONG), accumulate || i > 0);
+            wgmma::Product<Input, N, A_MN, B_MN>::run(sum, wgmma::descriptor(left + i * (A_MN ? ACROSS : ALONG)),
+                                                      wgmma::descriptor(right + i * (B_MN ? ACROSS : ALONG)), accumulate || i > 0);
         wgmma::commit();
     }
 
@@ -307,16 +316,21 @@ struct GroupedGemm {
 
     // `meanwhile` is done while the first product is under way.
     template <typename Meanwhile>
-    static __device__ __forceinline__ void products(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
+    static __device__ __forceinline__ void products(Shared& shared, const Operands& operands, const Tile& tile, u32 group, i32& stage, u32& parity,
                                                     float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
-        i32 last = stage, k = tile.k_begin;
-        start(shared, tile, group, stage, parity, k, total, false);
-        meanwhile();
-        for (advance(stage, parity), k += K_TILE; k < tile.k_end; advance(stage, parity), k += K_TILE) {
-            start(shared, tile, group, stage, parity, k, total, true);
-            wgmma::wait<1>();  // the product before this one is done with its stage
-            release(&shared.empty[last]);
+        i32 last = -1, k = tile.k_begin;
+        if constexpr (Epilogue::HELD > 0) {
+            start(shared, operands, tile, stage, parity, k, total, false);
+            meanwhile();
             last = stage;
+            advance(stage, parity), k += K_TILE;
+        }
+        while (last < 0 || k < tile.k_end) {
+            start(shared, operands, tile, stage, parity, k, total, last >= 0);
+            wgmma::wait<1>();  // the product before this one is done with its stage
+            if (last >= 0) release(&shared.empty[last]);
+            last = stage;
+            advance(stage, parity), k += K_TILE;
         }
         wgmma::hold(total);
         wgmma::wait<0>();
@@ -324,11 +338,11 @@ struct GroupedGemm {
         release(&shared.empty[last]);
     }
 
-    static __device__ __forceinline__ void start(Shared& shared, const Tile& tile, u32 group, i32 stage, u32 parity, i32 k,
+    static __device__ __forceinline__ void start(Shared& shared, const Operands& operands, const Tile& tile, i32 stage, u32 parity, i32 k,
                                                  float (&total)[COLUMNS / 2], bool accumulate) {
         ptx::barrier_wait(&shared.full[stage], parity);
         if (OVER_ROWS && k + K_TILE > tile.k_end) clear(shared, stage, tile.k_end - k);
-        multiply<COLUMNS>(total, shared.a[stage] + group * 64 * LINE, shared.b[stage], accumulate);
+        multiply<COLUMNS>(total, operands, stage, 0, accumulate);
     }
 
     // Zeros for the lines of a stage from `line` on, which are other experts' rows: whatever they hold, infinities too, it
@@ -355,11 +369,11 @@ struct GroupedGemm {
     // While one warpgroup adds its sum to its totals, the other has the tensor cores, and the first must be back with its next
     // product before theirs ends: it reads its factors while a product is under way.
     template <typename Meanwhile>
-    static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
+    static __device__ __forceinline__ void scaled_products(Shared& shared, const Operands& operands, const Tile& tile, u32 group, i32& stage,
                                                            u32& parity, float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
-        add_scaled<true>(shared, tile, group, stage, parity, total, meanwhile);
+        add_scaled<true>(shared, operands, tile, group, stage, parity, total, meanwhile);
         for (i32 k = tile.k_begin + K_TILE; k < tile.k_end; k += K_TILE)
-            add_scaled<false>(shared, tile, group, stage, parity, total, [] {});
+            add_scaled<false>(shared, operands, tile, group, stage, parity, total, [] {});
         if (OVER_ROWS && tile.k_begin == tile.k_end) {  // no rows: what was loaded is another expert's
 #pragma unroll
             for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
@@ -367,7 +381,7 @@ struct GroupedGemm {
     }
 
     template <bool FIRST, typename Meanwhile>
-    static __device__ __forceinline__ void add_scaled(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
+    static __device__ __forceinline__ void add_scaled(Shared& shared, const Operands& operands, const Tile& tile, u32 group, i32& stage, u32& parity,
                                                       float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
         float sum[64];
         u32 row = (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
@@ -375,7 +389,7 @@ struct GroupedGemm {
 #pragma unroll
         for (i32 part = 0; part < PARTS; part++) {
             wgmma::hold(sum);
-            multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
+            multiply<128>(sum, operands, stage, part * 128, false);
             Factors factors(shared, row, stage, part);
             if (part == 0) meanwhile();
             wgmma::wait<0>();

@@ -34,9 +34,14 @@ __device__ __forceinline__ void hold(u32 (&words)[N]) {
 // The descriptor of a tile (PTX ISA, "Matrix Descriptor Format"); both offsets are in bytes.
 //   K-major: eight rows of 128 bytes are 1024 bytes, `leading` is not used.
 //   MN-major: eight steps of K are 1024 bytes; `leading` is from 64 rows (or columns) to the next 64.
-__device__ __forceinline__ u64 describe(const void* tile, u32 leading) {
-    constexpr u64 STRIDE = u64(1024 >> 4) << 32, SWIZZLE_128 = u64(1) << 62;
-    return (u64(ptx::shared_address(tile) & 0x3FFFF) >> 4) | u64(leading >> 4) << 16 | STRIDE | SWIZZLE_128;
+// All of it that depends on the tile is in the lower half, and in units of 16 bytes: adding to it moves the tile.
+__device__ __forceinline__ u32 describe(const void* tile, u32 leading) {
+    return (ptx::shared_address(tile) & 0x3FFFF) >> 4 | leading >> 4 << 16;
+}
+
+__device__ __forceinline__ u64 descriptor(u32 lower) {
+    constexpr u32 STRIDE = 1024 >> 4, SWIZZLE_128 = 1u << 30;
+    return u64(STRIDE | SWIZZLE_128) << 32 | lower;
 }
 
 struct Bf16 {
