@@ -32,8 +32,10 @@ from moecompile.runtime.remembered import Memory, Remembered, signature
 
 DTYPES = (torch.bfloat16, torch.float16)
 RESULTS = (*DTYPES, torch.float32)
-LARGE = 512 * 2**20
-"""Bytes of rows that are not made as a whole for the gradients of matrices."""
+LARGE = 256 * 2**20
+"""Bytes of rows above which they are not made as a whole for the gradients of matrices."""
+COLUMNS = 256
+"""Of a tile: whole ones are all that is made at once."""
 EXPERTS: Memory[Remembered] = Memory()
 """What `experts` launches, by what decides it."""
 
@@ -209,22 +211,25 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
 def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of GEMM1's matrices, by name, for those of their products (R, out).
 
-    Rows that are large are there by halves of their columns: a step's memory is at its highest here.
+    Rows that are large are there by some of their columns after the other: a step's memory is at its highest here.
     """
-    columns = args.x.shape[1]
+    columns, pieces = args.x.shape[1], 1
+    while columns % (2 * pieces * COLUMNS) == 0 and args.rows * columns * args.x.element_size() > pieces * LARGE:
+        pieces *= 2
     matrices = {name: getattr(args, name) for name in of_products}
     whole = args.w_in_transposed or not all(each.is_contiguous() for each in matrices.values())
-    if whole or columns % 128 or args.rows * columns * args.x.element_size() < LARGE:
+    if whole or pieces == 1:
         rows = _dispatched(args, args.x)
         return {
             name: _of_matrix(matrices[name], of_product, rows, args.w_in_transposed, args.offsets)
             for name, of_product in of_products.items()
         }
     found = {name: torch.empty_like(each) for name, each in matrices.items()}
-    for half in (slice(0, columns // 2), slice(columns // 2, columns)):
-        rows = _dispatched(args, args.x, half)
+    for start in range(0, columns, columns // pieces):
+        piece = slice(start, start + columns // pieces)
+        rows = _dispatched(args, args.x, piece)
         for name, of_product in of_products.items():
-            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, half])
+            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, piece])
         del rows
     return found
 

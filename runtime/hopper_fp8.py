@@ -55,10 +55,7 @@ def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[T
     x, slots, (w_in, _, w_out, _) = _lines(args.x), args.slots.contiguous(), _matrices(quantized)
     (tokens, features), rows = x.shape, args.rows
     dispatched = QuantizedRows.empty(x, rows, features)
-    saved = None
-    if save:
-        values = x.new_empty(tokens, features, dtype=hopper_quantize.E4M3)
-        saved = (values, x.new_empty(tokens, blocks_of(features), dtype=torch.float32))
+    saved = _room_for(x) if save else None
     hopper_quantize.quantize_rows(x, slots, dispatched, saved)
     hidden = QuantizedRows.empty(x, rows, w_in.values.shape[1]) if save else None
     a = QuantizedRows.empty(x, rows, padded(args.intermediate))
@@ -102,10 +99,7 @@ class _Backward:
         """From the result's gradient to the tokens'; what is not needed any more is freed on the way."""
         args, grad = self.args, self.grad
         of_y = QuantizedRows.empty(grad, args.rows, args.out_features)
-        of_tokens = None
-        if "w_out" in self.needs:
-            values = grad.new_empty(grad.shape, dtype=hopper_quantize.E4M3)
-            of_tokens = (values, grad.new_empty(grad.shape[0], blocks_of(grad.shape[1]), dtype=torch.float32))
+        of_tokens = _room_for(grad) if "w_out" in self.needs else None
         hopper_quantize.quantize_rows(grad, self.slots, of_y, of_tokens)
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
@@ -126,7 +120,11 @@ class _Backward:
             self.found["x"] = hopper_routing.combine(of_rows, self.slots, None, "out", out)
             del of_rows
         if self.needs & {"w_in", "w_up"} and ends is not None:
-            self._of_w_in(of_hidden, ends)
+            rows = self._transpose(
+                of_hidden.values, of_hidden.scales, ends, False, True, args.intermediate, args.gate_up == "interleaved"
+            )
+            del of_hidden
+            self._of_w_in(rows, ends)
         return self.found
 
     def _transpose(
@@ -150,11 +148,9 @@ class _Backward:
         a = self._transpose(scaled.values, scaled.scales, ends, False, False, args.intermediate)
         self.found["w_out"] = hopper_fp8_gemm.outer(of_y, a, ends, args.w_out, args.w_out_transposed)
 
-    def _of_w_in(self, of_hidden: QuantizedRows, ends: Tensor) -> None:
+    def _of_w_in(self, rows: QuantizedRows, ends: Tensor) -> None:
         """Gradients of GEMM1's matrices: of gate and up projection together where they are one tensor's halves."""
         args, inner = self.args, self.args.intermediate
-        interleaved = args.gate_up == "interleaved"
-        rows = self._transpose(of_hidden.values, of_hidden.scales, ends, False, True, inner, interleaved)
         x = self._transpose(*self.x, ends, gathered=True, per_column=False)
         for name, matrices, start in (("w_in", args.w_in, 0), ("w_up", args.w_up, inner)):
             if name in self.needs and matrices is not None:
@@ -194,6 +190,12 @@ class _Backward:
         for name, bias, grads in zip(("b_in", "b_up"), (args.b_in, args.b_up), halves, strict=False):
             if name in self.needs and bias is not None:
                 self.found[name] = plain.bias_gradient(bias, grads)
+
+
+def _room_for(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (T, F) and scales (T, ceil(F / 128)) to quantise the tokens into."""
+    scales = tokens.new_empty(tokens.shape[0], blocks_of(tokens.shape[1]), dtype=torch.float32)
+    return tokens.new_empty(tokens.shape, dtype=hopper_quantize.E4M3), scales
 
 
 def _matrices(quantized: Sequence[Tensor]) -> tuple[Matrices, Matrices, Matrices, Matrices]:

@@ -41,7 +41,16 @@ __device__ __forceinline__ bool elect() {
     return chosen;
 }
 
-// ---- barriers in shared memory
+// ---- barriers in shared memory. MOECOMPILE_DELAYS is for tests: warps come to and leave every barrier late, by chance
+
+#ifdef MOECOMPILE_DELAYS
+__device__ __forceinline__ void delay() {
+    u32 chance = u32(clock()) * 2654435761u;  // the same in all lanes of a warp
+    if (chance >> 29 == 0) __nanosleep(chance >> 18 & 2047);
+}
+#else
+__device__ __forceinline__ void delay() {}
+#endif
 
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -50,16 +59,19 @@ __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;"); }
 
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
+    delay();
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    delay();
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Arrives on the same barrier of another block of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
+    delay();
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -69,6 +81,7 @@ __device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
 }
 
 __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    delay();
     asm volatile(
         "{\n.reg .pred done;\n"
         "again_%=:\n"
@@ -79,6 +92,7 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 }
 
 __device__ __forceinline__ void named_barrier(u32 number, u32 threads) {
+    delay();
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
