@@ -1,11 +1,11 @@
 """`python -m moecompile bench experts`: moecompile's kernels and what a user would otherwise have, in one process.
 
 Everything that is compared is measured in turns, on random data and random routing: whole blocks of experts, forward
-and forward+backward, against PyTorch's grouped GEMM, eager and under Inductor; a few tokens, as in decoding; and the
-grouped GEMMs by themselves, against PyTorch's and against the largest dense product of cuBLAS. A row is printed as soon
-as it is there: the median and how far the middle half of the timings is from it, floating-point operations a second,
-the share of the least time that the device would need, the time of the host, ratios (more than 1 is faster), and
-whether the target is met.
+and forward+backward, against PyTorch's grouped GEMM, eager and under Inductor; a few tokens, as in decoding; the
+grouped GEMMs by themselves, against PyTorch's and against the largest dense product of cuBLAS; and transformers' blocks
+under torch.compile, against the same under Inductor. A row is printed as soon as it is there: the median and how far
+the middle half of the timings is from it, floating-point operations a second, the share of the least time that the
+device would need, the time of the host, ratios (more than 1 is faster), and whether the target is met.
 
 Needs a Hopper GPU. The exit status is 0 if everything was measured, 1 if something failed, 2 if nothing can be.
 """
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 import moecompile
-from moecompile import bench_experts, bench_gemm
+from moecompile import bench_experts, bench_gemm, bench_model
 from moecompile.bench_cases import (
     BLOCKS,
     DECODE,
     DECODE_TOKENS,
+    MODELS,
     PRODUCTS,
     QUICK,
     QUICK_TOKENS,
@@ -41,7 +42,7 @@ from moecompile.bench_cases import (
 from moecompile.bench_results import Results, Setting
 from moecompile.bench_timing import CudaTimer, HostTimer
 
-SECTIONS = ("block", "decode", "gemm")
+SECTIONS = ("block", "decode", "gemm", "model")
 ROUNDS, QUICK_ROUNDS = 11, 3
 
 
@@ -130,10 +131,14 @@ def _run(chosen: argparse.Namespace) -> int:
     rounds = chosen.rounds or (QUICK_ROUNDS if chosen.quick else ROUNDS)
     results = Results(_machine(chosen.device), chosen.json)
     results.head("  ".join(f"{name} {value}" for name, value in results.machine.items()))
+    if chosen.device == "cpu":
+        results.head("a look without a GPU: our operators are emulated in PyTorch, and no time is a kernel's")
     timer = CudaTimer() if chosen.device == "cuda" else HostTimer()
     ceilings = bench_gemm.measure_ceilings(timer, chosen.device, rounds, results)
     setting = Setting(chosen.device, timer, rounds, ceilings, results, chosen.profile)
+    seconds: dict[str, float] = {"ceilings": time.perf_counter() - started}
     for name, measure in _measurements(chosen, setting):
+        begun = time.perf_counter()
         try:
             measure()
         except Exception as error:  # what else is to be measured is measured all the same
@@ -141,16 +146,18 @@ def _run(chosen: argparse.Namespace) -> int:
         gc.collect()
         if chosen.device == "cuda":
             torch.cuda.empty_cache()
+        section = name.partition(" ")[0]
+        seconds[section] = seconds.get(section, 0.0) + time.perf_counter() - begun
     met, targets = results.verdicts()
     failed = f", {len(results.failures)} measurements FAILED" if results.failures else ""
-    seconds = time.perf_counter() - started
-    results.head(f"{met} of {targets} targets met{failed}; {rounds} rounds, {seconds:.0f} s")
+    where = ", ".join(f"{section} {taken:.0f}" for section, taken in seconds.items())
+    results.head(f"{met} of {targets} targets met{failed}; {rounds} rounds, {sum(seconds.values()):.0f} s: {where}")
     return 1 if results.failures else 0
 
 
 def _measurements(chosen: argparse.Namespace, setting: Setting) -> list[tuple[str, Callable[[], None]]]:
     """What was chosen, by name, in the order in which it is measured."""
-    blocks, decode, products = _cases(chosen.device)
+    blocks, decode, products, models = _cases(chosen.device)
     wanted = set(chosen.shapes or (QUICK if chosen.quick and chosen.device == "cuda" else _names(chosen.device)))
     tokens = QUICK_TOKENS if chosen.quick or chosen.device == "cpu" else DECODE_TOKENS
     found: dict[str, list[tuple[str, Callable[[], None]]]] = {
@@ -170,20 +177,26 @@ def _measurements(chosen: argparse.Namespace, setting: Setting) -> list[tuple[st
             for each in decode
             if each.name in wanted
         ],
+        "model": [
+            (f"model {each.name}", partial(bench_model.measure_model, setting, each))
+            for each in models
+            if each.name in wanted
+        ],
     }
     return [each for section in chosen.only for each in found[section]]
 
 
-def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Product]]:
-    """Blocks, those of decoding, and products."""
+def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Product], Sequence[Shape]]:
+    """Blocks, those of decoding, products, and blocks of models."""
     if device == "cpu":
-        return (TINY,), (TINY,), TINY_PRODUCTS
-    return BLOCKS, [shape for name in DECODE for shape in BLOCKS if shape.name == name], PRODUCTS
+        return (TINY,), (TINY,), TINY_PRODUCTS, (TINY,)
+    shapes = {shape.name: shape for shape in BLOCKS}
+    return BLOCKS, [shapes[name] for name in DECODE], PRODUCTS, [shapes[name] for name in MODELS]
 
 
 def _names(device: str) -> tuple[str, ...]:
     """What `--shapes` may name."""
-    blocks, _, products = _cases(device)
+    blocks, _, products, _ = _cases(device)
     return (*(shape.name for shape in blocks), *(product.name for product in products))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moecompile import bench_baseline
-from moecompile.bench_cases import EAGER, FP8, FP8_EACH, INDUCTOR, OURS, Shape
-from moecompile.bench_timing import Absent, Contender
+from moecompile.bench_cases import EAGER, FORWARD, FP8, FP8_EACH, INDUCTOR, OURS, STEP, Shape
+from moecompile.bench_proof import kernels_of
+from moecompile.bench_timing import Contender
 
 ATTRIBUTES = {
     "activation": "mul(silu(gate), up)",
@@ -154,30 +154,15 @@ def baseline(block: Block, compiled: bool) -> Experts:
     return experts
 
 
-def fp8_missing() -> str:
-    """Why there are no FP8 experts here; empty if there are."""
-    if not hasattr(torch.ops.moecompile, "experts_fp8"):
-        return "not there yet: moecompile::experts_fp8"
-    try:
-        importlib.import_module("moecompile.runtime.hopper_fp8")
-    except ImportError as error:
-        return f"not there yet: {error}"
-    return ""
-
-
-def entrants(block: Block, quantising: bool) -> list[tuple[str, Experts] | Absent]:
+def entrants(block: Block, quantising: bool) -> list[tuple[str, Experts]]:
     """Everybody who computes the block, in the order of their turns; the compiled baseline compiles when called."""
-    found: list[tuple[str, Experts] | Absent] = [
+    found = [
         (OURS, ours(block)),
         (INDUCTOR, baseline(block, compiled=True)),
         (EAGER, baseline(block, compiled=False)),
+        (FP8, ours_fp8(block, each=False)),
     ]
-    for name, each in ((FP8, False), (FP8_EACH, True)):
-        if each and not quantising:
-            continue
-        missing = fp8_missing()
-        found.append(Absent(name, missing) if missing else (name, ours_fp8(block, each)))
-    return found
+    return [*found, (FP8_EACH, ours_fp8(block, each=True))] if quantising else found
 
 
 def forward(block: Block, name: str, experts: Experts) -> Contender:
@@ -187,7 +172,7 @@ def forward(block: Block, name: str, experts: Experts) -> Contender:
         with torch.no_grad():
             return experts(block.inputs(number))
 
-    return Contender(name, call, block.shape.flops, precision(name))
+    return Contender(name, call, block.shape.flops, precision(name), kernels_of(name, FORWARD))
 
 
 def step(block: Block, name: str, experts: Experts) -> Contender:
@@ -198,7 +183,7 @@ def step(block: Block, name: str, experts: Experts) -> Contender:
         inputs = block.inputs(number)
         experts(inputs).backward(inputs.cotangent)
 
-    return Contender(name, call, 3 * block.shape.flops, precision(name))
+    return Contender(name, call, 3 * block.shape.flops, precision(name), kernels_of(name, STEP))
 
 
 def precision(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,15 +25,9 @@ from moecompile.bench_cases import (
     Shape,
 )
 from moecompile.bench_profile import kernels
+from moecompile.bench_proof import EMULATED, WrongResultError, compare, prove
 from moecompile.bench_results import Memory, Results, Setting, Speed, ratios
-from moecompile.bench_timing import (
-    Absent,
-    Call,
-    Contender,
-    Statistics,
-    measure_back_to_back,
-    measure_single,
-)
+from moecompile.bench_timing import Call, Contender, Statistics, measure_back_to_back, measure_single
 
 SETS, DECODE_SETS = 3, 16
 BOUNDS = {"bf16": 0.02, "fp8": 0.15}
@@ -42,22 +35,17 @@ BOUNDS = {"bf16": 0.02, "fp8": 0.15}
 OTHERS = (INDUCTOR, EAGER)
 
 
-class WrongResultError(Exception):
-    """A contender computes something else."""
-
-
 def measure_block(setting: Setting, shape: Shape) -> None:
     """One block: quantising the weights, inference, a training step and its memory."""
     block = Block.of(shape, SETS, setting.device)
     found = entrants(block, quantising=True)
-    absent = [each for each in found if isinstance(each, Absent)]
-    _quantise(setting, block, absent)
+    _quantise(setting, block)
     for what, make in ((FORWARD, forward), (STEP, step)):
         setting.results.head(f"block  {shape.title}  {what}")
-        made = [make(block, *each) for each in found if not isinstance(each, Absent)]
-        present = _checked(block, made, f"{shape.name} {what}", what == STEP, setting.results)
+        made = [make(block, *each) for each in found]
+        present = _checked(setting, block, made, f"{shape.name} {what}", what == STEP)
         times = measure_single(setting.timer, present, setting.rounds)
-        _add_speeds(setting, block, "block", what, present, absent, times)
+        _add_speeds(setting, block, "block", what, present, times)
         if what == STEP and setting.device == "cuda":
             _add_memory(setting.results, block, present)
         for contender in present if setting.profile else ():
@@ -70,29 +58,23 @@ def measure_block(setting: Setting, shape: Shape) -> None:
 def measure_decode(setting: Setting, shape: Shape, tokens: Sequence[int]) -> None:
     """Inference of few tokens: time on the GPU, and of calls as they come."""
     whole = Block.of(shape, 0, setting.device)
+    whole.quantised = whole.quantise()
     for count in tokens:
         block = whole.with_tokens(count, DECODE_SETS)
-        found = entrants(block, quantising=False)
-        absent = [each for each in found if isinstance(each, Absent)]
-        if not absent and not whole.quantised:
-            whole.quantised = block.quantised = block.quantise()
-        made = [forward(block, *each) for each in found if not isinstance(each, Absent)]
-        present = _checked(block, made, f"{shape.name} T{count}", False, setting.results)
-        for contender in present:
-            for number in range(DECODE_SETS):
-                contender.call(number)
+        made = [forward(block, *each) for each in entrants(block, quantising=False)]
+        present = _checked(setting, block, made, f"{shape.name} T{count}", False)
         graphs = _recorded(setting, present, f"{shape.name} T{count}, CUDA graph")
         on_gpu = {
             name: _each(all_sets) for name, all_sets in measure_single(setting.timer, graphs, setting.rounds).items()
         }
         setting.results.head(f"decode {block.shape.title}  {GPU_TIME}")
-        _add_speeds(setting, block, "decode", GPU_TIME, graphs, absent, on_gpu)
+        _add_speeds(setting, block, "decode", GPU_TIME, graphs, on_gpu)
         del graphs
         calls = measure_back_to_back(
             setting.timer, present, setting.rounds, {each.name: 4 * DECODE_SETS for each in present}
         )
         setting.results.head(f"decode {block.shape.title}  {CALLS}")
-        _add_speeds(setting, block, "decode", CALLS, present, absent, calls)
+        _add_speeds(setting, block, "decode", CALLS, present, calls)
 
 
 def _recorded(setting: Setting, contenders: Sequence[Contender], what: str) -> list[Contender]:
@@ -121,18 +103,23 @@ def _each(all_sets: Statistics) -> Statistics:
 
 
 def _checked(
-    block: Block, contenders: Sequence[Contender], what: str, with_gradients: bool, results: Results
+    setting: Setting, block: Block, contenders: Sequence[Contender], what: str, with_gradients: bool
 ) -> list[Contender]:
-    """Those that run and compute what the eager baseline computes; the others are noted as failures."""
+    """Those that compute what the eager baseline computes, ours with our kernels; the others are noted as failures.
+
+    Each has been called on all input sets.
+    """
     (eager,) = (contender for contender in contenders if contender.name == EAGER)
     expected, right = _outcome(block, eager, with_gradients), []
     for contender in contenders:
         try:
             if contender.name != EAGER:
-                _compare(_outcome(block, contender, with_gradients), expected, contender.name)
+                bound = BOUNDS[precision(contender.name)]
+                compare(_outcome(block, contender, with_gradients), expected, bound)
+            prove(contender, range(len(block.sets)), setting.device)
             right.append(contender)
         except Exception as error:  # the others are measured all the same
-            results.fail(f"{what}, {contender.name}", error)
+            setting.results.fail(f"{what}, {contender.name}", error)
     return right
 
 
@@ -150,22 +137,12 @@ def _outcome(block: Block, contender: Contender, with_gradients: bool) -> dict[s
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    bound = BOUNDS[precision(name)]
-    for what, right in expected.items():
-        norm = float(torch.linalg.vector_norm(right, dtype=torch.float32))
-        error = float(torch.linalg.vector_norm(found[what] - right, dtype=torch.float32)) / norm
-        if not error <= bound or math.isnan(error):
-            raise WrongResultError(f"{what} is {error:.3g} away from the eager baseline's, more than {bound:g}")
-
-
 def _add_speeds(
     setting: Setting,
     block: Block,
     section: str,
     what: str,
     present: Sequence[Contender],
-    absent: Sequence[Absent],
     times: Mapping[str, Statistics],
 ) -> None:
     case = block.shape.name if section == "block" else f"{block.shape.name} T{block.shape.tokens}"
@@ -184,9 +161,9 @@ def _add_speeds(
                 setting.ceilings.floor(contender.flops, moved, contender.precision),
                 {} if contender.name in OTHERS else ratios(1 / own.median, {n: 1 / t for n, t in others.items()}),
                 SPEED_TARGETS.get((case, what, contender.name)),
+                EMULATED if setting.device == "cpu" and contender.name not in OTHERS else "",
             )
         )
-    setting.results.add(*(Speed(section, case, what, each.name, note=each.reason) for each in absent))
 
 
 def _add_memory(results: Results, block: Block, contenders: Sequence[Contender]) -> None:
@@ -218,22 +195,22 @@ def peak(block: Block, contender: Contender) -> tuple[int, int]:
     return most, total
 
 
-def _quantise(setting: Setting, block: Block, absent: Sequence[Absent]) -> None:
-    """Makes the quantised weights, if there is FP8, and measures that."""
+def _quantise(setting: Setting, block: Block) -> None:
+    """Makes the quantised weights, and measures that."""
     setting.results.head(f"block  {block.shape.title}  {QUANTISING}")
-    row = ("block", block.shape.name, QUANTISING)
-    for each in absent:
-        if each.name == FP8:
-            setting.results.add(Speed(*row, each.name, note=each.reason))
-            return
-    contender = Contender(FP8, lambda _: block.quantise(), 0.0)
+    contender = Contender(FP8, lambda _: block.quantise(), 0.0, "fp8", ("quantize_weights",))
+    try:
+        prove(contender, range(1), setting.device)
+    except Exception as error:  # FP8 that needs them fails, too; the others are measured all the same
+        setting.results.fail(f"{block.shape.name} {QUANTISING}, {FP8}", error)
+        return
     times = measure_single(setting.timer, [contender], setting.rounds)
     block.quantised = block.quantise()
     copies = size_of(block.quantised)
     floor = setting.ceilings.floor(0.0, size_of((block.w_in, block.w_out)) + copies, "bf16")
-    setting.results.add(
-        Speed(*row, FP8, times[FP8], floor=floor, note=f"{copies / 2**30:.2f} GiB in both orientations"),
-    )
+    note = f"{copies / 2**30:.2f} GiB in both orientations{f', {EMULATED}' if setting.device == 'cpu' else ''}"
+    row = ("block", block.shape.name, QUANTISING, FP8)
+    setting.results.add(Speed(*row, times[FP8], floor=floor, note=note))
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

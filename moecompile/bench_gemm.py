@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moecompile.bench_cases import ALONE, CEILING, IN_A_ROW, SPEED_TARGETS, TORCH, Product
+from moecompile.bench_cases import ALONE, BURST, BURST_CALLS, CEILING, IN_A_ROW, SPEED_TARGETS, TORCH, Product
 from moecompile.bench_products import SIDE, Entrant, dense, entrants
+from moecompile.bench_proof import compare, prove
 from moecompile.bench_results import Ceilings, Results, Setting, Speed, ratios
 from moecompile.bench_timing import Absent, Contender, Statistics, Timer, measure_back_to_back, measure_single
 
@@ -25,7 +26,7 @@ BOUND = 0.02
 
 
 def measure_ceilings(timer: Timer, device: str, rounds: int, results: Results) -> Ceilings:
-    """What the device reaches: dense products alone and in a row, and a copy."""
+    """What the device reaches: dense products alone, in bursts and in a row, and a copy."""
     results.head("ceilings")
     source = torch.empty(COPIED[device], dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -33,27 +34,28 @@ def measure_ceilings(timer: Timer, device: str, rounds: int, results: Results) -
     found = [replace(each, name=name) for name, each in products.items()]
     found.append(Contender("copy", lambda _: target.copy_(source), 0.0))
     alone = measure_single(timer, found, rounds, PAUSE[device])
+    bursts = measure_single(timer, found, rounds, PAUSE[device], BURST_CALLS)
     in_a_row = _in_a_row(timer, found, rounds, alone)
     flops: dict[str, float] = {}
-    for what, times in ((ALONE, alone), (IN_A_ROW, in_a_row)):
+    for what, times in ((ALONE, alone), (BURST, bursts), (IN_A_ROW, in_a_row)):
         for each in found:
             rate = 1000 * (each.flops or 2 * COPIED[device]) / times[each.name].median
             note = what if each.flops else f"{what}, {rate / 1e12:.2f} TB/s"
             results.add(Speed("ceiling", each.name, what, each.name, times[each.name], each.flops, note=note))
             if each.flops:
                 flops[each.precision] = max(flops.get(each.precision, 0.0), rate)
-    return Ceilings(flops, 2000 * COPIED[device] / min(alone["copy"].median, in_a_row["copy"].median))
+    return Ceilings(flops, 2000 * COPIED[device] / min(times["copy"].median for times in (alone, bursts, in_a_row)))
 
 
 def measure_product(setting: Setting, product: Product, precision: str) -> None:
-    """One grouped GEMM, alone and in a row: moecompile's, PyTorch's, and the dense product in the same rounds."""
+    """One grouped GEMM, in bursts and in a row: moecompile's, PyTorch's, and the dense product in the same rounds."""
     entered = entrants(product, precision, setting.device)
-    right = _checked(entered, f"{product.name} {NAMES[precision]}", setting.results)
+    right = _checked(setting, entered, f"{product.name} {NAMES[precision]}")
     present = [*(each for each in right if isinstance(each, Contender)), dense(setting.device, precision)]
     absent = [each for each in right if isinstance(each, Absent)]
-    alone = measure_single(setting.timer, present, setting.rounds, PAUSE[setting.device])
-    in_a_row = _in_a_row(setting.timer, present, setting.rounds, alone)
-    for when, times in ((ALONE, alone), (IN_A_ROW, in_a_row)):
+    bursts = measure_single(setting.timer, present, setting.rounds, PAUSE[setting.device], BURST_CALLS)
+    in_a_row = _in_a_row(setting.timer, present, setting.rounds, bursts)
+    for when, times in ((BURST, bursts), (IN_A_ROW, in_a_row)):
         what = f"{NAMES[precision]}, {when}"
         setting.results.head(f"gemm   {product.name}  {what}")
         rates = {each.name: each.flops / times[each.name].median for each in present}
@@ -88,8 +90,8 @@ def _in_a_row(
     return measure_back_to_back(timer, contenders, max(2, rounds // 2), calls)
 
 
-def _checked(entered: Sequence[Entrant], what: str, results: Results) -> list[Entrant]:
-    """Those that run, ours only if it is PyTorch's product; the others of ours are noted as failures."""
+def _checked(setting: Setting, entered: Sequence[Entrant], what: str) -> list[Entrant]:
+    """Those that run, ours only if it is PyTorch's product and our kernel's; the others are noted as failures."""
     products: dict[str, Tensor] = {}
     right: list[Entrant] = []
     for entrant in reversed(entered):  # PyTorch's comes last
@@ -100,18 +102,13 @@ def _checked(entered: Sequence[Entrant], what: str, results: Results) -> list[En
             product = entrant.call(0)
             assert isinstance(product, Tensor)
             if TORCH in products:
-                _compare(product, products[TORCH])
+                compare({"it": product}, {"it": products[TORCH]}, BOUND)
+            prove(entrant, range(1), setting.device)
             products[entrant.name] = product
             right.insert(0, entrant)
         except Exception as error:  # the others are measured all the same
             if entrant.name == TORCH:
                 right.insert(0, Absent(TORCH, " ".join(f"does not run: {error}".split())[:200]))
             else:
-                results.fail(f"{what}, {entrant.name}", error)
+                setting.results.fail(f"{what}, {entrant.name}", error)
     return right
-
-
-def _compare(own: Tensor, other: Tensor) -> None:
-    error, whole = (torch.linalg.vector_norm(each, dtype=torch.float32) for each in (own - other, other))
-    if not float(error / whole) <= BOUND:
-        raise ArithmeticError(f"{float(error / whole):.3g} away from PyTorch's product, more than {BOUND:g}")

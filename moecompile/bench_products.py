@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +12,15 @@ from torch import Tensor
 from moecompile.bench_cases import CEILING, FP8, FP8_COPYING, OURS, TORCH, Product
 from moecompile.bench_timing import Absent, Contender
 
+if TYPE_CHECKING:
+    from moecompile.runtime.hopper_quantize import QuantizedRows
+
 SIDE = {"cuda": 8192, "cpu": 128}
 """Rows and columns of the dense products."""
 BLOCK = 128
 HOPPER = "needs a Hopper GPU"
+PRODUCT, OUTER = ("grouped_gemm",), ("grouped_gemm_over_rows",)
+"""Kernels of ours, as `moecompile.bench_proof` names them."""
 
 Entrant = Contender | Absent
 
@@ -45,7 +50,7 @@ def bf16_products(product: Product, ends: Tensor, device: str) -> list[Entrant]:
         return hopper.grouped_gemm(a, b.mT, ends, out)
 
     theirs = partial(torch._grouped_mm, a, b.mT, offs=ends)
-    return [_ours(OURS, mine, product, "bf16", device), _contender(TORCH, theirs, product, "bf16")]
+    return [_ours(OURS, mine, product, device, PRODUCT), _contender(TORCH, theirs, product)]
 
 
 def bf16_outer(product: Product, ends: Tensor, device: str) -> list[Entrant]:
@@ -60,7 +65,7 @@ def bf16_outer(product: Product, ends: Tensor, device: str) -> list[Entrant]:
         return hopper.grouped_outer(a, b, ends, out)
 
     theirs = partial(torch._grouped_mm, a.t(), b, offs=ends)
-    return [_ours(OURS, mine, product, "bf16", device), _contender(TORCH, theirs, product, "bf16")]
+    return [_ours(OURS, mine, product, device, OUTER), _contender(TORCH, theirs, product)]
 
 
 def fp8_products(product: Product, ends: Tensor, device: str) -> list[Entrant]:
@@ -68,23 +73,24 @@ def fp8_products(product: Product, ends: Tensor, device: str) -> list[Entrant]:
     groups, lines = len(product.counts), blocks_of(product.k)
     a, b = quantised(device, product.rows, product.k), quantised(device, groups, product.n, product.k)
     of_rows, of_groups = powers_of_two(device, product.rows), powers_of_two(device, groups)
-    # ours lie transposed in memory, at a pitch that is a multiple of four
-    scales = of_rows.new_empty(lines, -(-product.rows // 4) * 4)[:, : product.rows].copy_(of_rows).t()
+    scales = of_rows.new_empty(lines, pitch(product.rows))
+    scales[:, : product.rows] = of_rows
     b_scales = of_groups[:, None, None].expand(groups, blocks_of(product.n), lines).contiguous()
     by_column = of_groups[:, None].expand(groups, product.n).contiguous()
     out = torch.empty(product.rows, product.n, dtype=torch.bfloat16, device=device)
 
     def mine() -> Tensor:
-        from moecompile.runtime import hopper
+        from moecompile.runtime import hopper_fp8_gemm
+        from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 
-        return hopper.grouped_gemm(a, b.mT, ends, out, a_scales=scales, b_scales=b_scales)
+        return hopper_fp8_gemm.product(QuantizedRows(a, scales), Matrices(b, b_scales), ends, out)
 
     def theirs() -> Tensor:
         return torch._scaled_grouped_mm(
             a, b.mT, of_rows, by_column, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    return [_ours(FP8, mine, product, "fp8", device), _scaled(theirs, product, device)]
+    return [_ours(FP8, mine, product, device, PRODUCT), _scaled(theirs, product, device)]
 
 
 def fp8_outer(product: Product, ends: Tensor, device: str) -> list[Entrant]:
@@ -95,7 +101,6 @@ def fp8_outer(product: Product, ends: Tensor, device: str) -> list[Entrant]:
     groups = len(product.counts)
     left, right = quantised(device, product.rows, product.k), quantised(device, product.rows, product.n)
     transposed = left.t().contiguous(), right.t().contiguous()
-
     of_left, of_right = (torch.ones(groups * size, device=device) for size in (product.k, product.n))
 
     def theirs() -> Tensor:
@@ -104,41 +109,35 @@ def fp8_outer(product: Product, ends: Tensor, device: str) -> list[Entrant]:
             a, b.t(), of_left, of_right, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
         )
 
-    ours: list[Entrant]
     if device == "cpu":
-        ours = [Absent(name, HOPPER) for name in (FP8, FP8_COPYING)]
-    else:
-        try:
-            ours = _our_fp8_outer(product, ends, left, right)
-        except (ImportError, AttributeError) as error:
-            ours = [Absent(name, f"not there yet: {error}") for name in (FP8, FP8_COPYING)]
-    return [*ours, _scaled(theirs, product, device)]
+        return [*(Absent(name, HOPPER) for name in (FP8, FP8_COPYING)), _scaled(theirs, product, device)]
+    return [*_our_fp8_outer(product, ends, left, right), _scaled(theirs, product, device)]
 
 
 def _our_fp8_outer(product: Product, ends: Tensor, left: Tensor, right: Tensor) -> list[Entrant]:
-    quantize = importlib.import_module("moecompile.runtime.hopper_quantize")
-    gemm = importlib.import_module("moecompile.runtime.hopper_fp8_gemm")
-    order = torch.arange(product.rows, dtype=torch.int32, device=ends.device)
-    out = torch.empty(len(product.counts), product.k, product.n, dtype=torch.bfloat16, device=ends.device)
-    ones = [
-        torch.ones(blocks_of(values.shape[1]), -(-product.rows // 4) * 4, device=ends.device)
-        for values in (left, right)
-    ]
+    """The gradient (groups, K, N) of rows (rows, K) and (rows, N)."""
+    from moecompile.runtime import hopper_fp8_gemm
+    from moecompile.runtime.hopper_quantize import pad_offsets, transpose_rows
 
-    def copies() -> tuple[object, object, Tensor]:
-        padded = quantize.pad_offsets(ends)
-        transpose = partial(quantize.transpose_rows, top_k=None)
-        a = transpose(left, ones[0], order, ends, padded, per_column=True)
-        b = transpose(right, ones[1], order, ends, padded, per_column=False)
+    order = torch.arange(product.rows, dtype=torch.int32, device=ends.device)
+    matrices = torch.empty(len(product.counts), product.k, product.n, dtype=torch.bfloat16, device=ends.device)
+    of_left, of_right = (
+        torch.ones(blocks_of(rows.shape[1]), pitch(product.rows), device=ends.device) for rows in (left, right)
+    )
+
+    def copies() -> tuple[QuantizedRows, QuantizedRows, Tensor]:
+        padded = pad_offsets(ends)
+        a = transpose_rows(left, of_left, order, ends, padded, top_k=None, per_column=True)
+        b = transpose_rows(right, of_right, order, ends, padded, top_k=None, per_column=False)
         return a, b, padded
 
-    def whole() -> Tensor:
-        return gemm.outer(*copies(), out)
+    def outer(a: QuantizedRows, b: QuantizedRows, padded: Tensor) -> Tensor:
+        return hopper_fp8_gemm.outer(a, b, padded, matrices, transposed=False)
 
     ready = copies()
     return [
-        _contender(FP8, lambda: gemm.outer(*ready, out), product, "fp8"),
-        _contender(FP8_COPYING, whole, product, "fp8"),
+        _ours(FP8, lambda: outer(*ready), product, "cuda", OUTER),
+        _ours(FP8_COPYING, lambda: outer(*copies()), product, "cuda", ("transpose_rows", *OUTER)),
     ]
 
 
@@ -178,15 +177,23 @@ def blocks_of(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def _ours(name: str, run: Callable[[], Tensor], product: Product, precision: str, device: str) -> Entrant:
-    return Absent(name, HOPPER) if device == "cpu" else _contender(name, run, product, precision)
+def pitch(rows: int) -> int:
+    """Elements from one block's scales of rows to the next block's: a multiple of four."""
+    return -(-rows // 4) * 4
+
+
+def _ours(name: str, run: Callable[[], Tensor], product: Product, device: str, kernels: tuple[str, ...]) -> Entrant:
+    if device == "cpu":
+        return Absent(name, HOPPER)
+    precision = "bf16" if name == OURS else "fp8"
+    return Contender(name, partial(_ignoring_number, run), product.flops, precision, kernels)
 
 
 def _scaled(run: Callable[[], Tensor], product: Product, device: str) -> Entrant:
     return Absent(TORCH, "not on the CPU") if device == "cpu" else _contender(TORCH, run, product, "fp8")
 
 
-def _contender(name: str, run: Callable[[], Tensor], product: Product, precision: str) -> Contender:
+def _contender(name: str, run: Callable[[], Tensor], product: Product, precision: str = "bf16") -> Contender:
     return Contender(name, partial(_ignoring_number, run), product.flops, precision)
 
 

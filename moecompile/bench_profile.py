@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from moecompile.bench_proof import PREFIX, NotOursError
 from moecompile.bench_results import Kernel, Setting
 from moecompile.bench_timing import Contender
 
@@ -25,6 +26,37 @@ def kernels(setting: Setting, contender: Contender, section: str, case: str, wha
     Returns:
         the first SHOWN of them, then one for all others.
     """
+    found = _averages(setting, contender)
+    found.sort(key=lambda each: -each[2])
+    total = sum(milliseconds for _, _, milliseconds in found) or 1.0
+    rest = found[SHOWN:]
+    shown = found[:SHOWN]
+    if rest:
+        shown.append((f"{len(rest)} others", sum(each[1] for each in rest), sum(each[2] for each in rest)))
+    shown.append(("all", sum(each[1] for each in found), sum(each[2] for each in found)))
+    return [
+        Kernel(section, case, what, contender.name, name, count, milliseconds, milliseconds / total)
+        for name, count, milliseconds in shown
+    ]
+
+
+def own_kernels(setting: Setting, contender: Contender) -> tuple[float, float]:
+    """How many of moecompile's kernels a call runs, and their time in milliseconds, on average over a few calls.
+
+    Raises:
+        NotOursError: none ran, or not as many in each call.
+    """
+    own = [each for each in _averages(setting, contender) if each[0].startswith(PREFIX)]
+    if not own:
+        raise NotOursError("the profiler saw none of moecompile's kernels")
+    count = sum(each[1] for each in own)
+    if abs(count - round(count)) > 0.01:
+        raise NotOursError(f"the profiler saw {count:.2f} of moecompile's kernels a call: it has lost some")
+    return count, sum(each[2] for each in own)
+
+
+def _averages(setting: Setting, contender: Contender) -> list[tuple[str, float, float]]:
+    """Each kernel of a call, on the CPU each operator: its name, how often it runs, and its milliseconds in all."""
     on_gpu = setting.device == "cuda"
     setting.timer.synchronize()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
@@ -37,14 +69,4 @@ def kernels(setting: Setting, contender: Contender, section: str, case: str, wha
             continue
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found.append((str(event.key), event.count / CALLS, microseconds / 1000 / CALLS))
-    found.sort(key=lambda each: -each[2])
-    total = sum(milliseconds for _, _, milliseconds in found) or 1.0
-    rest = found[SHOWN:]
-    shown = found[:SHOWN]
-    if rest:
-        shown.append((f"{len(rest)} others", sum(each[1] for each in rest), sum(each[2] for each in rest)))
-    shown.append(("all", sum(each[1] for each in found), sum(each[2] for each in found)))
-    return [
-        Kernel(section, case, what, contender.name, name, count, milliseconds, milliseconds / total)
-        for name, count, milliseconds in shown
-    ]
+    return found

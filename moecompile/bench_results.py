@@ -100,7 +100,8 @@ class Speed:
         rate = f"{self.rate:7.0f} TFLOP/s" if self.rate is not None else " " * 15
         share = f"{self.share:4.0%} of floor {self.floor.milliseconds:.3f} ({self.floor.of})" if self.floor else ""
         ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratios.items())
-        host = f"host {self.times.host:.3f}{'' if self.times.ahead else ' (in the time)'}"
+        in_time = "" if self.times.ahead else " (in the time)"
+        host = f"host {self.times.host:.3f}{in_time}" if self.times.host else ""
         parts = (f"{share:<34}", host, ratios, self.verdict, self.note)
         words = "  ".join(part for part in parts if part)
         return (

@@ -4,7 +4,8 @@
     median of the rounds
 
 The host issues a call while the device still waits, so that what is timed is the device's work and not the host's; how
-long the host took is noted beside it. Where launches are the cost, `back_to_back` times a row of calls as they come.
+long the host took is noted beside it. Of single kernels a few are timed together, `burst`: between two events lie
+microseconds that belong to no kernel. Where launches are the cost, `back_to_back` times a row of calls as they come.
 """
 
 from __future__ import annotations
@@ -78,12 +79,14 @@ class Contender:
         call: does the work once, on the input set of that number (it wraps around).
         flops: floating-point operations of one call.
         precision: what it multiplies, "bf16" or "fp8": whose ceiling is its floor.
+        kernels: moecompile's that a call launches at least, if it is ours (`moecompile.bench_proof`).
     """
 
     name: str
     call: Callable[[int], object]
     flops: float
     precision: str = "bf16"
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,11 @@ class Absent:
 class Timer(Protocol):
     """A device's clock."""
 
-    def single(self, name: str, call: Call) -> Timing:
-        """Times one call by itself; calls of one name take similar time on the host."""
+    def burst(self, name: str, calls: Sequence[Call]) -> Timing:
+        """Times calls that follow each other on cold caches, none waiting for the host; returns a call's share.
+
+        Bursts of one name take similar time on the host.
+        """
         ...
 
     def back_to_back(self, calls: Sequence[Call]) -> Timing:
@@ -127,8 +133,8 @@ class CudaTimer:
     def __post_init__(self) -> None:
         self._flushed = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
 
-    def single(self, name: str, call: Call) -> Timing:
-        """Flushes the L2 cache, keeps the device waiting, issues the call; tries again if the host fell behind."""
+    def burst(self, name: str, calls: Sequence[Call]) -> Timing:
+        """Flushes the L2 cache, keeps the device waiting, issues the calls; tries again if the host fell behind."""
         for _ in range(ATTEMPTS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             lead = self.lead.get(name, 1.0)
@@ -136,7 +142,8 @@ class CudaTimer:
             torch.cuda._sleep(int(lead * CYCLES))
             start.record()
             begun = time.perf_counter()
-            call()
+            for call in calls:
+                call()
             host = 1000 * (time.perf_counter() - begun)
             end.record()
             ahead = not start.query()
@@ -144,7 +151,7 @@ class CudaTimer:
             if ahead:
                 break
             self.lead[name] = min(2 * max(lead, host), LONGEST_LEAD)
-        return Timing(start.elapsed_time(end), host, ahead)
+        return Timing(start.elapsed_time(end) / len(calls), host / len(calls), ahead)
 
     def back_to_back(self, calls: Sequence[Call]) -> Timing:
         """Times all calls between two events."""
@@ -179,9 +186,9 @@ class HostTimer:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
 
-    def single(self, name: str, call: Call) -> Timing:
-        """Times the call."""
-        return self.back_to_back([call])
+    def burst(self, name: str, calls: Sequence[Call]) -> Timing:
+        """Times the calls together."""
+        return self.back_to_back(calls)
 
     def back_to_back(self, calls: Sequence[Call]) -> Timing:
         """Times all calls together."""
@@ -227,9 +234,9 @@ def alternate(
 
 
 def measure_single(
-    timer: Timer, contenders: Sequence[Contender], rounds: int, pause: float = 0.0
+    timer: Timer, contenders: Sequence[Contender], rounds: int, pause: float = 0.0, calls: int = 1
 ) -> Mapping[str, Statistics]:
-    """Each call by itself, after two of each that are not counted."""
+    """Each call by itself, or each burst of so many on one input set, after two calls of each that are not counted."""
     for contender in contenders:
         for number in range(2):
             contender.call(number)
@@ -237,7 +244,7 @@ def measure_single(
     return alternate(
         contenders,
         rounds,
-        lambda contender, number: timer.single(contender.name, lambda: contender.call(number)),
+        lambda contender, number: timer.burst(contender.name, [partial(contender.call, number)] * calls),
         pause,
     )
 

@@ -121,6 +121,10 @@ class FakeGpu:
         self.launched.append(Launched(kernel.instance, blocks, threads, arguments))
         return (self.status,)
 
+    @staticmethod
+    def cuFuncGetName(kernel: Kernel) -> tuple[int, bytes]:
+        return 0, kernel.instance.name.encode()
+
     def tensor_map(self, *contents: Any) -> bytes:
         """128 bytes that tell tensor maps apart."""
         self.encoded += 1

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,9 +40,8 @@ def fp8(monkeypatch):
         assert len(quantized) == 8
         return torch.ops.moecompile.experts(*args, **attributes)
 
-    monkeypatch.setattr(torch.ops.moecompile, "quantize_weights", quantize_weights, raising=False)
-    monkeypatch.setattr(torch.ops.moecompile, "experts_fp8", experts_fp8, raising=False)
-    monkeypatch.setitem(sys.modules, "moecompile.runtime.hopper_fp8", ModuleType("moecompile.runtime.hopper_fp8"))
+    monkeypatch.setattr(torch.ops.moecompile, "quantize_weights", quantize_weights)
+    monkeypatch.setattr(torch.ops.moecompile, "experts_fp8", experts_fp8)
     return made
 
 
@@ -116,15 +113,19 @@ def test_a_block_and_decoding(setting: Setting, uncompiled):
     rows = setting.results.as_dict()["rows"]
     assert setting.results.failures == []
     speeds = [row for row in rows if row["kind"] == "speed" and row["times"]]
+    quantising = speeds.pop(0)
+    assert quantising["contender"] == FP8 and quantising["note"] == "0.00 GiB in both orientations, emulated: no GPU"
     assert {(row["section"], row["what"]) for row in speeds} == {
         ("block", "forward"), ("block", "forward+backward"),
         ("decode", "time on the GPU"), ("decode", "calls back to back"),
     }  # fmt: skip
     ours = next(row for row in speeds if row["contender"] == OURS)
     assert set(ours["ratios"]) == {INDUCTOR, EAGER} and ours["flops"] == 6 * 48 * 2 * 64 * 32
-    assert {row["note"] for row in rows if row.get("contender") == FP8} == {
-        "not there yet: moecompile::experts_fp8"
-    } or hasattr(torch.ops.moecompile, "experts_fp8")
+    for row in speeds:
+        assert row["note"] == ("emulated: no GPU" if row["contender"] in (OURS, FP8, FP8_EACH) else "")
+    fp8 = {(row["section"], row["what"]) for row in speeds if row["contender"] == FP8}
+    assert fp8 == {(row["section"], row["what"]) for row in speeds}
+    assert {row["what"] for row in speeds if row["contender"] == FP8_EACH} == {"forward", STEP}
     kernels = [row for row in rows if row["kind"] == "kernel" and row["contender"] == OURS]
     assert {row["what"] for row in kernels} == {"forward", STEP}
     assert [row["share"] for row in kernels if row["kernel"] == "all"] == [1.0, 1.0]
@@ -158,7 +159,7 @@ def test_a_wrong_result_is_a_failure_and_the_others_are_measured(setting: Settin
         "tiny forward+backward, ours BF16: WrongResultError: x",
     ]
     measured = {row.contender for row in setting.results.rows if isinstance(row, bench_results.Speed) and row.times}
-    assert measured == {INDUCTOR, EAGER}
+    assert measured == {INDUCTOR, EAGER, FP8, FP8_EACH}
 
 
 def test_peak_memory_has_gradients_and_copies_on_their_own(setting: Setting, monkeypatch, uncompiled, fp8, capsys):
@@ -173,7 +174,7 @@ def test_peak_memory_has_gradients_and_copies_on_their_own(setting: Setting, mon
         ("max_memory_allocated", lambda: next(peaks)),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    found = [step(block, *each) for each in entrants(block, quantising=True) if not isinstance(each, Absent)]
+    found = [step(block, *each) for each in entrants(block, quantising=True)]
     bench_experts._add_memory(setting.results, block, found)
     rows = {row.contender: row for row in setting.results.rows if isinstance(row, bench_results.Memory)}
     mib = {name: (row.over / 2**20, row.copies / 2**20, row.held / 2**20) for name, row in rows.items()}
@@ -199,11 +200,11 @@ def test_a_product_that_is_wrong_is_a_failure_and_a_rival_that_fails_is_none(set
 
     ones = Contender("torch", lambda _: torch.ones(4, 4), 1.0)
     twos = Contender(OURS, lambda _: torch.full((4, 4), 2.0), 1.0)
-    assert bench_gemm._checked([twos, ones], "products", setting.results) == [ones]
+    assert bench_gemm._checked(setting, [twos, ones], "products") == [ones]
     assert setting.results.failures == [
-        "products, ours BF16: ArithmeticError: 1 away from PyTorch's product, more than 0.02"
+        "products, ours BF16: WrongResultError: it is 1 away from PyTorch's, more than 0.02"
     ]
-    found = bench_gemm._checked([twos, replace(ones, call=fails)], "products", setting.results)
+    found = bench_gemm._checked(setting, [twos, replace(ones, call=fails)], "products")
     assert found == [twos, Absent("torch", "does not run: no such kernel")]
 
 
@@ -228,7 +229,7 @@ def test_without_a_gpu_it_says_what_it_needs(capsys, monkeypatch):
         ([], "the following arguments are required: what"),
         (["exports"], "invalid choice: 'exports'"),
         (["experts", "--shapes", "deepsek"], "--shapes: there is no deepsek; there are deepseek, qwen3,"),
-        (["experts", "--only", "blocks"], "expected some of block,decode,gemm, got 'blocks'"),
+        (["experts", "--only", "blocks"], "expected some of block,decode,gemm,model, got 'blocks'"),
         (["experts", "--rounds", "0"], "expected a positive number, got '0'"),
         (["experts", "--device", "cpu", "--json", "/no/such/folder/rows.json"], "cannot be written: No such file"),
     ],
@@ -245,7 +246,8 @@ def test_the_command(capsys, tmp_path, uncompiled):
     arguments = ["--device", "cpu", "--rounds", "1", "--quick", "--only", "gemm,block", "--json", str(path)]
     assert main(["bench", "experts", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("moecompile 0.1.0  torch ") and lines[1] == "ceilings"
+    assert lines[0].startswith("moecompile 0.1.0  torch ") and "emulated in PyTorch" in lines[1]
+    assert lines[2] == "ceilings"
     assert lines[-1].startswith("0 of 0 targets met; 1 rounds, ")
     found = json.loads(path.read_text())
     assert {row["section"] for row in found["rows"]} == {"ceiling", "gemm", "block"}

@@ -38,7 +38,7 @@ __device__ __forceinline__ void acquire() {
 
 // A box's values as its tensor will have them: pairs of neighbouring columns.
 template <typename Input>
-__device__ __forceinline__ void pack(const float* v, u32 (&packed)[VALUES / 2]) {
+__device__ __forceinline__ void pack(const float* v, u32* packed) {
 #pragma unroll
     for (i32 i = 0; i < VALUES / 2; i++) packed[i] = Input::pack(v[2 * i], v[2 * i + 1]);
 }
@@ -49,14 +49,14 @@ __device__ __forceinline__ void put_sixteen(u8* staged, i32 i, u32 a, u32 b, u32
     ptx::store_matrix_x4(ptx::shared_address(staged) + at(lane % 16, i * 2 + lane / 16), a, b, c, d);
 }
 
-__device__ __forceinline__ void put(u8* staged, const u32 (&packed)[VALUES / 2]) {
+__device__ __forceinline__ void put(u8* staged, const u32* packed) {
 #pragma unroll
     for (i32 i = 0; i < 4; i++)
         put_sixteen(staged, i, packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
 }
 
 // The box transposed: 64 lines of 16 values, one after the other.
-__device__ __forceinline__ void put_turned(u8* staged, const u32 (&packed)[VALUES / 2]) {
+__device__ __forceinline__ void put_turned(u8* staged, const u32* packed) {
     u32 lane = threadIdx.x % 32, line = lane / 16 * 8 + lane % 8, half = lane / 8 % 2;
 #pragma unroll
     for (i32 i = 0; i < 4; i++)
@@ -69,13 +69,18 @@ __device__ __forceinline__ void take_sixteen(const u8* staged, i32 i, u32 (&pack
     ptx::load_matrix_x4(ptx::shared_address(staged) + at(lane % 16, i * 2 + lane / 16), packed);
 }
 
-// Writes a box to the columns from x on; `offset` is added to its rows. No early return: the compiler must see that all
-// lanes come out together, or it keeps everything that follows out of uniform registers.
-__device__ __forceinline__ void send(const u8* staged, const Target& target, const Place& place, i32 x, i32 offset = 0) {
-    u32 lane = threadIdx.x % 32;
-    bool whole = place.whole();
+// Until what this warp has put into boxes may be sent.
+__device__ __forceinline__ void publish() {
     ptx::fence_async_proxy();
     __syncwarp();
+}
+
+// Writes a published box to the columns from x on; `offset` is added to its rows. No early return: the compiler must see
+// that all lanes come out together, or it keeps everything that follows out of uniform registers.
+__device__ __forceinline__ void send_published(const u8* staged, const Target& target, const Place& place, i32 x,
+                                               i32 offset = 0) {
+    u32 lane = threadIdx.x % 32;
+    bool whole = place.whole();
     if (!whole) {  // rows of the next expert follow: only our own
         for (i32 i = lane; i < ROWS * 8; i += 32) {
             i32 row = i / 8, column = x + i % 8 * 8;
@@ -88,6 +93,11 @@ __device__ __forceinline__ void send(const u8* staged, const Target& target, con
         if (whole && x < target.columns) ptx::store_2d(&target.map, staged, x, offset + place.row);
         ptx::store_commit();  // an empty group where there was nothing to copy: boxes are waited for by their number
     }
+}
+
+__device__ __forceinline__ void send(const u8* staged, const Target& target, const Place& place, i32 x, i32 offset = 0) {
+    publish();
+    send_published(staged, target, place, x, offset);
 }
 
 }  // namespace box

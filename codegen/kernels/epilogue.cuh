@@ -7,6 +7,10 @@
 //     prefetch(...)     before a tile's products, by each consumer warp
 //     finish(...)       after them: total holds 16 rows of the warp, box after box of 64 columns, as in box.cuh
 //
+// or, with DEFERRED, in its place
+//     take(...)         after them, which leaves what will be written, in half of the registers
+//     put(...)          writes it, while the next tile's first product is under way
+//
 // FEATURES are what the model calls columns: a tile of 256 columns holds 128 features with a gate and an up projection.
 #pragma once
 #include "box.cuh"
@@ -40,7 +44,7 @@ template <typename Input, i32 COLUMNS, bool BIAS, i32 BOXES_>
 struct Plain {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
-    static constexpr bool PAIRED = false;
+    static constexpr bool PAIRED = false, DEFERRED = true;
     struct Arguments {
         Target out;
         const u16* bias;  // (E, N)
@@ -51,18 +55,27 @@ struct Plain {
 
     static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
 
-    static __device__ __forceinline__ void finish(u8* boxes, Shared&, u32, const Arguments& arguments, const Spot& spot,
-                                                  float (&total)[COLUMNS / 2]) {
+    static __device__ __forceinline__ void take(const Arguments& arguments, const Spot& spot, float (&total)[COLUMNS / 2],
+                                                u32 (&packed)[COLUMNS / 4]) {
 #pragma unroll
         for (i32 i = 0; i < COLUMNS / 64; i++) {
-            i32 x = spot.column + i * 64;
-            if constexpr (BIAS) add_bias<Input>(arguments.bias, spot, arguments.out.columns, x, total + i * 32);
-            u32 packed[16];
-            box::pack<Input>(total + i * 32, packed);
-            u8* staged = boxes + i % BOXES * box::BYTES;
-            box::acquire<BOXES - 1>();
-            box::put(staged, packed);
-            box::send(staged, arguments.out, spot.place, x, spot.offset);
+            if constexpr (BIAS)
+                add_bias<Input>(arguments.bias, spot, arguments.out.columns, spot.column + i * 64, total + i * 32);
+            box::pack<Input>(total + i * 32, packed + i * 16);
+        }
+    }
+
+    static __device__ __forceinline__ void put(u8* boxes, const Arguments& arguments, const Spot& spot,
+                                               const u32 (&packed)[COLUMNS / 4]) {
+#pragma unroll
+        for (i32 first = 0; first < COLUMNS / 64; first += BOXES) {
+            box::acquire<0>();
+#pragma unroll
+            for (i32 i = 0; i < BOXES; i++) box::put(boxes + i * box::BYTES, packed + (first + i) * 16);
+            box::publish();
+#pragma unroll
+            for (i32 i = 0; i < BOXES; i++)
+                box::send_published(boxes + i * box::BYTES, arguments.out, spot.place, spot.column + (first + i) * 64, spot.offset);
         }
     }
 };
@@ -72,7 +85,7 @@ template <typename Input, i32 COLUMNS, i32 BOXES_>
 struct Turned {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
-    static constexpr bool PAIRED = false;
+    static constexpr bool PAIRED = false, DEFERRED = true;
     struct Arguments {
         TensorMap out;  // boxes of 1 x 64 x 16
         i32 columns;
@@ -83,21 +96,27 @@ struct Turned {
 
     static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
 
-    static __device__ __forceinline__ void finish(u8* boxes, Shared&, u32, const Arguments& arguments, const Spot& spot,
-                                                  float (&total)[COLUMNS / 2]) {
+    static __device__ __forceinline__ void take(const Arguments&, const Spot&, float (&total)[COLUMNS / 2],
+                                                u32 (&packed)[COLUMNS / 4]) {
 #pragma unroll
-        for (i32 i = 0; i < COLUMNS / 64; i++) {
-            i32 x = spot.column + i * 64;
-            u32 packed[16];
-            u8* staged = boxes + i % BOXES * box::BYTES;
-            box::pack<Input>(total + i * 32, packed);
-            box::acquire<BOXES - 1>();
-            box::put_turned(staged, packed);
-            ptx::fence_async_proxy();
-            __syncwarp();
+        for (i32 i = 0; i < COLUMNS / 64; i++) box::pack<Input>(total + i * 32, packed + i * 16);
+    }
+
+    static __device__ __forceinline__ void put(u8* boxes, const Arguments& arguments, const Spot& spot,
+                                               const u32 (&packed)[COLUMNS / 4]) {
+#pragma unroll
+        for (i32 first = 0; first < COLUMNS / 64; first += BOXES) {
+            box::acquire<0>();
+#pragma unroll
+            for (i32 i = 0; i < BOXES; i++) box::put_turned(boxes + i * box::BYTES, packed + (first + i) * 16);
+            box::publish();
             if (threadIdx.x % 32 == 0) {
-                if (spot.place.row < spot.place.end && x < arguments.columns)
-                    ptx::store_3d(&arguments.out, staged, spot.place.row, x, spot.expert);
+#pragma unroll
+                for (i32 i = 0; i < BOXES; i++) {
+                    i32 x = spot.column + (first + i) * 64;
+                    if (spot.place.row < spot.place.end && x < arguments.columns)
+                        ptx::store_3d(&arguments.out, boxes + i * box::BYTES, spot.place.row, x, spot.expert);
+                }
                 ptx::store_commit();
             }
         }
@@ -112,7 +131,7 @@ struct Activated {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2;  // boxes of columns for a box of features
     static constexpr i32 ROUNDS = COLUMNS / 64 / PER_ROUND, SAVED = SAVE ? PER_ROUND : 0, LAST = SAVE ? 1 : 2;
     static constexpr i32 BOXES = SAVED + LAST, REGISTERS = 224;
-    static constexpr bool PAIRED = LAYOUT == Layout::HALVES;
+    static constexpr bool PAIRED = LAYOUT == Layout::HALVES, DEFERRED = false;
     static_assert(ROUNDS % LAST == 0, "every tile begins with the first box");
     struct Arguments {
         Target out;                // (rows, features)
@@ -227,7 +246,7 @@ template <typename Input, i32 COLUMNS, typename Activation, Layout LAYOUT, bool 
 struct ActivationBackward {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2, ROUNDS = COLUMNS / 64;
     static constexpr i32 BOXES = 2 * PER_ROUND + 1, REGISTERS = 232;
-    static constexpr bool PAIRED = false;
+    static constexpr bool PAIRED = false, DEFERRED = false;
     struct Arguments {
         TensorMap hidden, hidden_up;           // as `of_hidden`; boxes of 16 x 64
         Target of_hidden, of_hidden_up;        // (rows, columns), or (rows, features) each if there are two halves

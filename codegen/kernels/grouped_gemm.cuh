@@ -44,7 +44,10 @@ struct GroupedGemm {
     static constexpr i32 SCALES = ROWS + 4;
     static_assert(!(SCALED && B_MN), "FP8 is read along K only");
     static_assert(!OVER_ROWS || SCALED || B_MN, "what is summed over rows is read across them");
-    static_assert(!SCALED || COLUMNS == 128 || COLUMNS == 256, "a part of an FP8 tile is a scale block wide");
+    static constexpr i32 PARTS = COLUMNS / 128;  // of an FP8 tile, each of a scale block's columns, multiplied one after the other
+    // FP8 gradients of matrices are faster written at once (docs/perf.md).
+    static constexpr bool DEFERRED = Epilogue::DEFERRED && !(SCALED && OVER_ROWS);
+    static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
     static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
 
     template <bool over_rows>
@@ -72,7 +75,7 @@ struct GroupedGemm {
         alignas(1024) u8 b[STAGES][COLUMNS * LINE];
         alignas(1024) u8 boxes[CONSUMERS * 4][Epilogue::BOXES * box::BYTES];  // of each warp
         alignas(128) float a_scales[STAGES][SCALED ? (SCALES + 31) / 32 * 32 : 1];
-        float b_scales[STAGES][SCALED ? COLUMNS / 128 : 1];
+        float b_scales[STAGES][SCALED ? PARTS : 1];
         Tile tiles[STAGES];  // of the stage that is a tile's first
         u64 full[STAGES], empty[STAGES];
         typename Epilogue::Shared epilogue;
@@ -133,10 +136,9 @@ struct GroupedGemm {
     // One tile's stages. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
                                                 i32& stage, u32& parity) {
-        constexpr i32 PARTS = COLUMNS / 128;
         i32 block = tile.column / 128, stride = arguments.b_scale_stride, last = arguments.b_scale_blocks - 1 - block;
         const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
-        float ahead[PARTS + 1];
+        float ahead[PARTS];
         i32 second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;  // the other part's scales
 #pragma unroll
         for (i32 part = 0; SCALED && part < PARTS; part++)
@@ -152,7 +154,7 @@ struct GroupedGemm {
             }
 #pragma unroll
             for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + part * second + next);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
     }
@@ -201,25 +203,53 @@ struct GroupedGemm {
     static __device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, u32 group) {
         i32 stage = 0;
         u32 parity = 0, warp = group * 4 + threadIdx.x / 32 % 4, turn = 0;
+        u8* boxes = shared.boxes[warp];
+        Waiting waiting;
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = read(shared.tiles[stage]);
             if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
+                waiting.write(boxes, arguments);
                 pass(shared, tile, stage, parity);
                 continue;
             }
             i32 offset = OVER_ROWS ? tile.expert * arguments.a_columns : 0;
             Spot spot{{tile.row + i32(warp) * box::ROWS, tile.row_end}, tile.expert, tile.column, offset, turn++};
-            Epilogue::prefetch(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot);
+            Epilogue::prefetch(boxes, shared.epilogue, warp, arguments.epilogue, spot);
             if constexpr (SCALED)
-                scaled_products(shared, tile, group, stage, parity, total);
+                scaled_products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
             else
-                products(shared, tile, group, stage, parity, total);
-            Epilogue::finish(shared.boxes[warp], shared.epilogue, warp, arguments.epilogue, spot, total);
+                products(shared, tile, group, stage, parity, total, [&] { waiting.write(boxes, arguments); });
+            if constexpr (Epilogue::DEFERRED)
+                waiting.take(boxes, arguments, spot, total);
+            else
+                Epilogue::finish(boxes, shared.epilogue, warp, arguments.epilogue, spot, total);
         }
+        waiting.write(boxes, arguments);
         if (threadIdx.x % 32 == 0) ptx::store_wait();
     }
+
+    // What the last tile left to be written.
+    struct Waiting {
+        u32 packed[Epilogue::DEFERRED ? COLUMNS / 4 : 1];
+        Spot spot;
+        bool any = false;
+
+        __device__ __forceinline__ void take(u8* boxes, const Arguments& arguments, const Spot& at, float (&total)[COLUMNS / 2]) {
+            Epilogue::take(arguments.epilogue, at, total, packed);
+            wgmma::hold(packed);  // now, not when it is written: the next product has the registers of the sums
+            spot = at, any = true;
+            if constexpr (!DEFERRED) write(boxes, arguments);
+        }
+
+        __device__ __forceinline__ void write(u8* boxes, const Arguments& arguments) {
+            if constexpr (Epilogue::DEFERRED) {
+                if (any) Epilogue::put(boxes, arguments.epilogue, spot, packed);
+                any = false;
+            }
+        }
+    };
 
     // What the producer wrote is read by the lane that will tell it that the stage is free again: no other read needs an order.
     static __device__ __forceinline__ u32 reader() { return CLUSTER > 1 ? ptx::cluster_rank() : 0; }
@@ -251,7 +281,7 @@ struct GroupedGemm {
         do {
             ptx::barrier_wait(&shared.full[stage], parity);
             release(&shared.empty[stage]);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
     }
@@ -271,23 +301,34 @@ struct GroupedGemm {
         wgmma::commit();
     }
 
+    static __device__ __forceinline__ void advance(i32& stage, u32& parity) {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+
+    // `meanwhile` is done while the first product is under way.
+    template <typename Meanwhile>
     static __device__ __forceinline__ void products(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
-                                                    float (&total)[COLUMNS / 2]) {
-        i32 last = -1, k = tile.k_begin;
-        do {
-            ptx::barrier_wait(&shared.full[stage], parity);
-            if (OVER_ROWS && k + K_TILE > tile.k_end) clear(shared, stage, tile.k_end - k);
-            multiply<COLUMNS>(total, shared.a[stage] + group * 64 * LINE, shared.b[stage], last >= 0);
+                                                    float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
+        i32 last = stage, k = tile.k_begin;
+        start(shared, tile, group, stage, parity, k, total, false);
+        meanwhile();
+        for (advance(stage, parity), k += K_TILE; k < tile.k_end; advance(stage, parity), k += K_TILE) {
+            start(shared, tile, group, stage, parity, k, total, true);
             wgmma::wait<1>();  // the product before this one is done with its stage
-            if (last >= 0) release(&shared.empty[last]);
+            release(&shared.empty[last]);
             last = stage;
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-            k += K_TILE;
-        } while (k < tile.k_end);
+        }
         wgmma::hold(total);
         wgmma::wait<0>();
         wgmma::hold(total);
         release(&shared.empty[last]);
+    }
+
+    static __device__ __forceinline__ void start(Shared& shared, const Tile& tile, u32 group, i32 stage, u32 parity, i32 k,
+                                                 float (&total)[COLUMNS / 2], bool accumulate) {
+        ptx::barrier_wait(&shared.full[stage], parity);
+        if (OVER_ROWS && k + K_TILE > tile.k_end) clear(shared, stage, tile.k_end - k);
+        multiply<COLUMNS>(total, shared.a[stage] + group * 64 * LINE, shared.b[stage], accumulate);
     }
 
     // Zeros for the lines of a stage from `line` on, which are other experts' rows: whatever they hold, infinities too, it
@@ -304,49 +345,48 @@ struct GroupedGemm {
 
     // What the sums of a stage are multiplied by.
     struct Factors {
-        float up, low, columns[COLUMNS / 128];
+        float upper, lower;  // of this lane's two rows
+        __device__ __forceinline__ Factors(const Shared& shared, u32 row, i32 stage, i32 part) {
+            float columns = read(shared.b_scales[stage][part]);
+            upper = shared.a_scales[stage][row] * columns, lower = shared.a_scales[stage][row + 8] * columns;
+        }
     };
 
-    static __device__ __forceinline__ Factors factors_of(const Shared& shared, u32 upper, i32 stage) {
-        Factors found = {shared.a_scales[stage][upper], shared.a_scales[stage][upper + 8]};
+    // While one warpgroup adds its sum to its totals, the other has the tensor cores, and the first must be back with its next
+    // product before theirs ends: it reads its factors while a product is under way.
+    template <typename Meanwhile>
+    static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
+                                                           u32& parity, float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
+        add_scaled<true>(shared, tile, group, stage, parity, total, meanwhile);
+        for (i32 k = tile.k_begin + K_TILE; k < tile.k_end; k += K_TILE)
+            add_scaled<false>(shared, tile, group, stage, parity, total, [] {});
+        if (OVER_ROWS && tile.k_begin == tile.k_end) {  // no rows: what was loaded is another expert's
 #pragma unroll
-        for (i32 part = 0; part < COLUMNS / 128; part++) found.columns[part] = read(shared.b_scales[stage][part]);
-        return found;
+            for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
+        }
     }
 
-    // While one warpgroup adds its sum to its totals, the other has the tensor cores: it must be back with the next product
-    // before theirs ends. So it reads its factors while the first product of a stage is under way, and looks for the next
-    // stage while the last is.
-    static __device__ __forceinline__ void scaled_products(Shared& shared, const Tile& tile, u32 group, i32& stage,
-                                                           u32& parity, float (&total)[COLUMNS / 2]) {
-        constexpr i32 PARTS = COLUMNS / 128;
-        u32 upper = (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    template <bool FIRST, typename Meanwhile>
+    static __device__ __forceinline__ void add_scaled(Shared& shared, const Tile& tile, u32 group, i32& stage, u32& parity,
+                                                      float (&total)[COLUMNS / 2], Meanwhile meanwhile) {
         float sum[64];
-#pragma unroll
-        for (i32 i = 0; i < COLUMNS / 2; i++) total[i] = 0;
-        i32 k = tile.k_begin;
+        u32 row = (tile.row & 3) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
         ptx::barrier_wait(&shared.full[stage], parity);
-        do {
-            i32 own = stage;
-            Factors factors;
-            k += K_TILE;
 #pragma unroll
-            for (i32 part = 0; part < PARTS; part++) {
-                wgmma::hold(sum);
-                multiply<128>(sum, shared.a[own] + group * 64 * LINE, shared.b[own] + part * 128 * LINE, false);
-                if (part == 0) factors = factors_of(shared, upper, own);
-                if (part == PARTS - 1) {
-                    if (++stage == STAGES) stage = 0, parity ^= 1;
-                    if (k < tile.k_end) ptx::barrier_wait(&shared.full[stage], parity);
-                }
-                wgmma::wait<0>();
-                wgmma::hold(sum);
-                if (part == PARTS - 1) release(&shared.empty[own]);
-                if (OVER_ROWS && tile.k_begin == tile.k_end) continue;  // no rows: what was loaded is another expert's
-                float first = factors.up * factors.columns[part], second = factors.low * factors.columns[part];
+        for (i32 part = 0; part < PARTS; part++) {
+            wgmma::hold(sum);
+            multiply<128>(sum, shared.a[stage] + group * 64 * LINE, shared.b[stage] + part * 128 * LINE, false);
+            Factors factors(shared, row, stage, part);
+            if (part == 0) meanwhile();
+            wgmma::wait<0>();
+            wgmma::hold(sum);
+            if (part == PARTS - 1) release(&shared.empty[stage]);
 #pragma unroll
-                for (i32 i = 0; i < 64; i++) total[part * 64 + i] += (i % 4 < 2 ? first : second) * sum[i];
+            for (i32 i = 0; i < 64; i++) {
+                float product = (i % 4 < 2 ? factors.upper : factors.lower) * sum[i];
+                total[part * 64 + i] = FIRST ? product : total[part * 64 + i] + product;
             }
-        } while (k < tile.k_end);
+        }
+        advance(stage, parity);
     }
 };

@@ -25,6 +25,12 @@ __device__ __forceinline__ void hold(float (&sum)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(sum[i])::"memory");
 }
 
+template <int N>
+__device__ __forceinline__ void hold(u32 (&words)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(words[i])::"memory");
+}
+
 // The descriptor of a tile (PTX ISA, "Matrix Descriptor Format"); both offsets are in bytes.
 //   K-major: eight rows of 128 bytes are 1024 bytes, `leading` is not used.
 //   MN-major: eight steps of K are 1024 bytes; `leading` is from 64 rows (or columns) to the next 64.
