@@ -13,6 +13,8 @@ from moecompile.codegen import instances, nvrtc
 from moecompile.codegen.instances import Instance
 
 _OPERATION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)(.*?);")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -23,14 +25,35 @@ class Machine:
 
     Attributes:
         operations: every instruction in order, as (name with its suffixes, operands).
+        labels: before which of them a branch's target stands.
         log: the compiler's.
     """
 
     operations: tuple[tuple[str, str], ...]
+    labels: dict[str, int]
     log: str
 
     def count(self, prefix: str) -> int:
         return sum(name.startswith(prefix) for name, _ in self.operations)
+
+    def names(self, *prefixes: str) -> list[str]:
+        """The instructions that begin so, in order."""
+        return [name for name, _ in self.operations if name.startswith(prefixes)]
+
+    def between_products(self) -> list[str]:
+        """What runs from one matrix product to the next: what lies between them, and loops that write no results."""
+        products = self._places("QGMMA", "HGMMA")
+        stores = self._places("UTMASTG", "STG")
+        parts = [range(products[0], products[-1] + 1)] if products else []
+        for place, (name, operands) in enumerate(self.operations):
+            target = _TARGET.search(operands) if name.startswith("BRA") else None
+            loop = range(self.labels[target[1]] if target else place, place)
+            if any(other in loop for other in products) and not any(other in loop for other in stores):
+                parts.append(loop)
+        return [self.operations[place][0] for place in sorted({place for part in parts for place in part})]
+
+    def _places(self, *prefixes: str) -> list[int]:
+        return [place for place, (name, _) in enumerate(self.operations) if name.startswith(prefixes)]
 
     @property
     def registers(self) -> int:
@@ -49,8 +72,14 @@ def machine(instance: Instance, folder: Path) -> Machine:
     file = folder / "kernel.cubin"
     file.write_bytes(compiled.cubin)
     text = subprocess.run([disassembler(), "-c", file], capture_output=True, text=True, check=True).stdout
-    found = (_OPERATION.match(line) for line in text.splitlines())
-    return Machine(tuple((match[1], match[2]) for match in found if match), compiled.log)
+    operations: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if match := _OPERATION.match(line):
+            operations.append((match[1], match[2]))
+        elif match := _LABEL.match(line):
+            labels[match[1]] = len(operations)
+    return Machine(tuple(operations), labels, compiled.log)
 
 
 def disassembler() -> str:

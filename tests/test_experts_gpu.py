@@ -2,91 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from fences import fenced
+from gpu_blocks import GPT_OSS, Block, exact, run, worst_row
 from moecompile.runtime import hopper_experts
-from moecompile.runtime.contract import Arguments
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
-
-GPT_OSS = "mul(add(clamp(up, -7.0, 7.0), 1), mul(clamp(gate, None, 7.0), sigmoid(mul(clamp(gate, None, 7.0), 1.702))))"
-NAMES = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block: sizes, and how it is laid out."""
-
-    name: str
-    tokens: int = 300
-    top_k: int = 3
-    experts: int = 8
-    hidden: int = 512
-    inner: int = 384
-    gate_up: str = "halves"
-    activation: str = "mul(silu(gate), up)"
-    output: str = "mul(out, weight)"
-    in_transposed: bool = False
-    out_transposed: bool = False
-    biases: bool = False
-    dropped: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    weight_dtype: torch.dtype = torch.bfloat16
-    weighted: bool = True
-
-    def attributes(self) -> dict[str, Any]:
-        return {
-            "activation": self.activation,
-            "gate_up": self.gate_up,
-            "output": self.output,
-            "w_in_transposed": self.in_transposed,
-            "w_out_transposed": self.out_transposed,
-        }
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """The differentiable arguments, on the GPU, in the order of NAMES."""
-        torch.manual_seed(0)
-        width = self.inner if self.gate_up in ("single", "separate") else 2 * self.inner
-
-        def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
-            return (torch.randn(shape, device="cuda") * scale).to(dtype)
-
-        def matrices(fan_out: int, fan_in: int, transposed: bool) -> Tensor:
-            shape = (fan_in, fan_out) if transposed else (fan_out, fan_in)
-            return random(self.experts, *shape, scale=fan_in**-0.5)
-
-        separate = self.gate_up == "separate"
-        weights = torch.rand(self.tokens, self.top_k, device="cuda").add(0.2).to(self.weight_dtype)
-        return {
-            "x": random(self.tokens, self.hidden),
-            "weights": weights if self.weighted else None,
-            "w_in": matrices(width, self.hidden, self.in_transposed),
-            "w_out": matrices(self.hidden, self.inner, self.out_transposed),
-            "w_up": matrices(self.inner, self.hidden, self.in_transposed) if separate else None,
-            "b_in": random(self.experts, width) if self.biases else None,
-            "b_up": random(self.experts, self.inner) if self.biases and separate else None,
-            "b_out": random(self.experts, self.hidden) if self.biases else None,
-        }
-
-    def ids(self) -> Tensor:
-        """Experts of each token, uneven; the last one has nobody."""
-        torch.manual_seed(1)
-        scores = torch.rand(self.tokens, self.experts, device="cuda")
-        scores[:, 0] += 0.6
-        scores[:, -1] = -1
-        ids = scores.topk(self.top_k).indices
-        return torch.where(torch.rand(ids.shape, device="cuda") < 0.2, -1, ids) if self.dropped else ids
-
 
 BLOCKS = [
     Block("plain"),
@@ -115,57 +43,10 @@ BLOCKS = [
 ]
 
 
-@dataclass
-class Run:
-    """The result and the gradients by name."""
-
-    result: Tensor
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-
-def run(
-    block: Block, tensors: dict[str, Tensor | None], kernels: str | None = None, names: tuple[str, ...] = NAMES
-) -> Run:
-    leaves = {
-        name: None if value is None else value.detach().clone().requires_grad_(name in names)
-        for name, value in tensors.items()
-    }
-    _, offsets, slots, order = torch.ops.moecompile.plan(block.ids(), block.experts)
-    given = [leaves[name] for name in ("x", "weights")], [leaves[name] for name in NAMES[2:]]
-    result = torch.ops.moecompile.experts(
-        *given[0], offsets, slots, order, *given[1], **block.attributes(), kernels=kernels
-    )
-    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and name in names}
-    torch.manual_seed(2)
-    cotangent = torch.randn(result.shape, device="cuda").to(result.dtype)
-    return Run(result, dict(zip(wanted, torch.autograd.grad(result, list(wanted.values()), cotangent), strict=True)))
-
-
-def exact(block: Block, tensors: dict[str, Tensor | None]) -> Run:
-    """The same in float64, casts included: they are to rounded what it computes, which float64 does not."""
-    wide = {name: None if value is None else value.double() for name, value in tensors.items()}
-    texts = (re.sub(r", (bfloat16|float32)\)", ", float64)", text) for text in (block.activation, block.output))
-    activation, output = texts
-    return run(replace(block, activation=activation, output=output), wide, "reference")
-
-
-def worst_row(found: Tensor, expected: Tensor) -> float:
-    """The largest error of a row, relative to the largest of the rows' norms that is typical."""
-    found, expected = found.double(), expected.double()
-    found, expected = (value.reshape(-1, value.shape[-1]) for value in (found, expected))
-    norms = expected.norm(dim=-1)
-    used = norms[norms > 0]
-    floor = used.median() * 0.1 if used.numel() else torch.tensor(1.0, device=found.device)
-    return float(((found - expected).norm(dim=-1) / norms.clamp_min(floor)).nan_to_num(nan=float("inf")).max())
-
-
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_outputs_and_gradients(block: Block) -> None:
     tensors = block.tensors()
-    _, offsets, slots, order = torch.ops.moecompile.plan(block.ids(), block.experts)
-    given: list[Any] = [tensors[name] for name in NAMES]
-    arguments: Arguments = Arguments(*given[:2], offsets, slots, order, *given[2:], **block.attributes())  # type: ignore[call-arg]
-    assert hopper_experts.takes(arguments.check()), "the fused kernels were to compute this"
+    assert hopper_experts.takes(block.record(tensors)), "the fused kernels were to compute this"
     expected, reference, found = exact(block, tensors), run(block, tensors, "reference"), run(block, tensors)
     again = run(block, tensors)
     pairs: list[Any] = [("result", expected.result, reference.result, found.result, again.result)]
@@ -178,31 +59,15 @@ def test_outputs_and_gradients(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
-def test_nothing_is_written_beyond_a_tensor(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that the kernels are given to write lies before memory that nobody may write."""
-    made: list[tuple[Tensor, int]] = []
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-
-    def fenced(like: Tensor, *size: Any, dtype: torch.dtype | None = None, **others: Any) -> Tensor:
-        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-        if others or not like.is_cuda or dtype == torch.int32:
-            return new_empty(like, *size, dtype=dtype, **others)
-        count = math.prod(shape)
-        whole = torch.full((count + 2**20,), 7.0, dtype=dtype or like.dtype, device="cuda")
-        made.append((whole, count))
-        return whole[:count].view(shape)
-
-    def fenced_like(like: Tensor, **others: Any) -> Tensor:
-        return empty_like(like, **others) if others or not like.is_contiguous() else fenced(like, like.shape)
-
+def test_nothing_is_written_beyond_a_tensor(block: Block) -> None:
+    """Nor does anybody read what nobody wrote: the results are those of memory that holds anything else."""
     tensors = block.tensors()
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "new_empty", fenced)
-        patched.setattr(torch, "empty_like", fenced_like)
-        run(block, tensors)
-    assert len(made) >= 6, "the kernels write into tensors made elsewhere"
-    for whole, count in made:
-        assert (whole[count:] == 7).all(), f"{count} elements, and some beyond them were written"
+    with fenced(least=6):
+        found = run(block, tensors)
+    expected = run(block, tensors)
+    assert torch.equal(found.result, expected.result)
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(found.gradients[name], gradient), name
 
 
 @pytest.mark.parametrize("names", [("x",), ("weights",), ("w_in",), ("w_out",), ("x", "b_out"), ("b_in",)])
@@ -218,10 +83,8 @@ def test_only_what_is_needed(names: tuple[str, ...]) -> None:
 def test_inference_computes_the_same() -> None:
     block = Block("inference")
     tensors = block.tensors()
-    _, offsets, slots, order = torch.ops.moecompile.plan(block.ids(), block.experts)
-    given = [tensors[name] for name in NAMES]
     with torch.no_grad():
-        alone = torch.ops.moecompile.experts(*given[:2], offsets, slots, order, *given[2:], **block.attributes())
+        alone = torch.ops.moecompile.experts(*block.arguments(tensors), **block.attributes())
     assert torch.equal(alone, run(block, tensors).result)
 
 

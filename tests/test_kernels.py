@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,9 +17,16 @@ from moecompile.codegen.instances import (
     Dispatch,
     GroupedGemm,
     Instance,
+    PadOffsets,
+    Plain,
     Plan,
+    QuantizeRows,
+    QuantizeWeights,
+    TransposeRows,
+    Turned,
     source,
 )
+from verdicts import judged
 
 sass.require_compiler()
 
@@ -30,7 +38,13 @@ PLAIN = [
         ("bfloat16", "float16"), TILES, ((False, False), (True, False), (True, True))
     )
 ]
-SCALED = [GroupedGemm("float8_e4m3fn", 256, 4), GroupedGemm("float8_e4m3fn", 128, 5)]
+WIDE, NARROW = GroupedGemm("float8_e4m3fn", 256, 4, 2), GroupedGemm("float8_e4m3fn", 128, 5)
+OF_MATRICES: tuple[Plain | Turned, ...] = (Plain(), Turned())
+SCALED = [
+    replace(WIDE, cluster=1),
+    *(replace(gemm, epilogue=Plain(bias)) for gemm, bias in product((WIDE, NARROW), (False, True))),
+    *(replace(gemm, over_rows=True, epilogue=epilogue) for gemm, epilogue in product((WIDE, NARROW), OF_MATRICES)),
+]
 
 GPT_OSS = "mul(add(clamp(up, -7.0, 7.0), 1), mul(clamp(gate, None, 7.0), sigmoid(mul(clamp(gate, None, 7.0), 1.702))))"
 # (activation, how gate and up projection lie, whether there are biases)
@@ -51,9 +65,28 @@ ACTIVATED = [
 ]
 BACKWARD = [
     GroupedGemm("bfloat16", 256, 3, 2, True, epilogue=ActivationBackward(activation, gate_up))
-    for activation, gate_up, _ in ACTIVATIONS
+    for activation, gate_up in dict.fromkeys((activation, gate_up) for activation, gate_up, _ in ACTIVATIONS)
+]
+# quantised matrices lie side by side, however they lay before
+SIDE_BY_SIDE = [each for each in ACTIVATIONS if each[1] in ("halves", "single")] + [(GPT_OSS, "halves", True)]
+QUANTIZED = {
+    save: [
+        replace(WIDE, epilogue=Activated(activation, gate_up, save, bias)) for activation, gate_up, bias in SIDE_BY_SIDE
+    ]
+    for save in (False, True)
+}
+QUANTIZED_BACKWARD = [
+    replace(WIDE, stages=3, epilogue=ActivationBackward(activation, gate_up, scaled))
+    for (activation, gate_up), scaled in product(dict.fromkeys(each[:2] for each in SIDE_BY_SIDE), (False, True))
+]
+QUANTISING = [
+    *map(QuantizeRows, ("bfloat16", "float16")),
+    *(QuantizeWeights(dtype, pairs) for dtype, pairs in product(("bfloat16", "float16"), (False, True))),
+    *(TransposeRows(gathered, per_column) for gathered, per_column in product((False, True), (False, True))),
 ]
 WITHOUT_PRODUCTS = [
+    *QUANTISING,
+    PadOffsets(),
     Dispatch(),
     Combine("bfloat16", "bfloat16", "mul(out, weight)"),
     Combine("float16", "float32", "out"),
@@ -63,34 +96,52 @@ WITHOUT_PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("instance", [*PLAIN, *SCALED, *ACTIVATED], ids=lambda instance: instance.template)
-def test_machine_code(instance: GroupedGemm, tmp_path: Path) -> None:
-    made = sass.machine(instance, tmp_path)
-    product_of, other = ("QGMMA", "HGMMA") if instance.input.startswith("float8") else ("HGMMA", "QGMMA")
-    assert made.count(product_of) and not made.count(other)
-    assert made.count("UTMALDG"), "operands do not come by bulk copies"
-    assert made.count("UTMASTG"), "results do not leave by bulk copies"
-    assert made.count("USETMAXREG") == 2, "registers do not move from the producer to the consumers"
-    assert not made.count("LDL") and not made.count("STL") and made.spilled == 0, "values live in local memory"
+@pytest.mark.parametrize(
+    "instance", [*PLAIN, *SCALED, *ACTIVATED, *QUANTIZED[False]], ids=lambda instance: instance.template
+)
+def test_machine_code(instance: GroupedGemm) -> None:
+    made = judged(instance)
+    product_of, other = ("QGMMA", "HGMMA") if instance.quantized else ("HGMMA", "QGMMA")
+    assert made.operations.get(product_of) and not made.operations.get(other)
+    assert made.operations.get("UTMALDG"), "operands do not come by bulk copies"
+    assert made.operations.get("UTMASTG"), "results do not leave by bulk copies"
+    assert made.operations.get("USETMAXREG") == 2, "registers do not move from the producer to the consumers"
+    assert not {"LDL", "STL"} & made.operations.keys() and made.spilled == 0, "values live in local memory"
     assert made.registers <= 65536 // 384, "a block of 384 threads does not fit"
-    assert "C75" not in made.log, f"matrix products are serialised:\n{made.log}"
+    assert not made.serialised
 
 
-@pytest.mark.parametrize("instance", BACKWARD, ids=lambda instance: instance.template)
-def test_the_activations_backward(instance: GroupedGemm, tmp_path: Path) -> None:
-    """Its epilogue needs more registers than there are; what the products go through needs none in memory."""
-    made = sass.machine(instance, tmp_path)
-    names = [name for name, _ in made.operations]
-    products = [place for place, name in enumerate(names) if name.startswith("HGMMA")]
-    between = names[products[0] : products[-1]]
-    assert products and not [name for name in between if name.startswith(("LDL", "STL"))]
-    assert made.registers <= 65536 // 384 and "C75" not in made.log
+@pytest.mark.parametrize(
+    "instance", [*BACKWARD, *QUANTIZED[True], *QUANTIZED_BACKWARD], ids=lambda instance: instance.template
+)
+def test_epilogues_that_need_more_registers_than_there_are(instance: GroupedGemm) -> None:
+    """Those that read or write GEMM1's rows. What the products go through needs nothing in local memory."""
+    made = judged(instance)
+    products = made.between_products.get("QGMMA" if instance.quantized else "HGMMA")
+    assert products and not {"LDL", "STL"} & made.between_products.keys()
+    assert made.registers <= 65536 // 384 and not made.serialised
 
 
 @pytest.mark.parametrize("instance", WITHOUT_PRODUCTS, ids=lambda instance: instance.template)
-def test_no_local_memory(instance: Instance, tmp_path: Path) -> None:
+def test_no_local_memory(instance: Instance) -> None:
+    made = judged(instance)
+    assert not {"LDL", "STL"} & made.operations.keys() and made.spilled == 0
+
+
+@pytest.mark.parametrize("instance", QUANTISING, ids=lambda instance: instance.template)
+def test_quantising_kernels_move_sixteen_bytes(instance: Instance, tmp_path: Path) -> None:
+    """At once; scales, slots and assignments go by four. Matrices as they lie are written by eight."""
     made = sass.machine(instance, tmp_path)
-    assert not made.count("LDL") and not made.count("STL") and made.spilled == 0
+    loads, stores = ({bytes_of(name) for name in made.names(kind)} for kind in ("LDG", "STG"))
+    weights = isinstance(instance, QuantizeWeights)
+    assert loads == ({16} if weights else {4, 16}), loads
+    assert stores == ({4, 8, 16} if weights else {4, 16}), stores
+
+
+def bytes_of(name: str) -> int:
+    """What an instruction that loads or stores moves for each thread."""
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return next((size for suffix, size in sizes.items() if suffix in name.split(".")), 4)
 
 
 def test_products_of_a_scaled_sum_are_issued_together(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Every kernel of a GEMM with an activation: tiles, activations of real models, precisions, directions.
+
+All of them are compiled by `pytest -m slow tests/test_kernel_sweep.py`, in some minutes unless an earlier run has left
+its verdicts in moecompile's cache; a tenth of them always, chosen so that everything occurs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sass
+from moecompile.codegen import cubins
+from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, PadOffsets
+from moecompile.runtime import hopper
+from surveyed_activations import SURVEY, Surveyed, collected
+from verdicts import judged
+
+sass.require_compiler()
+
+SIXTEEN_BITS = ("bfloat16", "float16")
+FP8 = "float8_e4m3fn"
+DIRECTIONS = ("forward", "saved", "backward")
+# (columns, stages, cluster) that `moecompile.runtime.hopper` and `hopper_fp8_gemm` choose from
+TILES = {
+    "forward": ((256, 4, 1), (256, 4, 2), (256, 3, 1), (256, 3, 2)),
+    "saved": ((256, 3, 1), (256, 3, 2)),  # a deeper ring leaves no room for the boxes of what is saved
+    "backward": ((256, 3, 1), (256, 3, 2)),
+}
+FP8_TILES = {"forward": ((256, 4, 2),), "saved": ((256, 4, 2),), "backward": ((256, 3, 2),)}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One kernel of the sweep."""
+
+    architecture: str
+    precision: str
+    direction: str
+    tile: tuple[int, int, int]
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        tile, layout = "x".join(map(str, self.tile)), "k_n" if self.transposed else "n_k"
+        return f"{self.architecture}-{self.precision}-{self.direction}-{tile}-{layout}"
+
+    @property
+    def instance(self) -> GroupedGemm:
+        surveyed = SURVEY[self.architecture]
+        activation, gate_up = surveyed.activation, surveyed.gate_up
+        if self.precision == "float16":
+            activation = activation.replace("bfloat16", "float16")
+        if self.precision == FP8 and gate_up != "single":
+            gate_up = "halves"  # as quantised matrices lie
+        gemm = GroupedGemm(self.precision, *self.tile, self.transposed)
+        if self.direction == "backward":
+            return replace(gemm, epilogue=ActivationBackward(activation, gate_up, surveyed.scaled))
+        return replace(gemm, epilogue=Activated(activation, gate_up, self.direction == "saved", surveyed.bias))
+
+
+def every() -> Iterator[Swept]:
+    for architecture, direction in product(SURVEY, DIRECTIONS):
+        for precision, tile, transposed in product(SIXTEEN_BITS, TILES[direction], (False, True)):
+            yield Swept(architecture, precision, direction, tile, transposed)
+        for tile in FP8_TILES[direction]:
+            yield Swept(architecture, FP8, direction, tile, False)
+
+
+EVERY = tuple(every())
+TENTH = EVERY[::11]  # 11 has no factor in common with the 35 of an architecture
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [pytest.param(each, id=each.name, marks=() if each in TENTH else pytest.mark.slow) for each in EVERY],
+)
+def test_machine_code(swept: Swept) -> None:
+    """Nothing between two products waits or goes through local memory; epilogues may spill what they cannot hold."""
+    made = judged(swept.instance)
+    wanted, other = ("QGMMA", "HGMMA") if swept.precision == FP8 else ("HGMMA", "QGMMA")
+    assert made.operations.get(wanted) and not made.operations.get(other)
+    assert made.operations.get("UTMALDG") and made.operations.get("UTMASTG"), "tiles do not travel by bulk copies"
+    assert made.operations.get("USETMAXREG") == 2, "registers do not move from the producer to the consumers"
+    assert made.between_products.get(wanted), "no loop of products was found"
+    spilled = {name: made.between_products[name] for name in ("LDL", "STL") if name in made.between_products}
+    assert not spilled, f"values go through local memory between products: {spilled}"
+    assert made.registers <= 65536 // 384, "a block of 384 threads does not fit"
+    assert not made.serialised
+    if swept.direction == "forward":
+        assert made.spilled == 0, "values live in local memory"
+
+
+def test_the_tenth_has_everything() -> None:
+    for attribute in ("architecture", "precision", "direction", "tile", "transposed"):
+        assert {getattr(each, attribute) for each in TENTH} == {getattr(each, attribute) for each in EVERY}, attribute
+    assert len({replace(each, architecture="") for each in TENTH}) == len(
+        {replace(each, architecture="") for each in EVERY}
+    )
+
+
+def test_a_verdict_is_kept_until_its_kernel_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(tmp_path))
+    first = judged(PadOffsets())
+    monkeypatch.setattr(sass, "machine", None)
+    assert judged(PadOffsets()) == first and first.registers > 0 and "STG" in first.operations
+    monkeypatch.setattr(cubins, "_sources_digest", lambda: "other")
+    with pytest.raises(TypeError, match="not callable"):
+        judged(PadOffsets())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_tiles_are_those_that_are_chosen(dtype: torch.dtype) -> None:
+    """Activations' forward: `activated_gemm` chooses for 256 columns, and for no depth where it saves."""
+    sizes: Any = product((1, 100, 5000, 100_000), (1, 8, 128), (0, 128, 4095, 4096, 14336))
+    chosen = {(k == 0, hopper.choose(dtype, rows, experts, 256, k)) for rows, experts, k in sizes}
+    found = {(save, gemm.columns, gemm.stages, gemm.cluster) for save, gemm in chosen}
+    assert {tuple(tile) for save, *tile in found if save} == set(TILES["saved"])
+    assert {tuple(tile) for save, *tile in found} == set(TILES["forward"])
+
+
+@pytest.mark.slow
+def test_the_survey_is_complete() -> None:
+    pytest.importorskip("transformers")
+    import transformers
+    from packaging.version import Version
+
+    from tiny_transformers import OWN_CODE, WRITTEN_WITH, architectures
+
+    found: set[Surveyed] = set()
+    for name, dtype in product((*architectures(), *OWN_CODE), (torch.bfloat16, torch.float32)):
+        found |= collected(name, dtype)
+    assert found <= set(SURVEY.values()), f"not swept: {found - set(SURVEY.values())}"
+    if Version(transformers.__version__) >= WRITTEN_WITH:
+        assert found == set(SURVEY.values()), f"nobody has: {set(SURVEY.values()) - found}"
