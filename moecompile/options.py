@@ -18,6 +18,7 @@ from typing import Any, Literal
 PASSES: dict[str, str] = {
     "detect": "finds the mixture-of-experts blocks; without it nothing else has anything to do",
     "fuse": "replaces each block found by moecompile's operators; without it blocks are only reported",
+    "precision": "casts the experts' matrices to FP8 where the option `precision` asks for it",
 }
 
 
@@ -68,10 +69,16 @@ class Options:
         "auto",
         'what runs inside the operators: the fastest kernels the machine has, or only PyTorch\'s own ("reference")',
     )
+    precision: Literal["model", "fp8"] = _option(
+        "model",
+        "what the experts multiply: numbers of the model's own precision, or FP8 by DeepSeek-V3's recipe "
+        '("fp8", bfloat16 and float16 models; everything else stays as it is)',
+    )
     verify: Literal["first_call"] | None = _option(
         None,
-        "compares every rewritten block with the original region at the first call: outputs, and gradients in training "
-        "(in the bodies of cond, map, scan and other operators than checkpoint: outputs alone)",
+        "compares every rewritten block, before any cast to FP8, with the original region at the first call: outputs, "
+        "and gradients in training (in the bodies of cond, map, scan and other operators than checkpoint: outputs "
+        "alone)",
     )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.

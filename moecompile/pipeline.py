@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from moecompile.options import Options
 from moecompile.passes.detect import detect
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
+from moecompile.passes.precision import quantize_experts
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
@@ -39,13 +40,19 @@ class PassFailed(RuntimeError):
 
 @dataclass
 class Piece:
-    """One body of the captured graph, and what is known of it so far; `changed`: some pass rewrote it."""
+    """One body of the captured graph, and what is known of it so far.
+
+    Attributes:
+        changed: whether some pass rewrote it.
+        notes: what users should know, for the report.
+    """
 
     module: fx.GraphModule
     sites: tuple[Site, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     layout: Layout | None = None
     changed: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def detect_sites(piece: Piece, options: Options) -> None:
@@ -61,10 +68,21 @@ def fuse_sites(piece: Piece, _: Options) -> None:
     piece.changed |= fuse(piece.module.graph, piece.sites, piece.layout) > 0
 
 
+def cast_experts(piece: Piece, _: Options) -> None:
+    """Turns the experts to FP8."""
+    kept = quantize_experts(piece.module.graph)
+    piece.changed = True
+    for each in kept:
+        note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
+        log.warning("%s", note)
+        piece.notes.append(note)
+
+
 # In the order in which they run, under the names of `moecompile.options.PASSES`, where each is described.
 PASSES: dict[str, Callable[[Piece, Options], None]] = {
     "detect": detect_sites,
     "fuse": fuse_sites,
+    "precision": cast_experts,
 }
 
 
@@ -78,6 +96,8 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     record.before = text_of(gm)
     with _transforms_hidden(pieces, record), without_collections():
         for number, (name, run) in enumerate(PASSES.items(), start=1):
+            if name == "precision" and options.precision == "model":
+                continue
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")
             else:
@@ -87,6 +107,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
             piece.module.graph.lint()
             piece.module.recompile()
     sites = tuple(site for piece in pieces for site in piece.sites)
+    record.notes += [note for piece in pieces for note in piece.notes]
     record.sites = tuple(map(without_graph, sites))
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.after = text_of(gm)

@@ -24,7 +24,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.aliases import fake_of, lies_in_order
+from moecompile.passes.aliases import empty_fake, fake_of, lies_in_order
 from moecompile.passes.calls import writes
 from moecompile.passes.layout import Layout
 from moecompile.passes.region import only_reads_dtype, removable
@@ -133,14 +133,14 @@ class _Emitter:
         node = self._graph.call_function(torch.ops.moecompile.plan.default, arguments)
         fake = fake_of(ids)
         shapes = kernels.plan_shapes(fake, self._site.num_experts)
-        return self._known(node, tuple(_empty(fake, shape, torch.int32) for shape in shapes))
+        return self._known(node, tuple(empty_fake(fake, shape, torch.int32) for shape in shapes))
 
     def experts(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> fx.Node:
         """The experts' results, summed into tokens."""
         node = self._graph.call_function(torch.ops.moecompile.experts.default, arguments, keywords)
         args: Any = fx.node.map_arg(node.args, fake_of)
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
-        result = _empty(args[0], *kernels.experts_shape(*args, **kwargs))
+        result = empty_fake(args[0], *kernels.experts_shape(*args, **kwargs))
         given = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor)]
         return self._known(node, result.requires_grad_(any(tensor.requires_grad for tensor in given)))
 
@@ -210,17 +210,6 @@ class _Emitter:
         if step == "reshape" and _has_shape(node, arguments):
             return node
         return self.method(step, (node, *arguments))
-
-
-def _empty(like: torch.Tensor, shape: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A new tensor of these properties on the device of the other.
-
-    Made without PyTorch's dispatcher where it can be: a layer makes six of them, which would take ten times as long.
-    """
-    if isinstance(like, FakeTensor) and all(type(size) is int for size in shape):
-        return FakeTensor(like.fake_mode, torch.empty(shape, dtype=dtype, device="meta"), like.device)
-    with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
-        return like.detach().new_empty(shape, dtype=dtype)
 
 
 def _view(fake: torch.Tensor, shape: tuple[Any, ...]) -> torch.Tensor | None:

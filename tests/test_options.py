@@ -31,6 +31,7 @@ def test_defaults():
     assert Options().as_dict() == {
         "lowering": "inductor",
         "kernels": "auto",
+        "precision": "model",
         "verify": None,
         "disable": (),
         "inductor": {},

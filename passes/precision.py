@@ -1,0 +1,91 @@
+"""Turn the experts to FP8: casts of their matrices as nodes of the graph, and the operator that multiplies these.
+
+Contract
+- On entry the experts are `moecompile::experts` (passes/fuse.py).
+- Weights stay what they are, and get their gradients; only what is multiplied is cast.
+- Experts that the FP8 operator does not take stay in their precision, and are returned with the reason.
+
+    in_  = moecompile.quantize_weights(w_in, w_up, gate_up=..., transposed=...)      # values, scales, both transposed
+    out  = moecompile.quantize_weights(w_out, transposed=...)
+    result = moecompile.experts_fp8(<as before>, quantized=[*in_, *out])
+
+Tokens, activations and gradients are cast inside the operator, with a scale for each 128 features; matrices have one
+for each 128 x 128 (DeepSeek-V3, section 3.3).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.provenance import module_of
+from moecompile.runtime.contract import Arguments
+from moecompile.runtime.fp8_contract import check_fp8, check_weights
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Experts that stay in their precision: the module they are in, and why."""
+
+    module: str
+    reason: str
+
+
+def quantize_experts(graph: fx.Graph) -> list[Kept]:
+    """Rewrite the graph in place; returns what was kept. The caller recompiles the GraphModule."""
+    kept = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
+        try:
+            _Experts(graph, node).quantize()
+        except (TypeError, ValueError) as refused:
+            kept.append(Kept(module_of(node), str(refused)))
+    return kept
+
+
+class _Experts:
+    """One call of the experts. `taken` are its arguments' example values; nothing changes before they are checked."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+        self._graph, self._node = graph, node
+        self._key = "example_value" if "example_value" in node.meta else "val"
+        args: Any = fx.node.map_arg(node.args, fake_of)
+        kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
+        self.taken = Arguments(*args, **kwargs)
+
+    def quantize(self) -> None:
+        """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
+        node, taken = self._node, self.taken
+        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed)
+        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed)
+        check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
+        with self._graph.inserting_before(node):
+            given = (node.args[5], node.kwargs.get("w_up"))
+            cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)
+            cast_out = self._cast((node.args[6],), {"transposed": taken.w_out_transposed}, of_out)
+            keywords = {**node.kwargs, "quantized": [*cast_in, *cast_out]}
+            result = self._call(torch.ops.moecompile.experts_fp8.default, node.args, keywords)
+        result.meta[self._key] = node.meta[self._key]
+        node.replace_all_uses_with(result)
+        self._graph.erase_node(node)
+
+    def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
+        """The four results of quantising one of the matrices."""
+        cast = self._call(torch.ops.moecompile.quantize_weights.default, given, attributes)
+        cast.meta[self._key] = values = tuple(empty_fake(self.taken.w_in, *spec) for spec in specs)
+        parts = [self._call(operator.getitem, (cast, number), {}) for number in range(len(values))]
+        for part, value in zip(parts, values, strict=True):
+            part.meta[self._key] = value
+        return parts
+
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self._graph.call_function(target, args, kwargs)
+        node.meta.update({name: self._node.meta[name] for name in _PROVENANCE if name in self._node.meta})
+        return node

@@ -1,0 +1,142 @@
+"""The option `precision="fp8"`: experts' matrices are cast in the graph; what cannot be stays, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moecompile
+from tiny_sizes import Sizes
+from tiny_transformers import build_block, known_to_transformers
+
+# An FP8 operand is off by 0.027 of its norm (facts of e4m3 with power-of-two scales: half a unit in the fourth bit,
+# root mean square); a result has passed four of them, a gradient up to six, beside bfloat16's own rounding.
+RESULT, GRADIENT = 0.09, 0.15
+LLAMA4 = known_to_transformers("llama4")
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def run(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    result = module(*inputs)
+    result = result[0] if isinstance(result, tuple) else result
+    torch.manual_seed(7)
+    result.backward(torch.randn_like(result))
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    return result.detach(), gradients
+
+
+def block_of(name: str, **overrides: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    block = build_block(name, torch.bfloat16, sizes=Sizes(hidden=64), tokens=48, **overrides)
+    return block.module.requires_grad_(), block.inputs
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"))
+def test_a_training_step(name: str, lowering: str) -> None:
+    module, inputs = block_of(name)
+    expected, of_expected = run(copy.deepcopy(module), inputs)
+    module.compile(backend="moecompile", options={"precision": "fp8", "lowering": lowering}, fullgraph=True)
+    found, of_found = run(module, inputs)
+    assert 1e-3 < relative(found, expected) < RESULT
+    assert of_found.keys() == of_expected.keys()
+    for each, gradient in of_expected.items():
+        assert of_found[each].dtype == gradient.dtype and of_found[each].stride() == gradient.stride()
+        assert relative(of_found[each], gradient) < GRADIENT, each
+    (graph,) = moecompile.last_report().graphs
+    changes = {record.name: record.changes for record in graph.passes}["precision"]
+    assert changes["moecompile.quantize_weights"] == (0, 2)
+    assert changes["moecompile.experts"] == (1, 0) and changes["moecompile.experts_fp8"] == (0, 1)
+
+
+def test_inference_saves_nothing() -> None:
+    module, inputs = block_of("qwen3_moe")
+    module.compile(backend="moecompile", options={"precision": "fp8", "lowering": "eager"}, fullgraph=True)
+    with torch.no_grad():
+        found = module(*inputs)
+    text = moecompile.last_report().graphs[0].forward
+    assert text is not None and "experts_fp8" in text and "experts_fp8_forward" not in text
+    module.zero_grad()
+    trained, _ = run(module, inputs)
+    assert torch.equal(found, trained)
+
+
+def test_other_token_counts_compile_at_most_twice() -> None:
+    torch._dynamo.utils.counters.clear()
+    module, (x,) = block_of("qwen3_moe")
+    reference = copy.deepcopy(module)
+    module.compile(
+        backend="moecompile", options={"precision": "fp8", "lowering": "eager"}, fullgraph=True, dynamic=True
+    )
+    for tokens in (8, 12, 17, 24):
+        with torch.no_grad():
+            given = x[:, :tokens].contiguous()
+            assert relative(module(given), reference(given)) < RESULT
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_the_router_and_the_weights_stay() -> None:
+    module, inputs = block_of("deepseek_v3")
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    module.compile(backend="moecompile", options={"precision": "fp8", "lowering": "eager"}, fullgraph=True)
+    run(module, inputs)
+    for name, parameter in module.named_parameters():
+        assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name])
+    after = moecompile.last_report().graphs[0].after
+    assert after.count("quantize_weights") == 2, "something else than the experts' matrices is cast"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reason"),
+    [
+        ("qwen3_moe", torch.float32, "x and the weights must be bfloat16 or float16, got torch.float32"),
+        # each assignment's row is another: there is no token to quantise once
+        *(pytest.param(*each.values, torch.bfloat16, "input must be 'x'", marks=each.marks) for each in LLAMA4),
+    ],
+)
+def test_what_stays_is_said(name: str, dtype: torch.dtype, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    block = build_block(name, dtype)
+    expected = block.module(*block.inputs)
+    block.module.compile(backend="moecompile", options={"precision": "fp8", "lowering": "eager"}, fullgraph=True)
+    with caplog.at_level(logging.WARNING, "moecompile"):
+        found = block.module(*block.inputs)
+    both = (value[0] if isinstance(value, tuple) else value for value in (found, expected))
+    assert relative(*both) < (1e-5 if dtype == torch.float32 else 1e-2)
+    (graph,) = moecompile.last_report().graphs
+    assert any("stay in their precision" in note and reason in note for note in graph.notes)
+    assert reason in caplog.text and "experts_fp8(" not in graph.after
+
+
+def test_the_pass_can_be_left_out() -> None:
+    module, inputs = block_of("qwen3_moe")
+    options = {"precision": "fp8", "lowering": "eager", "disable": ("precision",)}
+    module.compile(backend="moecompile", options=options, fullgraph=True)
+    module(*inputs)
+    (graph,) = moecompile.last_report().graphs
+    assert "pass precision is disabled" in graph.notes and "experts_fp8" not in graph.after
+
+
+def test_without_the_option_nothing_is_cast() -> None:
+    module, inputs = block_of("qwen3_moe")
+    module.compile(backend="moecompile", options={"lowering": "eager"}, fullgraph=True)
+    module(*inputs)
+    (graph,) = moecompile.last_report().graphs
+    assert [record.name for record in graph.passes] == ["detect", "fuse"] and "quantize" not in graph.after
+
+
+def test_golden(golden) -> None:
+    """The graph of a block as captured, rewritten and cast."""
+    module, inputs = block_of("qwen3_moe")
+    module.compile(backend="moecompile", options={"precision": "fp8", "lowering": "eager"}, fullgraph=True)
+    module(*inputs)
+    (graph,) = moecompile.last_report().graphs
+    golden("precision_qwen3_moe", re.sub(r"  # .*", "", graph.after))  # lines of another package's sources move
