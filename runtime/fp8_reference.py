@@ -14,7 +14,8 @@ Kept for backward are x_q and q(hidden), each of gate and up with blocks of its 
 
 Weights' gradients contract over an expert's own rows, cut into blocks of 128 from its first one, the last padded with
 zeros. There gradients (g, q(of_hidden)) are quantised once more, along tokens, and activations (x_q, q(a * weight))
-are shifted to one scale for 128x128. Biases' gradients are sums of the rounded gradients, not of quantised ones.
+are shifted to one scale for 128x128. Biases' gradients are sums of the rounded gradients, not of quantised ones; the
+Hopper kernels keep no others than quantised ones of GEMM1's rows, and sum those.
 
 The activation is evaluated in float32 and rounded once, where the 16-bit reference rounds each step of it. No operand
 is chunked, and the dequantised weights are float32: this is a path to read and to compare with, not a fast one. On a

@@ -179,6 +179,7 @@ class _Backward:
             self._of_biases(plain, of_hidden)
 
     def _of_biases(self, plain: HopperRows, of_hidden: QuantizedRows) -> None:
+        """Gradients of GEMM1's biases: of the quantised rows, since no others are written."""
         args, inner = self.args, self.args.intermediate
         rows, width = of_hidden.values.shape
         scales = of_hidden.scales[:, :rows].t().unsqueeze(2)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fences import fenced
 from gpu_blocks import GPT_OSS, Block, exact, run, worst_row
-from moecompile.runtime import hopper_experts
+from moecompile.runtime import hopper_experts, hopper_routing
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -78,6 +79,27 @@ def test_only_what_is_needed(names: tuple[str, ...]) -> None:
     assert set(some.gradients) == set(names)
     for name in names:
         assert torch.equal(some.gradients[name], whole.gradients[name])
+
+
+@pytest.mark.parametrize("gate_up", ["halves", "separate"])
+def test_rows_that_come_piece_by_piece(gate_up: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of GEMM1's matrices, whose rows are made some columns at a time where they are large."""
+    block = Block("pieces", hidden=1024, gate_up=gate_up)
+    tensors = block.tensors()
+    whole = run(block, tensors)
+    dispatched: list[int] = []
+    dispatch = hopper_routing.dispatch
+
+    def noting(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+        dispatched.append(rows.shape[1])
+        return dispatch(x, slots, rows)
+
+    monkeypatch.setattr(hopper_experts, "LARGE", 1)
+    monkeypatch.setattr(hopper_routing, "dispatch", noting)
+    pieces = run(block, tensors)
+    assert dispatched.count(256) == 4, dispatched
+    for name, gradient in whole.gradients.items():
+        assert torch.equal(pieces.gradients[name], gradient), name
 
 
 def test_inference_computes_the_same() -> None:
