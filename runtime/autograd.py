@@ -17,6 +17,7 @@ from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS
 
 Parts = list[Tensor]
 ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
+FP8 = "experts_fp8"
 
 
 class _Experts(torch.autograd.Function):
@@ -68,22 +69,22 @@ class _ExpertsFp8(torch.autograd.Function):
         saved, quantized, tensors = list(kept[:first]), list(kept[first:second]), kept[second:]
         wanted = dict(zip(TENSORS, ctx.needs_input_grad[2:], strict=True))
         needs = [wanted[name] for name in DIFFERENTIABLE]
-        found = iter(
-            torch.ops.moecompile.experts_fp8_backward(
-                grad, saved, *tensors, **ctx.attributes, quantized=quantized, needs=needs
-            )
+        grads = torch.ops.moecompile.experts_fp8_backward(
+            grad, saved, *tensors, **ctx.attributes, quantized=quantized, needs=needs
         )
+        # x, which may be all that requires grad, is no argument of the backward
+        found = iter(_refusing(grads, FP8) if torch.is_grad_enabled() else grads)
         of_tensors = (next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
         return None, None, *of_tensors
 
 
-def _differentiates(tensors: Sequence[Tensor | None]) -> bool:
+def _differentiates(tensors: Sequence[Tensor | None], operator: str = "experts") -> bool:
     """Whether autograd records a call with these arguments; refuses transforms that it could not serve."""
     if torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(f"moecompile::experts does not work under torch.func transforms; {ADVICE}")
+        raise NotImplementedError(f"moecompile::{operator} does not work under torch.func transforms; {ADVICE}")
     given = [tensor for tensor in tensors if tensor is not None]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
-        raise NotImplementedError(f"moecompile::experts has no forward-mode derivative; {ADVICE}")
+        raise NotImplementedError(f"moecompile::{operator} has no forward-mode derivative; {ADVICE}")
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
@@ -111,14 +112,15 @@ def experts_backward(*args: Any, **attributes: Any) -> Parts:
 
 
 def quantize_weights(*args: Any, **attributes: Any) -> Any:
-    """quantize_weights above autograd: no gradient flows through it."""
+    """quantize_weights above autograd: no gradient flows through it, and none is asked for by a transform."""
+    _differentiates(args, "quantize_weights")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.quantize_weights(*args, **attributes)
 
 
 def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:
     """experts_fp8_forward above autograd: recorded where something requires grad."""
-    if _differentiates(args):
+    if _differentiates(args, FP8):
         tensors = (*args, *([None] * (len(TENSORS) - len(args))))
         result, *saved = _ExpertsFp8.apply(attributes, quantized, *tensors)
         return result, saved
@@ -128,7 +130,7 @@ def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tupl
 
 def experts_fp8(*args: Any, **attributes: Any) -> Tensor:
     """experts_fp8 above autograd: becomes experts_fp8_forward where something requires grad."""
-    if _differentiates(args):
+    if _differentiates(args, FP8):
         return experts_fp8_forward(*args, **attributes)[0]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.experts_fp8(*args, **attributes)
@@ -138,14 +140,19 @@ def experts_fp8_backward(grad: Tensor, saved: Parts, *args: Any, **attributes: A
     """experts_fp8_backward above autograd, as experts_backward is."""
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.moecompile.experts_fp8_backward(grad, saved, *args, **attributes)
-    return _once(grads, (grad, *args))
+    return _once(grads, (grad, *args), FP8)
 
 
-def _once(grads: Parts, args: Sequence[Tensor | None]) -> Parts:
+def _once(grads: Parts, args: Sequence[Tensor | None], operator: str = "experts") -> Parts:
     """The gradients of these arguments, which refuse to be differentiated again."""
-    if not _differentiates(args) or not grads:
+    return _refusing(grads, operator) if _differentiates(args, operator) else grads
+
+
+def _refusing(grads: Parts, operator: str) -> Parts:
+    """The gradients, as tensors that have a derivative, which is an error."""
+    if not grads:
         return grads
-    message = f"moecompile::experts has no second derivative; {ADVICE}"
+    message = f"moecompile::{operator} has no second derivative; {ADVICE}"
     refuse = torch._C._functions.DelayedError(message.encode(), len(grads))
     marked = refuse(*(grad.detach().requires_grad_() for grad in grads))
     return list(marked) if isinstance(marked, tuple) else [marked]

@@ -219,9 +219,9 @@ def load(instance: Instance, device: int) -> Kernel:
     """
     machine_code = cubins.cubin(instance)
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes torch's context of the device the driver's
         about = f"{instance} on device {device}"
-        context = driver_call("cuCtxGetCurrent", about=about)
+        context = driver_call("cuDevicePrimaryCtxRetain", driver_call("cuDeviceGet", device), about=about)  # torch's
+        driver_call("cuCtxSetCurrent", context, about=about)  # this thread may not have met the device yet
         module = driver_call("cuModuleLoadData", machine_code, about=about)
         function = driver_call("cuModuleGetFunction", module, instance.name.encode(), about=about)
         pointer, size = driver_call("cuModuleGetGlobal", module, b"facts", about=about)

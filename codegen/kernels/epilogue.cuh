@@ -344,11 +344,12 @@ struct ActivationBackward {
             u8* hidden = buffer(boxes, round);
             ptx::barrier_wait(&shared.loaded[warp][round % 2], (spot.turn * (ROUNDS / 2) + round / 2) % 2);
             float* v = total + round * 32;
+            i32 features = arguments.scaled.columns - spot.column - round * 64;  // that are real, from this round's on
             u32 a[16];
             if constexpr (LAYOUT == Layout::INTERLEAVED)
-                interleaved(hidden, v, upper, lower, a);
+                interleaved(hidden, v, features, upper, lower, a);
             else
-                side_by_side(hidden, v, upper, lower, a);
+                side_by_side(hidden, v, features, upper, lower, a);
             box::acquire<0>();  // the round before: its boxes, and the one for `scaled`
             box::put(scaled, a);
             if (round > 0 && round + 1 < ROUNDS && threadIdx.x % 32 == 0)
@@ -378,7 +379,8 @@ struct ActivationBackward {
         }
 
         // One feature of which v is the gradient of the activation: gate and up become their gradients. The activation, scaled.
-        __device__ __forceinline__ float back(float v, float& gate, float& up) {
+        // What the activation makes of a feature that is not real, NaN perhaps, is not the weight's matter.
+        __device__ __forceinline__ float back(float v, bool real, float& gate, float& up) {
             float of_gate, of_up = 0, own = 0, a;
             if constexpr (LAYOUT == Layout::SINGLE) {
                 a = Activation::value(gate, weight);
@@ -387,13 +389,14 @@ struct ActivationBackward {
                 a = Activation::value(gate, up, weight);
                 Activation::backward(v * scale, gate, up, weight, of_gate, of_up, own);
             }
-            of_weight += SCALED ? v * a + own : own;
+            of_weight += real ? (SCALED ? v * a + own : own) : 0;
             gate = of_gate, up = of_up;
             return a * scale;
         }
     };
 
-    static __device__ __forceinline__ void side_by_side(u8* hidden, const float* v, Row& upper, Row& lower, u32 (&a)[16]) {
+    static __device__ __forceinline__ void side_by_side(u8* hidden, const float* v, i32 features, Row& upper, Row& lower,
+                                                        u32 (&a)[16]) {
         constexpr bool PAIR = LAYOUT == Layout::HALVES;
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {
@@ -403,11 +406,12 @@ struct ActivationBackward {
 #pragma unroll
             for (i32 k = 0; k < 4; k++) {
                 Row& row = k % 2 ? lower : upper;
+                bool real = 16 * i + 8 * (k / 2) + i32(threadIdx.x % 4) * 2 < features;
                 float gate[2], up[2] = {0, 0}, value[2];
                 Input::unpack(gates[k], gate[0], gate[1]);
                 if constexpr (PAIR) Input::unpack(ups[k], up[0], up[1]);
 #pragma unroll
-                for (i32 l = 0; l < 2; l++) value[l] = row.back(v[8 * i + 2 * k + l], gate[l], up[l]);
+                for (i32 l = 0; l < 2; l++) value[l] = row.back(v[8 * i + 2 * k + l], real, gate[l], up[l]);
                 gates[k] = Input::pack(gate[0], gate[1]);
                 if constexpr (PAIR) ups[k] = Input::pack(up[0], up[1]);
                 a[4 * i + k] = Input::pack(value[0], value[1]);
@@ -419,7 +423,8 @@ struct ActivationBackward {
     }
 
     // The gates and up projections of a lane's two features lie side by side: 8 bytes.
-    static __device__ __forceinline__ void interleaved(u8* hidden, const float* v, Row& upper, Row& lower, u32 (&a)[16]) {
+    static __device__ __forceinline__ void interleaved(u8* hidden, const float* v, i32 features, Row& upper, Row& lower,
+                                                       u32 (&a)[16]) {
         u32 lane = threadIdx.x % 32, column = 4 * (lane % 4);
 #pragma unroll
         for (i32 i = 0; i < 16; i++) {  // eight features each, in the upper row and in the lower
@@ -429,7 +434,7 @@ struct ActivationBackward {
             float gate[2], up[2], value[2];
             Input::unpack(pair.x, gate[0], up[0]), Input::unpack(pair.y, gate[1], up[1]);
 #pragma unroll
-            for (i32 l = 0; l < 2; l++) value[l] = row.back(v[2 * i + l], gate[l], up[l]);
+            for (i32 l = 0; l < 2; l++) value[l] = row.back(v[2 * i + l], i / 2 * 8 + i32(column / 2) < features, gate[l], up[l]);
             pair = make_uint2(Input::pack(gate[0], up[0]), Input::pack(gate[1], up[1]));
             a[i] = Input::pack(value[0], value[1]);
         }

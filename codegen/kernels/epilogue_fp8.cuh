@@ -7,6 +7,10 @@
 #include "epilogue.cuh"
 #include "fp8.cuh"
 
+// A column beyond every matrix's, where nothing is written. Tiles may have blocks behind the last one: the second half of a
+// tile, or the second of two tiles that share an odd row tile. What they hold would be taken for the up projection.
+constexpr i32 NOWHERE = 1 << 30;
+
 // GEMM1's rows through the activation: out = activation(gate, up), quantised, and, with SAVE, the rows themselves, quantised
 // for the backward. What the activation reads is the rounded row, not the quantised one.
 template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED>
@@ -63,16 +67,16 @@ struct QuantizedActivated {
 #pragma unroll
         for (i32 block = 0; block < BLOCKS; block++) {
             i32 feature = spot.column + block * fp8::BLOCK, turn = (spot.turn * BLOCKS + block) * SENDS;
+            i32 x = feature < arguments.up ? feature : NOWHERE;
             if (feature + fp8::BLOCK > arguments.features)
                 fp8::clear_from(held[block][SENDS - 1], arguments.features - feature);
             if constexpr (SAVE) {
-                send(boxes, turn, held[block][0], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, feature);
+                send(boxes, turn, held[block][0], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, x);
                 if constexpr (PAIRED)
                     send(boxes, turn + 1, held[block][1], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot,
-                         arguments.up + feature);
+                         arguments.up + x);
             }
-            send(boxes, turn + SENDS - 1, held[block][SENDS - 1], arguments.out, arguments.out_scales, arguments.pitch, spot,
-                 feature);
+            send(boxes, turn + SENDS - 1, held[block][SENDS - 1], arguments.out, arguments.out_scales, arguments.pitch, spot, x);
         }
     }
 
@@ -112,7 +116,7 @@ struct QuantizedActivationBackward {
     static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false;
     static constexpr i32 HELD = 0;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK, PARTS = PAIR ? 2 : 1;
-    static constexpr i32 BOXES = BLOCKS * PARTS + 1, REGISTERS = 224, NOWHERE = 1 << 30;  // beyond every matrix's columns
+    static constexpr i32 BOXES = BLOCKS * PARTS + 1, REGISTERS = 224;
     static_assert(LAYOUT != Layout::INTERLEAVED, "quantised matrices are put side by side");
     struct Arguments {
         TensorMap hidden;       // as `of_hidden`; boxes of 16 x 64
@@ -165,7 +169,9 @@ struct QuantizedActivationBackward {
 #pragma unroll
             for (i32 i = 0; i < fp8::PAIRS; i++) {
                 u16 gates = gates_of.get(i), ups = PAIR ? ups_of.get(i) : u16(0);
-                rows[i % 2].back(total[block * 64 + 2 * i], total[block * 64 + 2 * i + 1], gates, ups, of_gate[i], of_up[i], a[i]);
+                bool real = feature + i / 2 * 8 + i32(threadIdx.x % 4) * 2 < arguments.features;
+                rows[i % 2].back(total[block * 64 + 2 * i], total[block * 64 + 2 * i + 1], gates, ups, real, of_gate[i], of_up[i],
+                                 a[i]);
             }
             if (feature + fp8::BLOCK > arguments.features) {
                 fp8::clear_from(of_gate, arguments.features - feature);
@@ -173,7 +179,7 @@ struct QuantizedActivationBackward {
                 fp8::clear_from(a, arguments.features - feature);
             }
             box::acquire<0>();  // all lanes have read the rows, and the block before has left `last`
-            i32 x = feature < arguments.up ? feature : NOWHERE;  // an odd number of blocks leaves half a tile over
+            i32 x = feature < arguments.up ? feature : NOWHERE;
             fp8::send<Value>(gate, of_gate, arguments.of_hidden, arguments.of_hidden_scales, arguments.pitch, spot.place, x);
             if constexpr (PAIR)
                 fp8::send<Value>(up, of_up, arguments.of_hidden, arguments.of_hidden_scales, arguments.pitch, spot.place,
@@ -203,8 +209,8 @@ struct QuantizedActivationBackward {
         }
 
         // Two neighbouring features, of which v is the gradient of the activation: the gradients of gate and up, and the
-        // scaled activation.
-        __device__ __forceinline__ void back(float v0, float v1, u16 gates, u16 ups, u32& of_gate, u32& of_up, u32& a) {
+        // scaled activation. What the activation makes of a feature that is not real, NaN perhaps, is not the weight's matter.
+        __device__ __forceinline__ void back(float v0, float v1, u16 gates, u16 ups, bool real, u32& of_gate, u32& of_up, u32& a) {
             float gate[2], up[2], v[2] = {v0, v1}, of_gates[2], of_ups[2] = {0, 0}, values[2];
             ptx::unpack_e4m3(gates, gate[0], gate[1]);
             if (PAIR) ptx::unpack_e4m3(ups, up[0], up[1]);
@@ -220,7 +226,7 @@ struct QuantizedActivationBackward {
                     value = Activation::value(gate[i], weight);
                     Activation::backward(v[i] * scale, gate[i], weight, of_gates[i], own);
                 }
-                of_weight += SCALED ? v[i] * value + own : own;
+                of_weight += real ? (SCALED ? v[i] * value + own : own) : 0;
                 values[i] = value * scale;
             }
             of_gate = Value::pack(of_gates[0], of_gates[1]), a = Value::pack(values[0], values[1]);

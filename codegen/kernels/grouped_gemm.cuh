@@ -136,7 +136,9 @@ struct GroupedGemm {
     // One tile's stages. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
                                                 i32& stage, u32& parity) {
-        i32 block = tile.column / 128, stride = arguments.b_scale_stride, last = arguments.b_scale_blocks - 1 - block;
+        // of two tiles that share an odd row tile, the second may have no columns
+        i32 stride = arguments.b_scale_stride, block = min(tile.column / 128, max(arguments.b_scale_blocks - 1, 0));
+        i32 last = arguments.b_scale_blocks - 1 - block;
         const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
         float ahead[PARTS];
         i32 second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;  // the other part's scales
@@ -259,7 +261,8 @@ struct GroupedGemm {
         }
     };
 
-    // What the producer wrote is read by the lane that will tell it that the stage is free again: no other read needs an order.
+    // What the producer wrote is read by the lane that will tell it that the stage is free again: such a read needs no order
+    // but its own. (What bulk copies wrote, scales of rows, all lanes read; their products are waited for in between.)
     static __device__ __forceinline__ u32 reader() { return CLUSTER > 1 ? ptx::cluster_rank() : 0; }
 
     static __device__ __forceinline__ Tile read(const Tile& shared) {

@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_3d(const TensorMap* map, const void* from,
 
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until the source of all stores of this thread may be overwritten.
+// Until the source of all but the last PENDING groups of this thread's stores may be overwritten.
 template <int PENDING>
 __device__ __forceinline__ void store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
