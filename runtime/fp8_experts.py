@@ -6,6 +6,7 @@ On a Hopper GPU `moecompile.runtime.hopper_fp8` computes what it takes; everywhe
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,7 +19,6 @@ from moecompile.runtime import fp8_reference, quantize
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import (
     Quantized,
-    Saved,
     Specs,
     check_fp8,
     check_fp8_backward,
@@ -36,7 +36,7 @@ def quantize_weights(
 ) -> Four:
     """Values, scales, and both transposed."""
     check_weights(w, w_up, gate_up, transposed)
-    fused = _hopper(w)
+    fused = _hopper(w.device)
     run = fused.quantize_weights if fused is not None and fused.takes_weights(w, w_up) else quantize.quantize_weights
     values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed)
     return values, scales, values_t, scales_t
@@ -52,7 +52,19 @@ def fake_quantize_weights(
 
 def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
     """The result alone, for inference."""
-    return _forward(Arguments(*args, **attributes), quantized, save=False)[0]
+    x: Tensor = args[0]
+    fused = _hopper(x.device)
+    if fused is not None:  # what it remembers has been checked, and computes nothing that autocast would change
+        known: Tensor | None = fused.infer_again(args, quantized, attributes)
+        if known is not None:
+            return known
+    arguments = Arguments(*args, **attributes)
+    copies = check_fp8(arguments, quantized)
+    with exact(x):
+        if fused is None or not fused.takes(arguments, copies):
+            return fp8_reference.forward(arguments, copies, save=False)[0]
+        result: Tensor = fused.infer(arguments, args, copies, attributes)
+        return result
 
 
 def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
@@ -64,8 +76,10 @@ def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any)
 
 def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
     """The result, and x and the hidden rows in FP8, which backward needs."""
-    result, saved = _forward(Arguments(*args, **attributes), quantized, save=True)
-    assert saved is not None
+    arguments = Arguments(*args, **attributes)
+    copies = check_fp8(arguments, quantized)
+    with exact(arguments.x):
+        result, saved = _kernels(arguments, copies).forward(arguments, copies, save=True)
     return result, list(saved)
 
 
@@ -114,28 +128,20 @@ def fake_experts_fp8_backward(
     ]
 
 
-def _forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, Saved | None]:
-    copies = check_fp8(args, quantized)
-    with exact(args.x):
-        result, saved = _kernels(args, copies).forward(args, copies, save)
-    return result, None if saved is None else Saved(*saved)
-
-
 def _kernels(args: Arguments, quantized: Quantized) -> ModuleType:
     """The module that computes these: the fused kernels if they take them."""
-    fused = _hopper(args.offsets) if args.kernels is None else None
+    fused = _hopper(args.offsets.device)
     return fused if fused is not None and fused.takes(args, quantized) else fp8_reference
 
 
-def _hopper(tensor: Tensor) -> ModuleType | None:
-    """The module of the fused kernels, if the tensor's device runs them."""
-    if tensor.device.type != "cuda":
+@functools.cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The module of the fused kernels, if the device runs them."""
+    if device.type != "cuda":
         return None
     from moecompile.runtime import hopper
 
-    if not hopper.usable(tensor.device.index):
-        return None
-    return importlib.import_module("moecompile.runtime.hopper_fp8")
+    return importlib.import_module("moecompile.runtime.hopper_fp8") if hopper.serves(device) else None
 
 
 def _empty(like: Tensor, specs: Specs) -> Parts:

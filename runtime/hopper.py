@@ -213,13 +213,13 @@ def activation_backward(
     tiles = (inner + instance.columns - 1) // instance.columns
     of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
     parts, gradients = projection.parts(hidden), projection.parts(of_hidden)
-    _launch(
+    _prepared(
         instance, of_out, (w_out.mT,), offsets, (experts, k, inner),
         (
-            _map(parts[0], OUT_BOX), _map(parts[-1], OUT_BOX), _target(gradients[0]), _target(gradients[-1]),
-            _target(scaled), of_weight, weights, scales, order, rows,
+            _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
+            _written(scaled), of_weight, weights, scales, order, rows,
         ),
-    )  # fmt: skip
+    ).run()  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
@@ -238,7 +238,7 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
     """
     (rows, m), n, experts = a.shape, b.shape[1], offsets.shape[0]
     chosen = instance or choose(a.dtype, m, experts, n, rows, transposed=True, over_rows=True)
-    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_target(out.flatten(0, 1)), None))
+    _prepared(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_written(out.flatten(0, 1)), None)).run()
     return out
 
 
@@ -277,15 +277,6 @@ def _written(out: Tensor) -> Mapped:
     return Mapped(out, boxes_of(out.dtype, tuple(out.shape), out.stride(), OUT_BOX, target=True))
 
 
-def _map(tensor: Tensor, box: tuple[int, ...]) -> bytes:
-    return _mapped(tensor, box).described()
-
-
-def _target(out: Tensor) -> bytes:
-    """`Target` of kernels/box.cuh."""
-    return _written(out).described()
-
-
 def _columns(count: int) -> bytes:
     """A `Target` that nothing is written to."""
     return (bytes(128) + struct.pack("<Qii", 0, count, 0)).ljust(192, b"\0")
@@ -305,11 +296,13 @@ def _prepared(
     scales: bytes | Mapped | None = None,
     b_scales: Tensor | None = None,
     b_scale_pair: int = 0,
+    whole: Tensor | None = None,
 ) -> Launch:
     """The launch.
 
     `sizes` are the experts, the columns of a and those of the schedule. b_scales are (E, blocks of N, blocks of K); a
-    second matrix begins `b_scale_pair` blocks after the first.
+    second matrix begins `b_scale_pair` blocks after the first. `whole` is what the matrices are views of, if the launch
+    is to know them as its parts.
     """
     columns = LINE // a.element_size()
     loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
@@ -317,6 +310,8 @@ def _prepared(
         _mapped(b, (1, columns, ACROSS)) if instance.transposed else _mapped(b, (1, loaded, columns), turned=True)
         for b in matrices
     ]
+    if whole is not None:
+        boxes = [each.within(whole) for each in boxes]
     kernel = load(instance, a.device.index)
     box = (columns, ACROSS) if instance.over_rows and instance.transposed else (ROWS, columns)
     maps = (_mapped(a, box), boxes[0], boxes[-1])
@@ -324,18 +319,3 @@ def _prepared(
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
     values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *epilogue)
     return Launch(kernel, blocks, values)
-
-
-def _launch(
-    instance: GroupedGemm,
-    a: Tensor,
-    matrices: tuple[Tensor, ...],
-    offsets: Tensor,
-    sizes: tuple[int, int, int],
-    epilogue: tuple[Value, ...],
-    scales: bytes | Mapped | None = None,
-    b_scales: Tensor | None = None,
-    b_scale_pair: int = 0,
-) -> None:
-    """Launches; the arguments are those of `_prepared`."""
-    _prepared(instance, a, matrices, offsets, sizes, epilogue, scales, b_scales, b_scale_pair).run()

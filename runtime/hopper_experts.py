@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +26,7 @@ from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expressio
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.hopper import Projection
 from moecompile.runtime.hopper_rows import HopperRows
-from moecompile.runtime.launch import Launch
-from moecompile.runtime.remembered import Memory, Remembered, signature
+from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
 DTYPES = (torch.bfloat16, torch.float16)
 RESULTS = (*DTYPES, torch.float32)
@@ -64,33 +62,10 @@ def takes(args: Arguments) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The forward of one call, ready to be launched.
-
-    Attributes:
-        conformed: the call's tensors, in the order of TENSORS, as the kernels read them (`_conforming`).
-        views: of which of these each other tensor that the launches read is a view.
-        scratch: what the launches write and read.
-        result: what they write last, (T, H2).
-        hidden: GEMM1's rows if they are to be saved, (T*K, N).
-        launches: in their order.
-    """
-
-    conformed: list[Tensor | None]
-    views: list[tuple[Tensor, int]]
-    scratch: list[Tensor]
-    result: Tensor
-    hidden: Tensor | None
-    launches: list[Launch]
-
-
 def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
     """The result, (T, H2), and GEMM1's rows if they are to be saved, (T*K, N); anything beyond offsets[-1]."""
     steps = _steps(args, save)
-    for launch in steps.launches:
-        launch.run()
-    return steps.result, steps.hidden
+    return steps.run(), steps.saved[0] if save else None
 
 
 def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor | None:
@@ -102,30 +77,16 @@ def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any])
 def infer(args: Arguments, tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor:
     """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
     steps = _steps(args, save=False)
-    for launch in steps.launches:
-        launch.run()
-    if _tells_apart(tensors, attributes):
-        conformed = steps.conformed[: len(tensors)]
-        known = Remembered(
-            tensors, _conforming(args), conformed, steps.views, steps.scratch, (steps.result,), steps.launches
-        )
-        EXPERTS.put(signature(tensors, *attributes.items()), known)
-    return steps.result
-
-
-def _tells_apart(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> bool:
-    """Whether each tensor is an object of its own and given by position, so that a call can be remembered."""
-    given = [id(tensor) for tensor in tensors if tensor is not None]
-    return len(set(given)) == len(given) and not any(isinstance(value, Tensor) for value in attributes.values())
+    result = steps.run()
+    if tells_apart(tensors, attributes):
+        EXPERTS.put(signature(tensors, *attributes.items()), steps.remembered(tensors))
+    return result
 
 
 def _steps(args: Arguments, save: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
-    conformed = [getattr(args, name) for name in TENSORS]
-    conformed = [
-        conforming[i](each) if i in conforming and each is not None else each for i, each in enumerate(conformed)
-    ]
+    conformed = conform([getattr(args, name) for name in TENSORS], conforming)
     x, weights, offsets, slots, order, *_, b_in, _, b_out = conformed
     projection, w_out = _projection(args, b_in), _out_matrices(args)
     rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
@@ -153,7 +114,7 @@ def _steps(args: Arguments, save: bool) -> Steps:
     views.append((projection.matrices[-1], TENSORS.index(second)))
     if args.gate_up == "halves":
         views.extend((half, TENSORS.index("b_in")) for half in projection.biases or ())
-    return Steps(conformed, views, [rows, a, y], result, hidden, launches)
+    return Steps(conforming, conformed, views, [rows, a, y], result, [] if hidden is None else [hidden], launches)
 
 
 def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -162,7 +123,7 @@ def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
     conforming["slots"] = Tensor.contiguous
     if args.gate_up == "halves":
         conforming["b_in"] = _halved
-    return {TENSORS.index(name): conform for name, conform in conforming.items()}
+    return {TENSORS.index(name): make for name, make in conforming.items()}
 
 
 def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:

@@ -15,25 +15,29 @@ PyTorch's operators (`moecompile.runtime.fp8_reference`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecompile.runtime import combine, hopper, hopper_fp8_gemm, hopper_quantize, hopper_routing
-from moecompile.runtime.contract import Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import _has_biases, _is_printable, _lines, _scales, _weights
+from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
+from moecompile.runtime.hopper_experts import _float32, _has_biases, _is_printable, _lines, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
 from moecompile.runtime.hopper_rows import HopperRows
+from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
+EXPERTS: Memory[Remembered] = Memory()
+"""What `experts_fp8` launches, by what decides it."""
+ABSENT = (None,) * len(TENSORS)
 quantize_weights = hopper_quantize.quantize_weights
 takes_weights = hopper_quantize.takes_weights
 
 
 def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
     """Whether the kernels compute these: bfloat16 outside of the products, sizes of whole lines of 16 bytes."""
-    device = args.offsets.device
-    if args.kernels is not None or device.type != "cuda" or not hopper.usable(device.index):
+    if args.kernels is not None or not hopper.serves(args.offsets.device):
         return False
     given = (args.x, args.w_in, args.w_out, args.w_up, args.b_in, args.b_up, args.b_out)
     form = weighting(args.output)
@@ -52,24 +56,72 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
 
 def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
     """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
-    x, slots, (w_in, _, w_out, _) = _lines(args.x), args.slots.contiguous(), _matrices(quantized)
-    (tokens, features), rows = x.shape, args.rows
-    dispatched = QuantizedRows.empty(x, rows, features)
-    saved = _room_for(x) if save else None
-    hopper_quantize.quantize_rows(x, slots, dispatched, saved)
-    hidden = QuantizedRows.empty(x, rows, w_in.values.shape[1]) if save else None
-    a = QuantizedRows.empty(x, rows, padded(args.intermediate))
+    steps = _steps(args, quantized, save)
+    return steps.run(), list(steps.saved) if save else None
+
+
+def infer_again(
+    tensors: Sequence[Tensor | None], quantized: Sequence[Tensor], attributes: Mapping[str, Any]
+) -> Tensor | None:
+    """The result of `infer`, (T, H2), for arguments like some before, which need no checks; None if they are new."""
+    given = _given(tensors, quantized)
+    known = EXPERTS.get(signature(given, *attributes.items()))
+    return None if known is None else known.run(given)[0]
+
+
+def infer(
+    args: Arguments, tensors: Sequence[Tensor | None], quantized: Sequence[Tensor], attributes: Mapping[str, Any]
+) -> Tensor:
+    """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
+    steps, given = _steps(args, quantized, save=False), _given(tensors, quantized)
+    result = steps.run()
+    if tells_apart(given, attributes):
+        EXPERTS.put(signature(given, *attributes.items()), steps.remembered(given))
+    return result
+
+
+def _given(tensors: Sequence[Tensor | None], quantized: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """A call's tensors, those that it leaves out too: where `quantized` begins does not depend on it."""
+    return (*tensors, *ABSENT[len(tensors) :], *quantized)
+
+
+def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool) -> Steps:
+    """Makes what the forward writes, and its launches."""
+    conforming = _conforming(args)
+    conformed = conform([getattr(args, name) for name in TENSORS], conforming)
+    x, weights, offsets, slots, order, *_, b_in, b_up, b_out = conformed
+    (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
+    dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
+    tokens = _room_for(x) if save else None
+    hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1]) if save else None
+    a = QuantizedRows.empty(x, args.rows, padded(args.intermediate))
+    y = x.new_empty(args.rows, args.out_features)
+    result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
     reads_weight = "weight" in expression_leaves(args.activation)
-    hopper_fp8_gemm.activated(
-        dispatched, w_in, args.activation, args.offsets, args.intermediate, a, hidden,
-        biases=_biases(args),
-        weights=_weights(args) if reads_weight else None,
-        order=args.order if reads_weight else None,
-    )  # fmt: skip
-    y = hopper_fp8_gemm.product(a, w_out, args.offsets, x.new_empty(rows, args.out_features), args.b_out)
-    result = x.new_empty(tokens, args.out_features, dtype=args.dtypes.result)
-    hopper_routing.combine(y, slots, _weights(args), args.output, result)
-    return result, None if saved is None or hidden is None else [*saved, hidden.values, hidden.scales]
+    launches = [
+        hopper_quantize.quantize_rows_launch(x, slots, dispatched, tokens),
+        hopper_fp8_gemm.activated_launch(
+            dispatched, w_in, args.activation, offsets, args.intermediate, a, hidden,
+            biases=biases,
+            weights=weights if reads_weight else None,
+            order=order if reads_weight else None,
+        ),
+        hopper_fp8_gemm.product_launch(a, w_out, offsets, y, b_out),
+        hopper_routing.combine_launch(y, slots, weights, args.output, result),
+    ]  # fmt: skip
+    views = [(bias, TENSORS.index("b_in")) for bias in biases] if args.b_up is None else []
+    scratch = [dispatched.values, dispatched.scales, a.values, a.scales, y]
+    saved = [*tokens, hidden.values, hidden.scales] if tokens is not None and hidden is not None else []
+    return Steps(conforming, [*conformed, *quantized], views, scratch, result, saved, launches)
+
+
+def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
+    """What makes the call's tensors, by their place in TENSORS, as the kernels read them."""
+    conforming: dict[str, Callable[[Tensor], Tensor]] = {"x": _lines, "weights": _float32}
+    conforming["slots"] = Tensor.contiguous
+    conforming["b_in"] = {"halves": _halved, "interleaved": _unwoven}.get(args.gate_up, _lines)
+    conforming |= {"b_up": _lines, "b_out": _lines}
+    return {TENSORS.index(name): make for name, make in conforming.items()}
 
 
 def backward(
@@ -205,12 +257,20 @@ def _matrices(quantized: Sequence[Tensor]) -> tuple[Matrices, Matrices, Matrices
     return Matrices(a, b), Matrices(c, d), Matrices(e, f), Matrices(g, h)
 
 
-def _biases(args: Arguments) -> tuple[Tensor, ...]:
-    """GEMM1's, of gate and up projection, or of the one matrix."""
-    if args.b_in is None:
+def _biases(args: Arguments, b_in: Tensor | None, b_up: Tensor | None) -> tuple[Tensor, ...]:
+    """GEMM1's, (E, I) of gate and up projection or of the one matrix, from those that `_conforming` makes."""
+    if b_in is None:
         return ()
-    if args.gate_up == "halves":
-        return tuple(half.contiguous() for half in args.b_in.chunk(2, 1))
-    if args.gate_up == "interleaved":
-        return args.b_in[:, 0::2].contiguous(), args.b_in[:, 1::2].contiguous()
-    return (args.b_in,) if args.b_up is None else (args.b_in, args.b_up)
+    if args.gate_up in ("halves", "interleaved"):
+        return b_in[0], b_in[1]
+    return (b_in,) if b_up is None else (b_in, b_up)
+
+
+def _halved(biases: Tensor) -> Tensor:
+    """Biases (E, 2I) of gate and then up projection as (2, E, I)."""
+    return _lines(biases.unflatten(1, (2, -1)).transpose(0, 1))
+
+
+def _unwoven(biases: Tensor) -> Tensor:
+    """Biases (E, 2I) of gate and up projection by turns as (2, E, I)."""
+    return _lines(biases.unflatten(1, (-1, 2)).permute(2, 0, 1))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain, Turned
-from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _launch, _map, _pair, _target, choose
+from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _mapped, _pair, _prepared, _written, choose
 from moecompile.runtime.hopper_quantize import E4M3, Matrices, QuantizedRows
+from moecompile.runtime.launch import Launch, Mapped
 
 WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
 TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
@@ -31,11 +32,20 @@ def product(
     Returns:
         out.
     """
+    product_launch(a, b, offsets, out, bias, k).run()
+    return out
+
+
+def product_launch(
+    a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, k: int | None = None
+) -> Launch:
+    """What `product` launches; its arguments are those tensors and what they consist of, no views."""
     n = out.shape[1]
     instance = replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias is not None))
     sizes = (b.values.shape[0], k or a.values.shape[1], n)
-    _launch(instance, a.values, (b.values.mT,), offsets, sizes, (_target(out), bias), _scales(a), b.scales)
-    return out
+    return _prepared(
+        instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales, whole=b.values
+    )
 
 
 def activated(
@@ -65,19 +75,38 @@ def activated(
         weights: (assignments,) float32, where the activation reads `weight`.
         order: (R,) int32, the assignment of a row; goes with `weights`.
     """
+    activated_launch(
+        a, b, activation, offsets, features, out, hidden, biases=biases, weights=weights, order=order
+    ).run()  # fmt: skip
+
+
+def activated_launch(
+    a: QuantizedRows,
+    b: Matrices,
+    activation: str,
+    offsets: Tensor,
+    features: int,
+    out: QuantizedRows,
+    hidden: QuantizedRows | None,
+    *,
+    biases: tuple[Tensor, ...] = (),
+    weights: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Launch:
+    """What `activated` launches; its arguments are those tensors and what they consist of, no views."""
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
     instance = replace(WIDE, epilogue=Activated(activation, gate_up, hidden is not None, bool(biases)))
     sizes = (b.values.shape[0], a.values.shape[1], features)
-    _launch(
+    return _prepared(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
         (
             _narrow(out), _narrow(hidden) if hidden else _columns(b.values.shape[1] // 2),
             out.scales, hidden.scales if hidden else None, *_pair(biases), weights, order,
             out.scales.shape[1], features, columns,
         ),
-        _scales(a), b.scales, columns // 128,
+        _scales(a), b.scales, columns // 128, b.values,
     )  # fmt: skip
 
 
@@ -118,14 +147,15 @@ def activation_backward(
     of_weight = None
     if weights is not None or scales is not None:
         of_weight = of_out.scales.new_empty(-(-features // instance.columns), rows)
-    _launch(
+    _prepared(
         instance, of_out.values, (b.values.mT,), offsets, (b.values.shape[0], of_out.values.shape[1], features),
         (
-            _map(_pairs(hidden.values), OUT_BOX), _narrow(of_hidden), _narrow(scaled), hidden.scales, of_hidden.scales,
-            scaled.scales, of_weight, weights, scales, order, rows, hidden.scales.shape[1], features, columns,
+            _mapped(_pairs(hidden.values), OUT_BOX), _narrow(of_hidden), _narrow(scaled),
+            hidden.scales, of_hidden.scales, scaled.scales, of_weight, weights, scales, order,
+            rows, hidden.scales.shape[1], features, columns,
         ),
         _scales(of_out), b.scales,
-    )  # fmt: skip
+    ).run()  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
@@ -149,16 +179,16 @@ def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transp
     out = like.new_empty((experts, n, m) if turned else (experts, m, n))
     if turned:
         instance = replace(instance, epilogue=Turned())
-    written = (_map(out, TURNED_BOX), n) if turned else (_target(out.view(experts * m, n)), None)
+    written = (_mapped(out, TURNED_BOX), n) if turned else (_written(out.view(experts * m, n)), None)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
-    _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
+    _prepared(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0)).run()
     found = out if turned == transposed else out.mT
     return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
 
 
-def _scales(a: QuantizedRows) -> bytes:
+def _scales(a: QuantizedRows) -> Mapped:
     """Bulk copies of the scales of a tile's rows."""
-    return _map(a.scales[:, : a.values.shape[0]], (1, ROWS + 4))
+    return _mapped(a.scales[:, : a.values.shape[0]], (1, ROWS + 4)).within(a.scales)
 
 
 def _pairs(values: Tensor) -> Tensor:
@@ -166,5 +196,5 @@ def _pairs(values: Tensor) -> Tensor:
     return values.view(torch.bfloat16)
 
 
-def _narrow(rows: QuantizedRows) -> bytes:
-    return _target(_pairs(rows.values))
+def _narrow(rows: QuantizedRows) -> Mapped:
+    return _written(_pairs(rows.values)).within(rows.values)

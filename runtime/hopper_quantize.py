@@ -13,7 +13,7 @@ from torch import Tensor
 from moecompile.codegen.instances import PadOffsets, QuantizeRows, QuantizeWeights, TransposeRows
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.grouped import aligned
-from moecompile.runtime.launch import load
+from moecompile.runtime.launch import Launch, load
 
 BLOCK = 128
 """Columns, or rows and columns, that share a scale."""
@@ -48,8 +48,8 @@ class QuantizedRows:
     @classmethod
     def empty(cls, like: Tensor, rows: int, columns: int) -> QuantizedRows:
         """Room for so many, on the device of `like`."""
-        scales = like.new_empty(blocks_of(columns), -(-rows // 4) * 4, dtype=torch.float32)
-        return cls(like.new_empty(rows, columns, dtype=E4M3), scales)
+        values = like.new_empty(rows, columns, dtype=E4M3)
+        return cls(values, like.new_empty(blocks_of(columns), -(-rows // 4) * 4, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,20 @@ def quantize_rows(x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: 
         rows: (R, H), written; None if nobody wants them.
         tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written; None if nobody wants them.
     """
+    quantize_rows_launch(x, slots, rows, tokens).run()
+
+
+def quantize_rows_launch(
+    x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None
+) -> Launch:
+    """What `quantize_rows` launches."""
     kernel = load(QuantizeRows(dtype_name(x.dtype)), x.device.index)
     values, scales = tokens or (None, None)
     row_values, row_scales = (rows.values, rows.scales) if rows else (None, None)
     pitch = row_scales.shape[1] if row_scales is not None else 0
     warps = x.shape[0] * -(-x.shape[1] // 1024)
     blocks = max(1, min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors))
-    kernel.launch(
-        blocks, kernel.pack(x, slots, row_values, row_scales, values, scales, *slots.shape, x.shape[1], pitch)
-    )
+    return Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *slots.shape, x.shape[1], pitch))
 
 
 def pad_offsets(offsets: Tensor) -> Tensor:

@@ -77,14 +77,22 @@ def described(boxes: Boxes, address: int) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """An argument that is read or written by bulk copies: the memory of `tensor`, seen as `boxes` say."""
+    """An argument that is read or written by bulk copies: memory of `tensor`, seen as `boxes` say.
+
+    It begins `offset` bytes after the tensor's first element.
+    """
 
     tensor: Tensor
     boxes: Boxes
+    offset: int = 0
+
+    def within(self, whole: Tensor) -> Mapped:
+        """The same memory as a part of that tensor, whose view `tensor` is."""
+        return Mapped(whole, self.boxes, self.tensor.data_ptr() + self.offset - whole.data_ptr())
 
     def described(self) -> bytes:
         """A tensor map or a `Target`."""
-        return described(self.boxes, self.tensor.data_ptr())
+        return described(self.boxes, self.tensor.data_ptr() + self.offset)
 
 
 Value = bytes | Mapped | Tensor | int | float | None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -141,6 +142,52 @@ class Remembered:
             launch_on(stream, blocks, pack(*values))
 
 
+@dataclass(frozen=True)
+class Steps:
+    """A call that makes a result, ready to be launched; `Remembered` says what all but `saved` is.
+
+    Attributes:
+        conforming: what makes tensors, by their position in the call, as the kernels read them.
+        conformed: the call's tensors, made so; None for those that it may have and has not.
+        views: of which of these each other tensor that the launches read is a view.
+        scratch: what the launches write and read.
+        result: what they write last.
+        saved: what they write for a backward; not to be remembered.
+        launches: in their order.
+    """
+
+    conforming: Mapping[int, Callable[[Tensor], Tensor]]
+    conformed: Sequence[Tensor | None]
+    views: Sequence[tuple[Tensor, int]]
+    scratch: Sequence[Tensor]
+    result: Tensor
+    saved: Sequence[Tensor]
+    launches: Sequence[Launch]
+
+    def run(self) -> Tensor:
+        """Launches them; returns the result."""
+        for launch in self.launches:
+            launch.run()
+        return self.result
+
+    def remembered(self, tensors: Sequence[Tensor | None]) -> Remembered:
+        """These for other calls like that of `tensors`, which may leave out the last of them."""
+        conformed = self.conformed[: len(tensors)]
+        made = (self.result,)
+        return Remembered(tensors, self.conforming, conformed, self.views, self.scratch, made, self.launches)
+
+
+def conform(tensors: Sequence[Tensor | None], conforming: Mapping[int, Callable[[Tensor], Tensor]]) -> list[Any]:
+    """The tensors as kernels read them."""
+    return [conforming[i](each) if i in conforming and each is not None else each for i, each in enumerate(tensors)]
+
+
+def tells_apart(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> bool:
+    """Whether each tensor is an object of its own and given by position, so that a call can be remembered."""
+    given = [id(tensor) for tensor in tensors if tensor is not None]
+    return len(set(given)) == len(given) and not any(isinstance(value, Tensor) for value in attributes.values())
+
+
 Hole = tuple[int, int, int, Boxes | None]
 """An argument's position; whose address it is, plus how many bytes; what is told of the tensor there, if not that."""
 Settled = tuple[Callable[[int, int, bytes], None], int, Callable[..., bytes], list[Any], list[Hole]]
@@ -152,9 +199,11 @@ def _settled(launch: Launch, places: Mapping[int, tuple[int, int]]) -> Settled:
     constants: list[Any] = []
     holes: list[Hole] = []
     for i, value in enumerate(launch.values):
-        if isinstance(value, (Mapped, Tensor)):
-            tensor, boxes = (value.tensor, value.boxes) if isinstance(value, Mapped) else (value, None)
-            holes.append((i, *places[id(tensor)], boxes))
+        if isinstance(value, Mapped):
+            place, offset = places[id(value.tensor)]
+            holes.append((i, place, offset + value.offset, value.boxes))
+        elif isinstance(value, Tensor):
+            holes.append((i, *places[id(value)], None))
         elif isinstance(value, bytes) and any(value[:128]):
             raise ValueError(f"argument {i} of {launch.kernel.instance} holds an address already: give it as Mapped")
         constants.append(0 if value is None or isinstance(value, (Mapped, Tensor)) else value)

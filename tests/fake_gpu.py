@@ -18,10 +18,21 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import Instance
-from moecompile.runtime import hopper, hopper_experts, hopper_routing, kernels, launch
+from moecompile.runtime import (
+    fp8_experts,
+    hopper,
+    hopper_experts,
+    hopper_fp8,
+    hopper_quantize,
+    hopper_routing,
+    kernels,
+    launch,
+)
 from moecompile.runtime.launch import Kernel
 
 STREAM = 77
+MAKING = {hopper_experts: ("_float32", "_halved", "_lines"), hopper_fp8: ("_float32", "_lines")}
+"""What makes tensors as the kernels read them, perhaps."""
 
 
 class FakeKernel(Kernel):
@@ -157,15 +168,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     with monkeypatch.context() as patched:
         patched.setattr(launch, "_driver", lambda: gpu)
         patched.setattr(launch, "tensor_map", gpu.tensor_map)
-        for module in (hopper, hopper_routing):
+        for module in (hopper, hopper_quantize, hopper_routing):
             patched.setattr(module, "load", _load)
         patched.setattr(hopper, "serves", lambda device: True)
         patched.setattr(kernels, "_fused_module", lambda device: hopper_experts)
+        patched.setattr(fp8_experts, "_hopper", lambda device: hopper_fp8)
         patched.setattr(torch._C, "_cuda_getDevice", lambda: gpu.current, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
         patched.setattr(torch.Tensor, "new_empty", gpu.arena.method())
-        for name in ("_float32", "_halved", "_lines"):
-            patched.setattr(hopper_experts, name, gpu.arena.keeping(getattr(hopper_experts, name)))
+        for module, names in MAKING.items():
+            for name in names:
+                patched.setattr(module, name, gpu.arena.keeping(getattr(module, name)))
         patched.setattr(hopper_routing, "_conformed", gpu.arena.keeping(hopper_routing._conformed))
         patched.setattr(torch.Tensor, "contiguous", gpu.arena.keeping(torch.Tensor.contiguous))
         yield gpu
@@ -174,6 +187,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 def _forget() -> None:
     hopper_experts.EXPERTS.clear()
+    hopper_fp8.EXPERTS.clear()
     hopper_routing.PLANS.clear()
     launch.described.cache_clear()
     _load.cache_clear()

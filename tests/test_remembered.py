@@ -20,23 +20,11 @@ from moecompile.runtime import hopper, hopper_experts, hopper_routing, kernels, 
 from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.launch import DriverError, Launch
 from moecompile.runtime.remembered import Remembered, signature
+from remembered_calls import EXPERTS, FORMS, TOKENS, TOP_K, call_of, noting_checks
 
 ops = torch.ops.moecompile
 MEMORY, PLANS = hopper_experts.EXPERTS, hopper_routing.PLANS
-TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 3, 2, 4, 16, 24
-FORMS: dict[str, dict[str, Any]] = {
-    "halves": {},
-    "biased": {"biases": True},
-    "separate": {"gate_up": "separate", "biases": True},
-    "interleaved": {"gate_up": "interleaved", "biases": True},
-    "single": {"gate_up": "single", "activation": "relu(hidden)"},
-    "transposed": {"w_in_transposed": True, "w_out_transposed": True},
-    "separate, transposed": {"gate_up": "separate", "w_in_transposed": True},
-    "converted weights": {"weight_dtype": torch.bfloat16},
-    "weight inside": {"activation": "mul(mul(silu(gate), up), cast(weight, bfloat16))", "output": "out"},
-    "no weights": {"weighted": False, "output": "out"},
-    "float32 result": {"out_dtype": torch.float32},
-}
+HIDDEN, INNER = 16, 24
 
 
 @pytest.fixture
@@ -47,30 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
 
 def call(form: str = "halves", **changes: Any) -> dict[str, Any]:
     """Arguments of `experts` by name."""
-    given: dict[str, Any] = {"gate_up": "halves", "activation": "mul(silu(gate), up)"} | FORMS[form]
-    biases, weighted = given.pop("biases", False), given.pop("weighted", True)
-    weight_dtype = given.pop("weight_dtype", torch.float32)
-    separate = given["gate_up"] == "separate"
-    width = INNER if given["gate_up"] in ("single", "separate") else 2 * INNER
-
-    def made(*shape: int, transposed: bool = False) -> Tensor:
-        return torch.zeros(shape, dtype=torch.bfloat16).mT.contiguous() if transposed else torch.zeros(shape).bfloat16()
-
-    first = given.get("w_in_transposed", False)
-    tensors = {
-        "x": made(TOKENS, HIDDEN),
-        "weights": torch.zeros(TOKENS, TOP_K, dtype=weight_dtype) if weighted else None,
-        "offsets": torch.zeros(EXPERTS, dtype=torch.int32),
-        "slots": torch.zeros(TOKENS, TOP_K, dtype=torch.int32),
-        "order": torch.zeros(TOKENS * TOP_K, dtype=torch.int32),
-        "w_in": made(EXPERTS, width, HIDDEN, transposed=first),
-        "w_out": made(EXPERTS, HIDDEN, INNER, transposed=given.get("w_out_transposed", False)),
-        "w_up": made(EXPERTS, INNER, HIDDEN, transposed=first) if separate else None,
-        "b_in": made(EXPERTS, width) if biases else None,
-        "b_up": made(EXPERTS, INNER) if biases and separate else None,
-        "b_out": made(EXPERTS, HIDDEN) if biases else None,
-    }
-    return {"output": "mul(out, cast(weight, bfloat16))"} | given | tensors | changes
+    return call_of(form, HIDDEN, INNER) | changes
 
 
 def run(arguments: dict[str, Any]) -> Tensor:
@@ -88,16 +53,7 @@ def launched(gpu: FakeGpu, arguments: dict[str, Any]) -> list[Launched]:
 
 @pytest.fixture
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
-    """The arguments that were checked, of calls that were not remembered."""
-    checked: list[Arguments] = []
-    check = Arguments.check
-
-    def checking(self: Arguments) -> Arguments:
-        checked.append(self)
-        return check(self)
-
-    monkeypatch.setattr(Arguments, "check", checking)
-    return checked
+    return noting_checks(monkeypatch)
 
 
 def like_first(gpu: FakeGpu, first: dict[str, Any], again: dict[str, Any]) -> None:
@@ -294,7 +250,7 @@ def test_tensor_maps_are_made_once(gpu: FakeGpu) -> None:
 def test_a_tensor_map_that_is_made_is_not_remembered(gpu: FakeGpu) -> None:
     """Its address would be that of the first call."""
     kernel, x = gpu.load(Dispatch(), None), torch.zeros(4, 64).bfloat16()
-    launch = Launch(kernel, 1, (hopper._map(x, (2, 64)), x))
+    launch = Launch(kernel, 1, (hopper._mapped(x, (2, 64)).described(), x))
     launch.run()
     with pytest.raises(ValueError, match=r"argument 0 of Dispatch.* holds an address already: give it as Mapped"):
         Remembered((x,), {}, (x,), (), (), (x,), (launch,))
