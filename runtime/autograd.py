@@ -69,12 +69,12 @@ class _ExpertsFp8(torch.autograd.Function):
         saved, quantized, tensors = list(kept[:first]), list(kept[first:second]), kept[second:]
         wanted = dict(zip(TENSORS, ctx.needs_input_grad[2:], strict=True))
         needs = [wanted[name] for name in DIFFERENTIABLE]
-        grads = torch.ops.moecompile.experts_fp8_backward(
+        found = torch.ops.moecompile.experts_fp8_backward(
             grad, saved, *tensors, **ctx.attributes, quantized=quantized, needs=needs
         )
         # x, which may be all that requires grad, is no argument of the backward
-        found = iter(_refusing(grads, FP8) if torch.is_grad_enabled() else grads)
-        of_tensors = (next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
+        parts = iter(_refusing(found, FP8) if torch.is_grad_enabled() else found)
+        of_tensors = (next(parts) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
         return None, None, *of_tensors
 
 
@@ -148,10 +148,10 @@ def _once(grads: Parts, args: Sequence[Tensor | None], operator: str = "experts"
     return _refusing(grads, operator) if _differentiates(args, operator) else grads
 
 
-def _refusing(grads: Parts, operator: str) -> Parts:
+def _refusing(grads: Sequence[Tensor], operator: str) -> Parts:
     """The gradients, as tensors that have a derivative, which is an error."""
     if not grads:
-        return grads
+        return []
     message = f"moecompile::{operator} has no second derivative; {ADVICE}"
     refuse = torch._C._functions.DelayedError(message.encode(), len(grads))
     marked = refuse(*(grad.detach().requires_grad_() for grad in grads))

@@ -110,22 +110,22 @@ def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
 def check_fp8(args: Arguments, quantized: Sequence[Tensor]) -> Quantized:
     """The record of `quantized`; raises ValueError or TypeError unless the experts run in FP8 with these arguments."""
     args.check()
-    error, dtype = functools.partial(_error, "experts_fp8", ValueError), args.dtypes.row
+    error, dtype = functools.partial(_error, "experts_fp8"), args.dtypes.row
     if dtype not in GEMM_DTYPES:
-        raise error(f"x and the weights must be bfloat16 or float16, got {dtype}")
+        raise error(TypeError, f"x and the weights must be bfloat16 or float16, got {dtype}")
     for name in ("x", "b_in", "b_up", "b_out"):
         tensor = getattr(args, name)
         if tensor is not None and tensor.dtype != dtype:
-            raise error(f"{name} must have the weights' dtype, {dtype}, got {tensor.dtype}; cast it")
+            raise error(TypeError, f"{name} must have the weights' dtype, {dtype}, got {tensor.dtype}; cast it")
     if args.input != "x":
         words = f"input must be 'x', which is quantised once for all its experts, got {args.input!r}"
-        raise error(f"{words}; weight the activation or the output, or call moecompile::experts")
+        raise error(ValueError, f"{words}; weight the activation or the output, or call moecompile::experts")
     if weighting(args.output) is None:
         words = f"output must be 'out' or 'mul(out, weight)', with casts at most, got {args.output!r}"
-        raise error(f"{words}; call moecompile::experts for others")
+        raise error(ValueError, f"{words}; call moecompile::experts for others")
     if args.dtypes.result not in DTYPES:
         words = f"the result must be bfloat16, float16 or float32, got {args.dtypes.result}"
-        raise error(f"{words}; pass out_dtype or cast the routing weights")
+        raise error(TypeError, f"{words}; pass out_dtype or cast the routing weights")
     return Quantized(*_checked("quantized", Quantized._fields, quantized, quantized_specs(args), _QUANTIZED))
 
 

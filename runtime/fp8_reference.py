@@ -8,7 +8,7 @@ It computes what the Hopper kernels compute: operands are rounded to e4m3 with t
 
 Kept for backward are x_q and q(hidden), each of gate and up with blocks of its own, no 16-bit value of either:
 
-    g   = q(grad) of each token, not weighted yet       of_a = g @ w_out_q                   a = activation(q(hidden))
+    g   = q(grad), rounded before, not weighted yet     of_a = g @ w_out_q                   a = activation(q(hidden))
     of_hidden = activation'(of_a * weight), rounded     of_weight = <of_a, a> + <grad, b_out>
     of_row = q(of_hidden) @ w_in_q, rounded             of_x = sum over a token's rows
 
@@ -84,7 +84,8 @@ class _Backward:
     def __init__(
         self, args: Arguments, quantized: Quantized, grad: Tensor, saved: Saved, needs: Collection[str]
     ) -> None:
-        self.args, self.quantized, self.grad, self.saved, self.needs = args, quantized, grad, saved, needs
+        self.args, self.quantized, self.saved, self.needs = args, quantized, saved, needs
+        self.grad = grad.to(args.dtypes.activation)
         self.rows = rows_for(args)
         self.count = self.rows.assignments.shape[0]
         self.weight = None if args.weights is None else self.rows.weight(args.weights)
@@ -119,7 +120,8 @@ class _Backward:
             value, _ = self.activation
             of_rows = of_rows + row_dot(self.of_a, value.to(torch.float32))
             if args.b_out is not None:
-                of_rows = of_rows + self.rows.bias_dot(args.b_out, self.rows.gather(self.grad))
+                of_y = self.rows.gather(self.grad).to(torch.float32)  # products are not to be rounded
+                of_rows = of_rows + self.rows.bias_dot(args.b_out, of_y)
         if "weight" in self.pulled:
             of_rows = of_rows + self.pulled["weight"]
         each = args.slots.reshape(-1, 1)

@@ -53,6 +53,8 @@ def takes(args: Arguments) -> bool:
         and args.input == "x"
         and weighting(args.output) is not None
         and args.rows > 0
+        and args.offsets.is_contiguous()
+        and args.order.is_contiguous()
         and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
         and not any(size % 8 for size in (args.x.shape[1], args.intermediate, args.out_features))
         and all(matrix.data_ptr() % 16 == 0 and aligned(matrix) for matrix in matrices)
@@ -211,7 +213,7 @@ def _of_weights(args: Arguments, parts: Tensor | None, plain: HopperRows | None,
     """The gradient of the routing weights (T, K): the sum of its parts, and what GEMM2's bias adds to it."""
     assert args.weights is not None
     if parts is None:
-        return torch.zeros_like(args.weights)
+        return args.weights.new_zeros(args.weights.shape)
     of_rows = parts.sum(0).unsqueeze(1)
     if args.b_out is not None and of_y is not None:
         assert plain is not None

@@ -47,8 +47,10 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
         and form is not None
         and args.rows > 0
         and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
-        and not any(size % 16 for size in (args.features, args.intermediate, args.out_features))
+        and all(size and size % 16 == 0 for size in (args.features, args.intermediate, args.out_features))
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in quantized)
+        and args.offsets.is_contiguous()
+        and args.order.is_contiguous()
         and _is_printable(args.activation)
         and _is_printable(args.output)
     )
@@ -143,7 +145,8 @@ class _Backward:
         self.scales = _scales(args, form)
         self.grad, self.slots = _lines(grad.to(torch.bfloat16)), args.slots.contiguous()
         _, self.w_in, _, self.w_out = _matrices(quantized)
-        self.x, self.hidden = (saved[0], saved[1]), QuantizedRows(saved[2], saved[3])
+        x, x_scales, hidden, hidden_scales = map(_lines, saved)  # hooks of saved tensors may have laid them elsewhere
+        self.x, self.hidden = (x, x_scales), QuantizedRows(hidden, hidden_scales)
         self.plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
         self.top_k = args.slots.shape[1]
 
@@ -215,7 +218,7 @@ class _Backward:
         of_y = plain.gather(self.grad) if plain is not None and args.b_out is not None else None
         if "weights" in needs and args.weights is not None:
             if parts is None:
-                self.found["weights"] = torch.zeros_like(args.weights)
+                self.found["weights"] = args.weights.new_zeros(args.weights.shape)
             else:
                 of_rows = parts.sum(0).unsqueeze(1)
                 if plain is not None and of_y is not None and args.b_out is not None and self.scales is not None:

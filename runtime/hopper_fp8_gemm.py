@@ -16,9 +16,7 @@ WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
 TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
 
 
-def product(
-    a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, k: int | None = None
-) -> Tensor:
+def product(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[r, :] = a[r, :] @ b[e(r)].T + bias[e(r)].
 
     Args:
@@ -27,22 +25,19 @@ def product(
         offsets: (E,) int32: expert e has the rows from offsets[e - 1] to offsets[e].
         out: (R, columns) bfloat16, contiguous; rows beyond offsets[-1] are left as they are.
         bias: (E, columns) bfloat16, contiguous, or None.
-        k: how much of K is summed over; all of a's columns if None.
 
     Returns:
         out.
     """
-    product_launch(a, b, offsets, out, bias, k).run()
+    product_launch(a, b, offsets, out, bias).run()
     return out
 
 
-def product_launch(
-    a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, k: int | None = None
-) -> Launch:
+def product_launch(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None) -> Launch:
     """What `product` launches; its arguments are those tensors and what they consist of, no views."""
     n = out.shape[1]
     instance = replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias is not None))
-    sizes = (b.values.shape[0], k or a.values.shape[1], n)
+    sizes = (b.values.shape[0], a.values.shape[1], n)
     return _prepared(
         instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales, whole=b.values
     )

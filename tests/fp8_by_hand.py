@@ -98,6 +98,7 @@ def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     grads = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
     of_w_in, of_biases = [torch.zeros_like(w) for w in w_in], [torch.zeros_like(b) for b in biases]
     of_w_out = torch.zeros_like(w_out)
+    cotangent = cotangent.to(dtype).double()  # rounded as the model's other values, then quantised
     x, g = rounded(given["x"], ROW), rounded(cotangent, ROW)
     result = torch.zeros(cotangent.shape, dtype=torch.float64)
     for e in range(w_out.shape[0]):

@@ -210,6 +210,14 @@ def test_second_derivatives_and_transforms_are_refused():
         grad.sum().backward()
     copies, (x, *rest) = quantized(case), case.arguments()
     assert x is not None
+    frozen = [None if tensor is None else tensor.detach() for tensor in rest]
+    alone = x.detach().requires_grad_()  # is no argument of the backward
+    result = ops.experts_fp8(alone, *frozen, **case.attributes, quantized=copies)
+    (grad,) = torch.autograd.grad(result.sum(), alone, create_graph=True)
+    with pytest.raises(RuntimeError, match="experts_fp8 has no second derivative; run the model without"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"quantize_weights does not work under torch\.func"):
+        torch.func.grad(lambda w: ops.quantize_weights(w)[1].sum())(torch.randn(2, 128, 128))
 
     def of_x(x: Tensor) -> Tensor:
         return ops.experts_fp8(x, *rest, **case.attributes, quantized=copies).sum()
@@ -233,10 +241,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "bias": (
         {"b_in": torch.ones(3, 20), "activation": "cast(silu(gate), bfloat16)"},
-        ValueError,
+        TypeError,
         "b_in must have the weights' dtype, torch.bfloat16, got torch.float32; cast it",
     ),
-    "result": ({"out_dtype": torch.float64}, ValueError, "result must be .* got torch.float64; pass out_dtype"),
+    "result": ({"out_dtype": torch.float64}, TypeError, "result must be .* got torch.float64; pass out_dtype"),
     "x": ({"x": torch.ones(6, 6)}, TypeError, "input 'x' of torch.float32 by w_in of torch.bfloat16; write the cast"),
     "shape": ({"weights": torch.ones(6, 3)}, ValueError, r"weights must have shape .* = \(6, 2\), got \(6, 3\)"),
     "count": ({"quantized": []}, ValueError, r"quantized must hold 8 tensors \(w_in, .*got 0; pass \[\*quantize_weig"),
@@ -273,7 +281,7 @@ def test_experts_name_what_is_wrong(name: str, fake: bool):
 def test_models_of_32_bits_are_refused(dtype: torch.dtype):
     case = make_case(routing("random", 6, 2, 3), 3, dtype=dtype)
     copies = [tensor for args, given in weights(case) for tensor in ops.quantize_weights(*_halved(args), **given)]
-    with pytest.raises(ValueError, match=f"must be bfloat16 or float16, got {dtype}"):
+    with pytest.raises(TypeError, match=f"must be bfloat16 or float16, got {dtype}"):
         ops.experts_fp8(*case.arguments(), **case.attributes, quantized=copies)
 
 
