@@ -24,6 +24,8 @@
 // float32 registers (DeepSeek-V3, section 3.3.2). A tile of 256 columns is multiplied in two parts, because the sums of
 // both and the totals would not fit into registers; at 128 columns a tile, L2 could not deliver the operands in time.
 #pragma once
+#include "epilogue_activated.cuh"
+#include "epilogue_backward.cuh"
 #include "epilogue_fp8.cuh"
 #include "kernel.cuh"
 #include "schedule.cuh"
