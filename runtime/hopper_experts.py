@@ -38,9 +38,25 @@ EXPERTS: Memory[Remembered] = Memory()
 """What `experts` launches, by what decides it."""
 
 
+def fits(args: Arguments) -> bool:
+    """Whether kernels of either precision compute such experts, whatever their dtypes and sizes."""
+    return (
+        args.kernels is None
+        and hopper.serves(args.offsets.device)
+        and args.input == "x"
+        and weighting(args.output) is not None
+        and args.rows > 0
+        and args.offsets.is_contiguous()
+        and args.order.is_contiguous()
+        and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
+        and _is_printable(args.activation)
+        and _is_printable(args.output)
+    )
+
+
 def takes(args: Arguments) -> bool:
     """Whether the kernels compute these: one 16-bit dtype between gather and combine, whole lines of 16 bytes."""
-    if args.kernels is not None or not hopper.serves(args.offsets.device):
+    if not fits(args):
         return False
     dtypes, matrices = args.dtypes, (args.w_in, args.w_out, *(() if args.w_up is None else (args.w_up,)))
     biases = [bias for bias in (args.b_in, args.b_up, args.b_out) if bias is not None]
@@ -50,17 +66,9 @@ def takes(args: Arguments) -> bool:
         and dtypes.row in DTYPES
         and args.x.dtype == dtypes.row
         and dtypes.result in RESULTS
-        and args.input == "x"
-        and weighting(args.output) is not None
-        and args.rows > 0
-        and args.offsets.is_contiguous()
-        and args.order.is_contiguous()
-        and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
         and not any(size % 8 for size in (args.x.shape[1], args.intermediate, args.out_features))
         and all(matrix.data_ptr() % 16 == 0 and aligned(matrix) for matrix in matrices)
         and all(bias.is_contiguous() and bias.data_ptr() % 4 == 0 for bias in biases)
-        and _is_printable(args.activation)
-        and _is_printable(args.output)
     )
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime import combine, hopper, hopper_fp8_gemm, hopper_quantize, hopper_routing
+from moecompile.runtime import combine, hopper_fp8_gemm, hopper_quantize, hopper_routing
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import _float32, _has_biases, _is_printable, _lines, _scales, _weights
+from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights, fits
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
@@ -37,22 +37,12 @@ takes_weights = hopper_quantize.takes_weights
 
 def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
     """Whether the kernels compute these: bfloat16 outside of the products, sizes of whole lines of 16 bytes."""
-    if args.kernels is not None or not hopper.serves(args.offsets.device):
-        return False
     given = (args.x, args.w_in, args.w_out, args.w_up, args.b_in, args.b_up, args.b_out)
-    form = weighting(args.output)
     return (
-        all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in given)
-        and args.input == "x"
-        and form is not None
-        and args.rows > 0
-        and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
+        fits(args)
+        and all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in given)
         and all(size and size % 16 == 0 for size in (args.features, args.intermediate, args.out_features))
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in quantized)
-        and args.offsets.is_contiguous()
-        and args.order.is_contiguous()
-        and _is_printable(args.activation)
-        and _is_printable(args.output)
     )
 
 
