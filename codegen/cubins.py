@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from moecompile.codegen import nvrtc
@@ -59,13 +60,22 @@ def cubin(instance: Instance) -> bytes:
 
 
 def build(instances: Sequence[Instance]) -> None:
-    """Makes sure that all of these are there; says on a terminal how far it is when several have to be compiled."""
-    missing = [instance for instance in instances if instance not in _memory and _from_disk(instance) is None]
-    for done, instance in enumerate(missing):
-        _show(done, len(missing), instance)
-        cubin(instance)
-    if missing:
-        _show(len(missing), len(missing), None)
+    """Makes sure that all of these are there: compiles several at a time, and says on a terminal how far it is.
+
+    Raises:
+        moecompile.codegen.nvrtc.CompilerMissing, CompileError: as `cubin`.
+    """
+    missing = [each for each in dict.fromkeys(instances) if each not in _memory and _from_disk(each) is None]
+    if len(missing) < 2:
+        for instance in missing:
+            cubin(instance)
+        return
+    _show(0, len(missing), missing[0])
+    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(cubin, instance): instance for instance in missing}
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            _show(done, len(missing), futures[future] if done < len(missing) else None)
 
 
 def path(instance: Instance) -> Path:

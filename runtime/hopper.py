@@ -108,9 +108,8 @@ def grouped_gemm_launch(
 ) -> Launch:
     """What `grouped_gemm` launches."""
     (rows, k), (experts, _, n) = a.shape, b.shape
-    chosen = instance or choose(a.dtype, rows, experts, n, k, _is_transposed(b))
-    if bias is not None:
-        chosen = replace(chosen, epilogue=Plain(bias=True))
+    chosen = instance or choose(a.dtype, rows, experts, n, k, is_transposed(b))
+    chosen = with_bias(chosen, bias is not None)
     scales = _mapped(a_scales, (1, ROWS + 4), turned=True) if a_scales is not None else None
     return _prepared(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales)
 
@@ -160,11 +159,7 @@ def activated_gemm_launch(
 ) -> Launch:
     """What `activated_gemm` launches."""
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
-    save, bias = hidden is not None, projection.biases is not None
-    chosen = replace(
-        choose(a.dtype, rows, experts, 256, 0 if save else k, _is_transposed(projection.matrices[0])),
-        epilogue=Activated(activation, projection.gate_up, save, bias),
-    )
+    chosen = activated_instance(a.dtype, rows, projection, activation, hidden is not None)
     parts = projection.parts(hidden) if hidden is not None else ()
     # where nothing is saved, the kernel takes only the number of columns from these
     targets: list[Value] = [_written(part) for part in parts] or [_columns(n)]
@@ -206,9 +201,7 @@ def activation_backward(
     """
     (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
     weighted = weights is not None or scales is not None
-    epilogue = ActivationBackward(activation, projection.gate_up, scales is not None)
-    name, cluster = dtype_name(of_out.dtype), 2 if rows // experts >= 2 * ROWS else 1
-    instance = GroupedGemm(name, 256, 3, cluster, _is_transposed(w_out.mT), epilogue=epilogue)
+    instance = backward_instance(of_out.dtype, rows, w_out, projection.gate_up, activation, scales is not None)
     of_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(rows, inner)
     tiles = (inner + instance.columns - 1) // instance.columns
     of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
@@ -261,7 +254,31 @@ def choose(
     return GroupedGemm(name, 256, 4 if deep else 3, 2 if paired else 1, transposed, over_rows)
 
 
-def _is_transposed(b: Tensor) -> bool:
+def activated_instance(
+    dtype: torch.dtype, rows: int, projection: Projection, activation: str, save: bool
+) -> GroupedGemm:
+    """The kernel of `activated_gemm`."""
+    experts, k, _ = projection.matrices[0].shape
+    wide = choose(dtype, rows, experts, 256, 0 if save else k, is_transposed(projection.matrices[0]))
+    epilogue = Activated(activation, projection.gate_up, save, projection.biases is not None)
+    return replace(wide, epilogue=epilogue)
+
+
+def backward_instance(
+    dtype: torch.dtype, rows: int, w_out: Tensor, gate_up: str, activation: str, scaled: bool
+) -> GroupedGemm:
+    """The kernel of `activation_backward`."""
+    cluster = 2 if rows // w_out.shape[0] >= 2 * ROWS else 1
+    epilogue = ActivationBackward(activation, gate_up, scaled)
+    return GroupedGemm(dtype_name(dtype), 256, 3, cluster, is_transposed(w_out.mT), epilogue=epilogue)
+
+
+def with_bias(plain: GroupedGemm, bias: bool) -> GroupedGemm:
+    """The kernel that adds a bias, if there is one, to the products."""
+    return replace(plain, epilogue=Plain(bias=True)) if bias else plain
+
+
+def is_transposed(b: Tensor) -> bool:
     """Whether of matrices (E, K, N) it is N that runs along memory."""
     return b.stride(2) == 1 and b.stride(1) != 1
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.activation import print_struct
-from moecompile.runtime import combine, hopper, hopper_routing
+from moecompile.runtime import combine, hopper, hopper_kernels, hopper_routing
 from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.hopper import Projection
@@ -99,6 +99,7 @@ def _steps(args: Arguments, save: bool) -> Steps:
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
     x, weights, offsets, slots, order, *_, b_in, _, b_out = conformed
     projection, w_out = _projection(args, b_in), _out_matrices(args)
+    hopper_kernels.compile_together(hopper_kernels.of_experts(args, projection, w_out, save))
     rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
     hidden = x.new_empty(args.rows, args.width) if save else None
     y = x.new_empty(args.rows, args.out_features)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime import combine, hopper_fp8_gemm, hopper_quantize, hopper_routing
+from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights, fits
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
@@ -83,6 +83,7 @@ def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool) -> Steps:
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
     x, weights, offsets, slots, order, *_, b_in, b_up, b_out = conformed
     (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
+    hopper_kernels.compile_together(hopper_kernels.of_experts_in_fp8(args, save))
     dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
     tokens = _room_for(x) if save else None
     hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1]) if save else None

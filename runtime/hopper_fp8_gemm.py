@@ -36,7 +36,7 @@ def product(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: T
 def product_launch(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None) -> Launch:
     """What `product` launches; its arguments are those tensors and what they consist of, no views."""
     n = out.shape[1]
-    instance = replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias is not None))
+    instance = product_instance(n, bias is not None)
     sizes = (b.values.shape[0], a.values.shape[1], n)
     return _prepared(
         instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales, whole=b.values
@@ -92,7 +92,7 @@ def activated_launch(
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
-    instance = replace(WIDE, epilogue=Activated(activation, gate_up, hidden is not None, bool(biases)))
+    instance = activated_instance(activation, gate_up, hidden is not None, bool(biases))
     sizes = (b.values.shape[0], a.values.shape[1], features)
     return _prepared(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
@@ -136,7 +136,7 @@ def activation_backward(
     """
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
-    instance = replace(WIDE, stages=3, epilogue=ActivationBackward(activation, gate_up, scales is not None))
+    instance = backward_instance(activation, gate_up, scales is not None)
     of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
     scaled = QuantizedRows.empty(of_out.values, rows, columns)
     of_weight = None
@@ -168,17 +168,41 @@ def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transp
         a tensor laid out as `like`; zeros where an expert has no rows.
     """
     experts, m, n = like.shape[0], a.values.shape[0], b.values.shape[0]
-    instance = choose(E4M3, m, experts, n, 0, over_rows=True)
     expected = torch.empty_like(like, device="meta")
-    turned = transposed != (expected.mT.is_contiguous() and not expected.is_contiguous())
+    turned = is_turned(expected, transposed)
+    instance = outer_instance(n, turned)
     out = like.new_empty((experts, n, m) if turned else (experts, m, n))
-    if turned:
-        instance = replace(instance, epilogue=Turned())
     written = (_mapped(out, TURNED_BOX), n) if turned else (_written(out.view(experts * m, n)), None)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
     _prepared(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0)).run()
     found = out if turned == transposed else out.mT
     return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
+
+
+def product_instance(n: int, bias: bool) -> GroupedGemm:
+    """The kernel of `product`, for so many columns."""
+    return replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias))
+
+
+def activated_instance(activation: str, gate_up: str, save: bool, bias: bool) -> GroupedGemm:
+    """The kernel of `activated`; gate_up: "halves" or "single"."""
+    return replace(WIDE, epilogue=Activated(activation, gate_up, save, bias))
+
+
+def backward_instance(activation: str, gate_up: str, scaled: bool) -> GroupedGemm:
+    """The kernel of `activation_backward`; scaled: whether the output multiplies by the routing weight."""
+    return replace(WIDE, stages=3, epilogue=ActivationBackward(activation, gate_up, scaled))
+
+
+def outer_instance(n: int, turned: bool) -> GroupedGemm:
+    """The kernel of `outer`, for so many features in."""
+    chosen = choose(E4M3, 0, 1, n, 0, over_rows=True)
+    return replace(chosen, epilogue=Turned()) if turned else chosen
+
+
+def is_turned(like: Tensor, transposed: bool) -> bool:
+    """Whether memory of such a gradient, (E, out, in) or, transposed, (E, in, out), runs along features out."""
+    return transposed != (like.mT.is_contiguous() and not like.is_contiguous())
 
 
 def _scales(a: QuantizedRows) -> Mapped:

@@ -23,6 +23,7 @@ from moecompile.runtime import (
     hopper,
     hopper_experts,
     hopper_fp8,
+    hopper_kernels,
     hopper_quantize,
     hopper_routing,
     kernels,
@@ -48,7 +49,7 @@ class Arena:
     """Memory that is given again in the same order after `reset`, as the caching allocator does call after call."""
 
     def __init__(self) -> None:
-        self.memory = torch.zeros(1 << 20, dtype=torch.uint8)
+        self.memory = torch.zeros(1 << 26, dtype=torch.uint8)
         self.used = 0
 
     def reset(self) -> None:
@@ -64,7 +65,11 @@ class Arena:
     def method(self) -> Callable[..., Tensor]:
         """`new_empty` as a method of tensors."""
 
-        def method(like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
+        ordinary = Tensor.new_empty
+
+        def method(like: Tensor, *size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+            if device is not None:  # of shapes only
+                return ordinary(like, *size, dtype=dtype, device=device)
             return self.new_empty(like, *size, dtype=dtype)
 
         return method
@@ -98,6 +103,7 @@ class FakeGpu:
         devices: which device was current at each launch.
         encoded: how many tensor maps it was asked for.
         contexts: those that were made current.
+        announced: kernels that were said to be launched, to be compiled together.
         status: its answer to a launch.
         current: the current device.
         pause: seconds until it has read a launch's arguments.
@@ -108,6 +114,7 @@ class FakeGpu:
     devices: list[int | None] = field(default_factory=list)
     encoded: int = 0
     contexts: list[Any] = field(default_factory=list)
+    announced: set[Instance] = field(default_factory=set)
     status: int = 0
     current: int | None = None
     pause: float = 0.0
@@ -170,6 +177,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         patched.setattr(launch, "tensor_map", gpu.tensor_map)
         for module in (hopper, hopper_quantize, hopper_routing):
             patched.setattr(module, "load", _load)
+        patched.setattr(hopper_kernels, "compile_together", gpu.announced.update)
         patched.setattr(hopper, "serves", lambda device: True)
         patched.setattr(kernels, "_fused_module", lambda device: hopper_experts)
         patched.setattr(fp8_experts, "_hopper", lambda device: hopper_fp8)

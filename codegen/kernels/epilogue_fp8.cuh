@@ -59,6 +59,8 @@ struct QuantizedActivated {
                 if constexpr (SAVE) held[block][0][i] = gates[i];
                 if constexpr (SAVE && PAIRED) held[block][1][i] = ups[i];
             }
+            if (feature + fp8::BLOCK > arguments.features)
+                fp8::clear_from(held[block][SENDS - 1], arguments.features - feature);
         }
     }
 
@@ -68,8 +70,6 @@ struct QuantizedActivated {
         for (i32 block = 0; block < BLOCKS; block++) {
             i32 feature = spot.column + block * fp8::BLOCK, turn = (spot.turn * BLOCKS + block) * SENDS;
             i32 x = feature < arguments.up ? feature : NOWHERE;
-            if (feature + fp8::BLOCK > arguments.features)
-                fp8::clear_from(held[block][SENDS - 1], arguments.features - feature);
             if constexpr (SAVE) {
                 send(boxes, turn, held[block][0], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, x);
                 if constexpr (PAIRED)

@@ -245,20 +245,19 @@ struct GroupedGemm {
     // What the last tile left to be written.
     struct Waiting {
         u32 packed[Epilogue::HELD ? Epilogue::HELD : 1];
-        Spot spot;
-        bool any = false;
+        Spot spot = {};  // of no rows: nothing waits
 
         __device__ __forceinline__ void take(u8* boxes, const Arguments& arguments, const Spot& at, float (&total)[COLUMNS / 2]) {
             Epilogue::take(arguments.epilogue, at, total, packed);
             wgmma::hold(packed);  // now, not when it is written: the next product has the registers of the sums
-            spot = at, any = true;
+            spot = at;
             if constexpr (!LATER) write(boxes, arguments);
         }
 
         __device__ __forceinline__ void write(u8* boxes, const Arguments& arguments) {
             if constexpr (Epilogue::HELD > 0) {
-                if (any) Epilogue::put(boxes, arguments.epilogue, spot, packed);
-                any = false;
+                if (spot.place.end > 0) Epilogue::put(boxes, arguments.epilogue, spot, packed);
+                spot.place.end = 0;
             }
         }
     };
