@@ -74,6 +74,11 @@ class Options:
         "what the experts multiply: numbers of the model's own precision, or FP8 by DeepSeek-V3's recipe "
         '("fp8", bfloat16 and float16 models; everything else stays as it is)',
     )
+    recompute: bool = _option(
+        False,
+        "the backward computes the experts' first products (gate and up projection) again instead of having them kept: "
+        "less memory, some fifth more floating-point operations",
+    )
     verify: Literal["first_call"] | None = _option(
         None,
         "compares every rewritten block, before any cast to FP8, with the original region at the first call: outputs, "

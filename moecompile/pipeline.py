@@ -59,7 +59,8 @@ def detect_sites(piece: Piece, options: Options) -> None:
     """Finds the mixture-of-experts blocks; changes nothing."""
     detection = detect(piece.module.graph)
     kernels = None if options.kernels == "auto" else options.kernels
-    piece.sites = tuple(dataclasses.replace(site, kernels=kernels) for site in detection.sites)
+    chosen: dict[str, Any] = {"kernels": kernels, "recompute": options.recompute}
+    piece.sites = tuple(dataclasses.replace(site, **chosen) for site in detection.sites)
     piece.near_misses, piece.layout = detection.near_misses, detection.layout
 
 

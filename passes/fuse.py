@@ -102,6 +102,7 @@ def emit(graph: fx.Graph, site: Site) -> fx.Node:
         ("w_out_transposed", False),
         ("out_dtype", None),
         ("kernels", None),
+        ("recompute", False),
     ):
         if getattr(site, name) != default:
             keywords[name] = getattr(site, name)

@@ -63,6 +63,7 @@ class Site:
     partials: tuple[fx.Node, ...] = field(repr=False, compare=False, default=())
     fresh: bool = field(repr=False, compare=False, default=True)
     kernels: str | None = field(repr=False, compare=False, default=None)
+    recompute: bool = field(repr=False, compare=False, default=False)
     operands: dict[str, Operand] = field(repr=False, compare=False, default_factory=dict)
     region: frozenset[fx.Node] = field(repr=False, compare=False, default=frozenset())
 

@@ -124,6 +124,7 @@ class Arguments:
     w_out_transposed: bool = False
     out_dtype: torch.dtype | None = None
     kernels: str | None = None
+    recompute: bool = False
 
     @classmethod
     def without_x(
@@ -145,6 +146,11 @@ class Arguments:
     def rows(self) -> int:
         """T*K, the number of assignments of a token to an expert."""
         return self.order.shape[0]
+
+    @property
+    def saved_rows(self) -> int:
+        """How many of GEMM1's rows are kept for the backward: all, or none."""
+        return 0 if self.recompute else self.rows
 
     @property
     def intermediate(self) -> int:
@@ -186,7 +192,8 @@ class Arguments:
     def check_backward(self, grad: Tensor, hidden: Tensor) -> None:
         """Raises ValueError unless the result's gradient and the saved rows fit these arguments."""
         _expect(grad, "grad", (self.x.shape[0], self.out_features), "(tokens, features)")
-        _expect(hidden, "hidden", (self.rows, self.width), "(tokens * experts per token, features)")
+        words = "(no rows, features) with recompute" if self.recompute else "(tokens * experts per token, features)"
+        _expect(hidden, "hidden", (self.saved_rows, self.width), words)
 
     def _check_attributes(self) -> None:
         if self.gate_up not in GATE_UP:

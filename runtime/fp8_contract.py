@@ -39,6 +39,7 @@ class Saved(NamedTuple):
 
     x_values (T, H) e4m3 and x_scales (T, H' / 128) float32; hidden_values (R, N') e4m3 in expert order, gate from
     column 0 and up from pad(I), and hidden_scales (N' / 128, pitch) float32, transposed, with R rounded up to PITCH.
+    With recompute there are no hidden rows.
     """
 
     x_values: Tensor
@@ -75,8 +76,8 @@ def saved_specs(args: Arguments) -> Specs:
     return (
         ((tokens, features), E4M3),
         ((tokens, blocks_in(features, BLOCK)), torch.float32),
-        ((args.rows, width), E4M3),
-        ((width // BLOCK, blocks_in(args.rows, PITCH) * PITCH), torch.float32),
+        ((args.saved_rows, width), E4M3),
+        ((width // BLOCK, blocks_in(args.saved_rows, PITCH) * PITCH), torch.float32),
     )
 
 

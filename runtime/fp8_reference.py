@@ -36,7 +36,7 @@ from moecompile.runtime.combine import token_sum, weighted_sum
 from moecompile.runtime.contract import Arguments, expression_leaves, weighting
 from moecompile.runtime.elementwise import evaluate, vjp
 from moecompile.runtime.fp8_contract import PITCH, Quantized, Saved
-from moecompile.runtime.grouped import row_dot
+from moecompile.runtime.grouped import CpuRows, DeviceRows, row_dot
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
     ALONG_TOKENS,
@@ -57,18 +57,28 @@ from moecompile.runtime.reference import joined, rows_for
 def forward(args: Arguments, quantized: Quantized, save: bool) -> tuple[Tensor, Saved | None]:
     """The result (T, H2) and, to save, x and GEMM1's rows in FP8."""
     rows, dtype = rows_for(args), args.dtypes.hidden
-    x_values, x_scales = quantize(args.x, ALONG_FEATURES)
-    x = dequantize(x_values, x_scales, ALONG_FEATURES)
-    hidden = rows.linear(rows.gather(x), _w_in(args, quantized), False, _packed_bias(args)).to(dtype)
+    x_q = quantize(args.x, ALONG_FEATURES)
+    hidden = _gemm1(args, quantized, rows, x_q)
     weight = None if args.weights is None else rows.weight(args.weights)
     a = evaluate(args.activation, _leaves(args, hidden.to(torch.float32), weight)).to(dtype)
     y = rows.linear(_rounded(a), _w_out(args, quantized), False, args.b_out).to(args.dtypes.out)
     result = weighted_sum(args, y, rows.complete)
     if not save:
         return result, None
-    hidden_values, scales = quantize(rows.every(hidden, args.rows), ALONG_FEATURES)
-    hidden_scales = torch.nn.functional.pad(scales.t(), (0, -args.rows % PITCH)).contiguous()
-    return result, Saved(x_values, x_scales, hidden_values, hidden_scales)
+    kept = hidden[:0] if args.recompute else rows.every(hidden, args.rows)
+    return result, Saved(*x_q, *_quantized_rows(kept))
+
+
+def _gemm1(args: Arguments, quantized: Quantized, rows: CpuRows | DeviceRows, x_q: tuple[Tensor, Tensor]) -> Tensor:
+    """GEMM1's rows, rounded, of those that have an expert, for the tokens in FP8."""
+    x = dequantize(*x_q, ALONG_FEATURES)
+    return rows.linear(rows.gather(x), _w_in(args, quantized), False, _packed_bias(args)).to(args.dtypes.hidden)
+
+
+def _quantized_rows(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """GEMM1's rows (R, N') as they are kept: values, and scales transposed."""
+    values, scales = quantize(hidden, ALONG_FEATURES)
+    return values, torch.nn.functional.pad(scales.t(), (0, -hidden.shape[0] % PITCH)).contiguous()
 
 
 def backward(
@@ -88,6 +98,10 @@ class _Backward:
         self.grad = grad.to(args.dtypes.activation)
         self.rows = rows_for(args)
         self.count = self.rows.assignments.shape[0]
+        if args.recompute:
+            x_q = saved.x_values, saved.x_scales
+            hidden = self.rows.every(_gemm1(args, quantized, self.rows, x_q), args.rows)
+            self.saved = Saved(*x_q, *_quantized_rows(hidden))
         self.weight = None if args.weights is None else self.rows.weight(args.weights)
 
     def run(self) -> dict[str, Tensor]:

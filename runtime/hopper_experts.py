@@ -26,6 +26,7 @@ from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expressio
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.hopper import Projection
 from moecompile.runtime.hopper_rows import HopperRows
+from moecompile.runtime.launch import Launch
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -97,26 +98,16 @@ def _steps(args: Arguments, save: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
-    x, weights, offsets, slots, order, *_, b_in, _, b_out = conformed
+    x, weights, offsets, slots, _, *_, b_in, _, b_out = conformed
     projection, w_out = _projection(args, b_in), _out_matrices(args)
     hopper_kernels.compile_together(hopper_kernels.of_experts(args, projection, w_out, save))
     rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
     hidden = x.new_empty(args.rows, args.width) if save else None
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
-    reads_weight = "weight" in expression_leaves(args.activation)
     launches = [
         hopper_routing.dispatch_launch(x, slots, rows),
-        hopper.activated_gemm_launch(
-            rows,
-            projection,
-            args.activation,
-            offsets,
-            a,
-            hidden=hidden,
-            weights=weights if reads_weight else None,
-            order=order if reads_weight else None,
-        ),
+        _gemm1_launch(args, rows, projection, a, hidden, weights),
         hopper.grouped_gemm_launch(a, w_out, offsets, y, bias=b_out),
         hopper_routing.combine_launch(y, slots, weights, args.output, result),
     ]
@@ -126,6 +117,27 @@ def _steps(args: Arguments, save: bool) -> Steps:
     if args.gate_up == "halves":
         views.extend((half, TENSORS.index("b_in")) for half in projection.biases or ())
     return Steps(conforming, conformed, views, [rows, a, y], result, [] if hidden is None else [hidden], launches)
+
+
+def _gemm1_launch(
+    args: Arguments, rows: Tensor, projection: Projection, a: Tensor, hidden: Tensor | None, weights: Tensor | None
+) -> Launch:
+    """GEMM1 of the rows with the activation, to a (R, I), and to hidden (R, N) if that is there."""
+    read = weights if "weight" in expression_leaves(args.activation) else None
+    order = None if read is None else args.order
+    return hopper.activated_gemm_launch(
+        rows, projection, args.activation, args.offsets, a, hidden=hidden, weights=read, order=order
+    )
+
+
+def hidden_rows(args: Arguments) -> Tensor:
+    """GEMM1's rows (T*K, N) once more, as `forward` computes and saves them; anything beyond offsets[-1]."""
+    b_in = args.b_in if args.b_in is None or args.gate_up != "halves" else _halved(args.b_in)
+    projection, rows = _projection(args, b_in), _dispatched(args, args.x)
+    hopper_kernels.compile_together(hopper_kernels.of_experts(args, projection, _out_matrices(args), True))
+    a, hidden = rows.new_empty(args.rows, args.intermediate), rows.new_empty(args.rows, args.width)
+    _gemm1_launch(args, rows, projection, a, hidden, _weights(args)).run()
+    return hidden
 
 
 def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompile.codegen.instances import Dispatch
 from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights, fits
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
 from moecompile.runtime.hopper_rows import HopperRows
+from moecompile.runtime.launch import Launch
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
 EXPERTS: Memory[Remembered] = Memory()
@@ -81,24 +83,19 @@ def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
-    x, weights, offsets, slots, order, *_, b_in, b_up, b_out = conformed
+    x, weights, offsets, slots, _, *_, b_in, b_up, b_out = conformed
     (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
-    hopper_kernels.compile_together(hopper_kernels.of_experts_in_fp8(args, save))
+    keep = save and not args.recompute
+    hopper_kernels.compile_together(hopper_kernels.of_experts_in_fp8(args, keep))
     dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
     tokens = _room_for(x) if save else None
-    hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1]) if save else None
+    hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
     a = QuantizedRows.empty(x, args.rows, padded(args.intermediate))
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
-    reads_weight = "weight" in expression_leaves(args.activation)
     launches = [
         hopper_quantize.quantize_rows_launch(x, slots, dispatched, tokens),
-        hopper_fp8_gemm.activated_launch(
-            dispatched, w_in, args.activation, offsets, args.intermediate, a, hidden,
-            biases=biases,
-            weights=weights if reads_weight else None,
-            order=order if reads_weight else None,
-        ),
+        _gemm1_launch(args, dispatched, w_in, biases, a, hidden if keep else None, weights),
         hopper_fp8_gemm.product_launch(a, w_out, offsets, y, b_out),
         hopper_routing.combine_launch(y, slots, weights, args.output, result),
     ]  # fmt: skip
@@ -108,12 +105,39 @@ def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool) -> Steps:
     return Steps(conforming, [*conformed, *quantized], views, scratch, result, saved, launches)
 
 
+def _gemm1_launch(
+    args: Arguments, rows: QuantizedRows, w_in: Matrices, biases: tuple[Tensor, ...], a: QuantizedRows,
+    hidden: QuantizedRows | None, weights: Tensor | None,
+) -> Launch:  # fmt: skip
+    """GEMM1 of the rows with the activation, to a (R, I), and to hidden (R, N) if that is there."""
+    read = weights if "weight" in expression_leaves(args.activation) else None
+    order = None if read is None else args.order
+    return hopper_fp8_gemm.activated_launch(
+        rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden,
+        biases=biases, weights=read, order=order,
+    )  # fmt: skip
+
+
+def _hidden_rows(args: Arguments, w_in: Matrices, x: Tensor, x_scales: Tensor) -> QuantizedRows:
+    """GEMM1's rows once more, as `forward` computes and saves them, of tokens (T, H) and their scales (T, H / 128)."""
+    hopper_kernels.compile_together((Dispatch(), *hopper_kernels.of_experts_in_fp8(args, True)))
+    rows = QuantizedRows.empty(x, args.rows, args.features)
+    hopper_routing.dispatch(x, args.slots.contiguous(), rows.values)
+    token = (args.order // args.slots.shape[1]).clamp(min=0)  # any for a row without an expert
+    rows.scales[:, : args.rows] = x_scales.index_select(0, token).t()
+    b_in = None if args.b_in is None else _BIASES.get(args.gate_up, _lines)(args.b_in)
+    b_up = None if args.b_up is None else _lines(args.b_up)
+    a = QuantizedRows.empty(x, args.rows, padded(args.intermediate))
+    hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1])
+    _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, _weights(args)).run()
+    return hidden
+
+
 def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
     """What makes the call's tensors, by their place in TENSORS, as the kernels read them."""
     conforming: dict[str, Callable[[Tensor], Tensor]] = {"x": _lines, "weights": _float32}
     conforming["slots"] = Tensor.contiguous
-    conforming["b_in"] = {"halves": _halved, "interleaved": _unwoven}.get(args.gate_up, _lines)
-    conforming |= {"b_up": _lines, "b_out": _lines}
+    conforming |= {"b_in": _BIASES.get(args.gate_up, _lines), "b_up": _lines, "b_out": _lines}
     return {TENSORS.index(name): make for name, make in conforming.items()}
 
 
@@ -135,9 +159,11 @@ class _Backward:
         assert form is not None
         self.scales = _scales(args, form)
         self.grad, self.slots = _lines(grad.to(torch.bfloat16)), args.slots.contiguous()
-        _, self.w_in, _, self.w_out = _matrices(quantized)
+        w_in, self.w_in, _, self.w_out = _matrices(quantized)
         x, x_scales, hidden, hidden_scales = map(_lines, saved)  # hooks of saved tensors may have laid them elsewhere
         self.x, self.hidden = (x, x_scales), QuantizedRows(hidden, hidden_scales)
+        if args.recompute:
+            self.hidden = _hidden_rows(args, w_in, x, x_scales)
         self.plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
         self.top_k = args.slots.shape[1]
 
@@ -268,3 +294,7 @@ def _halved(biases: Tensor) -> Tensor:
 def _unwoven(biases: Tensor) -> Tensor:
     """Biases (E, 2I) of gate and up projection by turns as (2, E, I)."""
     return _lines(biases.unflatten(1, (-1, 2)).permute(2, 0, 1))
+
+
+_BIASES: dict[str, Callable[[Tensor], Tensor]] = {"halves": _halved, "interleaved": _unwoven}
+"""What makes GEMM1's biases, by `gate_up`, as the kernels read them."""

@@ -71,18 +71,18 @@ def fake_experts(*args: Any, **attributes: Any) -> Tensor:
 
 
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
-    """The result and the rows that backward needs."""
+    """The result and the rows that backward needs: none if it computes them again."""
     with exact(args[0]):
-        result, hidden = _forward(Arguments(*args, **attributes).check(), save=True)
-    assert hidden is not None
-    return result, hidden
+        arguments = Arguments(*args, **attributes).check()
+        result, hidden = _forward(arguments, save=not arguments.recompute)
+    return result, _no_rows(arguments) if hidden is None else hidden
 
 
 def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of the result and the saved rows."""
     arguments = Arguments(*args, **attributes)
     result = fake_experts(*args, **attributes)
-    return result, arguments.x.new_empty((arguments.rows, arguments.width), dtype=arguments.dtypes.hidden)
+    return result, arguments.x.new_empty((arguments.saved_rows, arguments.width), dtype=arguments.dtypes.hidden)
 
 
 def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
@@ -92,6 +92,8 @@ def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[b
     arguments.check_backward(grad, hidden)
     with exact(grad):
         fused = _fused(arguments)
+        if arguments.recompute:
+            hidden = reference.hidden_rows(arguments) if fused is None else fused.hidden_rows(arguments)
         run = backward.experts_backward if fused is None else fused.backward
         grads = run(arguments, grad, hidden, frozenset(names))
     return [grads[name] for name in names]
@@ -112,6 +114,10 @@ def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Seque
 def _forward(arguments: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
     fused = _fused(arguments)
     return reference.forward(arguments, save) if fused is None else fused.forward(arguments, save)
+
+
+def _no_rows(arguments: Arguments) -> Tensor:
+    return arguments.x.new_empty((0, arguments.width), dtype=arguments.dtypes.hidden)
 
 
 def _fused(arguments: Arguments) -> ModuleType | None:

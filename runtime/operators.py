@@ -27,12 +27,14 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     gate_up: "halves" (N = 2I, gate first), "interleaved" (N = 2I, gate at even features), "separate" (N = I, w_up
         holds the other), "single" (N = I, no gate)
     result (T, H2) in out_dtype, or in the dtype of the output expression's value
-    hidden (T*K, N), or (T*K, 2I) for "separate": GEMM1's rows with bias; anything beyond offsets[-1]
+    hidden (T*K, N), or (T*K, 2I) for "separate": GEMM1's rows with bias; anything beyond offsets[-1]; no rows with
+        recompute
     needs: bools for (x, weights, w_in, w_out, w_up, b_in, b_up, b_out)
     quantized: [*quantize_weights(w_in, w_up, gate_up, w_in_transposed), *quantize_weights(w_out, w_out_transposed)],
         e4m3 values and float32 scales of 128x128 blocks, padded (`moecompile.runtime.quantize`)
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
+    recompute: whether the backward computes the hidden rows again instead of getting them
 
 `input`, `activation` and `output` are expressions (`moecompile.codegen.expression`) of the leaves x; gate and up, or
 hidden; out; and, in each, weight. In FP8 x, the experts' weights and biases have one dtype, bfloat16 or float16, the
@@ -52,7 +54,7 @@ ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor offsets, Tensor slots, Tensor order, Tensor w_in, Tensor w_out, "
     "Tensor? w_up=None, Tensor? b_in=None, Tensor? b_up=None, Tensor? b_out=None, *, str activation, str gate_up, "
     'str input="x", str output="mul(out, weight)", bool w_in_transposed=False, bool w_out_transposed=False, '
-    "ScalarType? out_dtype=None, str? kernels=None"
+    "ScalarType? out_dtype=None, str? kernels=None, bool recompute=False"
 )
 WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
 SCHEMAS = (

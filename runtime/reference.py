@@ -58,14 +58,26 @@ def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
     """The result, (T, H2), and, to save, GEMM1's rows in expert order, (T*K, N): gate then up if separate."""
     rows = rows_for(args)
     leaves = rows.leaves(args.x, args.weights)
-    row = feed(args, leaves, rows.chunks())
-    hidden = rows.linear(row, args.w_in, args.w_in_transposed, args.b_in)
-    if args.w_up is not None:
-        hidden = torch.cat((hidden, rows.linear(row, args.w_up, args.w_in_transposed, args.b_up)), 1)
+    hidden = _gemm1(args, rows, leaves)
     a = activate(args, leaves, hidden, rows.chunks())
     out = rows.linear(a, args.w_out, args.w_out_transposed, args.b_out)
     saved = rows.every(hidden, args.rows) if save else None
     return weighted_sum(args, out, rows.complete), saved
+
+
+def hidden_rows(args: Arguments) -> Tensor:
+    """GEMM1's rows in expert order, (T*K, N), as `forward` computes and saves them."""
+    rows = rows_for(args)
+    return rows.every(_gemm1(args, rows, rows.leaves(args.x, args.weights)), args.rows)
+
+
+def _gemm1(args: Arguments, rows: CpuRows | DeviceRows, leaves: Mapping[str, Tensor]) -> Tensor:
+    """GEMM1's rows, of those that have an expert: gate then up if separate."""
+    row = feed(args, leaves, rows.chunks())
+    hidden = rows.linear(row, args.w_in, args.w_in_transposed, args.b_in)
+    if args.w_up is None:
+        return hidden
+    return torch.cat((hidden, rows.linear(row, args.w_up, args.w_in_transposed, args.b_up)), 1)
 
 
 def rows_for(args: Arguments) -> CpuRows | DeviceRows:

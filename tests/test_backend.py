@@ -418,6 +418,15 @@ def test_a_transform_inside_a_compiled_function_is_left_alone(caplog: Any):
     assert pipeline.TRANSFORMED in graphs()[0].notes
 
 
+def test_the_operators_are_told_what_to_compute_again():
+    for chosen in (False, True):
+        torch._dynamo.reset()
+        moecompile.reset()
+        compiled(Model(), recompute=chosen)(inputs())
+        (graph,) = graphs()
+        assert ("recompute=True" in graph.after) == chosen
+
+
 def test_the_operators_are_told_which_kernels_to_run():
     for chosen, shown in (("auto", False), ("reference", True)):
         torch._dynamo.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,25 @@ def test_layouts(gate_up: str, transposed: tuple[bool, bool], walk: str, poisone
         ids = routing("dropped", 40, 2, 3)
         case = make_case(ids, 3, form, gate_up, transposed, biases, torch.bfloat16, torch.float32, sizes)
         assert_by_hand(case)
+
+
+@pytest.mark.parametrize("gate_up", LAYOUTS)
+def test_rows_that_are_computed_again_are_those_that_would_be_saved(gate_up: str, walk: str, poisoned: None):
+    torch.manual_seed(0)
+    form = RELU_SQUARED if gate_up == "single" else SWIGLU
+    ids = routing("dropped", 40, 2, 3)
+    case = make_case(ids, 3, form, gate_up, biases=BIASES, dtype=torch.bfloat16, sizes=(200, 96, 136))
+    again = copy(case)
+    again.attributes = case.attributes | {"recompute": True}
+    with torch.no_grad():
+        _, saved = ops.experts_fp8_forward(*again.arguments(), **again.attributes, quantized=quantized(again))
+    assert [tensor.numel() > 0 for tensor in saved] == [True, True, False, False]
+    outs = [run(each) for each in (case, again)]
+    assert torch.equal(*outs)
+    cotangent = torch.randn_like(outs[0])
+    kept, computed = (gradients(case, out, cotangent) for out in outs)
+    for name, grad in kept.items():
+        assert torch.equal(grad, computed[name]), name
 
 
 @pytest.mark.parametrize("form", ["geglu", "gpt_oss", "unweighted", "one_sided"])

@@ -41,19 +41,21 @@ def step(arguments: dict[str, Any], fp8: bool, train: bool) -> None:
         torch.autograd.grad(result, given, torch.zeros_like(result))
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("train", ["inference", "training", "recompute"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("hidden", "inner", "tokens"), [(64, 32, 3), (384, 272, 700)], ids=["small", "large"])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_launched_was_said(
-    form: str, hidden: int, inner: int, tokens: int, fp8: bool, train: bool, gpu: FakeGpu
+    form: str, hidden: int, inner: int, tokens: int, fp8: bool, train: str, gpu: FakeGpu
 ) -> None:
     arguments = call_of(form, hidden, inner, tokens)
-    if train:
+    if train == "recompute":
+        arguments["recompute"] = True
+    if train != "inference":
         for tensor in arguments.values():
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 tensor.requires_grad_()
-    step(arguments, fp8, train)
+    step(arguments, fp8, train != "inference")
     launched = {each.instance for each in gpu.taken() if "QuantizeWeights" not in repr(each.instance)}
     assert launched and launched <= gpu.announced, launched - gpu.announced
     assert len(gpu.announced - launched) <= 2, "compiled for nothing"

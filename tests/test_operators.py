@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -251,6 +252,34 @@ def test_saved_rows_are_the_preactivations_in_expert_order():
             expected.append(torch.cat((w_in[expert] @ row + b_in[expert], w_up[expert] @ row)))
     torch.testing.assert_close(hidden[: len(expected)], torch.stack(expected))
     assert not hidden[len(expected) :].any() and len(expected) < 18
+
+
+@pytest.mark.parametrize("gate_up", [*GATED, "single"])
+def test_rows_that_are_computed_again_are_those_that_would_be_saved(gate_up: str, walk: str, poisoned: None) -> None:
+    torch.manual_seed(0)
+    form = RELU_SQUARED if gate_up == "single" else FORMS["weight_everywhere"]
+    case = make_case(routing("dropped", 24, 3, 5), 5, form, gate_up, biases=BIASES, sizes=(16, 24, 8))
+    again = copy(case)
+    again.attributes = case.attributes | {"recompute": True}
+    with torch.no_grad():
+        _, hidden = torch.ops.moecompile.experts_forward(*again.arguments(), **again.attributes)
+    assert hidden.shape[0] == 0 and hidden.shape[1] > 0
+    results = [each.run() for each in (case, again)]
+    assert torch.equal(*results)
+    cotangent, given = torch.randn_like(results[0]), list(case.given.values())
+    for saved, computed in zip(*(torch.autograd.grad(result, given, cotangent) for result in results), strict=True):
+        assert torch.equal(saved, computed)
+
+
+def test_rows_are_saved_or_computed_again() -> None:
+    case = make_case(routing("random", 9, 2, 4), 4, SWIGLU)
+    given, operators = case.attributes | {"recompute": True, "needs": [True] * 4 + [False] * 4}, torch.ops.moecompile
+    with torch.no_grad():
+        result, hidden = operators.experts_forward(*case.arguments(), **case.attributes)
+        with pytest.raises(ValueError, match=r"hidden must have shape \(no rows, features\) with recompute = \(0, "):
+            operators.experts_backward(result, hidden, *case.arguments(), **given)
+        with pytest.raises(ValueError, match=r"hidden must have shape \(tokens \* experts per token, .*\) = \(18, "):
+            operators.experts_backward(result, hidden[:0], *case.arguments(), **given | {"recompute": False})
 
 
 def test_kernels_are_named_right() -> None:

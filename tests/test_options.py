@@ -32,6 +32,7 @@ def test_defaults():
         "lowering": "inductor",
         "kernels": "auto",
         "precision": "model",
+        "recompute": False,
         "verify": None,
         "disable": (),
         "inductor": {},
