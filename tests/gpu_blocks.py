@@ -124,6 +124,7 @@ def run(
     names: tuple[str, ...] = NAMES,
     *,
     fp8: bool = False,
+    recompute: bool = False,
     ids: Tensor | None = None,
     cotangent: Tensor | None = None,
 ) -> Run:
@@ -132,7 +133,8 @@ def run(
         name: None if value is None else value.detach().clone().requires_grad_(name in names)
         for name, value in tensors.items()
     }
-    arguments, attributes = block.arguments(leaves, ids), {**block.attributes(), "kernels": kernels}
+    arguments = block.arguments(leaves, ids)
+    attributes = {**block.attributes(), "kernels": kernels, "recompute": recompute}
     if fp8:
         result = ops.experts_fp8(*arguments, **attributes, quantized=block.quantized(leaves))
     else:

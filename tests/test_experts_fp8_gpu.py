@@ -255,6 +255,12 @@ def test_frozen_experts_cost_no_gradient_of_theirs(monkeypatch: pytest.MonkeyPat
         assert torch.equal(value, expected.gradients[name]), name
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_rows_that_are_computed_again_are_those_that_would_be_saved(block: Block) -> None:
+    tensors = block.tensors()
+    assert_equal(run(block, tensors, fp8=True, recompute=True), run(block, tensors, fp8=True))
+
+
 @pytest.mark.parametrize("block", [BLOCKS[0], *BLOCKS[5:8]], ids=lambda block: block.name)
 def test_inference_computes_the_same(block: Block) -> None:
     """In a first call, and in later ones, which are remembered, on tensors that lie elsewhere."""

@@ -102,6 +102,14 @@ def test_rows_that_come_piece_by_piece(gate_up: str, monkeypatch: pytest.MonkeyP
         assert torch.equal(pieces.gradients[name], gradient), name
 
 
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_rows_that_are_computed_again_are_those_that_would_be_saved(block: Block) -> None:
+    tensors = block.tensors()
+    saved, computed = run(block, tensors), run(block, tensors, recompute=True)
+    for name, value in saved.all().items():
+        assert torch.equal(computed.all()[name], value), name
+
+
 def test_inference_computes_the_same() -> None:
     block = Block("inference")
     tensors = block.tensors()
