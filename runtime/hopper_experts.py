@@ -20,17 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.codegen.activation import print_struct
-from moecompile.runtime import combine, hopper, hopper_kernels, hopper_routing
+from moecompile.runtime import combine, hopper, hopper_kernels, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expression_leaves, weighting
-from moecompile.runtime.grouped import aligned
 from moecompile.runtime.hopper import Projection
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.launch import Launch
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
-DTYPES = (torch.bfloat16, torch.float16)
-RESULTS = (*DTYPES, torch.float32)
 LARGE = 256 * 2**20
 """Bytes of rows above which they are not made as a whole for the gradients of matrices."""
 COLUMNS = 256
@@ -39,38 +35,9 @@ EXPERTS: Memory[Remembered] = Memory()
 """What `experts` launches, by what decides it."""
 
 
-def fits(args: Arguments) -> bool:
-    """Whether kernels of either precision compute such experts, whatever their dtypes and sizes."""
-    return (
-        args.kernels is None
-        and hopper.serves(args.offsets.device)
-        and args.input == "x"
-        and weighting(args.output) is not None
-        and args.rows > 0
-        and args.offsets.is_contiguous()
-        and args.order.is_contiguous()
-        and (args.gate_up != "separate" or (args.b_in is None) == (args.b_up is None))
-        and _is_printable(args.activation)
-        and _is_printable(args.output)
-    )
-
-
 def takes(args: Arguments) -> bool:
     """Whether the kernels compute these: one 16-bit dtype between gather and combine, whole lines of 16 bytes."""
-    if not fits(args):
-        return False
-    dtypes, matrices = args.dtypes, (args.w_in, args.w_out, *(() if args.w_up is None else (args.w_up,)))
-    biases = [bias for bias in (args.b_in, args.b_up, args.b_out) if bias is not None]
-    inside = {dtypes.row, dtypes.hidden, dtypes.activation, dtypes.out, *(bias.dtype for bias in biases)}
-    return (
-        inside == {dtypes.row}
-        and dtypes.row in DTYPES
-        and args.x.dtype == dtypes.row
-        and dtypes.result in RESULTS
-        and not any(size % 8 for size in (args.x.shape[1], args.intermediate, args.out_features))
-        and all(matrix.data_ptr() % 16 == 0 and aligned(matrix) for matrix in matrices)
-        and all(bias.is_contiguous() and bias.data_ptr() % 4 == 0 for bias in biases)
-    )
+    return hopper_rules.takes(args, hopper_rules.SIXTEEN_BITS, "experts run PyTorch's operators")
 
 
 def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
@@ -309,13 +276,3 @@ def _scales(args: Arguments, form: Weighting) -> Tensor | None:
 
 def _has_biases(args: Arguments) -> bool:
     return any(bias is not None for bias in (args.b_in, args.b_up, args.b_out))
-
-
-@functools.lru_cache(maxsize=256)
-def _is_printable(expression: str) -> bool:
-    """Whether kernels can compute the expression: its casts are to dtypes that they round to."""
-    try:
-        print_struct("Value", expression, tuple(sorted(expression_leaves(expression))))
-    except ValueError:
-        return False
-    return True

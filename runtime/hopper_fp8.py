@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import Dispatch
-from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing
+from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights, fits
+from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.launch import Launch
@@ -39,13 +39,12 @@ takes_weights = hopper_quantize.takes_weights
 
 def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
     """Whether the kernels compute these: bfloat16 outside of the products, sizes of whole lines of 16 bytes."""
-    given = (args.x, args.w_in, args.w_out, args.w_up, args.b_in, args.b_up, args.b_out)
-    return (
-        fits(args)
-        and all(tensor is None or tensor.dtype == torch.bfloat16 for tensor in given)
-        and all(size and size % 16 == 0 for size in (args.features, args.intermediate, args.out_features))
-        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in quantized)
-    )
+
+    def are_read(_: Arguments) -> bool:
+        return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in quantized)
+
+    rules = (*hopper_rules.FP8, ("the FP8 copies are not contiguous, or not aligned to 16 bytes", are_read))
+    return hopper_rules.takes(args, rules, "experts in FP8 are emulated with PyTorch's operators, which is slow")
 
 
 def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
