@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecompile import bench_baseline
-from moecompile.bench_cases import EAGER, FORWARD, FP8, FP8_EACH, INDUCTOR, OURS, STEP, Shape
+from moecompile.bench_cases import (
+    AGAIN,
+    EAGER,
+    FORWARD,
+    FP8,
+    FP8_AGAIN,
+    FP8_EACH,
+    IN_FP8,
+    INDUCTOR,
+    OURS,
+    STEP,
+    Shape,
+)
 from moecompile.bench_proof import kernels_of
 from moecompile.bench_timing import Contender
 
@@ -116,26 +129,28 @@ def random_inputs(shape: Shape, device: str) -> Inputs:
     return Inputs(x.requires_grad_(), ids, weights, cotangent)
 
 
-def ours(block: Block) -> Experts:
+def ours(block: Block, recompute: bool = False) -> Experts:
     """The operators of the rewritten graph."""
+    attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute}
 
     def experts(inputs: Inputs) -> Tensor:
         _, offsets, slots, order = torch.ops.moecompile.plan(inputs.ids, block.shape.experts)
         return torch.ops.moecompile.experts(
-            inputs.x, inputs.weights, offsets, slots, order, block.w_in, block.w_out, **ATTRIBUTES
+            inputs.x, inputs.weights, offsets, slots, order, block.w_in, block.w_out, **attributes
         )
 
     return experts
 
 
-def ours_fp8(block: Block, each: bool) -> Experts:
+def ours_fp8(block: Block, each: bool, recompute: bool = False) -> Experts:
     """The same in FP8, with the weights quantised before or, if `each`, in every call."""
+    attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute}
 
     def experts(inputs: Inputs) -> Tensor:
         quantised = block.quantise() if each else block.quantised
         _, offsets, slots, order = torch.ops.moecompile.plan(inputs.ids, block.shape.experts)
         return torch.ops.moecompile.experts_fp8(
-            inputs.x, inputs.weights, offsets, slots, order, block.w_in, block.w_out, **ATTRIBUTES, quantized=quantised
+            inputs.x, inputs.weights, offsets, slots, order, block.w_in, block.w_out, **attributes, quantized=quantised
         )
 
     return experts
@@ -165,6 +180,11 @@ def entrants(block: Block, quantising: bool) -> list[tuple[str, Experts]]:
     return [*found, (FP8_EACH, ours_fp8(block, each=True))] if quantising else found
 
 
+def recomputing(block: Block) -> list[tuple[str, Experts]]:
+    """Those who compute GEMM1's rows again in the backward, instead of saving them."""
+    return [(AGAIN, ours(block, recompute=True)), (FP8_AGAIN, ours_fp8(block, each=False, recompute=True))]
+
+
 def forward(block: Block, name: str, experts: Experts) -> Contender:
     """Inference."""
 
@@ -188,4 +208,4 @@ def step(block: Block, name: str, experts: Experts) -> Contender:
 
 def precision(name: str) -> str:
     """What a contender multiplies."""
-    return "fp8" if name in (FP8, FP8_EACH) else "bf16"
+    return "fp8" if name in IN_FP8 else "bf16"

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moecompile.bench_block import Block, entrants, forward, precision, step
+from moecompile.bench_block import Block, entrants, forward, precision, recomputing, step
 from moecompile.bench_cases import (
     CALLS,
     EAGER,
     FORWARD,
     FP8,
+    FP8_AGAIN,
     FP8_EACH,
     GPU_TIME,
     INDUCTOR,
@@ -42,7 +43,7 @@ def measure_block(setting: Setting, shape: Shape) -> None:
     _quantise(setting, block)
     for what, make in ((FORWARD, forward), (STEP, step)):
         setting.results.head(f"block  {shape.title}  {what}")
-        made = [make(block, *each) for each in found]
+        made = [make(block, *each) for each in (*found, *(recomputing(block) if what == STEP else ()))]
         present = _checked(setting, block, made, f"{shape.name} {what}", what == STEP)
         times = measure_single(setting.timer, present, setting.rounds)
         _add_speeds(setting, block, "block", what, present, times)
@@ -173,7 +174,7 @@ def _add_memory(results: Results, block: Block, contenders: Sequence[Contender])
     over = {name: whole - gradients for name, (whole, gradients) in peaks.items()}
     for contender in contenders:
         name = contender.name
-        made, held = copies if name == FP8_EACH else 0, copies if name == FP8 else 0
+        made, held = copies if name == FP8_EACH else 0, copies if name in (FP8, FP8_AGAIN) else 0
         own = over[name] - made
         others = {other: over[other] / own for other in OTHERS if other in over and other != name and own > 0}
         whole, gradients = peaks[name]

@@ -1,8 +1,8 @@
 """What a contender has to prove before it is timed: that its results are right, and that they are our kernels'.
 
-Calls that the fused kernels do not take go to PyTorch's operators, silently and rightly so; a bench that did not notice
-would report PyTorch's time as moecompile's. So the names of the kernels that a call launches are compared with those
-that it cannot do without; and nobody else may launch any of them.
+Calls that the fused kernels do not take go to PyTorch's operators, rightly so; a bench that did not notice would report
+PyTorch's time as moecompile's. So the names of the kernels that a call launches are compared with those that it cannot do
+without; and nobody else may launch any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.bench_cases import FP8, FP8_EACH, OURS, STEP
+from moecompile.bench_cases import AGAIN, FP8, FP8_EACH, IN_FP8, OURS, STEP
 from moecompile.bench_timing import Contender
 
 PREFIX = "moecompile_"
@@ -41,9 +41,9 @@ class NotOursError(Exception):
 
 def kernels_of(name: str, what: str) -> tuple[str, ...]:
     """Kernels that a call of that contender launches at least, without PREFIX; none for those who are not ours."""
-    if name not in (OURS, FP8, FP8_EACH):
+    if name not in (OURS, AGAIN, *IN_FP8):
         return ()
-    key = OURS if name == OURS else FP8
+    key = FP8 if name in IN_FP8 else OURS
     quantising = ("quantize_weights",) if name == FP8_EACH else ()
     return (*quantising, *FORWARD_KERNELS[key], *(BACKWARD_KERNELS[key] if what == STEP else ()))
 

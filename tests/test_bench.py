@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moecompile import bench_baseline, bench_block, bench_cases, bench_experts, bench_gemm, bench_results
-from moecompile.bench_block import Block, entrants, forward, step
-from moecompile.bench_cases import EAGER, FP8, FP8_EACH, INDUCTOR, OURS, STEP, TINY
+from moecompile.bench_block import Block, entrants, forward, recomputing, step
+from moecompile.bench_cases import AGAIN, EAGER, FP8, FP8_AGAIN, FP8_EACH, IN_FP8, INDUCTOR, OURS, STEP, TINY
 from moecompile.bench_results import Ceilings, Results, Setting
 from moecompile.bench_timing import Absent, Contender, HostTimer
 from moecompile.commands import main
@@ -122,10 +122,12 @@ def test_a_block_and_decoding(setting: Setting, uncompiled):
     ours = next(row for row in speeds if row["contender"] == OURS)
     assert set(ours["ratios"]) == {INDUCTOR, EAGER} and ours["flops"] == 6 * 48 * 2 * 64 * 32
     for row in speeds:
-        assert row["note"] == ("emulated: no GPU" if row["contender"] in (OURS, FP8, FP8_EACH) else "")
+        assert row["note"] == ("emulated: no GPU" if row["contender"] not in (INDUCTOR, EAGER) else "")
     fp8 = {(row["section"], row["what"]) for row in speeds if row["contender"] == FP8}
     assert fp8 == {(row["section"], row["what"]) for row in speeds}
     assert {row["what"] for row in speeds if row["contender"] == FP8_EACH} == {"forward", STEP}
+    for name in (AGAIN, FP8_AGAIN):
+        assert {row["what"] for row in speeds if row["contender"] == name} == {STEP}
     kernels = [row for row in rows if row["kind"] == "kernel" and row["contender"] == OURS]
     assert {row["what"] for row in kernels} == {"forward", STEP}
     assert [row["share"] for row in kernels if row["kernel"] == "all"] == [1.0, 1.0]
@@ -152,14 +154,15 @@ def test_fp8_columns(setting: Setting, uncompiled, fp8: list[Tensor]):
 
 def test_a_wrong_result_is_a_failure_and_the_others_are_measured(setting: Setting, uncompiled, monkeypatch):
     right = bench_block.ours
-    monkeypatch.setattr(bench_block, "ours", lambda block: lambda inputs: right(block)(inputs) * 1.05)
+    monkeypatch.setattr(bench_block, "ours", lambda block, **how: lambda inputs: right(block, **how)(inputs) * 1.05)
     bench_experts.measure_block(setting, TINY)
     assert [failure.partition(" is ")[0] for failure in setting.results.failures] == [
         "tiny forward, ours BF16: WrongResultError: result",
         "tiny forward+backward, ours BF16: WrongResultError: x",
+        "tiny forward+backward, ours BF16, recomputing: WrongResultError: x",
     ]
     measured = {row.contender for row in setting.results.rows if isinstance(row, bench_results.Speed) and row.times}
-    assert measured == {INDUCTOR, EAGER, FP8, FP8_EACH}
+    assert measured == {INDUCTOR, EAGER, *IN_FP8}
 
 
 def test_peak_memory_has_gradients_and_copies_on_their_own(setting: Setting, monkeypatch, uncompiled, fp8, capsys):
@@ -174,11 +177,14 @@ def test_peak_memory_has_gradients_and_copies_on_their_own(setting: Setting, mon
         ("max_memory_allocated", lambda: next(peaks)),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    found = [step(block, *each) for each in entrants(block, quantising=True)]
+    found = [step(block, *each) for each in (*entrants(block, quantising=True), *recomputing(block))]
     bench_experts._add_memory(setting.results, block, found)
     rows = {row.contender: row for row in setting.results.rows if isinstance(row, bench_results.Memory)}
     mib = {name: (row.over / 2**20, row.copies / 2**20, row.held / 2**20) for name, row in rows.items()}
-    assert mib == {OURS: (2, 0, 0), INDUCTOR: (3, 0, 0), EAGER: (4, 0, 0), FP8: (5, 0, 1), FP8_EACH: (5, 1, 0)}
+    assert mib == {
+        OURS: (2, 0, 0), INDUCTOR: (3, 0, 0), EAGER: (4, 0, 0), FP8: (5, 0, 1), FP8_EACH: (5, 1, 0),
+        AGAIN: (7, 0, 0), FP8_AGAIN: (8, 0, 1),
+    }  # fmt: skip
     assert all(row.gradients == gradients for row in rows.values())
     assert rows[OURS].ratios == {INDUCTOR: 1.5, EAGER: 2.0}
     assert ", beside quantised weights of 0.00 GiB" in capsys.readouterr().out
