@@ -14,15 +14,16 @@ import hashlib
 import logging
 import os
 import re
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from moecompile.codegen import nvrtc
 from moecompile.codegen.instances import Instance, headers, source
+from moecompile.codegen.progress import Progress
 
 log = logging.getLogger("moecompile")
 
@@ -31,6 +32,7 @@ LIMIT = 512 * 2**20
 
 _CHECKSUM = hashlib.sha256().digest_size
 _memory: dict[Instance, bytes] = {}
+_building = threading.Lock()
 
 
 def cache_directory() -> Path:
@@ -59,23 +61,47 @@ def cubin(instance: Instance) -> bytes:
     return found
 
 
-def build(instances: Sequence[Instance]) -> None:
+def build(instances: Iterable[Instance]) -> None:
     """Makes sure that all of these are there: compiles several at a time, and says on a terminal how far it is.
 
     Raises:
-        moecompile.codegen.nvrtc.CompilerMissing, CompileError: as `cubin`.
+        moecompile.codegen.nvrtc.CompilerMissing, CompileError: as `cubin`; what waits to be compiled is given up.
     """
-    missing = [each for each in dict.fromkeys(instances) if each not in _memory and _from_disk(each) is None]
-    if len(missing) < 2:
+    with _building:  # who comes meanwhile with the same kernels finds them
+        missing = [instance for instance in dict.fromkeys(instances) if not _is_there(instance)]
+        if len(missing) > 1:
+            _build_together(missing)
         for instance in missing:
             cubin(instance)
+
+
+def _is_there(instance: Instance) -> bool:
+    if instance not in _memory and (found := _from_disk(instance)) is not None:
+        _memory[instance] = found
+    return instance in _memory
+
+
+def _build_together(missing: Sequence[Instance]) -> None:
+    pool = ThreadPoolExecutor(min(len(missing), _workers()))
+    try:
+        futures = [pool.submit(cubin, instance) for instance in missing]
+    except RuntimeError:  # the main thread has ended, and no other is to begin: one after the other, then
+        pool.shutdown()
         return
-    _show(0, len(missing), missing[0])
-    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
-        futures = {pool.submit(cubin, instance): instance for instance in missing}
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            _show(done, len(missing), futures[future] if done < len(missing) else None)
+    try:
+        with Progress("kernels", len(missing)) as progress:
+            for future in as_completed(futures):
+                future.result()
+                progress.advance()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _workers() -> int:
+    """How many kernels are compiled at a time: this process's share of the cores that it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of this machine, as torchrun says
+    return max(1, cores // max(1, int(ranks))) if ranks.isdigit() else cores
 
 
 def path(instance: Instance) -> Path:
@@ -165,15 +191,3 @@ def _prune() -> None:
         held += status.st_size
         if held > LIMIT:
             file.unlink(missing_ok=True)
-
-
-def _show(done: int, count: int, instance: Instance | None) -> None:
-    """One line on a terminal that is written over and over; nothing where nobody watches, or for a single kernel."""
-    if count < 2 or not sys.stderr.isatty():
-        return
-    width = 24
-    bar = "#" * (width * done // count)
-    what = f" {instance}"[:60] if instance is not None else ""
-    end = "\n" if done == count else ""
-    sys.stderr.write(f"\r\x1b[Kmoecompile: kernels [{bar:<{width}}] {done}/{count}{what}{end}")
-    sys.stderr.flush()

@@ -1,8 +1,8 @@
 """What a contender has to prove before it is timed: that its results are right, and that they are our kernels'.
 
 Calls that the fused kernels do not take go to PyTorch's operators, rightly so; a bench that did not notice would report
-PyTorch's time as moecompile's. So the names of the kernels that a call launches are compared with those that it cannot do
-without; and nobody else may launch any of them.
+PyTorch's time as moecompile's. So the names of the kernels that a call launches are compared with those that it cannot
+do without; and nobody else may launch any of them.
 """
 
 from __future__ import annotations

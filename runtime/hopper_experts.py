@@ -41,8 +41,8 @@ def takes(args: Arguments) -> bool:
 
 
 def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
-    """The result, (T, H2), and GEMM1's rows if they are to be saved, (T*K, N); anything beyond offsets[-1]."""
-    steps = _steps(args, save)
+    """Of training: the result, (T, H2), and to save GEMM1's rows, (T*K, N); anything beyond offsets[-1]."""
+    steps = _steps(args, save, train=True)
     return steps.run(), steps.saved[0] if save else None
 
 
@@ -54,20 +54,21 @@ def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any])
 
 def infer(args: Arguments, tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor:
     """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
-    steps = _steps(args, save=False)
+    steps = _steps(args, save=False, train=False)
     result = steps.run()
     if tells_apart(tensors, attributes):
         EXPERTS.put(signature(tensors, *attributes.items()), steps.remembered(tensors))
     return result
 
 
-def _steps(args: Arguments, save: bool) -> Steps:
+def _steps(args: Arguments, save: bool, train: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
     x, weights, offsets, slots, _, *_, b_in, _, b_out = conformed
     projection, w_out = _projection(args, b_in), _out_matrices(args)
-    hopper_kernels.compile_together(hopper_kernels.of_experts(args, projection, w_out, save))
+    named = functools.partial(hopper_kernels.of_experts, args, projection, w_out, train)
+    hopper_kernels.compile_together(args, train, "16 bits", named)
     rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
     hidden = x.new_empty(args.rows, args.width) if save else None
     y = x.new_empty(args.rows, args.out_features)
@@ -101,7 +102,6 @@ def hidden_rows(args: Arguments) -> Tensor:
     """GEMM1's rows (T*K, N) once more, as `forward` computes and saves them; anything beyond offsets[-1]."""
     b_in = args.b_in if args.b_in is None or args.gate_up != "halves" else _halved(args.b_in)
     projection, rows = _projection(args, b_in), _dispatched(args, args.x)
-    hopper_kernels.compile_together(hopper_kernels.of_experts(args, projection, _out_matrices(args), True))
     a, hidden = rows.new_empty(args.rows, args.intermediate), rows.new_empty(args.rows, args.width)
     _gemm1_launch(args, rows, projection, a, hidden, _weights(args)).run()
     return hidden

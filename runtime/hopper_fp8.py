@@ -16,12 +16,12 @@ PyTorch's operators (`moecompile.runtime.fp8_reference`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import Dispatch
 from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights
@@ -49,7 +49,7 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
 
 def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
     """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
-    steps = _steps(args, quantized, save)
+    steps = _steps(args, quantized, save, train=True)
     return steps.run(), list(steps.saved) if save else None
 
 
@@ -66,7 +66,7 @@ def infer(
     args: Arguments, tensors: Sequence[Tensor | None], quantized: Sequence[Tensor], attributes: Mapping[str, Any]
 ) -> Tensor:
     """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
-    steps, given = _steps(args, quantized, save=False), _given(tensors, quantized)
+    steps, given = _steps(args, quantized, save=False, train=False), _given(tensors, quantized)
     result = steps.run()
     if tells_apart(given, attributes):
         EXPERTS.put(signature(given, *attributes.items()), steps.remembered(given))
@@ -78,14 +78,14 @@ def _given(tensors: Sequence[Tensor | None], quantized: Sequence[Tensor]) -> tup
     return (*tensors, *ABSENT[len(tensors) :], *quantized)
 
 
-def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool) -> Steps:
+def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool, train: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
     x, weights, offsets, slots, _, *_, b_in, b_up, b_out = conformed
     (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
     keep = save and not args.recompute
-    hopper_kernels.compile_together(hopper_kernels.of_experts_in_fp8(args, keep))
+    hopper_kernels.compile_together(args, train, "fp8", partial(hopper_kernels.of_experts_in_fp8, args, train))
     dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
     tokens = _room_for(x) if save else None
     hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
@@ -119,7 +119,6 @@ def _gemm1_launch(
 
 def _hidden_rows(args: Arguments, w_in: Matrices, x: Tensor, x_scales: Tensor) -> QuantizedRows:
     """GEMM1's rows once more, as `forward` computes and saves them, of tokens (T, H) and their scales (T, H / 128)."""
-    hopper_kernels.compile_together((Dispatch(), *hopper_kernels.of_experts_in_fp8(args, True)))
     rows = QuantizedRows.empty(x, args.rows, args.features)
     hopper_routing.dispatch(x, args.slots.contiguous(), rows.values)
     token = (args.order // args.slots.shape[1]).clamp(min=0)  # any for a row without an expert

@@ -169,7 +169,7 @@ def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transp
     """
     experts, m, n = like.shape[0], a.values.shape[0], b.values.shape[0]
     expected = torch.empty_like(like, device="meta")
-    turned = is_turned(expected, transposed)
+    turned = is_turned(like, transposed)
     instance = outer_instance(n, turned)
     out = like.new_empty((experts, n, m) if turned else (experts, m, n))
     written = (_mapped(out, TURNED_BOX), n) if turned else (_written(out.view(experts * m, n)), None)
@@ -202,7 +202,8 @@ def outer_instance(n: int, turned: bool) -> GroupedGemm:
 
 def is_turned(like: Tensor, transposed: bool) -> bool:
     """Whether memory of such a gradient, (E, out, in) or, transposed, (E, in, out), runs along features out."""
-    return transposed != (like.mT.is_contiguous() and not like.is_contiguous())
+    expected = torch.empty_like(like, device="meta")
+    return transposed != (expected.mT.is_contiguous() and not expected.is_contiguous())
 
 
 def _scales(a: QuantizedRows) -> Mapped:

@@ -1,40 +1,55 @@
-"""Which kernels a block of experts will launch, so that they are compiled together and not one by one when first met.
+"""Which kernels the experts of a block will launch, so that they are compiled together and not one by one.
 
-To name one that is not launched costs its compilation; one that is not named is compiled when it is launched.
+To name one that is not launched costs its compilation; one that is not named is compiled when it is launched, as are
+those of `plan` and of `quantize_weights`, which come before the experts.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 from torch import Tensor
 
 from moecompile.codegen import cubins
 from moecompile.codegen.instances import Combine, Dispatch, Instance, PadOffsets, QuantizeRows, TransposeRows
 from moecompile.runtime import hopper, hopper_fp8_gemm
-from moecompile.runtime.contract import Arguments, weighting
+from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, weighting
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper import Projection
+from moecompile.runtime.remembered import Memory
+
+THERE: Memory[bool] = Memory()
+"""The calls whose kernels have been compiled, by what decides which those are."""
 
 
-@functools.lru_cache(maxsize=1024)
-def compile_together(instances: tuple[Instance, ...]) -> None:
-    """Compiles those that are not there yet, several at a time; shows how far it is on a terminal."""
-    cubins.build(instances)
+def compile_together(args: Arguments, train: bool, precision: str, named: Callable[[], list[Instance]]) -> None:
+    """Compiles the kernels that are named for such a call, unless a call like it has done so."""
+    key = (
+        *(_layout(getattr(args, name)) for name in DIFFERENTIABLE),
+        *(args.rows, args.activation, args.gate_up, args.output, args.w_in_transposed, args.w_out_transposed),
+        *(args.out_dtype, args.recompute, train, precision),
+    )
+    if THERE.get(key) is None:
+        cubins.build(named())
+        THERE.put(key, True)
 
 
-def of_experts(args: Arguments, projection: Projection, w_out: Tensor, save: bool) -> tuple[Instance, ...]:
-    """Those of `moecompile.runtime.hopper_experts`; with `save`, of the backward too. w_out is (E, I, H2)."""
+def _layout(tensor: Tensor | None) -> object:
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bool) -> list[Instance]:
+    """Those of `moecompile.runtime.hopper_experts`; to train, of the backward too. w_out is (E, I, H2)."""
     dtype, rows, experts = args.dtypes.row, args.rows, args.num_experts
     name, result = dtype_name(dtype), dtype_name(args.dtypes.result)
     plain = hopper.choose(dtype, rows, experts, args.out_features, args.intermediate, hopper.is_transposed(w_out))
     found: list[Instance] = [
         Dispatch(),
-        hopper.activated_instance(dtype, rows, projection, args.activation, save),
+        *(hopper.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)),
         hopper.with_bias(plain, args.b_out is not None),
         Combine(name, result, args.output),
     ]
-    if save:
+    if train:
         sizes, w_in = (args.features, args.intermediate, args.width, args.out_features), projection.matrices[0]
         k = args.intermediate if args.gate_up == "separate" else args.width
         found += [
@@ -43,35 +58,40 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, save: boo
             *(hopper.choose(dtype, m, experts, n, rows, True, over_rows=True) for m in sizes for n in sizes),
             Combine(name, name, "out"),
         ]
-    return tuple(dict.fromkeys(found))
+    return found
 
 
-def of_experts_in_fp8(args: Arguments, save: bool) -> tuple[Instance, ...]:
-    """Those of `moecompile.runtime.hopper_fp8`; with `save`, of the backward too."""
-    gate_up = "single" if args.gate_up == "single" else "halves"
-    result = dtype_name(args.dtypes.result)
+def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
+    """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too."""
+    gate_up, biased = "single" if args.gate_up == "single" else "halves", args.b_in is not None
+    result, saves = dtype_name(args.dtypes.result), _saves(args, train)
     found: list[Instance] = [
         QuantizeRows("bfloat16"),
-        hopper_fp8_gemm.activated_instance(args.activation, gate_up, save, args.b_in is not None),
+        *(hopper_fp8_gemm.activated_instance(args.activation, gate_up, save, biased) for save in saves),
         hopper_fp8_gemm.product_instance(args.out_features, args.b_out is not None),
         Combine("bfloat16", result, args.output),
     ]
-    if save:
+    if train:
+        turned_in, turned_out = (
+            hopper_fp8_gemm.is_turned(matrices, transposed)
+            for matrices, transposed in ((args.w_in, args.w_in_transposed), (args.w_out, args.w_out_transposed))
+        )
         found += [
+            *([Dispatch()] if args.recompute else []),
             hopper_fp8_gemm.backward_instance(args.activation, gate_up, _scales_output(args)),
             hopper_fp8_gemm.product_instance(args.features, False),
             PadOffsets(),
-            TransposeRows(True, True),
-            TransposeRows(True, False),
-            TransposeRows(False, True),
-            TransposeRows(False, False),
-            hopper_fp8_gemm.outer_instance(
-                args.intermediate, hopper_fp8_gemm.is_turned(args.w_out, args.w_out_transposed)
-            ),
-            hopper_fp8_gemm.outer_instance(args.features, hopper_fp8_gemm.is_turned(args.w_in, args.w_in_transposed)),
+            *(TransposeRows(gathered, per_column) for gathered in (True, False) for per_column in (True, False)),
+            hopper_fp8_gemm.outer_instance(args.intermediate, turned_out),
+            hopper_fp8_gemm.outer_instance(args.features, turned_in),
             Combine("bfloat16", "bfloat16", "out"),
         ]
-    return tuple(dict.fromkeys(found))
+    return found
+
+
+def _saves(args: Arguments, train: bool) -> list[bool]:
+    """Whether GEMM1 saves its rows: in the forward, and in the backward if it computes them again."""
+    return [False, True] if train and args.recompute else [train]
 
 
 def _scales_output(args: Arguments) -> bool:

@@ -92,10 +92,10 @@ def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[b
     arguments.check_backward(grad, hidden)
     with exact(grad):
         fused = _fused(arguments)
-        if arguments.recompute:
-            hidden = reference.hidden_rows(arguments) if fused is None else fused.hidden_rows(arguments)
-        run = backward.experts_backward if fused is None else fused.backward
-        grads = run(arguments, grad, hidden, frozenset(names))
+        again, run = reference.hidden_rows, backward.experts_backward
+        if fused is not None:
+            again, run = fused.hidden_rows, fused.backward
+        grads = run(arguments, grad, again(arguments) if arguments.recompute else hidden, frozenset(names))
     return [grads[name] for name in names]
 
 

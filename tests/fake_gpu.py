@@ -30,6 +30,7 @@ from moecompile.runtime import (
     launch,
 )
 from moecompile.runtime.launch import Kernel
+from moecompile.runtime.remembered import Memory
 
 STREAM = 77
 MAKING = {hopper_experts: ("_float32", "_halved", "_lines"), hopper_fp8: ("_float32", "_lines")}
@@ -177,7 +178,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         patched.setattr(launch, "tensor_map", gpu.tensor_map)
         for module in (hopper, hopper_quantize, hopper_routing):
             patched.setattr(module, "load", _load)
-        patched.setattr(hopper_kernels, "compile_together", gpu.announced.update)
+        patched.setattr(hopper_kernels.cubins, "build", gpu.announced.update)
+        patched.setattr(hopper_kernels, "THERE", Memory())
         patched.setattr(hopper, "serves", lambda device: True)
         patched.setattr(kernels, "_fused_module", lambda device: hopper_experts)
         patched.setattr(fp8_experts, "_hopper", lambda device: hopper_fp8)

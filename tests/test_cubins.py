@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,6 +135,66 @@ def test_progress_is_for_terminals_and_several_kernels(
     assert "1/2" in shown and "2/2" in shown and shown.endswith("\n")
     cubins.build([SMALL, OTHER])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "writes only", "another rank"])
+def test_nobody_watches(stream: str, builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if stream == "none":
+        monkeypatch.setattr(sys, "stderr", None)
+    elif stream == "another rank":
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: pytest.fail("it does not matter"))
+    else:
+        closed = io.StringIO()
+        closed.close()
+        only = SimpleNamespace(write=len, flush=lambda: None)
+        monkeypatch.setattr(sys, "stderr", closed if stream == "closed" else only)
+    cubins.build([SMALL, OTHER])
+    assert set(builds) == {repr(SMALL), repr(OTHER)}
+
+
+def test_the_first_error_ends_a_build(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels, begun = [GroupedGemm("bfloat16", 128, stages) for stages in range(2, 7)], list[str]()
+
+    def compile_source(source: str, headers: object, what: str) -> nvrtc.Compiled:
+        begun.append(what)
+        if what == repr(kernels[0]):
+            raise nvrtc.CompileError(what)
+        time.sleep(0.2)
+        return nvrtc.Compiled(b"code", "")
+
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    monkeypatch.setattr(cubins, "_workers", lambda: 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with pytest.raises(nvrtc.CompileError):
+        cubins.build(kernels)
+    assert len(begun) <= 2, "what waits is given up"
+    assert capsys.readouterr().err.endswith("0/5\n")
+
+
+def test_two_threads_compile_a_kernel_once(builds: list[str]) -> None:
+    threads = [threading.Thread(target=cubins.build, args=([SMALL, OTHER],)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(builds) == sorted([repr(SMALL), repr(OTHER)])
+
+
+def test_the_last_thread_compiles_too(folder: Path) -> None:
+    script = (
+        "import threading, time\nfrom moecompile.codegen import cubins\n"
+        "from moecompile.codegen.instances import GroupedGemm, Plain\n"
+        "def late():\n"
+        "    threading.main_thread().join()\n    time.sleep(0.2)\n"
+        f"    cubins.build([{SMALL!r}, {OTHER!r}])\n"
+        "threading.Thread(target=late).start()\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
+    assert not found.stderr
+    assert {file.name for file in folder.iterdir()} == {cubins.path(each).name for each in (SMALL, OTHER)}
 
 
 def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 
 import fake_gpu
 from fake_gpu import FakeGpu
+from moecompile.codegen.instances import QuantizeWeights
+from moecompile.codegen.nvrtc import CompileError
 from moecompile.runtime import hopper_kernels
 from moecompile.runtime.contract import TENSORS
 from remembered_calls import FORMS, call_of
@@ -21,8 +23,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         yield installed
 
 
-def step(arguments: dict[str, Any], fp8: bool, train: bool) -> None:
-    """One call of the operator and, in training, of its backward."""
+def forward(arguments: dict[str, Any], fp8: bool, train: bool) -> torch.Tensor:
+    """One call of the operator."""
     tensors = [arguments[name] for name in TENSORS]
     attributes = {name: value for name, value in arguments.items() if name not in TENSORS}
     if fp8:
@@ -35,37 +37,78 @@ def step(arguments: dict[str, Any], fp8: bool, train: bool) -> None:
         attributes["quantized"] = [*of_in, *of_out]
     operator = torch.ops.moecompile.experts_fp8 if fp8 else torch.ops.moecompile.experts
     with torch.set_grad_enabled(train):
-        result = operator(*tensors, **attributes)
-    if train:
-        given = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-        torch.autograd.grad(result, given, torch.zeros_like(result))
+        return operator(*tensors, **attributes)
 
 
-@pytest.mark.parametrize("train", ["inference", "training", "recompute"])
+def backward(arguments: dict[str, Any], result: torch.Tensor) -> None:
+    tensors = [arguments[name] for name in TENSORS]
+    given = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    torch.autograd.grad(result, given, torch.zeros_like(result))
+
+
+def trained(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, all of which get gradients."""
+    for tensor in arguments.values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor.requires_grad_()
+    return arguments
+
+
+def launched(gpu: FakeGpu) -> set[Any]:
+    """The kernels that ran, but those that quantise the weights, which come before."""
+    return {each.instance for each in gpu.taken() if not isinstance(each.instance, QuantizeWeights)}
+
+
+def part_of(matrices: torch.Tensor) -> torch.Tensor:
+    """The same matrices, each turned in memory, with a gap behind each line."""
+    wide = torch.cat((matrices.mT, matrices.mT), 2).contiguous()
+    return wide[:, :, : matrices.shape[1]].mT
+
+
+@pytest.mark.parametrize("way", ["inference", "training", "recompute"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("hidden", "inner", "tokens"), [(64, 32, 3), (384, 272, 700)], ids=["small", "large"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "views"])
 def test_what_is_launched_was_said(
-    form: str, hidden: int, inner: int, tokens: int, fp8: bool, train: str, gpu: FakeGpu
+    form: str, hidden: int, inner: int, tokens: int, fp8: bool, way: str, gpu: FakeGpu
 ) -> None:
-    arguments = call_of(form, hidden, inner, tokens)
-    if train == "recompute":
+    arguments = call_of("halves" if form == "views" else form, hidden, inner, tokens)
+    if form == "views":
+        arguments |= {name: part_of(arguments[name]) for name in ("w_in", "w_out")}
+    if way == "recompute":
         arguments["recompute"] = True
-    if train != "inference":
-        for tensor in arguments.values():
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                tensor.requires_grad_()
-    step(arguments, fp8, train != "inference")
-    launched = {each.instance for each in gpu.taken() if "QuantizeWeights" not in repr(each.instance)}
-    assert launched and launched <= gpu.announced, launched - gpu.announced
-    assert len(gpu.announced - launched) <= 2, "compiled for nothing"
+    result = forward(arguments if way == "inference" else trained(arguments), fp8, way != "inference")
+    said = frozenset(gpu.announced)
+    if way != "inference":
+        backward(arguments, result)
+    ran = launched(gpu)
+    assert ran and ran <= said, ran - said
+    assert gpu.announced == said, "compiled in a second round"
+    assert len(said - ran) <= 2, "compiled for nothing"
 
 
-def test_those_of_one_block_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[Any] = []
-    monkeypatch.setattr(hopper_kernels.cubins, "build", built.append)
-    hopper_kernels.compile_together.cache_clear()
-    for _ in range(3):
-        hopper_kernels.compile_together(("one", "two"))
-    assert built == [("one", "two")]
-    hopper_kernels.compile_together.cache_clear()
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_kernels_are_named_once_for_calls_alike(fp8: bool, gpu: FakeGpu) -> None:
+    arguments = trained(call_of("halves", 64, 32))
+    forward(arguments, fp8, train=True)
+    assert gpu.announced
+    gpu.announced.clear()
+    forward(arguments, fp8, train=True)
+    forward(trained(call_of("halves", 64, 32)), fp8, train=True)
+    assert not gpu.announced
+    forward(trained(call_of("single", 64, 32)), fp8, train=True)
+    assert gpu.announced
+
+
+def test_what_could_not_be_compiled_is_tried_again(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(instances: object) -> None:
+        raise CompileError("a kernel")
+
+    arguments = call_of("halves", 64, 32)
+    with monkeypatch.context() as patched:
+        patched.setattr(hopper_kernels.cubins, "build", fails)
+        for _ in range(2):
+            with pytest.raises(CompileError):
+                forward(arguments, False, train=False)
+    forward(arguments, False, train=False)
+    assert launched(gpu) <= gpu.announced
