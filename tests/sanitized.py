@@ -1,0 +1,49 @@
+"""Every kind of kernel on small blocks of experts, for compute-sanitizer, which is too slow for the tests themselves:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitized.py
+    compute-sanitizer --tool racecheck python tests/sanitized.py bf16
+    compute-sanitizer --tool racecheck python tests/sanitized.py fp8
+
+(PyTorch's allocator puts tensors side by side into large pieces of memory, of which memcheck sees the ends alone.)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from gpu_blocks import GPT_OSS, Block, run
+from moecompile import bench_proof
+from moecompile.runtime import hopper_experts, hopper_fp8
+
+CAST = "mul(out, cast(weight, bfloat16))"
+BLOCKS = (
+    Block("halves", tokens=300, top_k=2, experts=3, weight_dtype=torch.float32, output=CAST),
+    Block("separate, biases", tokens=70, top_k=2, experts=3, gate_up="separate", biases=True, dropped=True),
+    Block("single", tokens=70, top_k=2, experts=3, gate_up="single", activation="square(relu(hidden))"),
+    Block(
+        "gpt-oss", tokens=70, top_k=2, experts=3, gate_up="interleaved", activation=GPT_OSS, in_transposed=True,
+        out_transposed=True, biases=True, hidden=208, inner=176,
+    ),
+)  # fmt: skip
+
+
+def main(precisions: list[str]) -> None:
+    """A forward and a backward of each block in each precision, twice, with saved rows and with none."""
+    with bench_proof.launched() as names:
+        for precision in precisions:
+            for block in BLOCKS:
+                tensors = block.tensors()
+                record, fp8 = block.record(tensors), precision == "fp8"
+                taken = hopper_fp8.takes(record, block.quantized(tensors)) if fp8 else hopper_experts.takes(record)
+                assert taken, f"{block.name}: the kernels were to compute this"
+                for recompute in (False, True):
+                    found = run(block, tensors, fp8=fp8, recompute=recompute)
+                    assert all(value.isfinite().all() for value in found.all().values()), block.name
+    torch.cuda.synchronize()
+    print(f"{len(names)} launches of {len(set(names))} kernels: {', '.join(sorted(set(names)))}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["bf16", "fp8"])
