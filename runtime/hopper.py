@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen import nvrtc
-from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain
+from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Launch, Mapped, Value, boxes_of, load
 

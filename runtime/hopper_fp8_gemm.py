@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plain, Turned
+from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
 from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _mapped, _pair, _prepared, _written, choose
 from moecompile.runtime.hopper_quantize import E4M3, Matrices, QuantizedRows
 from moecompile.runtime.launch import Launch, Mapped

@@ -15,7 +15,8 @@ from moecompile.bench_cases import EAGER, FORWARD, FP8, FP8_EACH, INDUCTOR, OURS
 from moecompile.bench_proof import FORWARD_KERNELS, PREFIX, NotOursError, kernels_of, launched, prove, require
 from moecompile.bench_timing import Contender
 from moecompile.codegen import instances
-from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, Plan, Turned
+from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
+from moecompile.codegen.instances import Plan
 from moecompile.runtime import hopper_experts, launch
 
 
@@ -78,7 +79,7 @@ def test_they_are_the_names_of_kernels():
         GroupedGemm("bfloat16", 256, 4, 2, over_rows=over_rows, epilogue=epilogue)
         for over_rows in (False, True)
         for epilogue in (
-            instances.Plain(),
+            Plain(),
             Turned(),
             Activated(activation, "halves"),
             ActivationBackward(activation, "halves", True),

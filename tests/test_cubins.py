@@ -16,7 +16,7 @@ import pytest
 
 import sass
 from moecompile.codegen import cubins, nvrtc
-from moecompile.codegen.instances import GroupedGemm
+from moecompile.codegen.gemms import GroupedGemm
 
 sass.require_compiler()
 
@@ -51,7 +51,7 @@ def forget() -> None:
 def test_a_kernel_is_compiled_once_for_all_processes(folder: Path) -> None:
     script = (
         "import hashlib\nfrom moecompile.codegen import cubins\n"
-        "from moecompile.codegen.instances import GroupedGemm, Plain\n"
+        "from moecompile.codegen.gemms import GroupedGemm, Plain\n"
         f"print(hashlib.sha256(cubins.cubin({SMALL!r})).hexdigest())"
     )
     running = [
@@ -186,7 +186,7 @@ def test_two_threads_compile_a_kernel_once(builds: list[str]) -> None:
 def test_the_last_thread_compiles_too(folder: Path) -> None:
     script = (
         "import threading, time\nfrom moecompile.codegen import cubins\n"
-        "from moecompile.codegen.instances import GroupedGemm, Plain\n"
+        "from moecompile.codegen.gemms import GroupedGemm, Plain\n"
         "def late():\n"
         "    threading.main_thread().join()\n    time.sleep(0.2)\n"
         f"    cubins.build([{SMALL!r}, {OTHER!r}])\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import GroupedGemm
+from moecompile.codegen.gemms import GroupedGemm
 from moecompile.runtime import hopper
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):

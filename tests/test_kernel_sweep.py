@@ -17,7 +17,8 @@ import torch
 
 import sass
 from moecompile.codegen import cubins
-from moecompile.codegen.instances import Activated, ActivationBackward, GroupedGemm, PadOffsets
+from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm
+from moecompile.codegen.instances import PadOffsets
 from moecompile.runtime import hopper
 from surveyed_activations import SURVEY, Surveyed, collected
 from verdicts import judged

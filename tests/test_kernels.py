@@ -10,20 +10,16 @@ import pytest
 
 import sass
 from moecompile.codegen import instances, nvrtc
+from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
-    Activated,
-    ActivationBackward,
     Combine,
     Dispatch,
-    GroupedGemm,
     Instance,
     PadOffsets,
-    Plain,
     Plan,
     QuantizeRows,
     QuantizeWeights,
     TransposeRows,
-    Turned,
     source,
 )
 from verdicts import judged

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import fake_gpu
 from fake_gpu import FakeGpu, Launched
-from moecompile.codegen.instances import Combine, GroupedGemm, QuantizeRows
+from moecompile.codegen.gemms import GroupedGemm
+from moecompile.codegen.instances import Combine, QuantizeRows
 from moecompile.runtime import hopper_fp8
 from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.quantize import blocks_in

@@ -1,0 +1,166 @@
+"""Grouped GEMMs, and what becomes of their products, as records (`moecompile.codegen.instances`).
+
+    GroupedGemm(input="bfloat16", columns=256, stages=4, cluster=2)
+        GroupedGemm<wgmma::Bf16, 256, 4, 2, false, false, Plain<...>> of kernels/grouped_gemm.cuh
+
+An epilogue belongs to a GEMM, whose record decides its type in C++.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moecompile.codegen.activation import print_struct
+from moecompile.codegen.expression import leaves, parse
+from moecompile.codegen.instances import INPUTS, instantiation
+
+SHARED_LIMIT = 232448
+"""Bytes of shared memory that one block may have."""
+VALUE = INPUTS["bfloat16"]
+"""What products of FP8 are rounded to before they are activated and quantised."""
+LAYOUTS = {"single": "SINGLE", "halves": "HALVES", "separate": "HALVES", "interleaved": "INTERLEAVED"}
+"""How gate and up projection lie among GEMM1's columns: of `gate_up`, the kernels' name."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The products as they are, plus a bias of each expert."""
+
+    bias: bool = False
+
+    suffix: ClassVar[str] = ""
+    definitions: ClassVar[str] = ""
+
+    def template(self, gemm: GroupedGemm) -> str:
+        """The C++ type."""
+        return instantiation("Plain", INPUTS[gemm.input], gemm.columns, self.bias, min(gemm.columns // 64, gemm.room))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The gradient of the matrices, transposed."""
+
+    suffix: ClassVar[str] = "_transposed"
+    definitions: ClassVar[str] = ""
+
+    def template(self, gemm: GroupedGemm) -> str:
+        """The C++ type."""
+        return instantiation("Turned", INPUTS[gemm.input], gemm.columns, min(gemm.columns // 64, gemm.room))
+
+
+@dataclass(frozen=True)
+class Activated:
+    """GEMM1's rows, with their bias, through the activation.
+
+    Attributes:
+        activation: an expression of `gate` and `up`, or of `hidden`; it may read `weight`.
+        gate_up: one of LAYOUTS.
+        save: whether the rows themselves are written, too.
+        bias: whether there is one.
+    """
+
+    activation: str
+    gate_up: str
+    save: bool = False
+    bias: bool = False
+
+    suffix: ClassVar[str] = "_activated"
+
+    @property
+    def definitions(self) -> str:
+        """The activation as C++."""
+        return print_struct("Activation", self.activation, _reads(self.gate_up))
+
+    def template(self, gemm: GroupedGemm) -> str:
+        """The C++ type."""
+        given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", self.save, self.bias)
+        name, value = ("QuantizedActivated", VALUE) if gemm.quantized else ("Activated", INPUTS[gemm.input])
+        return instantiation(name, value, gemm.columns, *given, "weight" in leaves(parse(self.activation)))
+
+
+@dataclass(frozen=True)
+class ActivationBackward:
+    """Back through GEMM2, the routing weight and the activation, from GEMM1's saved rows.
+
+    Attributes:
+        activation: as of `Activated`.
+        gate_up: one of LAYOUTS.
+        scaled: whether the output multiplies by the routing weight.
+    """
+
+    activation: str
+    gate_up: str
+    scaled: bool = True
+
+    suffix: ClassVar[str] = "_activation_backward"
+
+    @property
+    def definitions(self) -> str:
+        """The activation as C++."""
+        return print_struct("Activation", self.activation, _reads(self.gate_up))
+
+    def template(self, gemm: GroupedGemm) -> str:
+        """The C++ type."""
+        read = "weight" in leaves(parse(self.activation))
+        given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", read, self.scaled)
+        name, value = (
+            ("QuantizedActivationBackward", VALUE) if gemm.quantized else ("ActivationBackward", INPUTS[gemm.input])
+        )
+        return instantiation(name, value, gemm.columns, *given)
+
+
+@dataclass(frozen=True)
+class GroupedGemm:
+    """Rows grouped by expert times their expert's matrix, or, summed over an expert's rows, times other rows.
+
+    Attributes:
+        input: what is multiplied, one of INPUTS.
+        columns: of a tile of the result; its rows are 128.
+        stages: of the ring in shared memory through which the operands pass.
+        cluster: how many blocks share an expert's matrix.
+        transposed: whether the matrices are (E, K, N) and not (E, N, K); 16-bit inputs only.
+        over_rows: whether the product is that of rows with rows, the gradient of the matrices; 16-bit inputs are
+            transposed then, too.
+        epilogue: what becomes of the products.
+    """
+
+    input: str
+    columns: int
+    stages: int
+    cluster: int = 1
+    transposed: bool = False
+    over_rows: bool = False
+    epilogue: Plain | Turned | Activated | ActivationBackward = Plain()
+
+    header: ClassVar[str] = "grouped_gemm.cuh"
+
+    @property
+    def name(self) -> str:
+        """What profilers call it."""
+        return f"moecompile_grouped_gemm{'_over_rows' if self.over_rows else ''}{self.epilogue.suffix}"
+
+    @property
+    def definitions(self) -> str:
+        """The epilogue's."""
+        return self.epilogue.definitions
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows)
+        return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operands have scales."""
+        return self.input == "float8_e4m3fn"
+
+    @property
+    def room(self) -> int:
+        """Boxes of 16 x 64 results for each of eight warps that fit beside the ring, which holds lines of 128 bytes."""
+        return (SHARED_LIMIT - 3072 - self.stages * (128 + self.columns) * 128) // (8 * 2048)
+
+
+def _reads(gate_up: str) -> tuple[str, ...]:
+    return ("hidden", "weight") if gate_up == "single" else ("gate", "up", "weight")
