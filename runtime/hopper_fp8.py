@@ -25,9 +25,10 @@ from torch import Tensor
 from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights
-from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows, blocks_of, padded
+from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.launch import Launch
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
 EXPERTS: Memory[Remembered] = Memory()
@@ -89,7 +90,7 @@ def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool, train: bool
     dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
     tokens = _room_for(x) if save else None
     hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
-    a = QuantizedRows.empty(x, args.rows, padded(args.intermediate))
+    a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
     launches = [
@@ -125,7 +126,7 @@ def _hidden_rows(args: Arguments, w_in: Matrices, x: Tensor, x_scales: Tensor) -
     rows.scales[:, : args.rows] = x_scales.index_select(0, token).t()
     b_in = None if args.b_in is None else _BIASES.get(args.gate_up, _lines)(args.b_in)
     b_up = None if args.b_up is None else _lines(args.b_up)
-    a = QuantizedRows.empty(x, args.rows, padded(args.intermediate))
+    a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
     hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1])
     _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, _weights(args)).run()
     return hidden
@@ -253,8 +254,8 @@ class _Backward:
         args, inner = self.args, self.args.intermediate
         rows, width = of_hidden.values.shape
         scales = of_hidden.scales[:, :rows].t().unsqueeze(2)
-        wide = (of_hidden.values.to(torch.float32).view(rows, -1, hopper_quantize.BLOCK) * scales).view(rows, width)
-        halves = [wide[:, start : start + inner] for start in range(0, width, padded(inner))]
+        wide = (of_hidden.values.to(torch.float32).view(rows, -1, BLOCK) * scales).view(rows, width)
+        halves = [wide[:, start : start + inner] for start in range(0, width, pad(inner))]
         if args.gate_up in ("halves", "interleaved"):
             joined = torch.cat(halves, 1) if args.gate_up == "halves" else torch.stack(halves, 2).flatten(1)
             halves = [joined]
@@ -265,8 +266,8 @@ class _Backward:
 
 def _room_for(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Values (T, F) and scales (T, ceil(F / 128)) to quantise the tokens into."""
-    scales = tokens.new_empty(tokens.shape[0], blocks_of(tokens.shape[1]), dtype=torch.float32)
-    return tokens.new_empty(tokens.shape, dtype=hopper_quantize.E4M3), scales
+    scales = tokens.new_empty(tokens.shape[0], blocks_in(tokens.shape[1], BLOCK), dtype=torch.float32)
+    return tokens.new_empty(tokens.shape, dtype=E4M3), scales
 
 
 def _matrices(quantized: Sequence[Tensor]) -> tuple[Matrices, Matrices, Matrices, Matrices]:

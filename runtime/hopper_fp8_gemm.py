@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
 from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _mapped, _pair, _prepared, _written, choose
-from moecompile.runtime.hopper_quantize import E4M3, Matrices, QuantizedRows
+from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.launch import Launch, Mapped
+from moecompile.runtime.quantize import E4M3
 
 WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
 TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once

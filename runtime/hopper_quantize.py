@@ -14,22 +14,10 @@ from moecompile.codegen.instances import PadOffsets, QuantizeRows, QuantizeWeigh
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.launch import Launch, load
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 
-BLOCK = 128
-"""Columns, or rows and columns, that share a scale."""
-E4M3 = torch.float8_e4m3fn
 SPLITS = 8
 """Blocks of threads that share a block of rows to transpose: enough for the GPU, few enough to look it up seldom."""
-
-
-def blocks_of(size: int) -> int:
-    """Scale blocks that hold so many elements."""
-    return -(-size // BLOCK)
-
-
-def padded(size: int) -> int:
-    """The size in whole scale blocks."""
-    return blocks_of(size) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class QuantizedRows:
     def empty(cls, like: Tensor, rows: int, columns: int) -> QuantizedRows:
         """Room for so many, on the device of `like`."""
         values = like.new_empty(rows, columns, dtype=E4M3)
-        return cls(values, like.new_empty(blocks_of(columns), -(-rows // 4) * 4, dtype=torch.float32))
+        return cls(values, like.new_empty(blocks_in(columns, BLOCK), -(-rows // 4) * 4, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
@@ -101,7 +89,7 @@ def quantize_weights(
         halves = [half.contiguous() for half in halves]
     experts, rows, columns = halves[0].shape
     split = (1, len(halves)) if along_columns else (len(halves), 1)
-    all_rows, all_columns = split[0] * padded(rows), split[1] * padded(columns)
+    all_rows, all_columns = split[0] * pad(rows), split[1] * pad(columns)
     same = w.new_empty(experts, all_rows, all_columns, dtype=E4M3)
     turned = w.new_empty(experts, all_columns, all_rows, dtype=E4M3)
     scales = w.new_empty(experts, all_rows // BLOCK, all_columns // BLOCK, dtype=torch.float32)
@@ -191,11 +179,11 @@ def transpose_rows(
     """
     columns, experts = values.shape[1], offsets.shape[0]
     row_blocks = max(1, (order.shape[0] + (BLOCK - 1) * experts) // BLOCK)
-    half, kept = (columns, columns) if features is None else (padded(features), features)
+    half, kept = (columns, columns) if features is None else (pad(features), features)
     lines = columns // half * kept
     step, second = (2, 1) if interleaved else (1, kept)
     out = values.new_empty(lines, row_blocks * BLOCK)
-    size = (row_blocks, lines) if per_column else (blocks_of(columns), row_blocks)
+    size = (row_blocks, lines) if per_column else (blocks_in(columns, BLOCK), row_blocks)
     out_scales = scales.new_empty(size)
     kernel = load(TransposeRows(top_k is not None, per_column), values.device.index)
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
@@ -203,5 +191,5 @@ def transpose_rows(
         values, scales, order, offsets, ends, out, out_scales, *strides,
         experts, top_k or 1, columns, row_blocks, out_scales.shape[1], half, kept, step, second,
     )  # fmt: skip
-    kernel.launch(row_blocks * min(SPLITS, blocks_of(columns)), arguments)
+    kernel.launch(row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments)
     return QuantizedRows(out, out_scales)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fences import fenced
 from moecompile.runtime import hopper_fp8_gemm, hopper_quantize, quantize
-from moecompile.runtime.hopper_quantize import BLOCK, Matrices, QuantizedRows
-from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE
+from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
+from moecompile.runtime.quantize import ALONG_FEATURES, BLOCK, SQUARE, pad
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -124,7 +124,7 @@ def test_quantised_results(counts: tuple[int, ...], n: int, k: int) -> None:
     Sums that differ by 1.1e-3 round another way once in a hundred; with steps of 0.08 that is an error of 0.01.
     """
     torch.manual_seed(0)
-    used, whole = sum(counts), hopper_quantize.padded(n)
+    used, whole = sum(counts), pad(n)
     (a, rows), (b, matrices) = (
         rows_of(torch.randn(used, k, device="cuda")),
         matrices_of(torch.randn(len(counts), n, k, device="cuda")),
@@ -153,7 +153,7 @@ def test_halves_that_are_saved(inner: int) -> None:
     """
     torch.manual_seed(0)
     counts, k = (110, 300, 70, 0, 130) * 8, 512
-    used, whole = sum(counts), hopper_quantize.padded(inner)
+    used, whole = sum(counts), pad(inner)
     a, rows = rows_of(torch.randn(used, k, device="cuda"))
     w = torch.randn(len(counts), 2 * inner, k, device="cuda").bfloat16()
     values, scales, _, _ = quantize.quantize_weights(w, None, "halves", False)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fences import POISON, fenced
 from moecompile.runtime import hopper_quantize, quantize
-from moecompile.runtime.hopper_quantize import QuantizedRows, blocks_of, padded
-from moecompile.runtime.quantize import ALONG_FEATURES, BLOCK, E4M3, SMALLEST_SCALE
+from moecompile.runtime.hopper_quantize import QuantizedRows
+from moecompile.runtime.quantize import ALONG_FEATURES, BLOCK, E4M3, SMALLEST_SCALE, blocks_in, pad
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -87,7 +87,7 @@ def test_the_operator_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tokens(count: int, features: int, dtype: torch.dtype, power: int) -> Tensor:
     """Blocks from 2^-power to 2^power times as loud as others, and special tokens as far as there is room for them."""
-    loudness = torch.exp2(torch.randint(-power, power, (count, blocks_of(features))).float())
+    loudness = torch.exp2(torch.randint(-power, power, (count, blocks_in(features, BLOCK))).float())
     x = torch.randn(count, features) * loudness.repeat_interleave(BLOCK, 1)[:, :features]
     column = features // 2
     special = torch.randn(10, features)
@@ -129,7 +129,7 @@ def test_rows(count: int, top_k: int, features: int, dtype: torch.dtype, wanted:
         rows = QuantizedRows.empty(on_device, count * top_k, features) if wanted != "tokens" else None
         kept = None
         if wanted != "rows":
-            room = on_device.new_empty(count, blocks_of(features), dtype=torch.float32)
+            room = on_device.new_empty(count, blocks_in(features, BLOCK), dtype=torch.float32)
             kept = (on_device.new_empty(count, features, dtype=E4M3), room)
         hopper_quantize.quantize_rows(on_device, slots.cuda(), rows, kept)
     if kept is not None:
@@ -157,7 +157,7 @@ def test_padded_offsets(counts: tuple[int, ...]) -> None:
     offsets = torch.tensor(counts).cumsum(0).int()
     with fenced():
         found = hopper_quantize.pad_offsets(offsets.cuda())
-    whole = [padded(count) for count in counts]
+    whole = [pad(count) for count in counts]
     assert found.tolist() == list(itertools.accumulate(whole)) and found.dtype == torch.int32
 
 
@@ -224,5 +224,5 @@ def places_of(lines: tuple[int, int | None, bool]) -> Tensor:
     columns, features, interleaved = lines
     if features is None:
         return torch.arange(columns)
-    halves = [torch.arange(start, start + features) for start in range(0, columns, padded(features))]
+    halves = [torch.arange(start, start + features) for start in range(0, columns, pad(features))]
     return torch.stack(halves, 1).flatten() if interleaved else torch.cat(halves)
