@@ -82,7 +82,7 @@ def _is_there(instance: Instance) -> bool:
 
 
 def _build_together(missing: Sequence[Instance]) -> None:
-    pool = ThreadPoolExecutor(min(len(missing), _workers()))
+    pool = ThreadPoolExecutor(min(len(missing), _workers()), thread_name_prefix="moecompile-kernels")
     try:
         futures = [pool.submit(cubin, instance) for instance in missing]
     except RuntimeError:  # the main thread has ended, and no other is to begin: one after the other, then

@@ -172,7 +172,7 @@ def test_the_first_error_ends_a_build(
         cubins.build(kernels)
     assert len(begun) <= 2, "what waits is given up"
     for thread in threading.enumerate():  # what had begun is kept, here and not in the next test's folder
-        if thread.name.startswith("ThreadPoolExecutor"):
+        if thread.name.startswith("moecompile-kernels"):
             thread.join()
     assert capsys.readouterr().err.endswith("0/5\n")
 
