@@ -40,10 +40,10 @@ def takes(args: Arguments) -> bool:
     return hopper_rules.takes(args, hopper_rules.SIXTEEN_BITS, "experts run PyTorch's operators")
 
 
-def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
-    """Of training: the result, (T, H2), and to save GEMM1's rows, (T*K, N); anything beyond offsets[-1]."""
-    steps = _steps(args, save, train=True)
-    return steps.run(), steps.saved[0] if save else None
+def forward(args: Arguments) -> tuple[Tensor, Tensor | None]:
+    """Of training: the result (T, H2) and GEMM1's rows (T*K, N), anything beyond offsets[-1]; None with recompute."""
+    steps = _steps(args, train=True)
+    return steps.run(), steps.saved[0] if steps.saved else None
 
 
 def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor | None:
@@ -54,14 +54,14 @@ def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any])
 
 def infer(args: Arguments, tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor:
     """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
-    steps = _steps(args, save=False, train=False)
+    steps = _steps(args, train=False)
     result = steps.run()
     if tells_apart(tensors, attributes):
         EXPERTS.put(signature(tensors, *attributes.items()), steps.remembered(tensors))
     return result
 
 
-def _steps(args: Arguments, save: bool, train: bool) -> Steps:
+def _steps(args: Arguments, train: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
@@ -70,7 +70,7 @@ def _steps(args: Arguments, save: bool, train: bool) -> Steps:
     named = functools.partial(hopper_kernels.of_experts, args, projection, w_out, train)
     hopper_kernels.compile_together(args, train, "16 bits", named)
     rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
-    hidden = x.new_empty(args.rows, args.width) if save else None
+    hidden = x.new_empty(args.rows, args.width) if train and not args.recompute else None
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
     launches = [
@@ -100,10 +100,10 @@ def _gemm1_launch(
 
 def hidden_rows(args: Arguments) -> Tensor:
     """GEMM1's rows (T*K, N) once more, as `forward` computes and saves them; anything beyond offsets[-1]."""
-    b_in = args.b_in if args.b_in is None or args.gate_up != "halves" else _halved(args.b_in)
-    projection, rows = _projection(args, b_in), _dispatched(args, args.x)
+    x, weights, *_, b_in, _, _ = conform([getattr(args, name) for name in TENSORS], _conforming(args))
+    projection, rows = _projection(args, b_in), _dispatched(args, x)
     a, hidden = rows.new_empty(args.rows, args.intermediate), rows.new_empty(args.rows, args.width)
-    _gemm1_launch(args, rows, projection, a, hidden, _weights(args)).run()
+    _gemm1_launch(args, rows, projection, a, hidden, weights).run()
     return hidden
 
 

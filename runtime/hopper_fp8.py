@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime import combine, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
+from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _scales, _weights
+from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.launch import Launch
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
+from moecompile.runtime.reference import joined
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
 EXPERTS: Memory[Remembered] = Memory()
@@ -50,7 +51,7 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
 
 def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
     """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
-    steps = _steps(args, quantized, save, train=True)
+    steps = _steps(args, quantized, train=save)
     return steps.run(), list(steps.saved) if save else None
 
 
@@ -67,7 +68,7 @@ def infer(
     args: Arguments, tensors: Sequence[Tensor | None], quantized: Sequence[Tensor], attributes: Mapping[str, Any]
 ) -> Tensor:
     """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
-    steps, given = _steps(args, quantized, save=False, train=False), _given(tensors, quantized)
+    steps, given = _steps(args, quantized, train=False), _given(tensors, quantized)
     result = steps.run()
     if tells_apart(given, attributes):
         EXPERTS.put(signature(given, *attributes.items()), steps.remembered(given))
@@ -79,23 +80,22 @@ def _given(tensors: Sequence[Tensor | None], quantized: Sequence[Tensor]) -> tup
     return (*tensors, *ABSENT[len(tensors) :], *quantized)
 
 
-def _steps(args: Arguments, quantized: Sequence[Tensor], save: bool, train: bool) -> Steps:
+def _steps(args: Arguments, quantized: Sequence[Tensor], train: bool) -> Steps:
     """Makes what the forward writes, and its launches."""
     conforming = _conforming(args)
     conformed = conform([getattr(args, name) for name in TENSORS], conforming)
     x, weights, offsets, slots, _, *_, b_in, b_up, b_out = conformed
     (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
-    keep = save and not args.recompute
     hopper_kernels.compile_together(args, train, "fp8", partial(hopper_kernels.of_experts_in_fp8, args, train))
     dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
-    tokens = _room_for(x) if save else None
-    hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
+    tokens = _room_for(x) if train else None
+    hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if train else None
     a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
     launches = [
         hopper_quantize.quantize_rows_launch(x, slots, dispatched, tokens),
-        _gemm1_launch(args, dispatched, w_in, biases, a, hidden if keep else None, weights),
+        _gemm1_launch(args, dispatched, w_in, biases, a, None if args.recompute else hidden, weights),
         hopper_fp8_gemm.product_launch(a, w_out, offsets, y, b_out),
         hopper_routing.combine_launch(y, slots, weights, args.output, result),
     ]  # fmt: skip
@@ -120,15 +120,15 @@ def _gemm1_launch(
 
 def _hidden_rows(args: Arguments, w_in: Matrices, x: Tensor, x_scales: Tensor) -> QuantizedRows:
     """GEMM1's rows once more, as `forward` computes and saves them, of tokens (T, H) and their scales (T, H / 128)."""
+    given = [x if name == "x" else getattr(args, name) for name in TENSORS]  # the record's x has no values
+    x, weights, _, slots, *_, b_in, b_up, _ = conform(given, _conforming(args))
     rows = QuantizedRows.empty(x, args.rows, args.features)
-    hopper_routing.dispatch(x, args.slots.contiguous(), rows.values)
+    hopper_routing.dispatch(x, slots, rows.values)
     token = (args.order // args.slots.shape[1]).clamp(min=0)  # any for a row without an expert
     rows.scales[:, : args.rows] = x_scales.index_select(0, token).t()
-    b_in = None if args.b_in is None else _BIASES.get(args.gate_up, _lines)(args.b_in)
-    b_up = None if args.b_up is None else _lines(args.b_up)
     a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
     hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1])
-    _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, _weights(args)).run()
+    _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, weights).run()
     return hidden
 
 
@@ -233,14 +233,7 @@ class _Backward:
         args, needs, plain = self.args, self.needs, self.plain
         of_y = plain.gather(self.grad) if plain is not None and args.b_out is not None else None
         if "weights" in needs and args.weights is not None:
-            if parts is None:
-                self.found["weights"] = args.weights.new_zeros(args.weights.shape)
-            else:
-                of_rows = parts.sum(0).unsqueeze(1)
-                if plain is not None and of_y is not None and args.b_out is not None and self.scales is not None:
-                    of_rows = of_rows + plain.bias_dot(args.b_out, of_y)
-                summed = combine.token_sum(of_rows, self.slots.reshape(-1, 1), args.weights.dtype, False)
-                self.found["weights"] = summed.view(args.slots.shape)
+            self.found["weights"] = _of_weights(args, parts, plain, None if self.scales is None else of_y)
         if plain is None:
             return
         if "b_out" in needs and of_y is not None and args.b_out is not None:
@@ -256,12 +249,10 @@ class _Backward:
         scales = of_hidden.scales[:, :rows].t().unsqueeze(2)
         wide = (of_hidden.values.to(torch.float32).view(rows, -1, BLOCK) * scales).view(rows, width)
         halves = [wide[:, start : start + inner] for start in range(0, width, pad(inner))]
-        if args.gate_up in ("halves", "interleaved"):
-            joined = torch.cat(halves, 1) if args.gate_up == "halves" else torch.stack(halves, 2).flatten(1)
-            halves = [joined]
-        for name, bias, grads in zip(("b_in", "b_up"), (args.b_in, args.b_up), halves, strict=False):
-            if name in self.needs and bias is not None:
-                self.found[name] = plain.bias_gradient(bias, grads)
+        of_products = joined(args.gate_up, halves)
+        for name, bias in (("in", args.b_in), ("up", args.b_up)):
+            if f"b_{name}" in self.needs and bias is not None:
+                self.found[f"b_{name}"] = plain.bias_gradient(bias, of_products[name])
 
 
 def _room_for(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """The result and the rows that backward needs: none if it computes them again."""
     with exact(args[0]):
         arguments = Arguments(*args, **attributes).check()
-        result, hidden = _forward(arguments, save=not arguments.recompute)
+        result, hidden = _forward(arguments)
     return result, _no_rows(arguments) if hidden is None else hidden
 
 
@@ -111,9 +111,9 @@ def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Seque
     ]
 
 
-def _forward(arguments: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
     fused = _fused(arguments)
-    return reference.forward(arguments, save) if fused is None else fused.forward(arguments, save)
+    return reference.forward(arguments, not arguments.recompute) if fused is None else fused.forward(arguments)
 
 
 def _no_rows(arguments: Arguments) -> Tensor:
