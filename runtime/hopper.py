@@ -114,38 +114,6 @@ def grouped_gemm_launch(
     return _prepared(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales)
 
 
-def activated_gemm(
-    a: Tensor,
-    projection: Projection,
-    activation: str,
-    offsets: Tensor,
-    out: Tensor,
-    *,
-    hidden: Tensor | None = None,
-    weights: Tensor | None = None,
-    order: Tensor | None = None,
-) -> Tensor:
-    """out = activation(a @ matrices + biases), each row with its expert's; the rows themselves go to `hidden`.
-
-    Args:
-        a: (rows, K), bfloat16 or float16, contiguous.
-        projection: GEMM1.
-        activation: an expression of `gate` and `up`, or of `hidden`, and of `weight`.
-        offsets: (E,) int32, on the device.
-        out: (rows, I) of a's dtype, contiguous.
-        hidden: (rows, N), or (rows, 2 I) where there are two matrices, contiguous; None if nobody needs them.
-        weights: (assignments,) float32, where the activation reads `weight`.
-        order: (rows,) int32, the assignment of a row; goes with `weights`.
-
-    Returns:
-        out.
-    """
-    activated_gemm_launch(
-        a, projection, activation, offsets, out, hidden=hidden, weights=weights, order=order
-    ).run()  # fmt: skip
-    return out
-
-
 def activated_gemm_launch(
     a: Tensor,
     projection: Projection,
@@ -157,7 +125,18 @@ def activated_gemm_launch(
     weights: Tensor | None = None,
     order: Tensor | None = None,
 ) -> Launch:
-    """What `activated_gemm` launches."""
+    """The launch of out = activation(a @ matrices + biases), each row with its expert's; `hidden` gets the rows.
+
+    Args:
+        a: (rows, K), bfloat16 or float16, contiguous.
+        projection: GEMM1.
+        activation: an expression of `gate` and `up`, or of `hidden`, and of `weight`.
+        offsets: (E,) int32, on the device.
+        out: (rows, I) of a's dtype, contiguous.
+        hidden: (rows, N), or (rows, 2 I) where there are two matrices, contiguous; None if nobody needs them.
+        weights: (assignments,) float32, where the activation reads `weight`.
+        order: (rows,) int32, the assignment of a row; goes with `weights`.
+    """
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
     chosen = activated_instance(a.dtype, rows, projection, activation, hidden is not None)
     parts = projection.parts(hidden) if hidden is not None else ()
@@ -188,7 +167,7 @@ def activation_backward(
         of_out: (rows, H2), the gradient of GEMM2's rows before the output's weight scales it; contiguous.
         w_out: (E, I, H2); of its last two dimensions one is contiguous.
         projection: GEMM1, which says how `hidden` is laid out.
-        activation: as of `activated_gemm`.
+        activation: as of `activated_gemm_launch`.
         offsets: (E,) int32.
         hidden: (rows, N), GEMM1's rows.
         order: (rows,) int32, the assignment of a row.
@@ -257,7 +236,7 @@ def choose(
 def activated_instance(
     dtype: torch.dtype, rows: int, projection: Projection, activation: str, save: bool
 ) -> GroupedGemm:
-    """The kernel of `activated_gemm`."""
+    """The kernel of `activated_gemm_launch`."""
     experts, k, _ = projection.matrices[0].shape
     wide = choose(dtype, rows, experts, 256, 0 if save else k, is_transposed(projection.matrices[0]))
     epilogue = Activated(activation, projection.gate_up, save, projection.biases is not None)

@@ -118,7 +118,7 @@ def test_a_verdict_is_kept_until_its_kernel_changes(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_tiles_are_those_that_are_chosen(dtype: torch.dtype) -> None:
-    """Activations' forward: `activated_gemm` chooses for 256 columns, and for no depth where it saves."""
+    """Activations' forward: `activated_gemm_launch` chooses for 256 columns, and for no depth where it saves."""
     sizes: Any = product((1, 100, 5000, 100_000), (1, 8, 128), (0, 128, 4095, 4096, 14336))
     chosen = {(k == 0, hopper.choose(dtype, rows, experts, 256, k)) for rows, experts, k in sizes}
     found = {(save, gemm.columns, gemm.stages, gemm.cluster) for save, gemm in chosen}
