@@ -122,6 +122,7 @@ class GroupedGemm:
         transposed: whether the matrices are (E, K, N) and not (E, N, K); 16-bit inputs only.
         over_rows: whether the product is that of rows with rows, the gradient of the matrices; 16-bit inputs are
             transposed then, too.
+        dispatches: whether the rows are tokens', which the kernel dispatches itself.
         epilogue: what becomes of the products.
     """
 
@@ -131,6 +132,7 @@ class GroupedGemm:
     cluster: int = 1
     transposed: bool = False
     over_rows: bool = False
+    dispatches: bool = False
     epilogue: Plain | Turned | Activated | ActivationBackward = Plain()
 
     header: ClassVar[str] = "grouped_gemm.cuh"
@@ -138,7 +140,8 @@ class GroupedGemm:
     @property
     def name(self) -> str:
         """What profilers call it."""
-        return f"moecompile_grouped_gemm{'_over_rows' if self.over_rows else ''}{self.epilogue.suffix}"
+        over_rows, dispatching = "_over_rows" * self.over_rows, "_dispatching" * self.dispatches
+        return f"moecompile_grouped_gemm{over_rows}{self.epilogue.suffix}{dispatching}"
 
     @property
     def definitions(self) -> str:
@@ -149,7 +152,8 @@ class GroupedGemm:
     def template(self) -> str:
         """The C++ type."""
         given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows)
-        return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self))
+        feed = (instantiation("Dispatched", self.quantized),) if self.dispatches else ()
+        return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self), *feed)
 
     @property
     def quantized(self) -> bool:

@@ -21,8 +21,10 @@ from moecompile.bench_timing import Contender
 PREFIX = "moecompile_"
 """Of the names of all of moecompile's kernels, and of no other."""
 EMULATED = "emulated: no GPU"
+FORMS = ("", "_transposed", "_dispatching")
+"""Suffixes of kernels that do the same in another way: gradients of matrices that lie transposed, rows yet to come."""
 FORWARD_KERNELS = {
-    OURS: ("plan_place", "dispatch", "grouped_gemm_activated", "grouped_gemm", "combine"),
+    OURS: ("plan_place", "grouped_gemm_activated", "grouped_gemm", "combine"),
     FP8: ("plan_place", "quantize_rows", "grouped_gemm_activated", "grouped_gemm", "combine"),
 }
 BACKWARD_KERNELS = {
@@ -100,8 +102,7 @@ def require(contender: Contender, names: Sequence[str]) -> None:
     ran = ", ".join(dict.fromkeys(names)) or "none"
     if names and not contender.kernels:
         raise NotOursError(f"moecompile's kernels ran in its place: {ran}")
-    # gradients of matrices have a kernel for each layout
-    missing = [each for each in contender.kernels if not {PREFIX + each, f"{PREFIX}{each}_transposed"} & set(names)]
+    missing = [each for each in contender.kernels if not {f"{PREFIX}{each}{form}" for form in FORMS} & set(names)]
     if missing:
         raise NotOursError(f"moecompile's kernels did not run: no {', '.join(missing)}; of ours there ran {ran}")
 

@@ -63,6 +63,38 @@ class Projection:
         return hidden.tensor_split(len(self.matrices), 1)
 
 
+@dataclass(frozen=True)
+class Dispatching:
+    """Tokens whose rows a grouped GEMM dispatches itself, while it multiplies (codegen/kernels/feed.cuh).
+
+    Attributes:
+        x: (T, K), contiguous.
+        scales: (T, ceil(K / 128)) float32, contiguous, of tokens in e4m3; None of others.
+        order: (R,) int32, the assignment of a row.
+        top_k: assignments of a token.
+        progress: `progress_words(R)` int32, zeros when the kernel begins.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    order: Tensor
+    top_k: int
+    progress: Tensor
+
+    def values(self, rows: Tensor, scales: Tensor | None) -> tuple[Value, ...]:
+        """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""
+        pieces = rows.shape[1] * rows.element_size() // 16
+        blocks, pitch = scales.shape if scales is not None else (0, 0)
+        return (
+            self.x, rows, self.scales, scales, self.order, self.progress, self.top_k, pieces, blocks, pitch,
+        )  # fmt: skip
+
+
+def progress_words(rows: int) -> int:
+    """How many words a kernel that dispatches so many rows counts in: the units taken, and each 64 rows."""
+    return 1 + -(-rows // 64)
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -124,6 +156,7 @@ def activated_gemm_launch(
     hidden: Tensor | None = None,
     weights: Tensor | None = None,
     order: Tensor | None = None,
+    dispatching: Dispatching | None = None,
 ) -> Launch:
     """The launch of out = activation(a @ matrices + biases), each row with its expert's; `hidden` gets the rows.
 
@@ -136,16 +169,18 @@ def activated_gemm_launch(
         hidden: (rows, N), or (rows, 2 I) where there are two matrices, contiguous; None if nobody needs them.
         weights: (assignments,) float32, where the activation reads `weight`.
         order: (rows,) int32, the assignment of a row; goes with `weights`.
+        dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
     """
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
     chosen = activated_instance(a.dtype, rows, projection, activation, hidden is not None)
+    chosen = replace(chosen, dispatches=dispatching is not None)
     parts = projection.parts(hidden) if hidden is not None else ()
     # where nothing is saved, the kernel takes only the number of columns from these
     targets: list[Value] = [_written(part) for part in parts] or [_columns(n)]
     biases = projection.biases or ()
     return _prepared(
         chosen, a, projection.matrices, offsets, (experts, k, n),
-        (_written(out), targets[0], targets[-1], *_pair(biases), weights, order),
+        (_written(out), targets[0], targets[-1], *_pair(biases), weights, order), feed=_feed(dispatching, a),
     )  # fmt: skip
 
 
@@ -160,6 +195,7 @@ def activation_backward(
     *,
     weights: Tensor | None,
     scales: Tensor | None,
+    dispatching: Dispatching | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
 
@@ -173,6 +209,7 @@ def activation_backward(
         order: (rows,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
+        dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -181,6 +218,7 @@ def activation_backward(
     (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
     weighted = weights is not None or scales is not None
     instance = backward_instance(of_out.dtype, rows, w_out, projection.gate_up, activation, scales is not None)
+    instance = replace(instance, dispatches=dispatching is not None)
     of_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(rows, inner)
     tiles = (inner + instance.columns - 1) // instance.columns
     of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
@@ -191,6 +229,7 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
+        feed=_feed(dispatching, of_out),
     ).run()  # fmt: skip
     return of_hidden, scaled, of_weight
 
@@ -282,6 +321,11 @@ def _pair(biases: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     return (biases[0], biases[-1]) if biases else (None, None)
 
 
+def _feed(dispatching: Dispatching | None, rows: Tensor, scales: Tensor | None = None) -> tuple[Value, ...]:
+    """`Feed::Arguments` of kernels/feed.cuh."""
+    return (0,) if dispatching is None else dispatching.values(rows, scales)
+
+
 def _prepared(
     instance: GroupedGemm,
     a: Tensor,
@@ -293,6 +337,7 @@ def _prepared(
     b_scales: Tensor | None = None,
     b_scale_pair: int = 0,
     whole: Tensor | None = None,
+    feed: tuple[Value, ...] = (0,),
 ) -> Launch:
     """The launch.
 
@@ -313,5 +358,5 @@ def _prepared(
     maps = (_mapped(a, box), boxes[0], boxes[-1])
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
-    values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *epilogue)
+    values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *feed, *epilogue)
     return Launch(kernel, blocks, values)

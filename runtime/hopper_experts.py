@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moecompile.runtime import combine, hopper, hopper_kernels, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expression_leaves, weighting
-from moecompile.runtime.hopper import Projection
+from moecompile.runtime.hopper import Dispatching, Projection
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.launch import Launch
 from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
@@ -73,9 +73,10 @@ def _steps(args: Arguments, train: bool) -> Steps:
     hidden = x.new_empty(args.rows, args.width) if train and not args.recompute else None
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
+    before, dispatching = rows_of(args, x, slots, rows)
     launches = [
-        hopper_routing.dispatch_launch(x, slots, rows),
-        _gemm1_launch(args, rows, projection, a, hidden, weights),
+        *before,
+        _gemm1_launch(args, rows, projection, a, hidden, weights, dispatching),
         hopper.grouped_gemm_launch(a, w_out, offsets, y, bias=b_out),
         hopper_routing.combine_launch(y, slots, weights, args.output, result),
     ]
@@ -84,26 +85,46 @@ def _steps(args: Arguments, train: bool) -> Steps:
     views.append((projection.matrices[-1], TENSORS.index(second)))
     if args.gate_up == "halves":
         views.extend((half, TENSORS.index("b_in")) for half in projection.biases or ())
-    return Steps(conforming, conformed, views, [rows, a, y], result, [] if hidden is None else [hidden], launches)
+    scratch = [rows, a, y, *([] if dispatching is None else [dispatching.progress])]
+    return Steps(conforming, conformed, views, scratch, result, [] if hidden is None else [hidden], launches)
+
+
+def rows_of(args: Arguments, x: Tensor, slots: Tensor, rows: Tensor) -> tuple[list[Launch], Dispatching | None]:
+    """What is launched to fill rows (R, F) with tokens (T, F) before a GEMM reads them; what that GEMM does itself."""
+    if not hopper_routing.is_beside(rows.shape[0], rows.shape[1], rows.element_size()):
+        return [hopper_routing.dispatch_launch(x, slots, rows)], None
+    progress = rows.new_empty(hopper.progress_words(rows.shape[0]), dtype=torch.int32)
+    dispatching = Dispatching(x, None, args.order, slots.shape[1], progress)
+    return [hopper_routing.clear_launch(progress)], dispatching
 
 
 def _gemm1_launch(
-    args: Arguments, rows: Tensor, projection: Projection, a: Tensor, hidden: Tensor | None, weights: Tensor | None
+    args: Arguments,
+    rows: Tensor,
+    projection: Projection,
+    a: Tensor,
+    hidden: Tensor | None,
+    weights: Tensor | None,
+    dispatching: Dispatching | None,
 ) -> Launch:
     """GEMM1 of the rows with the activation, to a (R, I), and to hidden (R, N) if that is there."""
     read = weights if "weight" in expression_leaves(args.activation) else None
     order = None if read is None else args.order
     return hopper.activated_gemm_launch(
-        rows, projection, args.activation, args.offsets, a, hidden=hidden, weights=read, order=order
-    )
+        rows, projection, args.activation, args.offsets, a,
+        hidden=hidden, weights=read, order=order, dispatching=dispatching,
+    )  # fmt: skip
 
 
 def hidden_rows(args: Arguments) -> Tensor:
     """GEMM1's rows (T*K, N) once more, as `forward` computes and saves them; anything beyond offsets[-1]."""
-    x, weights, *_, b_in, _, _ = conform([getattr(args, name) for name in TENSORS], _conforming(args))
-    projection, rows = _projection(args, b_in), _dispatched(args, x)
-    a, hidden = rows.new_empty(args.rows, args.intermediate), rows.new_empty(args.rows, args.width)
-    _gemm1_launch(args, rows, projection, a, hidden, weights).run()
+    x, weights, _, slots, *_, b_in, _, _ = conform([getattr(args, name) for name in TENSORS], _conforming(args))
+    rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
+    hidden = x.new_empty(args.rows, args.width)
+    before, dispatching = rows_of(args, x, slots, rows)
+    gemm1 = _gemm1_launch(args, rows, _projection(args, b_in), a, hidden, weights, dispatching)
+    for launch in (*before, gemm1):
+        launch.run()
     return hidden
 
 
@@ -121,7 +142,11 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
     form = weighting(args.output)
     assert form is not None
     projection, found = _projection(args), dict[str, Tensor]()
-    of_y = _dispatched(args, grad.to(args.dtypes.activation))
+    of_tokens = _lines(grad.to(args.dtypes.activation))
+    of_y = of_tokens.new_empty(args.rows, of_tokens.shape[1])
+    before, dispatching = rows_of(args, of_tokens, args.slots.contiguous(), of_y)
+    for launch in before:
+        launch.run()
     scales = _scales(args, form)
     of_hidden, scaled, parts = hopper.activation_backward(
         of_y,
@@ -133,6 +158,7 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
         args.order,
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
+        dispatching=dispatching,
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
+from moecompile.runtime import hopper, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
+from moecompile.runtime.hopper import Dispatching
 from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_rows import HopperRows
@@ -88,47 +89,57 @@ def _steps(args: Arguments, quantized: Sequence[Tensor], train: bool) -> Steps:
     (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
     hopper_kernels.compile_together(args, train, "fp8", partial(hopper_kernels.of_experts_in_fp8, args, train))
     dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
-    tokens = _room_for(x) if train else None
+    beside = hopper_routing.is_beside(args.rows, x.shape[1], 1)
+    tokens = _room_for(x) if train or beside else None
+    dispatching = _dispatching(args, tokens) if beside and tokens is not None else None
     hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if train else None
     a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
     launches = [
-        hopper_quantize.quantize_rows_launch(x, slots, dispatched, tokens),
-        _gemm1_launch(args, dispatched, w_in, biases, a, None if args.recompute else hidden, weights),
+        *([] if dispatching is None else [hopper_routing.clear_launch(dispatching.progress)]),
+        hopper_quantize.quantize_rows_launch(x, slots, None if beside else dispatched, tokens),
+        _gemm1_launch(args, dispatched, w_in, biases, a, None if args.recompute else hidden, weights, dispatching),
         hopper_fp8_gemm.product_launch(a, w_out, offsets, y, b_out),
         hopper_routing.combine_launch(y, slots, weights, args.output, result),
     ]  # fmt: skip
     views = [(bias, TENSORS.index("b_in")) for bias in biases] if args.b_up is None else []
     scratch = [dispatched.values, dispatched.scales, a.values, a.scales, y]
+    if dispatching is not None and tokens is not None:
+        scratch += [dispatching.progress, *tokens]
     saved = [*tokens, hidden.values, hidden.scales] if tokens is not None and hidden is not None else []
     return Steps(conforming, [*conformed, *quantized], views, scratch, result, saved, launches)
 
 
 def _gemm1_launch(
     args: Arguments, rows: QuantizedRows, w_in: Matrices, biases: tuple[Tensor, ...], a: QuantizedRows,
-    hidden: QuantizedRows | None, weights: Tensor | None,
+    hidden: QuantizedRows | None, weights: Tensor | None, dispatching: Dispatching | None,
 ) -> Launch:  # fmt: skip
     """GEMM1 of the rows with the activation, to a (R, I), and to hidden (R, N) if that is there."""
     read = weights if "weight" in expression_leaves(args.activation) else None
     order = None if read is None else args.order
     return hopper_fp8_gemm.activated_launch(
         rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden,
-        biases=biases, weights=read, order=order,
+        biases=biases, weights=read, order=order, dispatching=dispatching,
     )  # fmt: skip
+
+
+def _dispatching(args: Arguments, tokens: tuple[Tensor, Tensor]) -> Dispatching:
+    """Tokens in FP8, with their scales, that a GEMM dispatches itself."""
+    progress = tokens[0].new_empty(hopper.progress_words(args.rows), dtype=torch.int32)
+    return Dispatching(*tokens, args.order, args.slots.shape[1], progress)
 
 
 def _hidden_rows(args: Arguments, w_in: Matrices, x: Tensor, x_scales: Tensor) -> QuantizedRows:
     """GEMM1's rows once more, as `forward` computes and saves them, of tokens (T, H) and their scales (T, H / 128)."""
     given = [x if name == "x" else getattr(args, name) for name in TENSORS]  # the record's x has no values
-    x, weights, _, slots, *_, b_in, b_up, _ = conform(given, _conforming(args))
+    _, weights, *_, b_in, b_up, _ = conform(given, _conforming(args))
     rows = QuantizedRows.empty(x, args.rows, args.features)
-    hopper_routing.dispatch(x, slots, rows.values)
-    token = (args.order // args.slots.shape[1]).clamp(min=0)  # any for a row without an expert
-    rows.scales[:, : args.rows] = x_scales.index_select(0, token).t()
     a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
     hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1])
-    _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, weights).run()
+    dispatching = _dispatching(args, (x, x_scales))
+    hopper_routing.clear_launch(dispatching.progress).run()
+    _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, weights, dispatching).run()
     return hidden
 
 
@@ -170,17 +181,21 @@ class _Backward:
         """From the result's gradient to the tokens'; what is not needed any more is freed on the way."""
         args, grad = self.args, self.grad
         of_y = QuantizedRows.empty(grad, args.rows, args.out_features)
-        of_tokens = _room_for(grad) if "w_out" in self.needs else None
-        hopper_quantize.quantize_rows(grad, self.slots, of_y, of_tokens)
+        beside = hopper_routing.is_beside(args.rows, args.out_features, 1)
+        of_tokens = _room_for(grad) if beside or "w_out" in self.needs else None
+        hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens)
+        dispatching = _dispatching(args, of_tokens) if beside and of_tokens is not None else None
+        if dispatching is not None:
+            hopper_routing.clear_launch(dispatching.progress).run()
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
-            scales=self.scales,
+            scales=self.scales, dispatching=dispatching,
         )  # fmt: skip
-        del of_y
+        del of_y, dispatching
         self._weights_and_biases(parts, of_hidden)
         ends = hopper_quantize.pad_offsets(args.offsets) if self.needs & {"w_in", "w_up", "w_out"} else None
-        if of_tokens is not None and ends is not None:
+        if of_tokens is not None and ends is not None and "w_out" in self.needs:
             self._of_w_out(of_tokens, scaled, ends)
         del scaled, of_tokens
         if "x" in self.needs:

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
-from moecompile.runtime.hopper import OUT_BOX, ROWS, _columns, _mapped, _pair, _prepared, _written, choose
+from moecompile.runtime.hopper import (
+    OUT_BOX,
+    ROWS,
+    Dispatching,
+    _columns,
+    _feed,
+    _mapped,
+    _pair,
+    _prepared,
+    _written,
+    choose,
+)
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.launch import Launch, Mapped
 from moecompile.runtime.quantize import E4M3
@@ -88,12 +99,16 @@ def activated_launch(
     biases: tuple[Tensor, ...] = (),
     weights: Tensor | None = None,
     order: Tensor | None = None,
+    dispatching: Dispatching | None = None,
 ) -> Launch:
-    """What `activated` launches; its arguments are those tensors and what they consist of, no views."""
+    """What `activated` launches; its arguments are those tensors and what they consist of, no views.
+
+    With `dispatching`, it fills `a` with the rows of those tokens first.
+    """
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
-    instance = activated_instance(activation, gate_up, hidden is not None, bool(biases))
+    instance = activated_instance(activation, gate_up, hidden is not None, bool(biases), dispatching is not None)
     sizes = (b.values.shape[0], a.values.shape[1], features)
     return _prepared(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
@@ -102,7 +117,7 @@ def activated_launch(
             out.scales, hidden.scales if hidden else None, *_pair(biases), weights, order,
             out.scales.shape[1], features, columns,
         ),
-        _scales(a), b.scales, columns // 128, b.values,
+        _scales(a), b.scales, columns // 128, b.values, _feed(dispatching, a.values, a.scales),
     )  # fmt: skip
 
 
@@ -117,6 +132,7 @@ def activation_backward(
     *,
     weights: Tensor | None,
     scales: Tensor | None,
+    dispatching: Dispatching | None = None,
 ) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
@@ -130,6 +146,7 @@ def activation_backward(
         order: (R,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
+        dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
 
     Returns:
         the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
@@ -137,7 +154,7 @@ def activation_backward(
     """
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
-    instance = backward_instance(activation, gate_up, scales is not None)
+    instance = backward_instance(activation, gate_up, scales is not None, dispatching is not None)
     of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
     scaled = QuantizedRows.empty(of_out.values, rows, columns)
     of_weight = None
@@ -150,7 +167,7 @@ def activation_backward(
             hidden.scales, of_hidden.scales, scaled.scales, of_weight, weights, scales, order,
             rows, hidden.scales.shape[1], features, columns,
         ),
-        _scales(of_out), b.scales,
+        _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales),
     ).run()  # fmt: skip
     return of_hidden, scaled, of_weight
 
@@ -185,14 +202,17 @@ def product_instance(n: int, bias: bool) -> GroupedGemm:
     return replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias))
 
 
-def activated_instance(activation: str, gate_up: str, save: bool, bias: bool) -> GroupedGemm:
+def activated_instance(
+    activation: str, gate_up: str, save: bool, bias: bool, dispatches: bool = False
+) -> GroupedGemm:  # fmt: skip
     """The kernel of `activated`; gate_up: "halves" or "single"."""
-    return replace(WIDE, epilogue=Activated(activation, gate_up, save, bias))
+    return replace(WIDE, dispatches=dispatches, epilogue=Activated(activation, gate_up, save, bias))
 
 
-def backward_instance(activation: str, gate_up: str, scaled: bool) -> GroupedGemm:
+def backward_instance(activation: str, gate_up: str, scaled: bool, dispatches: bool = False) -> GroupedGemm:
     """The kernel of `activation_backward`; scaled: whether the output multiplies by the routing weight."""
-    return replace(WIDE, stages=3, epilogue=ActivationBackward(activation, gate_up, scaled))
+    epilogue = ActivationBackward(activation, gate_up, scaled)
+    return replace(WIDE, stages=3, dispatches=dispatches, epilogue=epilogue)
 
 
 def outer_instance(n: int, turned: bool) -> GroupedGemm:

@@ -7,12 +7,13 @@ those of `plan` and of `quantize_weights`, which come before the experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from moecompile.codegen import cubins
-from moecompile.codegen.instances import Combine, Dispatch, Instance, PadOffsets, QuantizeRows, TransposeRows
-from moecompile.runtime import hopper, hopper_fp8_gemm
+from moecompile.codegen.instances import Clear, Combine, Dispatch, Instance, PadOffsets, QuantizeRows, TransposeRows
+from moecompile.runtime import hopper, hopper_fp8_gemm, hopper_routing
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, weighting
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper import Projection
@@ -43,17 +44,23 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     dtype, rows, experts = args.dtypes.row, args.rows, args.num_experts
     name, result = dtype_name(dtype), dtype_name(args.dtypes.result)
     plain = hopper.choose(dtype, rows, experts, args.out_features, args.intermediate, hopper.is_transposed(w_out))
+    beside, back_beside = (
+        hopper_routing.is_beside(rows, columns, dtype.itemsize) for columns in (args.features, args.out_features)
+    )
+    first = [hopper.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)]
     found: list[Instance] = [
-        Dispatch(),
-        *(hopper.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)),
+        Clear() if beside else Dispatch(),
+        *(replace(each, dispatches=beside) for each in first),
         hopper.with_bias(plain, args.b_out is not None),
         Combine(name, result, args.output),
     ]
     if train:
         sizes, w_in = (args.features, args.intermediate, args.width, args.out_features), projection.matrices[0]
         k = args.intermediate if args.gate_up == "separate" else args.width
+        back = hopper.backward_instance(dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args))
         found += [
-            hopper.backward_instance(dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)),
+            replace(back, dispatches=back_beside),
+            Dispatch(),
             hopper.choose(dtype, rows, experts, args.features, k, hopper.is_transposed(w_in.mT)),
             *(hopper.choose(dtype, m, experts, n, rows, True, over_rows=True) for m in sizes for n in sizes),
             Combine(name, name, "out"),
@@ -65,9 +72,17 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
     """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too."""
     gate_up, biased = "single" if args.gate_up == "single" else "halves", args.b_in is not None
     result, saves = dtype_name(args.dtypes.result), _saves(args, train)
+    beside, back_beside = (
+        hopper_routing.is_beside(args.rows, columns, 1) for columns in (args.features, args.out_features)
+    )
+    again = train and args.recompute  # what is computed again is always dispatched beside
     found: list[Instance] = [
         QuantizeRows("bfloat16"),
-        *(hopper_fp8_gemm.activated_instance(args.activation, gate_up, save, biased) for save in saves),
+        *([Clear()] if beside or again or (train and back_beside) else []),
+        *(
+            hopper_fp8_gemm.activated_instance(args.activation, gate_up, save, biased, beside or (again and save))
+            for save in saves
+        ),
         hopper_fp8_gemm.product_instance(args.out_features, args.b_out is not None),
         Combine("bfloat16", result, args.output),
     ]
@@ -77,8 +92,7 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
             for matrices, transposed in ((args.w_in, args.w_in_transposed), (args.w_out, args.w_out_transposed))
         )
         found += [
-            *([Dispatch()] if args.recompute else []),
-            hopper_fp8_gemm.backward_instance(args.activation, gate_up, _scales_output(args)),
+            hopper_fp8_gemm.backward_instance(args.activation, gate_up, _scales_output(args), back_beside),
             hopper_fp8_gemm.product_instance(args.features, False),
             PadOffsets(),
             *(TransposeRows(gathered, per_column) for gathered in (True, False) for per_column in (True, False)),

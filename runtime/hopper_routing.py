@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Combine, Dispatch, Plan
+from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Clear, Combine, Dispatch, Plan
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Launch, load
 from moecompile.runtime.remembered import Memory, Remembered, signature
@@ -13,7 +13,8 @@ from moecompile.runtime.remembered import Memory, Remembered, signature
 PLAN_BLOCKS = 128
 """Blocks that make a plan, at most: each adds up the counts of all before it."""
 
-
+BESIDE = 16 * 2**20
+"""Bytes of rows from which on the GEMM that reads them dispatches them itself: fewer are soon there."""
 PLANS: Memory[Remembered] = Memory()
 """What `plan` launches, by what decides it."""
 
@@ -88,6 +89,18 @@ def dispatch_launch(x: Tensor, slots: Tensor, rows: Tensor) -> Launch:
     warps = x.shape[0] * -(-pieces // 128)
     blocks = min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors)
     return Launch(kernel, blocks, (x, slots, rows, *slots.shape, pieces, pitch))
+
+
+def is_beside(rows: int, columns: int, item: int) -> bool:
+    """Whether a GEMM dispatches that many rows of tokens, of elements of `item` bytes, itself."""
+    return rows * columns * item >= BESIDE
+
+
+def clear_launch(words: Tensor) -> Launch:
+    """The launch that makes a few int32 words zero."""
+    kernel = load(Clear(), words.device.index)
+    blocks = max(1, min(-(-words.numel() // kernel.threads), kernel.multiprocessors))
+    return Launch(kernel, blocks, (words, words.numel()))
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Tensor:

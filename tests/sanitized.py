@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
 
 from gpu_blocks import GPT_OSS, Block, run
 from moecompile import bench_proof
-from moecompile.runtime import hopper_experts, hopper_fp8
+from moecompile.runtime import hopper_experts, hopper_fp8, hopper_routing
 
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
@@ -30,7 +31,7 @@ BLOCKS = (
 
 
 def main(precisions: list[str]) -> None:
-    """A forward and a backward of each block in each precision, twice, with saved rows and with none."""
+    """Forward and backward of each block in each precision: rows saved or not, dispatched before or beside."""
     with bench_proof.launched() as names:
         for precision in precisions:
             for block in BLOCKS:
@@ -38,7 +39,7 @@ def main(precisions: list[str]) -> None:
                 record, fp8 = block.record(tensors), precision == "fp8"
                 taken = hopper_fp8.takes(record, block.quantized(tensors)) if fp8 else hopper_experts.takes(record)
                 assert taken, f"{block.name}: the kernels were to compute this"
-                for recompute in (False, True):
+                for recompute, hopper_routing.BESIDE in itertools.product((False, True), (0, 1 << 60)):
                     found = run(block, tensors, fp8=fp8, recompute=recompute)
                     assert all(value.isfinite().all() for value in found.all().values()), block.name
     torch.cuda.synchronize()

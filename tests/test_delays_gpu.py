@@ -57,8 +57,10 @@ def run(fp8: bool) -> list[Tensor]:
     return [*plan, result.detach(), *gradients]
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["dispatched before", "dispatched beside"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_delays_change_nothing(fp8: bool, delayed: pytest.MonkeyPatch) -> None:
+def test_delays_change_nothing(fp8: bool, beside: bool, delayed: pytest.MonkeyPatch) -> None:
+    delayed.setattr(hopper_routing, "BESIDE", 0 if beside else 1 << 60)
     expected = run(fp8)
     before = dict(cubins._memory)
     delayed.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "-DMOECOMPILE_DELAYS"))

@@ -9,7 +9,8 @@ from torch import Tensor
 from dense_experts import ROUTINGS, routing
 from fences import fenced
 from gpu_blocks import GPT_OSS, NAMES, Block, Run, Tensors, exact, ops, run
-from moecompile.runtime import hopper_fp8, hopper_fp8_gemm, hopper_quantize
+from moecompile.bench_proof import launched
+from moecompile.runtime import hopper_fp8, hopper_fp8_gemm, hopper_quantize, hopper_routing
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -117,6 +118,21 @@ def test_results_and_gradients(block: Block) -> None:
     for name, value in exact(block, tensors, cotangent).all().items():
         error = relative(found.all()[name], value)
         assert error <= EXACT[name] * scatter, f"{name}: {error:.4f} from float64"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_rows_that_gemms_dispatch_themselves_are_those_dispatched_before(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised tokens, while others' rows are multiplied, in memory that held anything else."""
+    tensors = block.tensors()
+    monkeypatch.setattr(hopper_routing, "BESIDE", 1 << 60)
+    expected = fused(block, tensors)
+    monkeypatch.setattr(hopper_routing, "BESIDE", 0)
+    with fenced(least=6), launched() as names:
+        found = fused(block, tensors)
+    assert len([name for name in names if name.endswith("_dispatching")]) == 2, names
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fences import fenced
 from gpu_blocks import GPT_OSS, Block, exact, run, worst_row
+from moecompile.bench_proof import launched
 from moecompile.runtime import hopper_experts, hopper_routing
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -69,6 +70,23 @@ def test_nothing_is_written_beyond_a_tensor(block: Block) -> None:
     assert torch.equal(found.result, expected.result)
     for name, gradient in expected.gradients.items():
         assert torch.equal(found.gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_rows_that_gemms_dispatch_themselves_are_those_dispatched_before(
+    block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they multiply others, in memory that held anything else."""
+    tensors = block.tensors()
+    monkeypatch.setattr(hopper_routing, "BESIDE", 1 << 60)
+    expected = run(block, tensors)
+    monkeypatch.setattr(hopper_routing, "BESIDE", 0)
+    with fenced(least=6), launched() as names:
+        found = run(block, tensors)
+    dispatching = [name for name in names if name.endswith("_dispatching")]
+    assert len(dispatching) == 2, names
+    for name, value in expected.all().items():
+        assert torch.equal(found.all()[name], value), name
 
 
 @pytest.mark.parametrize("names", [("x",), ("weights",), ("w_in",), ("w_out",), ("x", "b_out"), ("b_in",)])

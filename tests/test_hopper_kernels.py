@@ -12,7 +12,7 @@ import fake_gpu
 from fake_gpu import FakeGpu
 from moecompile.codegen.instances import QuantizeWeights
 from moecompile.codegen.nvrtc import CompileError
-from moecompile.runtime import hopper_kernels
+from moecompile.runtime import hopper_kernels, hopper_routing
 from moecompile.runtime.contract import TENSORS
 from remembered_calls import FORMS, call_of
 
@@ -65,13 +65,23 @@ def part_of(matrices: torch.Tensor) -> torch.Tensor:
     return wide[:, :, : matrices.shape[1]].mT
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["dispatched before", "dispatched beside"])
 @pytest.mark.parametrize("way", ["inference", "training", "recompute"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize(("hidden", "inner", "tokens"), [(64, 32, 3), (384, 272, 700)], ids=["small", "large"])
 @pytest.mark.parametrize("form", [*FORMS, "views"])
 def test_what_is_launched_was_said(
-    form: str, hidden: int, inner: int, tokens: int, fp8: bool, way: str, gpu: FakeGpu
+    form: str,
+    hidden: int,
+    inner: int,
+    tokens: int,
+    fp8: bool,
+    way: str,
+    beside: bool,
+    gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(hopper_routing, "BESIDE", 0 if beside else 1 << 60)
     arguments = call_of("halves" if form == "views" else form, hidden, inner, tokens)
     if form == "views":
         arguments |= {name: part_of(arguments[name]) for name in ("w_in", "w_out")}

@@ -12,6 +12,7 @@ import sass
 from moecompile.codegen import instances, nvrtc
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
+    Clear,
     Combine,
     Dispatch,
     Instance,
@@ -80,8 +81,20 @@ QUANTISING = [
     *(QuantizeWeights(dtype, pairs) for dtype, pairs in product(("bfloat16", "float16"), (False, True))),
     *(TransposeRows(gathered, per_column) for gathered, per_column in product((False, True), (False, True))),
 ]
+DISPATCHING = [
+    replace(each, dispatches=True)
+    for each in (
+        ACTIVATED[0],
+        ACTIVATED[-1],
+        *QUANTIZED[False][:1],
+        *QUANTIZED[True][:1],
+        BACKWARD[0],
+        QUANTIZED_BACKWARD[0],
+    )
+]
 WITHOUT_PRODUCTS = [
     *QUANTISING,
+    Clear(),
     PadOffsets(),
     Dispatch(),
     Combine("bfloat16", "bfloat16", "mul(out, weight)"),
@@ -108,7 +121,7 @@ def test_machine_code(instance: GroupedGemm) -> None:
 
 
 @pytest.mark.parametrize(
-    "instance", [*BACKWARD, *QUANTIZED[True], *QUANTIZED_BACKWARD], ids=lambda instance: instance.template
+    "instance", [*BACKWARD, *QUANTIZED[True], *QUANTIZED_BACKWARD, *DISPATCHING], ids=lambda instance: instance.template
 )
 def test_epilogues_that_need_more_registers_than_there_are(instance: GroupedGemm) -> None:
     """Those that read or write GEMM1's rows. What the products go through needs nothing in local memory."""

@@ -15,6 +15,9 @@
 //
 //     offsets      (E,) int32: the end of each expert's rows, on the device; nobody else knows how many there are
 //
+// Rows need not be there when the kernel begins: it may dispatch them itself (feed.cuh), by three warps that have nothing else
+// to do.
+//
 // A persistent block is a producer warp, which moves tiles into a ring of stages in shared memory by bulk tensor copies,
 // and two consumer warpgroups, each of which multiplies 64 rows of the tile and writes them out on its own. Two blocks of
 // a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of it into both. Where an
@@ -27,11 +30,12 @@
 #include "epilogue_activated.cuh"
 #include "epilogue_backward.cuh"
 #include "epilogue_fp8.cuh"
+#include "feed.cuh"
 #include "kernel.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
-template <typename Input, i32 COLUMNS, i32 STAGES, i32 CLUSTER, bool B_MN, bool OVER_ROWS, typename Epilogue>
+template <typename Input, i32 COLUMNS, i32 STAGES, i32 CLUSTER, bool B_MN, bool OVER_ROWS, typename Epilogue, typename Feed = Given>
 struct GroupedGemm {
     static constexpr i32 CONSUMERS = 2, ROWS = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
     static constexpr i32 BLOCKS = CLUSTER;
@@ -69,6 +73,7 @@ struct GroupedGemm {
         const i32* offsets;
         const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
+        typename Feed::Arguments feed;
         typename Epilogue::Arguments epilogue;
     };
 
@@ -109,8 +114,13 @@ struct GroupedGemm {
         __syncthreads();
         if (CLUSTER > 1) ptx::cluster_sync();
         if (group == CONSUMERS) {
-            ptx::give_registers<504 - CONSUMERS * Epilogue::REGISTERS>();  // of 512 for a thread of each warpgroup
-            if (threadIdx.x / 32 == CONSUMERS * 4) produce(shared, arguments);
+            constexpr i32 LEFT = 504 - CONSUMERS * Epilogue::REGISTERS;  // of 512 for a thread of each warpgroup
+            ptx::give_registers<LEFT>();
+            i32 rows = Feed::BESIDE ? arguments.offsets[arguments.experts - 1] : 0;
+            if (threadIdx.x / 32 == CONSUMERS * 4)
+                produce(shared, arguments, rows);
+            else
+                Feed::template run<LEFT>(arguments.feed, rows);
         } else {
             ptx::take_registers<Epilogue::REGISTERS>();
             consume(shared, arguments, group);
@@ -123,7 +133,7 @@ struct GroupedGemm {
 
     // ---- the producer warp: all lanes walk together, one of them copies
 
-    static __device__ __forceinline__ void produce(Shared& shared, const Arguments& arguments) {
+    static __device__ __forceinline__ void produce(Shared& shared, const Arguments& arguments, i32 rows) {
         Schedule schedule = schedule_of(arguments);
         u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
         i32 stage = 0;
@@ -131,6 +141,7 @@ struct GroupedGemm {
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             Tile tile = schedule.find(number);
             (tile.split ? tile.column : tile.row) += rank * (tile.split ? WIDTH : ROWS);
+            Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
             fill(shared, arguments, tile, rank, stage, parity);
         }
     }

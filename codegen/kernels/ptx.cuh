@@ -152,6 +152,23 @@ __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_
 
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for memory of the device.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- words that blocks tell each other of what they have written
+
+__device__ __forceinline__ void add_release(u32* word, u32 value) {
+    delay();
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ u32 load_acquire(const u32* word) {
+    u32 value;
+    delay();
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
 // ---- registers
 
 template <int COUNT>
