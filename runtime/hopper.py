@@ -195,7 +195,6 @@ def activation_backward(
     *,
     weights: Tensor | None,
     scales: Tensor | None,
-    dispatching: Dispatching | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
 
@@ -209,7 +208,6 @@ def activation_backward(
         order: (rows,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
-        dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -218,7 +216,6 @@ def activation_backward(
     (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
     weighted = weights is not None or scales is not None
     instance = backward_instance(of_out.dtype, rows, w_out, projection.gate_up, activation, scales is not None)
-    instance = replace(instance, dispatches=dispatching is not None)
     of_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(rows, inner)
     tiles = (inner + instance.columns - 1) // instance.columns
     of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
@@ -229,7 +226,6 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
-        feed=_feed(dispatching, of_out),
     ).run()  # fmt: skip
     return of_hidden, scaled, of_weight
 

@@ -73,7 +73,7 @@ def _steps(args: Arguments, train: bool) -> Steps:
     hidden = x.new_empty(args.rows, args.width) if train and not args.recompute else None
     y = x.new_empty(args.rows, args.out_features)
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
-    before, dispatching = rows_of(args, x, slots, rows)
+    before, dispatching = _rows_of(args, x, slots, rows)
     launches = [
         *before,
         _gemm1_launch(args, rows, projection, a, hidden, weights, dispatching),
@@ -89,7 +89,7 @@ def _steps(args: Arguments, train: bool) -> Steps:
     return Steps(conforming, conformed, views, scratch, result, [] if hidden is None else [hidden], launches)
 
 
-def rows_of(args: Arguments, x: Tensor, slots: Tensor, rows: Tensor) -> tuple[list[Launch], Dispatching | None]:
+def _rows_of(args: Arguments, x: Tensor, slots: Tensor, rows: Tensor) -> tuple[list[Launch], Dispatching | None]:
     """What is launched to fill rows (R, F) with tokens (T, F) before a GEMM reads them; what that GEMM does itself."""
     if not hopper_routing.is_beside(rows.shape[0], rows.shape[1], rows.element_size()):
         return [hopper_routing.dispatch_launch(x, slots, rows)], None
@@ -121,7 +121,7 @@ def hidden_rows(args: Arguments) -> Tensor:
     x, weights, _, slots, *_, b_in, _, _ = conform([getattr(args, name) for name in TENSORS], _conforming(args))
     rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
     hidden = x.new_empty(args.rows, args.width)
-    before, dispatching = rows_of(args, x, slots, rows)
+    before, dispatching = _rows_of(args, x, slots, rows)
     gemm1 = _gemm1_launch(args, rows, _projection(args, b_in), a, hidden, weights, dispatching)
     for launch in (*before, gemm1):
         launch.run()
@@ -142,11 +142,7 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
     form = weighting(args.output)
     assert form is not None
     projection, found = _projection(args), dict[str, Tensor]()
-    of_tokens = _lines(grad.to(args.dtypes.activation))
-    of_y = of_tokens.new_empty(args.rows, of_tokens.shape[1])
-    before, dispatching = rows_of(args, of_tokens, args.slots.contiguous(), of_y)
-    for launch in before:
-        launch.run()
+    of_y = _dispatched(args, grad.to(args.dtypes.activation))
     scales = _scales(args, form)
     of_hidden, scaled, parts = hopper.activation_backward(
         of_y,
@@ -158,7 +154,6 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
         args.order,
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
-        dispatching=dispatching,
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:

@@ -44,9 +44,7 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     dtype, rows, experts = args.dtypes.row, args.rows, args.num_experts
     name, result = dtype_name(dtype), dtype_name(args.dtypes.result)
     plain = hopper.choose(dtype, rows, experts, args.out_features, args.intermediate, hopper.is_transposed(w_out))
-    beside, back_beside = (
-        hopper_routing.is_beside(rows, columns, dtype.itemsize) for columns in (args.features, args.out_features)
-    )
+    beside = hopper_routing.is_beside(rows, args.features, dtype.itemsize)
     first = [hopper.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)]
     found: list[Instance] = [
         Clear() if beside else Dispatch(),
@@ -57,10 +55,9 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     if train:
         sizes, w_in = (args.features, args.intermediate, args.width, args.out_features), projection.matrices[0]
         k = args.intermediate if args.gate_up == "separate" else args.width
-        back = hopper.backward_instance(dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args))
         found += [
-            replace(back, dispatches=back_beside),
             Dispatch(),
+            hopper.backward_instance(dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)),
             hopper.choose(dtype, rows, experts, args.features, k, hopper.is_transposed(w_in.mT)),
             *(hopper.choose(dtype, m, experts, n, rows, True, over_rows=True) for m in sizes for n in sizes),
             Combine(name, name, "out"),

@@ -133,7 +133,8 @@ class FakeGpu:
         _, _, threads, _, _, _, stream, pointers, _ = others
         assert stream == STREAM
         self.devices.append(self.current)
-        time.sleep(self.pause)
+        if self.pause:
+            time.sleep(self.pause)
         address = ctypes.c_void_p.from_address(pointers).value
         assert address is not None
         arguments = ctypes.string_at(address, kernel.argument_bytes)

@@ -88,7 +88,6 @@ DISPATCHING = [
         ACTIVATED[-1],
         *QUANTIZED[False][:1],
         *QUANTIZED[True][:1],
-        BACKWARD[0],
         QUANTIZED_BACKWARD[0],
     )
 ]

@@ -1,6 +1,7 @@
 // Where a grouped GEMM has its rows from: one struct for each, with
 //
-//     run(...)      by the warps beside the producer's, from beginning to end, with REGISTERS a thread
+//     run(...)      by the warps beside the producer's, from beginning to end. There are `rows` in all, tiles of a `wave` of
+//                   them run at once, and this block's tiles have `reached` a row.
 //     wait(...)     by the producer warp, until a tile's rows may be loaded
 #pragma once
 #include "ptx.cuh"
@@ -11,20 +12,22 @@ struct Given {
     struct Arguments {
         i32 unused;
     };
-    template <i32 REGISTERS>
-    static __device__ __forceinline__ void run(const Arguments&, i32) {}
+    static __device__ __forceinline__ void run(const Arguments&, i32, i32, i32*) {}
     static __device__ __forceinline__ void wait(const Arguments&, i32, i32, i32) {}
 };
 
 // They are tokens', dispatched by this very kernel while others are multiplied: rows[r, :] = tokens[order[r] / top_k, :],
 // with their scales if they are quantised.
 //
-// Warps take rows in order, a few at a time, and whoever takes some writes them, waiting for nobody: however few blocks
-// run at once, tiles get their rows. Who counts which rows are there does not decide what is in them.
+// Warps take rows in order, a few at a time, and whoever takes some writes them: however few blocks run at once, tiles get
+// their rows. They keep some way ahead of their block's tiles, but no more: all at once, they would have the memory to
+// themselves, and the tiles would starve (docs/perf.md). For a block that waits for rows, they are never too far ahead.
 template <bool SCALED>
 struct Dispatched {
     static constexpr bool BESIDE = true;
     static constexpr i32 UNIT = 2, BLOCK = 64;  // rows that a warp takes at once, and that are counted together
+    static constexpr i32 PIECES = 3;            // of 16 bytes, of a row, in a lane's hands
+    static constexpr i32 WAVES = 3, AT_LEAST = 2048;  // rows ahead of the tiles: those of so many waves, and so many more
     struct Arguments {
         const uint4* tokens;        // (tokens, pieces)
         uint4* rows;                // (rows, pieces): what the GEMM reads
@@ -35,12 +38,12 @@ struct Dispatched {
         i32 top_k, pieces, scale_blocks, pitch;
     };
 
-    template <i32 REGISTERS>
-    static __device__ __forceinline__ void run(const Arguments& arguments, i32 rows) {
+    static __device__ __forceinline__ void run(const Arguments& arguments, i32 rows, i32 wave, i32* reached) {
         i32 lane = threadIdx.x % 32, unit = take(arguments), token = token_of(arguments, unit, rows);
         while (unit * UNIT < rows) {
+            while (unit * UNIT - look(reached) > WAVES * wave + AT_LEAST) __nanosleep(200);
             i32 next = take(arguments), next_token = token_of(arguments, next, rows);
-            copy<REGISTERS >= 56 ? 3 : 2>(arguments, unit * UNIT, token, rows);
+            copy(arguments, unit * UNIT, token, rows);
             if constexpr (SCALED) copy_scales(arguments, unit * UNIT, token, rows);
             ptx::fence_async_global();  // bulk copies will read it
             __syncwarp();
@@ -64,15 +67,20 @@ struct Dispatched {
         return i32(__shfl_sync(~0u, unit, 0));
     }
 
+    // Atomic, since the producer writes it meanwhile.
+    static __device__ __forceinline__ i32 look(i32* reached) {
+        i32 row = 0;
+        if (threadIdx.x % 32 == 0) row = atomicAdd(reached, 0);
+        return __shfl_sync(~0u, row, 0);
+    }
+
     // Of the unit's rows, each in a lane of that number.
     static __device__ __forceinline__ i32 token_of(const Arguments& arguments, i32 unit, i32 rows) {
         i32 row = unit * UNIT + i32(threadIdx.x % 32);
         return threadIdx.x % 32 < UNIT && row < rows ? __ldg(arguments.order + row) / arguments.top_k : 0;
     }
 
-    // PIECES of each row are in a lane's hands at once. Places are counted in pieces, in 32 bits: the producer's warpgroup
-    // has few registers.
-    template <i32 PIECES>
+    // Places are counted in pieces, in 32 bits: the producer's warpgroup has few registers.
     static __device__ __forceinline__ void copy(const Arguments& arguments, i32 first, i32 token, i32 rows) {
         u32 from[UNIT], to = u32(first) * arguments.pieces;
 #pragma unroll

@@ -87,6 +87,7 @@ struct GroupedGemm {
         u64 full[STAGES], empty[STAGES];
         typename Epilogue::Shared epilogue;
         i32 tile_count;
+        i32 reached;  // a row of the tile that the producer is at
     };
 
     static __device__ __forceinline__ Schedule schedule_of(const Arguments& arguments) {
@@ -103,6 +104,7 @@ struct GroupedGemm {
                 ptx::barrier_init(&shared.empty[i], CONSUMERS * 4 * CLUSTER);
             }
             Epilogue::prepare(shared.epilogue);
+            shared.reached = 0;
             ptx::barrier_init_fence();
             ptx::prefetch_map(&arguments.a);
             ptx::prefetch_map(&arguments.b);
@@ -114,13 +116,12 @@ struct GroupedGemm {
         __syncthreads();
         if (CLUSTER > 1) ptx::cluster_sync();
         if (group == CONSUMERS) {
-            constexpr i32 LEFT = 504 - CONSUMERS * Epilogue::REGISTERS;  // of 512 for a thread of each warpgroup
-            ptx::give_registers<LEFT>();
+            ptx::give_registers<504 - CONSUMERS * Epilogue::REGISTERS>();  // of 512 for a thread of each warpgroup
             i32 rows = Feed::BESIDE ? arguments.offsets[arguments.experts - 1] : 0;
             if (threadIdx.x / 32 == CONSUMERS * 4)
                 produce(shared, arguments, rows);
             else
-                Feed::template run<LEFT>(arguments.feed, rows);
+                Feed::run(arguments.feed, rows, wave(arguments), &shared.reached);
         } else {
             ptx::take_registers<Epilogue::REGISTERS>();
             consume(shared, arguments, group);
@@ -129,6 +130,11 @@ struct GroupedGemm {
             __syncwarp();
             ptx::cluster_sync();
         }
+    }
+
+    // How many rows the tiles have that run at the same time, if they share columns as little as they can.
+    static __device__ __forceinline__ i32 wave(const Arguments& arguments) {
+        return i32(gridDim.x) * ROWS / ((arguments.n + WIDTH - 1) / WIDTH);
     }
 
     // ---- the producer warp: all lanes walk together, one of them copies
@@ -141,9 +147,11 @@ struct GroupedGemm {
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             Tile tile = schedule.find(number);
             (tile.split ? tile.column : tile.row) += rank * (tile.split ? WIDTH : ROWS);
+            if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, tile.row);
             Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
             fill(shared, arguments, tile, rank, stage, parity);
         }
+        if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, 0x7fffffff);  // the rows left are other blocks'
     }
 
     // One tile's stages. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
