@@ -85,6 +85,26 @@ class Dispatch:
 
 
 @dataclass(frozen=True)
+class Collect:
+    """A value of each row, in parts, back to assignments.
+
+    Attributes:
+        result: dtype of the values' sums, one of RESULTS.
+    """
+
+    result: str
+
+    header: ClassVar[str] = "collect.cuh"
+    name: ClassVar[str] = "moecompile_collect"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("Collect", RESULTS[self.result])
+
+
+@dataclass(frozen=True)
 class Clear:
     """Zeros for words that other kernels count in."""
 

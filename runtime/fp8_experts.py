@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime import fp8_reference, quantize
-from moecompile.runtime.contract import Arguments
+from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.fp8_contract import (
-    Quantized,
     Specs,
     check_fp8,
     check_fp8_backward,
     check_weights,
     saved_specs,
 )
-from moecompile.runtime.kernels import exact, needed
+from moecompile.runtime.kernels import needed
+from moecompile.runtime.recording import exact
+from moecompile.runtime.remembered import CALLS
 
+ABSENT = (None,) * len(TENSORS)
 Parts = list[Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -53,18 +55,19 @@ def fake_quantize_weights(
 def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
     """The result alone, for inference."""
     x: Tensor = args[0]
-    fused = _hopper(x.device)
-    if fused is not None:  # what it remembers has been checked, and computes nothing that autocast would change
-        known: Tensor | None = fused.infer_again(args, quantized, attributes)
+    fused, given = _hopper(x.device), _given(args, quantized)
+    if fused is not None:  # what is remembered has been checked
+        known = CALLS.again("experts_fp8", given, attributes)
         if known is not None:
-            return known
+            return known[0]
     arguments = Arguments(*args, **attributes)
     copies = check_fp8(arguments, quantized)
     with exact(x):
         if fused is None or not fused.takes(arguments, copies):
             return fp8_reference.forward(arguments, copies, save=False)[0]
-        result: Tensor = fused.infer(arguments, args, copies, attributes)
-        return result
+        return CALLS.first(
+            "experts_fp8", given, attributes, lambda: [fused.forward(arguments, copies, save=False)[0]]
+        )[0]  # fmt: skip
 
 
 def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
@@ -76,11 +79,22 @@ def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any)
 
 def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
     """The result, and x and the hidden rows in FP8, which backward needs."""
+    x: Tensor = args[0]
+    fused, given = _hopper(x.device), _given(args, quantized)
+    known = None if fused is None else CALLS.again("experts_fp8_forward", given, attributes)
+    if known is not None:
+        return known[0], known[1:]
     arguments = Arguments(*args, **attributes)
     copies = check_fp8(arguments, quantized)
-    with exact(arguments.x):
-        result, saved = _kernels(arguments, copies).forward(arguments, copies, save=True)
-    return result, list(saved)
+
+    def run() -> Parts:
+        result, saved = (fused if fused is not None and serves else fp8_reference).forward(arguments, copies, save=True)
+        return [result, *saved]
+
+    with exact(x):
+        serves = fused is not None and fused.takes(arguments, copies)
+        made = CALLS.first("experts_fp8_forward", given, attributes, run) if serves else run()
+    return made[0], made[1:]
 
 
 def fake_experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
@@ -98,14 +112,24 @@ def experts_fp8_backward(
     **attributes: Any,
 ) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
+    fused, decides = _hopper(grad.device), attributes | {"needs": tuple(needs)}
+    given = (grad, *_given((None, *args), quantized), *saved)
+    known = None if fused is None else CALLS.again("experts_fp8_backward", given, decides)
+    if known is not None:
+        return known
     arguments = Arguments.without_x(*args, **attributes)
     copies = check_fp8(arguments, quantized)
     names = needed(arguments, needs, "experts_fp8_backward")
     kept = check_fp8_backward(arguments, grad, saved)
+
+    def run() -> Parts:
+        of = (fused if fused is not None and serves else fp8_reference).backward
+        grads: dict[str, Tensor] = of(arguments, copies, grad, kept, frozenset(names))
+        return [grads[name] for name in names]
+
     with exact(grad):
-        run = _kernels(arguments, copies).backward
-        grads: dict[str, Tensor] = run(arguments, copies, grad, kept, frozenset(names))
-    return [grads[name] for name in names]
+        serves = fused is not None and fused.takes(arguments, copies)
+        return CALLS.first("experts_fp8_backward", given, decides, run) if serves else run()
 
 
 def fake_experts_fp8_backward(
@@ -128,10 +152,9 @@ def fake_experts_fp8_backward(
     ]
 
 
-def _kernels(args: Arguments, quantized: Quantized) -> ModuleType:
-    """The module that computes these: the fused kernels if they take them."""
-    fused = _hopper(args.offsets.device)
-    return fused if fused is not None and fused.takes(args, quantized) else fp8_reference
+def _given(tensors: Sequence[Tensor | None], quantized: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """A call's tensors, those that it leaves out too: where `quantized` begins does not depend on it."""
+    return (*tensors, *ABSENT[len(tensors) :], *quantized)
 
 
 @functools.cache

@@ -121,32 +121,15 @@ def grouped_gemm(
     Returns:
         out.
     """
-    grouped_gemm_launch(
-        a, b, offsets, out, bias=bias, a_scales=a_scales, b_scales=b_scales, instance=instance
-    ).run()  # fmt: skip
-    return out
-
-
-def grouped_gemm_launch(
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    a_scales: Tensor | None = None,
-    b_scales: Tensor | None = None,
-    instance: GroupedGemm | None = None,
-) -> Launch:
-    """What `grouped_gemm` launches."""
     (rows, k), (experts, _, n) = a.shape, b.shape
     chosen = instance or choose(a.dtype, rows, experts, n, k, is_transposed(b))
     chosen = with_bias(chosen, bias is not None)
     scales = _mapped(a_scales, (1, ROWS + 4), turned=True) if a_scales is not None else None
-    return _prepared(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales)
+    _launch(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales)
+    return out
 
 
-def activated_gemm_launch(
+def activated_gemm(
     a: Tensor,
     projection: Projection,
     activation: str,
@@ -157,8 +140,8 @@ def activated_gemm_launch(
     weights: Tensor | None = None,
     order: Tensor | None = None,
     dispatching: Dispatching | None = None,
-) -> Launch:
-    """The launch of out = activation(a @ matrices + biases), each row with its expert's; `hidden` gets the rows.
+) -> None:
+    """out = activation(a @ matrices + biases), each row with its expert's; `hidden` gets the rows.
 
     Args:
         a: (rows, K), bfloat16 or float16, contiguous.
@@ -178,7 +161,7 @@ def activated_gemm_launch(
     # where nothing is saved, the kernel takes only the number of columns from these
     targets: list[Value] = [_written(part) for part in parts] or [_columns(n)]
     biases = projection.biases or ()
-    return _prepared(
+    _launch(
         chosen, a, projection.matrices, offsets, (experts, k, n),
         (_written(out), targets[0], targets[-1], *_pair(biases), weights, order), feed=_feed(dispatching, a),
     )  # fmt: skip
@@ -202,7 +185,7 @@ def activation_backward(
         of_out: (rows, H2), the gradient of GEMM2's rows before the output's weight scales it; contiguous.
         w_out: (E, I, H2); of its last two dimensions one is contiguous.
         projection: GEMM1, which says how `hidden` is laid out.
-        activation: as of `activated_gemm_launch`.
+        activation: as of `activated_gemm`.
         offsets: (E,) int32.
         hidden: (rows, N), GEMM1's rows.
         order: (rows,) int32, the assignment of a row.
@@ -220,13 +203,13 @@ def activation_backward(
     tiles = (inner + instance.columns - 1) // instance.columns
     of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
     parts, gradients = projection.parts(hidden), projection.parts(of_hidden)
-    _prepared(
+    _launch(
         instance, of_out, (w_out.mT,), offsets, (experts, k, inner),
         (
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
-    ).run()  # fmt: skip
+    )  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
@@ -245,7 +228,7 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
     """
     (rows, m), n, experts = a.shape, b.shape[1], offsets.shape[0]
     chosen = instance or choose(a.dtype, m, experts, n, rows, transposed=True, over_rows=True)
-    _prepared(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_written(out.flatten(0, 1)), None)).run()
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_written(out.flatten(0, 1)), None))
     return out
 
 
@@ -271,7 +254,7 @@ def choose(
 def activated_instance(
     dtype: torch.dtype, rows: int, projection: Projection, activation: str, save: bool
 ) -> GroupedGemm:
-    """The kernel of `activated_gemm_launch`."""
+    """The kernel of `activated_gemm`."""
     experts, k, _ = projection.matrices[0].shape
     wide = choose(dtype, rows, experts, 256, 0 if save else k, is_transposed(projection.matrices[0]))
     epilogue = Activated(activation, projection.gate_up, save, projection.biases is not None)
@@ -322,7 +305,7 @@ def _feed(dispatching: Dispatching | None, rows: Tensor, scales: Tensor | None =
     return (0,) if dispatching is None else dispatching.values(rows, scales)
 
 
-def _prepared(
+def _launch(
     instance: GroupedGemm,
     a: Tensor,
     matrices: tuple[Tensor, ...],
@@ -332,14 +315,12 @@ def _prepared(
     scales: bytes | Mapped | None = None,
     b_scales: Tensor | None = None,
     b_scale_pair: int = 0,
-    whole: Tensor | None = None,
     feed: tuple[Value, ...] = (0,),
-) -> Launch:
-    """The launch.
+) -> None:
+    """Launches the kernel.
 
     `sizes` are the experts, the columns of a and those of the schedule. b_scales are (E, blocks of N, blocks of K); a
-    second matrix begins `b_scale_pair` blocks after the first. `whole` is what the matrices are views of, if the launch
-    is to know them as its parts.
+    second matrix begins `b_scale_pair` blocks after the first.
     """
     columns = LINE // a.element_size()
     loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
@@ -347,12 +328,10 @@ def _prepared(
         _mapped(b, (1, columns, ACROSS)) if instance.transposed else _mapped(b, (1, loaded, columns), turned=True)
         for b in matrices
     ]
-    if whole is not None:
-        boxes = [each.within(whole) for each in boxes]
     kernel = load(instance, a.device.index)
     box = (columns, ACROSS) if instance.over_rows and instance.transposed else (ROWS, columns)
     maps = (_mapped(a, box), boxes[0], boxes[-1])
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
     values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *feed, *epilogue)
-    return Launch(kernel, blocks, values)
+    Launch(kernel, blocks, values).run()

@@ -14,25 +14,22 @@ What these kernels do not take (`takes`), `moecompile.runtime.reference` runs, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from moecompile.runtime import combine, hopper, hopper_kernels, hopper_routing, hopper_rules
-from moecompile.runtime.contract import TENSORS, Arguments, Weighting, expression_leaves, weighting
+from moecompile.codegen.instances import RESULTS
+from moecompile.runtime import hopper, hopper_kernels, hopper_routing, hopper_rules
+from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
+from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper import Dispatching, Projection
 from moecompile.runtime.hopper_rows import HopperRows
-from moecompile.runtime.launch import Launch
-from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
 LARGE = 256 * 2**20
 """Bytes of rows above which they are not made as a whole for the gradients of matrices."""
 COLUMNS = 256
 """Of a tile: whole ones are all that is made at once."""
-EXPERTS: Memory[Remembered] = Memory()
-"""What `experts` launches, by what decides it."""
 
 
 def takes(args: Arguments) -> bool:
@@ -40,101 +37,43 @@ def takes(args: Arguments) -> bool:
     return hopper_rules.takes(args, hopper_rules.SIXTEEN_BITS, "experts run PyTorch's operators")
 
 
-def forward(args: Arguments) -> tuple[Tensor, Tensor | None]:
-    """Of training: the result (T, H2) and GEMM1's rows (T*K, N), anything beyond offsets[-1]; None with recompute."""
-    steps = _steps(args, train=True)
-    return steps.run(), steps.saved[0] if steps.saved else None
-
-
-def infer_again(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor | None:
-    """The result of `infer`, (T, H2), for arguments like some before, which need no checks; None if they are new."""
-    known = EXPERTS.get(signature(tensors, *attributes.items()))
-    return None if known is None else known.run(tensors)[0]
-
-
-def infer(args: Arguments, tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> Tensor:
-    """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
-    steps = _steps(args, train=False)
-    result = steps.run()
-    if tells_apart(tensors, attributes):
-        EXPERTS.put(signature(tensors, *attributes.items()), steps.remembered(tensors))
-    return result
-
-
-def _steps(args: Arguments, train: bool) -> Steps:
-    """Makes what the forward writes, and its launches."""
-    conforming = _conforming(args)
-    conformed = conform([getattr(args, name) for name in TENSORS], conforming)
-    x, weights, offsets, slots, _, *_, b_in, _, b_out = conformed
-    projection, w_out = _projection(args, b_in), _out_matrices(args)
-    named = functools.partial(hopper_kernels.of_experts, args, projection, w_out, train)
-    hopper_kernels.compile_together(args, train, "16 bits", named)
-    rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
-    hidden = x.new_empty(args.rows, args.width) if train and not args.recompute else None
-    y = x.new_empty(args.rows, args.out_features)
-    result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
-    before, dispatching = _rows_of(args, x, slots, rows)
-    launches = [
-        *before,
-        _gemm1_launch(args, rows, projection, a, hidden, weights, dispatching),
-        hopper.grouped_gemm_launch(a, w_out, offsets, y, bias=b_out),
-        hopper_routing.combine_launch(y, slots, weights, args.output, result),
-    ]
-    second = "w_in" if args.w_up is None else "w_up"
-    views = [(w_out, TENSORS.index("w_out")), (projection.matrices[0], TENSORS.index("w_in"))]
-    views.append((projection.matrices[-1], TENSORS.index(second)))
-    if args.gate_up == "halves":
-        views.extend((half, TENSORS.index("b_in")) for half in projection.biases or ())
-    scratch = [rows, a, y, *([] if dispatching is None else [dispatching.progress])]
-    return Steps(conforming, conformed, views, scratch, result, [] if hidden is None else [hidden], launches)
-
-
-def _rows_of(args: Arguments, x: Tensor, slots: Tensor, rows: Tensor) -> tuple[list[Launch], Dispatching | None]:
-    """What is launched to fill rows (R, F) with tokens (T, F) before a GEMM reads them; what that GEMM does itself."""
-    if not hopper_routing.is_beside(rows.shape[0], rows.shape[1], rows.element_size()):
-        return [hopper_routing.dispatch_launch(x, slots, rows)], None
-    progress = rows.new_empty(hopper.progress_words(rows.shape[0]), dtype=torch.int32)
-    dispatching = Dispatching(x, None, args.order, slots.shape[1], progress)
-    return [hopper_routing.clear_launch(progress)], dispatching
-
-
-def _gemm1_launch(
-    args: Arguments,
-    rows: Tensor,
-    projection: Projection,
-    a: Tensor,
-    hidden: Tensor | None,
-    weights: Tensor | None,
-    dispatching: Dispatching | None,
-) -> Launch:
-    """GEMM1 of the rows with the activation, to a (R, I), and to hidden (R, N) if that is there."""
-    read = weights if "weight" in expression_leaves(args.activation) else None
-    order = None if read is None else args.order
-    return hopper.activated_gemm_launch(
-        rows, projection, args.activation, args.offsets, a,
-        hidden=hidden, weights=read, order=order, dispatching=dispatching,
-    )  # fmt: skip
+def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
+    """The result (T, H2) and, if they are to be saved, GEMM1's rows (T*K, N), anything beyond offsets[-1]."""
+    projection, w_out = _projection(args, biased=True), _out_matrices(args)
+    named = functools.partial(hopper_kernels.of_experts, args, projection, w_out, save)
+    hopper_kernels.compile_together(args, save, "16 bits", named)
+    hidden = args.x.new_empty(args.rows, args.width) if save and not args.recompute else None
+    a = _gemm1(args, projection, hidden)
+    y = a.new_empty(args.rows, args.out_features)
+    hopper.grouped_gemm(a, w_out, args.offsets, y, bias=args.b_out)
+    del a
+    result = y.new_empty(args.x.shape[0], args.out_features, dtype=args.dtypes.result)
+    return hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result), hidden
 
 
 def hidden_rows(args: Arguments) -> Tensor:
     """GEMM1's rows (T*K, N) once more, as `forward` computes and saves them; anything beyond offsets[-1]."""
-    x, weights, _, slots, *_, b_in, _, _ = conform([getattr(args, name) for name in TENSORS], _conforming(args))
-    rows, a = x.new_empty(args.rows, x.shape[1]), x.new_empty(args.rows, args.intermediate)
-    hidden = x.new_empty(args.rows, args.width)
-    before, dispatching = _rows_of(args, x, slots, rows)
-    gemm1 = _gemm1_launch(args, rows, _projection(args, b_in), a, hidden, weights, dispatching)
-    for launch in (*before, gemm1):
-        launch.run()
+    hidden = args.x.new_empty(args.rows, args.width)
+    _gemm1(args, _projection(args, biased=True), hidden)
     return hidden
 
 
-def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
-    """What makes the call's tensors, by their place in TENSORS, as the kernels read them."""
-    conforming: dict[str, Callable[[Tensor], Tensor]] = {"x": _lines, "weights": _float32}
-    conforming["slots"] = Tensor.contiguous
-    if args.gate_up == "halves":
-        conforming["b_in"] = _halved
-    return {TENSORS.index(name): make for name, make in conforming.items()}
+def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Tensor:
+    """The activations (T*K, I) of GEMM1's rows, which `hidden` gets."""
+    x, slots, rows = _lines(args.x), args.slots.contiguous(), args.x.new_empty(args.rows, args.features)
+    dispatching = None
+    if hopper_routing.is_beside(args.rows, args.features, x.element_size()):
+        progress = hopper_routing.zeros(hopper.progress_words(args.rows), x)
+        dispatching = Dispatching(x, None, args.order, slots.shape[1], progress)
+    else:
+        hopper_routing.dispatch(x, slots, rows)
+    read = "weight" in expression_leaves(args.activation)
+    a = x.new_empty(args.rows, args.intermediate)
+    hopper.activated_gemm(
+        rows, projection, args.activation, args.offsets, a, hidden=hidden, weights=_weights(args) if read else None,
+        order=args.order if read else None, dispatching=dispatching,
+    )  # fmt: skip
+    return a
 
 
 def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
@@ -223,12 +162,13 @@ def _of_weights(args: Arguments, parts: Tensor | None, plain: HopperRows | None,
     assert args.weights is not None
     if parts is None:
         return args.weights.new_zeros(args.weights.shape)
-    of_rows = parts.sum(0).unsqueeze(1)
+    more: Tensor | None = None
     if args.b_out is not None and of_y is not None:
         assert plain is not None
-        of_rows = of_rows + plain.bias_dot(args.b_out, of_y)
-    each = args.slots.reshape(-1, 1)
-    return combine.token_sum(of_rows, each, args.weights.dtype, False).view(args.slots.shape)
+        more = plain.bias_dot(args.b_out, of_y).squeeze(1)
+    dtype = args.weights.dtype
+    narrow = dtype if dtype_name(dtype) in RESULTS else torch.float32
+    return hopper_routing.collect(parts, more, args.slots.contiguous(), narrow).to(dtype)
 
 
 def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, offsets: Tensor) -> Tensor:
@@ -241,24 +181,26 @@ def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool,
     return out if out.stride() == expected else torch.empty_like(like).copy_(out)
 
 
-def _projection(args: Arguments, b_in: Tensor | None = None) -> Projection:
+def _projection(args: Arguments, biased: bool = False) -> Projection:
     """GEMM1: one matrix, or two for a gate and an up projection that are two halves or two tensors.
 
-    `b_in` is the argument of that name, for "halves" what `_halved` makes of it; None where biases are not read.
+    With its biases, if they are to be read.
     """
+    b_in = args.b_in if biased else None
     w_in = args.w_in if args.w_in_transposed else args.w_in.mT
     if args.gate_up == "halves":
         gate, up = w_in.chunk(2, 2)
-        return Projection((gate, up), None if b_in is None else (b_in[0], b_in[1]), "halves")
+        return Projection((gate, up), None if b_in is None else _halved(b_in), "halves")
     if args.w_up is not None:
         w_up = args.w_up if args.w_in_transposed else args.w_up.mT
         return Projection((w_in, w_up), None if b_in is None or args.b_up is None else (b_in, args.b_up), "separate")
     return Projection((w_in,), None if b_in is None else (b_in,), args.gate_up)
 
 
-def _halved(biases: Tensor) -> Tensor:
-    """Biases (E, 2I) of gate and up projection as (2, E, I)."""
-    return biases.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+def _halved(biases: Tensor) -> tuple[Tensor, Tensor]:
+    """Biases (E, 2I) of gate and then up projection as (E, I) each."""
+    gate, up = biases.unflatten(1, (2, -1)).transpose(0, 1).contiguous()
+    return gate, up
 
 
 def _float32(weights: Tensor) -> Tensor:

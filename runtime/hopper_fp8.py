@@ -15,27 +15,21 @@ PyTorch's operators (`moecompile.runtime.fp8_reference`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moecompile.runtime import hopper, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
-from moecompile.runtime.contract import TENSORS, Arguments, expression_leaves, weighting
+from moecompile.runtime.contract import Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper import Dispatching
-from moecompile.runtime.hopper_experts import _float32, _has_biases, _lines, _of_weights, _scales, _weights
+from moecompile.runtime.hopper_experts import _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_rows import HopperRows
-from moecompile.runtime.launch import Launch
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 from moecompile.runtime.reference import joined
-from moecompile.runtime.remembered import Memory, Remembered, Steps, conform, signature, tells_apart
 
-EXPERTS: Memory[Remembered] = Memory()
-"""What `experts_fp8` launches, by what decides it."""
-ABSENT = (None,) * len(TENSORS)
 quantize_weights = hopper_quantize.quantize_weights
 takes_weights = hopper_quantize.takes_weights
 
@@ -52,103 +46,52 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
 
 def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
     """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
-    steps = _steps(args, quantized, train=save)
-    return steps.run(), list(steps.saved) if save else None
-
-
-def infer_again(
-    tensors: Sequence[Tensor | None], quantized: Sequence[Tensor], attributes: Mapping[str, Any]
-) -> Tensor | None:
-    """The result of `infer`, (T, H2), for arguments like some before, which need no checks; None if they are new."""
-    given = _given(tensors, quantized)
-    known = EXPERTS.get(signature(given, *attributes.items()))
-    return None if known is None else known.run(given)[0]
-
-
-def infer(
-    args: Arguments, tensors: Sequence[Tensor | None], quantized: Sequence[Tensor], attributes: Mapping[str, Any]
-) -> Tensor:
-    """The result, (T, H2), for checked arguments that `takes` takes; `args` are these tensors and attributes."""
-    steps, given = _steps(args, quantized, train=False), _given(tensors, quantized)
-    result = steps.run()
-    if tells_apart(given, attributes):
-        EXPERTS.put(signature(given, *attributes.items()), steps.remembered(given))
-    return result
-
-
-def _given(tensors: Sequence[Tensor | None], quantized: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """A call's tensors, those that it leaves out too: where `quantized` begins does not depend on it."""
-    return (*tensors, *ABSENT[len(tensors) :], *quantized)
-
-
-def _steps(args: Arguments, quantized: Sequence[Tensor], train: bool) -> Steps:
-    """Makes what the forward writes, and its launches."""
-    conforming = _conforming(args)
-    conformed = conform([getattr(args, name) for name in TENSORS], conforming)
-    x, weights, offsets, slots, _, *_, b_in, b_up, b_out = conformed
-    (w_in, _, w_out, _), biases = _matrices(quantized), _biases(args, b_in, b_up)
-    hopper_kernels.compile_together(args, train, "fp8", partial(hopper_kernels.of_experts_in_fp8, args, train))
-    dispatched = QuantizedRows.empty(x, args.rows, x.shape[1])
-    beside = hopper_routing.is_beside(args.rows, x.shape[1], 1)
-    tokens = _room_for(x) if train or beside else None
-    dispatching = _dispatching(args, tokens) if beside and tokens is not None else None
-    hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if train else None
-    a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
+    hopper_kernels.compile_together(args, save, "fp8", partial(hopper_kernels.of_experts_in_fp8, args, save))
+    w_in, _, w_out, _ = _matrices(quantized)
+    x = _lines(args.x)
+    beside = hopper_routing.is_beside(args.rows, args.features, 1)
+    tokens = _room_for(x) if save or beside else None
+    rows = QuantizedRows.empty(x, args.rows, args.features)
+    hopper_quantize.quantize_rows(x, args.slots.contiguous(), None if beside else rows, tokens)
+    hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
+    a = _gemm1(args, w_in, rows, None if args.recompute else hidden, tokens if beside else None)
+    del rows
     y = x.new_empty(args.rows, args.out_features)
+    hopper_fp8_gemm.product(a, w_out, args.offsets, y, None if args.b_out is None else _lines(args.b_out))
+    del a
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
-    launches = [
-        *([] if dispatching is None else [hopper_routing.clear_launch(dispatching.progress)]),
-        hopper_quantize.quantize_rows_launch(x, slots, None if beside else dispatched, tokens),
-        _gemm1_launch(args, dispatched, w_in, biases, a, None if args.recompute else hidden, weights, dispatching),
-        hopper_fp8_gemm.product_launch(a, w_out, offsets, y, b_out),
-        hopper_routing.combine_launch(y, slots, weights, args.output, result),
-    ]  # fmt: skip
-    views = [(bias, TENSORS.index("b_in")) for bias in biases] if args.b_up is None else []
-    scratch = [dispatched.values, dispatched.scales, a.values, a.scales, y]
-    if dispatching is not None and tokens is not None:
-        scratch += [dispatching.progress, *tokens]
-    saved = [*tokens, hidden.values, hidden.scales] if tokens is not None and hidden is not None else []
-    return Steps(conforming, [*conformed, *quantized], views, scratch, result, saved, launches)
+    hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result)
+    saved = [*tokens, hidden.values, hidden.scales] if tokens is not None and hidden is not None else None
+    return result, saved
 
 
-def _gemm1_launch(
-    args: Arguments, rows: QuantizedRows, w_in: Matrices, biases: tuple[Tensor, ...], a: QuantizedRows,
-    hidden: QuantizedRows | None, weights: Tensor | None, dispatching: Dispatching | None,
-) -> Launch:  # fmt: skip
-    """GEMM1 of the rows with the activation, to a (R, I), and to hidden (R, N) if that is there."""
-    read = weights if "weight" in expression_leaves(args.activation) else None
-    order = None if read is None else args.order
-    return hopper_fp8_gemm.activated_launch(
-        rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden,
-        biases=biases, weights=read, order=order, dispatching=dispatching,
+def _gemm1(
+    args: Arguments, w_in: Matrices, rows: QuantizedRows, hidden: QuantizedRows | None,
+    tokens: tuple[Tensor, Tensor] | None,
+) -> QuantizedRows:  # fmt: skip
+    """The activations (T*K, I) of GEMM1's rows, which `hidden` gets. `rows` are there, or those of `tokens` to be."""
+    a = QuantizedRows.empty(rows.values, args.rows, pad(args.intermediate))
+    read = "weight" in expression_leaves(args.activation)
+    hopper_fp8_gemm.activated(
+        rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden, biases=_biases(args),
+        weights=_weights(args) if read else None, order=args.order if read else None,
+        dispatching=None if tokens is None else _dispatching(args, tokens),
     )  # fmt: skip
+    return a
 
 
 def _dispatching(args: Arguments, tokens: tuple[Tensor, Tensor]) -> Dispatching:
     """Tokens in FP8, with their scales, that a GEMM dispatches itself."""
-    progress = tokens[0].new_empty(hopper.progress_words(args.rows), dtype=torch.int32)
+    progress = hopper_routing.zeros(hopper.progress_words(args.rows), tokens[0])
     return Dispatching(*tokens, args.order, args.slots.shape[1], progress)
 
 
-def _hidden_rows(args: Arguments, w_in: Matrices, x: Tensor, x_scales: Tensor) -> QuantizedRows:
+def _hidden_rows(args: Arguments, w_in: Matrices, tokens: tuple[Tensor, Tensor]) -> QuantizedRows:
     """GEMM1's rows once more, as `forward` computes and saves them, of tokens (T, H) and their scales (T, H / 128)."""
-    given = [x if name == "x" else getattr(args, name) for name in TENSORS]  # the record's x has no values
-    _, weights, *_, b_in, b_up, _ = conform(given, _conforming(args))
-    rows = QuantizedRows.empty(x, args.rows, args.features)
-    a = QuantizedRows.empty(x, args.rows, pad(args.intermediate))
-    hidden = QuantizedRows.empty(x, args.rows, w_in.values.shape[1])
-    dispatching = _dispatching(args, (x, x_scales))
-    hopper_routing.clear_launch(dispatching.progress).run()
-    _gemm1_launch(args, rows, w_in, _biases(args, b_in, b_up), a, hidden, weights, dispatching).run()
+    rows = QuantizedRows.empty(tokens[0], args.rows, args.features)
+    hidden = QuantizedRows.empty(tokens[0], args.rows, w_in.values.shape[1])
+    _gemm1(args, w_in, rows, hidden, tokens)
     return hidden
-
-
-def _conforming(args: Arguments) -> dict[int, Callable[[Tensor], Tensor]]:
-    """What makes the call's tensors, by their place in TENSORS, as the kernels read them."""
-    conforming: dict[str, Callable[[Tensor], Tensor]] = {"x": _lines, "weights": _float32}
-    conforming["slots"] = Tensor.contiguous
-    conforming |= {"b_in": _BIASES.get(args.gate_up, _lines), "b_up": _lines, "b_out": _lines}
-    return {TENSORS.index(name): make for name, make in conforming.items()}
 
 
 def backward(
@@ -173,7 +116,7 @@ class _Backward:
         x, x_scales, hidden, hidden_scales = map(_lines, saved)  # hooks of saved tensors may have laid them elsewhere
         self.x, self.hidden = (x, x_scales), QuantizedRows(hidden, hidden_scales)
         if args.recompute:
-            self.hidden = _hidden_rows(args, w_in, x, x_scales)
+            self.hidden = _hidden_rows(args, w_in, self.x)
         self.plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
         self.top_k = args.slots.shape[1]
 
@@ -185,8 +128,6 @@ class _Backward:
         of_tokens = _room_for(grad) if beside or "w_out" in self.needs else None
         hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens)
         dispatching = _dispatching(args, of_tokens) if beside and of_tokens is not None else None
-        if dispatching is not None:
-            hopper_routing.clear_launch(dispatching.progress).run()
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
@@ -282,24 +223,14 @@ def _matrices(quantized: Sequence[Tensor]) -> tuple[Matrices, Matrices, Matrices
     return Matrices(a, b), Matrices(c, d), Matrices(e, f), Matrices(g, h)
 
 
-def _biases(args: Arguments, b_in: Tensor | None, b_up: Tensor | None) -> tuple[Tensor, ...]:
-    """GEMM1's, (E, I) of gate and up projection or of the one matrix, from those that `_conforming` makes."""
-    if b_in is None:
+def _biases(args: Arguments) -> tuple[Tensor, ...]:
+    """GEMM1's, (E, I) of gate and up projection or of the one matrix."""
+    if args.b_in is None:
         return ()
-    if args.gate_up in ("halves", "interleaved"):
-        return b_in[0], b_in[1]
-    return (b_in,) if b_up is None else (b_in, b_up)
-
-
-def _halved(biases: Tensor) -> Tensor:
-    """Biases (E, 2I) of gate and then up projection as (2, E, I)."""
-    return _lines(biases.unflatten(1, (2, -1)).transpose(0, 1))
-
-
-def _unwoven(biases: Tensor) -> Tensor:
-    """Biases (E, 2I) of gate and up projection by turns as (2, E, I)."""
-    return _lines(biases.unflatten(1, (-1, 2)).permute(2, 0, 1))
-
-
-_BIASES: dict[str, Callable[[Tensor], Tensor]] = {"halves": _halved, "interleaved": _unwoven}
-"""What makes GEMM1's biases, by `gate_up`, as the kernels read them."""
+    if args.gate_up == "halves":
+        gate, up = _lines(args.b_in.unflatten(1, (2, -1)).transpose(0, 1))
+        return gate, up
+    if args.gate_up == "interleaved":
+        gate, up = _lines(args.b_in.unflatten(1, (-1, 2)).permute(2, 0, 1))
+        return gate, up
+    return (_lines(args.b_in),) if args.b_up is None else (_lines(args.b_in), _lines(args.b_up))

@@ -14,14 +14,14 @@ from moecompile.runtime.hopper import (
     Dispatching,
     _columns,
     _feed,
+    _launch,
     _mapped,
     _pair,
-    _prepared,
     _written,
     choose,
 )
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
-from moecompile.runtime.launch import Launch, Mapped
+from moecompile.runtime.launch import Mapped
 from moecompile.runtime.quantize import E4M3
 
 WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
@@ -41,18 +41,11 @@ def product(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: T
     Returns:
         out.
     """
-    product_launch(a, b, offsets, out, bias).run()
-    return out
-
-
-def product_launch(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None) -> Launch:
-    """What `product` launches; its arguments are those tensors and what they consist of, no views."""
     n = out.shape[1]
     instance = product_instance(n, bias is not None)
     sizes = (b.values.shape[0], a.values.shape[1], n)
-    return _prepared(
-        instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales, whole=b.values
-    )
+    _launch(instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales)
+    return out
 
 
 def activated(
@@ -67,6 +60,7 @@ def activated(
     biases: tuple[Tensor, ...] = (),
     weights: Tensor | None = None,
     order: Tensor | None = None,
+    dispatching: Dispatching | None = None,
 ) -> None:
     """out = activation(a @ b.T + bias), quantised, and the rows themselves into `hidden`.
 
@@ -81,43 +75,21 @@ def activated(
         biases: (E, features) of gate and up, or of the one matrix; contiguous, bfloat16.
         weights: (assignments,) float32, where the activation reads `weight`.
         order: (R,) int32, the assignment of a row; goes with `weights`.
-    """
-    activated_launch(
-        a, b, activation, offsets, features, out, hidden, biases=biases, weights=weights, order=order
-    ).run()  # fmt: skip
-
-
-def activated_launch(
-    a: QuantizedRows,
-    b: Matrices,
-    activation: str,
-    offsets: Tensor,
-    features: int,
-    out: QuantizedRows,
-    hidden: QuantizedRows | None,
-    *,
-    biases: tuple[Tensor, ...] = (),
-    weights: Tensor | None = None,
-    order: Tensor | None = None,
-    dispatching: Dispatching | None = None,
-) -> Launch:
-    """What `activated` launches; its arguments are those tensors and what they consist of, no views.
-
-    With `dispatching`, it fills `a` with the rows of those tokens first.
+        dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
     """
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
     instance = activated_instance(activation, gate_up, hidden is not None, bool(biases), dispatching is not None)
     sizes = (b.values.shape[0], a.values.shape[1], features)
-    return _prepared(
+    _launch(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
         (
             _narrow(out), _narrow(hidden) if hidden else _columns(b.values.shape[1] // 2),
             out.scales, hidden.scales if hidden else None, *_pair(biases), weights, order,
             out.scales.shape[1], features, columns,
         ),
-        _scales(a), b.scales, columns // 128, b.values, _feed(dispatching, a.values, a.scales),
+        _scales(a), b.scales, columns // 128, _feed(dispatching, a.values, a.scales),
     )  # fmt: skip
 
 
@@ -160,7 +132,7 @@ def activation_backward(
     of_weight = None
     if weights is not None or scales is not None:
         of_weight = of_out.scales.new_empty(-(-features // instance.columns), rows)
-    _prepared(
+    _launch(
         instance, of_out.values, (b.values.mT,), offsets, (b.values.shape[0], of_out.values.shape[1], features),
         (
             _mapped(_pairs(hidden.values), OUT_BOX), _narrow(of_hidden), _narrow(scaled),
@@ -168,7 +140,7 @@ def activation_backward(
             rows, hidden.scales.shape[1], features, columns,
         ),
         _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales),
-    ).run()  # fmt: skip
+    )  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
@@ -192,7 +164,7 @@ def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transp
     out = like.new_empty((experts, n, m) if turned else (experts, m, n))
     written = (_mapped(out, TURNED_BOX), n) if turned else (_written(out.view(experts * m, n)), None)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
-    _prepared(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0)).run()
+    _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
     found = out if turned == transposed else out.mT
     return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
 
@@ -229,7 +201,7 @@ def is_turned(like: Tensor, transposed: bool) -> bool:
 
 def _scales(a: QuantizedRows) -> Mapped:
     """Bulk copies of the scales of a tile's rows."""
-    return _mapped(a.scales[:, : a.values.shape[0]], (1, ROWS + 4)).within(a.scales)
+    return _mapped(a.scales[:, : a.values.shape[0]], (1, ROWS + 4))
 
 
 def _pairs(values: Tensor) -> Tensor:
@@ -238,4 +210,4 @@ def _pairs(values: Tensor) -> Tensor:
 
 
 def _narrow(rows: QuantizedRows) -> Mapped:
-    return _written(_pairs(rows.values)).within(rows.values)
+    return _written(_pairs(rows.values))

@@ -6,21 +6,30 @@ those of `plan` and of `quantize_weights`, which come before the experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from torch import Tensor
 
 from moecompile.codegen import cubins
-from moecompile.codegen.instances import Clear, Combine, Dispatch, Instance, PadOffsets, QuantizeRows, TransposeRows
+from moecompile.codegen.instances import (
+    RESULTS,
+    Clear,
+    Collect,
+    Combine,
+    Dispatch,
+    Instance,
+    PadOffsets,
+    QuantizeRows,
+    TransposeRows,
+)
 from moecompile.runtime import hopper, hopper_fp8_gemm, hopper_routing
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, weighting
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper import Projection
-from moecompile.runtime.remembered import Memory
 
-THERE: Memory[bool] = Memory()
-"""The calls whose kernels have been compiled, by what decides which those are."""
+THERE: set[Hashable] = set()
+"""What decides which kernels a call needs, of the calls whose kernels have been compiled."""
 
 
 def compile_together(args: Arguments, train: bool, precision: str, named: Callable[[], list[Instance]]) -> None:
@@ -30,12 +39,12 @@ def compile_together(args: Arguments, train: bool, precision: str, named: Callab
         *(args.rows, args.activation, args.gate_up, args.output, args.w_in_transposed, args.w_out_transposed),
         *(args.out_dtype, args.recompute, train, precision),
     )
-    if THERE.get(key) is None:
+    if key not in THERE:
         cubins.build(named())
-        THERE.put(key, True)
+        THERE.add(key)
 
 
-def _layout(tensor: Tensor | None) -> object:
+def _layout(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
@@ -61,6 +70,7 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
             hopper.choose(dtype, rows, experts, args.features, k, hopper.is_transposed(w_in.mT)),
             *(hopper.choose(dtype, m, experts, n, rows, True, over_rows=True) for m in sizes for n in sizes),
             Combine(name, name, "out"),
+            *_collecting(args),
         ]
     return found
 
@@ -96,6 +106,7 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
             hopper_fp8_gemm.outer_instance(args.intermediate, turned_out),
             hopper_fp8_gemm.outer_instance(args.features, turned_in),
             Combine("bfloat16", "bfloat16", "out"),
+            *_collecting(args),
         ]
     return found
 
@@ -103,6 +114,14 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
 def _saves(args: Arguments, train: bool) -> list[bool]:
     """Whether GEMM1 saves its rows: in the forward, and in the backward if it computes them again."""
     return [False, True] if train and args.recompute else [train]
+
+
+def _collecting(args: Arguments) -> list[Instance]:
+    """What the routing weights' gradient needs."""
+    if args.weights is None:
+        return []
+    name = dtype_name(args.weights.dtype)
+    return [Collect(name if name in RESULTS else "float32")]
 
 
 def _scales_output(args: Arguments) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moecompile.codegen.instances import PadOffsets, QuantizeRows, QuantizeWeights, TransposeRows
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.grouped import aligned
-from moecompile.runtime.launch import Launch, load
+from moecompile.runtime.launch import Launch, Value, load
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 
 SPLITS = 8
@@ -96,10 +96,9 @@ def quantize_weights(
     turned_scales = w.new_empty(experts, all_columns // BLOCK, all_rows // BLOCK, dtype=torch.float32)
     kernel = load(QuantizeWeights(dtype_name(w.dtype), interleaved), w.device.index)
     first, second = halves[0], halves[0] if interleaved else halves[-1]
-    arguments = kernel.pack(
-        first, second, same, scales, turned, turned_scales, *first.stride()[:2], rows, columns, *split
-    )  # fmt: skip
-    kernel.launch(experts * scales.shape[1] * scales.shape[2], arguments)
+    pointers, strides = (first, second, same, scales, turned, turned_scales), first.stride()[:2]
+    values: tuple[Value, ...] = (*pointers, *strides, rows, columns, *split)
+    Launch(kernel, experts * scales.shape[1] * scales.shape[2], values).run()
     # rows of `same` are features out unless they run along the columns
     return (turned, turned_scales, same, scales) if along_columns else (same, scales, turned, turned_scales)
 
@@ -123,27 +122,20 @@ def quantize_rows(x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: 
         rows: (R, H), written; None if nobody wants them.
         tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written; None if nobody wants them.
     """
-    quantize_rows_launch(x, slots, rows, tokens).run()
-
-
-def quantize_rows_launch(
-    x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None
-) -> Launch:
-    """What `quantize_rows` launches."""
     kernel = load(QuantizeRows(dtype_name(x.dtype)), x.device.index)
     values, scales = tokens or (None, None)
     row_values, row_scales = (rows.values, rows.scales) if rows else (None, None)
     pitch = row_scales.shape[1] if row_scales is not None else 0
     warps = x.shape[0] * -(-x.shape[1] // 1024)
     blocks = max(1, min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors))
-    return Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *slots.shape, x.shape[1], pitch))
+    Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *slots.shape, x.shape[1], pitch)).run()
 
 
 def pad_offsets(offsets: Tensor) -> Tensor:
     """The end of each expert's rows (E,) int32 where they are filled up to whole blocks of 128."""
     ends = torch.empty_like(offsets)
     kernel = load(PadOffsets(), offsets.device.index)
-    kernel.launch(1, kernel.pack(offsets, ends, offsets.shape[0]))
+    Launch(kernel, 1, (offsets, ends, offsets.shape[0])).run()
     return ends
 
 
@@ -187,9 +179,9 @@ def transpose_rows(
     out_scales = scales.new_empty(size)
     kernel = load(TransposeRows(top_k is not None, per_column), values.device.index)
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
-    arguments = kernel.pack(
+    arguments = (
         values, scales, order, offsets, ends, out, out_scales, *strides,
         experts, top_k or 1, columns, row_blocks, out_scales.shape[1], half, kept, step, second,
     )  # fmt: skip
-    kernel.launch(row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments)
+    Launch(kernel, row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments).run()
     return QuantizedRows(out, out_scales)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Clear, Combine, Dispatch, Plan
+from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Clear, Collect, Combine, Dispatch, Plan
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Launch, load
-from moecompile.runtime.remembered import Memory, Remembered, signature
 
 PLAN_BLOCKS = 128
 """Blocks that make a plan, at most: each adds up the counts of all before it."""
 
 BESIDE = 16 * 2**20
 """Bytes of rows from which on the GEMM that reads them dispatches them itself: fewer are soon there."""
-PLANS: Memory[Remembered] = Memory()
-"""What `plan` launches, by what decides it."""
 
 
 def takes_plan(num_experts: int) -> bool:
@@ -32,11 +29,6 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
             [0, num_experts) is a device-side assertion.
         num_experts: at most the last of PLAN_EXPERTS.
     """
-    key = signature((expert_ids,), num_experts)
-    known = PLANS.get(key)
-    if known is not None:
-        counts, offsets, slots, order = known.run((expert_ids,))
-        return counts, offsets, slots, order
     ids = _conformed(expert_ids)
     chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
     place = load(Plan("place", *chosen), ids.device.index)
@@ -46,19 +38,14 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     def empty(*size: int) -> Tensor:
         return ids.new_empty(size, dtype=torch.int32)
 
-    block_counts, launches = None, []
+    block_counts = None
     if blocks > 1:
         block_counts, count = empty(blocks, num_experts), load(Plan("count", *chosen), ids.device.index)
-        launches.append(Launch(count, blocks, (ids, block_counts, assignments, num_experts)))
-    made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(assignments)
-    counts, offsets, slots, order = made
+        Launch(count, blocks, (ids, block_counts, assignments, num_experts)).run()
+    counts, offsets, slots, order = made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(assignments)
     values = (ids, block_counts, counts, offsets, slots, order, assignments, num_experts)
-    launches.append(Launch(place, blocks, values))
-    for launch in launches:
-        launch.run()
-    scratch = () if block_counts is None else (block_counts,)
-    PLANS.put(key, Remembered((expert_ids,), {0: _conformed}, (ids,), (), scratch, made, launches))
-    return counts, offsets, slots, order
+    Launch(place, blocks, values).run()
+    return made
 
 
 def _conformed(expert_ids: Tensor) -> Tensor:
@@ -78,17 +65,12 @@ def dispatch(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     Returns:
         rows.
     """
-    dispatch_launch(x, slots, rows).run()
-    return rows
-
-
-def dispatch_launch(x: Tensor, slots: Tensor, rows: Tensor) -> Launch:
-    """What `dispatch` launches."""
     kernel = load(Dispatch(), rows.device.index)
     pieces, pitch = (size * x.element_size() // 16 for size in (x.shape[1], x.stride(0)))
     warps = x.shape[0] * -(-pieces // 128)
     blocks = min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors)
-    return Launch(kernel, blocks, (x, slots, rows, *slots.shape, pieces, pitch))
+    Launch(kernel, blocks, (x, slots, rows, *slots.shape, pieces, pitch)).run()
+    return rows
 
 
 def is_beside(rows: int, columns: int, item: int) -> bool:
@@ -96,11 +78,12 @@ def is_beside(rows: int, columns: int, item: int) -> bool:
     return rows * columns * item >= BESIDE
 
 
-def clear_launch(words: Tensor) -> Launch:
-    """The launch that makes a few int32 words zero."""
-    kernel = load(Clear(), words.device.index)
-    blocks = max(1, min(-(-words.numel() // kernel.threads), kernel.multiprocessors))
-    return Launch(kernel, blocks, (words, words.numel()))
+def zeros(count: int, like: Tensor) -> Tensor:
+    """(count,) int32 zeros on the device of `like`."""
+    words, kernel = like.new_empty(count, dtype=torch.int32), load(Clear(), like.device.index)
+    blocks = max(1, min(-(-count // kernel.threads), kernel.multiprocessors))
+    Launch(kernel, blocks, (words, count)).run()
+    return words
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Tensor:
@@ -116,13 +99,26 @@ def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, ou
     Returns:
         out.
     """
-    combine_launch(rows, slots, weights, output, out).run()
-    return out
-
-
-def combine_launch(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Launch:
-    """What `combine` launches."""
     given, wanted = (dtype_name(tensor.dtype) for tensor in (rows, out))
     kernel = load(Combine(given, wanted, output), out.device.index)
     blocks = min(-(-out.numel() // (8 * kernel.threads)), 16 * kernel.multiprocessors)
-    return Launch(kernel, blocks, (rows, slots, weights, out, *slots.shape, out.shape[1]))
+    Launch(kernel, blocks, (rows, slots, weights, out, *slots.shape, out.shape[1])).run()
+    return out
+
+
+def collect(parts: Tensor, more: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of rows back to assignments: sum over p of parts[p, slots[t, k]], plus more[slots[t, k]], rounded once.
+
+    Args:
+        parts: (P, R) float32, contiguous.
+        more: (R,) float32, contiguous, or None.
+        slots: (T, K) int32, contiguous; zero where it is -1.
+        dtype: of the result: bfloat16, float16 or float32.
+
+    Returns:
+        (T, K).
+    """
+    out, kernel = parts.new_empty(slots.shape, dtype=dtype), load(Collect(dtype_name(dtype)), parts.device.index)
+    blocks = max(1, min(-(-slots.numel() // kernel.threads), 16 * kernel.multiprocessors))
+    Launch(kernel, blocks, (parts, more, slots, out, *parts.shape, slots.numel())).run()
+    return out

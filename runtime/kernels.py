@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -15,17 +14,23 @@ from torch import Tensor
 from moecompile.runtime import backward, reference
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, check_plan
 from moecompile.runtime.grouped import writing_out
+from moecompile.runtime.recording import exact
+from moecompile.runtime.remembered import CALLS
 
 Parts = list[Tensor]
 
 
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layout of `expert_ids`."""
-    check_plan(expert_ids, num_experts)
-    fused = _fused_on(expert_ids.device)
-    if fused is not None and fused.hopper_routing.takes_plan(num_experts):
-        return fused.hopper_routing.plan(expert_ids, num_experts)
-    return reference.plan(expert_ids, num_experts)
+    fused, given, sizes = _fused_on(expert_ids.device), (expert_ids,), {"num_experts": num_experts}
+    made = None if fused is None else CALLS.again("plan", given, sizes)
+    if made is None:
+        check_plan(expert_ids, num_experts)
+        if fused is None or not fused.hopper_routing.takes_plan(num_experts):
+            return reference.plan(expert_ids, num_experts)
+        made = CALLS.first("plan", given, sizes, lambda: [*fused.hopper_routing.plan(expert_ids, num_experts)])
+    counts, offsets, slots, order = made
+    return counts, offsets, slots, order
 
 
 def plan_shapes(expert_ids: Tensor, num_experts: int) -> tuple[tuple[int, ...], ...]:
@@ -46,15 +51,15 @@ def experts(*args: Any, **attributes: Any) -> Tensor:
     """The result alone, for inference."""
     x: Tensor = args[0]
     fused = _fused_on(x.device)
-    if fused is not None:  # what it remembers has been checked, and computes nothing that autocast would change
-        known: Tensor | None = fused.infer_again(args, attributes)
+    if fused is not None:  # what is remembered has been checked
+        known = CALLS.again("experts", args, attributes)
         if known is not None:
-            return known
+            return known[0]
     with exact(x):
         arguments = Arguments(*args, **attributes).check()
         if fused is None or not fused.takes(arguments):
             return reference.forward(arguments, save=False)[0]
-        return fused.infer(arguments, args, attributes)
+        return CALLS.first("experts", args, attributes, lambda: [fused.forward(arguments, save=False)[0]])[0]
 
 
 def experts_shape(*args: Any, **attributes: Any) -> tuple[tuple[int, int], torch.dtype]:
@@ -72,9 +77,24 @@ def fake_experts(*args: Any, **attributes: Any) -> Tensor:
 
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """The result and the rows that backward needs: none if it computes them again."""
-    with exact(args[0]):
-        arguments = Arguments(*args, **attributes).check()
-        result, hidden = _forward(arguments)
+    x: Tensor = args[0]
+    fused = _fused_on(x.device)
+    made = None if fused is None else CALLS.again("experts_forward", args, attributes)
+    if made is None:
+        with exact(x):
+            arguments = Arguments(*args, **attributes).check()
+            if fused is None or not fused.takes(arguments):
+                return _saving(arguments, reference.forward(arguments, not arguments.recompute))
+            made = CALLS.first(
+                "experts_forward", args, attributes, lambda: [*_saving(arguments, fused.forward(arguments, save=True))]
+            )
+    result, hidden = made
+    return result, hidden
+
+
+def _saving(arguments: Arguments, made: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """The result and the rows of a forward that has them or not."""
+    result, hidden = made
     return result, _no_rows(arguments) if hidden is None else hidden
 
 
@@ -87,16 +107,24 @@ def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]
 
 def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
+    fused, given, decides = _fused_on(grad.device), (grad, hidden, *args), attributes | {"needs": tuple(needs)}
+    known = None if fused is None else CALLS.again("experts_backward", given, decides)
+    if known is not None:
+        return known
     arguments = Arguments(*args, **attributes).check()
     names = needed(arguments, needs)
     arguments.check_backward(grad, hidden)
+
+    def run() -> Parts:
+        again, of = reference.hidden_rows, backward.experts_backward
+        if fused is not None and serves:
+            again, of = fused.hidden_rows, fused.backward
+        grads = of(arguments, grad, again(arguments) if arguments.recompute else hidden, frozenset(names))
+        return [grads[name] for name in names]
+
     with exact(grad):
-        fused = _fused(arguments)
-        again, run = reference.hidden_rows, backward.experts_backward
-        if fused is not None:
-            again, run = fused.hidden_rows, fused.backward
-        grads = run(arguments, grad, again(arguments) if arguments.recompute else hidden, frozenset(names))
-    return [grads[name] for name in names]
+        serves = fused is not None and fused.takes(arguments)
+        return CALLS.first("experts_backward", given, decides, run) if serves else run()
 
 
 def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
@@ -111,19 +139,8 @@ def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Seque
     ]
 
 
-def _forward(arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-    fused = _fused(arguments)
-    return reference.forward(arguments, not arguments.recompute) if fused is None else fused.forward(arguments)
-
-
 def _no_rows(arguments: Arguments) -> Tensor:
     return arguments.x.new_empty((0, arguments.width), dtype=arguments.dtypes.hidden)
-
-
-def _fused(arguments: Arguments) -> ModuleType | None:
-    """The module of the fused kernels, if they take these arguments."""
-    fused = _fused_on(arguments.x.device)
-    return fused if fused is not None and fused.takes(arguments) else None
 
 
 def _fused_on(device: torch.device) -> ModuleType | None:
@@ -160,11 +177,3 @@ def needed(arguments: Arguments, needs: Sequence[bool], operator: str = "experts
         if getattr(arguments, name) is None:
             raise ValueError(f"moecompile::{operator}: needs asks for the gradient of {name}, which is None")
     return names
-
-
-def exact(tensor: Tensor) -> AbstractContextManager[object]:
-    """Runs what is inside in the dtypes that the operator was given, whatever autocast surrounds it."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()

@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,22 +78,14 @@ def described(boxes: Boxes, address: int) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """An argument that is read or written by bulk copies: memory of `tensor`, seen as `boxes` say.
-
-    It begins `offset` bytes after the tensor's first element.
-    """
+    """An argument that is read or written by bulk copies: memory of `tensor`, seen as `boxes` say."""
 
     tensor: Tensor
     boxes: Boxes
-    offset: int = 0
-
-    def within(self, whole: Tensor) -> Mapped:
-        """The same memory as a part of that tensor, whose view `tensor` is."""
-        return Mapped(whole, self.boxes, self.tensor.data_ptr() + self.offset - whole.data_ptr())
 
     def described(self) -> bytes:
         """A tensor map or a `Target`."""
-        return described(self.boxes, self.tensor.data_ptr() + self.offset)
+        return described(self.boxes, self.tensor.data_ptr())
 
 
 Value = bytes | Mapped | Tensor | int | float | None
@@ -185,6 +178,20 @@ class _Storage:
         self.address = ctypes.addressof(self.pointers)
 
 
+class _Observers(threading.local):
+    """Who is told of launches that a thread makes.
+
+    Attributes:
+        noting: functions of the launch.
+    """
+
+    def __init__(self) -> None:
+        self.noting: list[Callable[[Launch], None]] = []
+
+
+observers = _Observers()
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """A kernel with its arguments, not yet launched."""
@@ -196,6 +203,8 @@ class Launch:
     def run(self) -> None:
         """Launches it on the current stream of the kernel's device."""
         self.kernel.launch(self.blocks, self.kernel.pack(*self.values))
+        for note in observers.noting:
+            note(self)
 
 
 @functools.cache

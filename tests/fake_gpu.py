@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import functools
 import hashlib
-import math
+import importlib
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moecompile.codegen.instances import Instance
 from moecompile.runtime import (
@@ -30,11 +33,10 @@ from moecompile.runtime import (
     launch,
 )
 from moecompile.runtime.launch import Kernel
-from moecompile.runtime.remembered import Memory
+from moecompile.runtime.operators import ROOMS
+from moecompile.runtime.remembered import CALLS
 
 STREAM = 77
-MAKING = {hopper_experts: ("_float32", "_halved", "_lines"), hopper_fp8: ("_float32", "_lines")}
-"""What makes tensors as the kernels read them, perhaps."""
 
 
 class FakeKernel(Kernel):
@@ -46,43 +48,69 @@ class FakeKernel(Kernel):
         return super().layout_of(values)
 
 
-class Arena:
-    """Memory that is given again in the same order after `reset`, as the caching allocator does call after call."""
+class Arena(TorchDispatchMode):
+    """Memory that is given again after `reset`, as the caching allocator does call after call.
+
+    While the mode is entered, all that operators of moecompile make lies there.
+    """
 
     def __init__(self) -> None:
-        self.memory = torch.zeros(1 << 26, dtype=torch.uint8)
+        super().__init__()
+        self.memory = bytearray(1 << 26)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.begin = -address % 512
+        self.address = address + self.begin
         self.used = 0
+        self.begins: list[int] = []
+        self.inside = False
 
     def reset(self) -> None:
         self.used = 0
+        self.begins.clear()
 
-    def new_empty(self, like: Tensor, *size: Any, dtype: torch.dtype | None = None) -> Tensor:
-        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-        kind = dtype or like.dtype
-        begin, count = -(-self.used // 512) * 512, math.prod(shape) * kind.itemsize
-        self.used = begin + count
-        return self.memory[begin : self.used].view(kind).view(shape)
+    def named(self, launches: Sequence[Launched]) -> list[Launched]:
+        """The launches with addresses in this memory called by which tensor they are of, counted as they are met."""
+        met: dict[int, int] = {}
 
-    def method(self) -> Callable[..., Tensor]:
-        """`new_empty` as a method of tensors."""
+        def name(word: int) -> int:
+            offset = word - self.address
+            if not 0 <= offset < self.used:
+                return word
+            begin = self.begins[bisect.bisect_right(self.begins, offset) - 1]
+            return (met.setdefault(begin, len(met)) << 32) + offset - begin
 
-        ordinary = Tensor.new_empty
+        named = []
+        for each in launches:
+            words = struct.unpack(f"{len(each.arguments) // 8}Q", each.arguments)
+            named.append(replace(each, arguments=struct.pack(f"{len(words)}Q", *map(name, words))))
+        return named
 
-        def method(like: Tensor, *size: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-            if device is not None:  # of shapes only
-                return ordinary(like, *size, dtype=dtype, device=device)
-            return self.new_empty(like, *size, dtype=dtype)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "moecompile":
+            name = func._schema.name.split("::")[1]
+            (room,) = (room for room, names in ROOMS.items() if name in names)
+            inside, self.inside = self.inside, True
+            try:
+                with self:  # the operator itself has been dispatched
+                    return getattr(importlib.import_module(f"moecompile.runtime.{room}"), name)(*args, **(kwargs or {}))
+            finally:
+                self.inside = inside
+        found = func(*args, **(kwargs or {}))
+        if not self.inside:
+            return found
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        return tree_map_only(Tensor, lambda made: self.moved(made, given), found)
 
-        return method
-
-    def keeping(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function with what it makes in this memory."""
-
-        def kept(tensor: Tensor, *others: Any) -> Tensor:
-            made = function(tensor, *others)
-            return tensor if made is tensor else self.new_empty(made, made.shape).copy_(made)
-
-        return kept
+    def moved(self, made: Tensor, given: set[int]) -> Tensor:
+        """The tensor in this memory, unless it is one of those given or a view of them."""
+        storage = made.untyped_storage()
+        if made.is_meta or not storage.nbytes() or storage.data_ptr() in given:
+            return made
+        begin = -(-self.used // 512) * 512
+        self.used = begin + storage.nbytes()
+        self.begins.append(begin)
+        place = torch.frombuffer(self.memory, dtype=torch.uint8, offset=self.begin + begin, count=storage.nbytes())
+        return place.view(made.dtype).as_strided(made.size(), made.stride()).copy_(made)
 
 
 @dataclass(frozen=True)
@@ -145,10 +173,10 @@ class FakeGpu:
     def cuFuncGetName(kernel: Kernel) -> tuple[int, bytes]:
         return 0, kernel.instance.name.encode()
 
-    def tensor_map(self, *contents: Any) -> bytes:
-        """128 bytes that tell tensor maps apart."""
+    def tensor_map(self, address: int, *contents: Any) -> bytes:
+        """128 bytes that tell tensor maps apart, and begin with the address."""
         self.encoded += 1
-        return hashlib.sha512(repr(contents).encode()).digest() * 2
+        return struct.pack("Q", address) + (hashlib.sha512(repr(contents).encode()).digest() * 2)[8:]
 
     @staticmethod
     def load(instance: Any, device: int | None) -> Kernel:
@@ -156,8 +184,8 @@ class FakeGpu:
         return _load(instance, device)
 
     def taken(self) -> list[Launched]:
-        """What has been launched since the last time; the arena begins again."""
-        launched, self.launched = self.launched, []
+        """What has been launched since the last time, addresses named; the arena begins again."""
+        launched, self.launched = self.arena.named(self.launched), []
         self.arena.reset()
         return launched
 
@@ -180,25 +208,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         for module in (hopper, hopper_quantize, hopper_routing):
             patched.setattr(module, "load", _load)
         patched.setattr(hopper_kernels.cubins, "build", gpu.announced.update)
-        patched.setattr(hopper_kernels, "THERE", Memory())
+        patched.setattr(hopper_kernels, "THERE", set())
         patched.setattr(hopper, "serves", lambda device: True)
         patched.setattr(kernels, "_fused_module", lambda device: hopper_experts)
         patched.setattr(fp8_experts, "_hopper", lambda device: hopper_fp8)
         patched.setattr(torch._C, "_cuda_getDevice", lambda: gpu.current, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-        patched.setattr(torch.Tensor, "new_empty", gpu.arena.method())
-        for module, names in MAKING.items():
-            for name in names:
-                patched.setattr(module, name, gpu.arena.keeping(getattr(module, name)))
-        patched.setattr(hopper_routing, "_conformed", gpu.arena.keeping(hopper_routing._conformed))
-        patched.setattr(torch.Tensor, "contiguous", gpu.arena.keeping(torch.Tensor.contiguous))
-        yield gpu
+        with gpu.arena:
+            yield gpu
     _forget()
 
 
 def _forget() -> None:
-    hopper_experts.EXPERTS.clear()
-    hopper_fp8.EXPERTS.clear()
-    hopper_routing.PLANS.clear()
+    CALLS.clear()
     launch.described.cache_clear()
     _load.cache_clear()

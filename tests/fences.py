@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moecompile.runtime.remembered import CALLS
+
 FENCE = 1 << 20
 """Bytes before a tensor and behind it; they keep its memory aligned as the allocator does."""
 STANDING = 0x5A
@@ -57,9 +59,11 @@ def fenced(least: int = 1) -> Iterator[Fences]:
     def make_like(like: Tensor, **others: Any) -> Tensor:
         return empty_like(like, **others) if others or not like.is_contiguous() else make(like, like.shape)
 
+    CALLS.clear()  # what is remembered has its own way to make tensors
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch.Tensor, "new_empty", make)
         patched.setattr(torch, "empty_like", make_like)
         yield fences
+    CALLS.clear()
     assert len(fences.made) >= least, "the kernels write into tensors made elsewhere"
     fences.check()

@@ -22,7 +22,7 @@ from moecompile.bench_proof import NotOursError
 from moecompile.bench_results import Ceilings, Results, Setting
 from moecompile.bench_timing import Contender, HostTimer
 from moecompile.commands import main
-from moecompile.runtime import kernels
+from moecompile.runtime import reference
 
 pytest.importorskip("transformers")
 
@@ -51,13 +51,13 @@ def quickly(monkeypatch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_block_is_compiled_and_compared(name: str, setting: Setting, quickly, monkeypatch):
     ran: list[str] = []
-    forward = kernels._forward
+    forward = reference.forward
 
     def noted(*args: Any, **options: Any) -> Any:
         ran.append("forward")
         return forward(*args, **options)
 
-    monkeypatch.setattr(kernels, "_forward", noted)
+    monkeypatch.setattr(reference, "forward", noted)
     bench_model.measure_model(setting, SHAPES[name])
     assert setting.results.failures == [] and ran
     assert [len(graph.sites) for graph in moecompile.last_report().graphs] == [1, 1]

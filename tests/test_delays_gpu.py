@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen import cubins, nvrtc
-from moecompile.runtime import hopper_experts, hopper_routing, launch
+from moecompile.runtime import hopper_routing, launch
+from moecompile.runtime.remembered import CALLS
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -21,8 +22,7 @@ def forget() -> None:
     """Kernels are looked for again."""
     cubins._memory.clear()
     launch.load.cache_clear()
-    hopper_experts.EXPERTS.clear()
-    hopper_routing.PLANS.clear()
+    CALLS.clear()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from fences import fenced
 from gpu_blocks import GPT_OSS, NAMES, Block, Run, Tensors, exact, ops, run
 from moecompile.bench_proof import launched
 from moecompile.runtime import hopper_fp8, hopper_fp8_gemm, hopper_quantize, hopper_routing
+from moecompile.runtime.remembered import CALLS
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -282,12 +283,12 @@ def test_inference_computes_the_same(block: Block) -> None:
     """In a first call, and in later ones, which are remembered, on tensors that lie elsewhere."""
     tensors = block.tensors()
     expected, kept = fused(block, tensors).result, []
-    hopper_fp8.EXPERTS.clear()
+    CALLS.clear()
     for _ in range(3):
         with torch.no_grad():
             arguments, quantized = block.arguments(tensors), block.quantized(tensors)
             alone = ops.experts_fp8(*arguments, **block.attributes(), quantized=quantized)
-        assert torch.equal(alone, expected) and len(hopper_fp8.EXPERTS) == 1
+        assert torch.equal(alone, expected) and len(CALLS) == 2  # and the plan
         kept.append((arguments, quantized))
         tensors = {name: None if value is None else value.clone() for name, value in tensors.items()}
 

@@ -12,7 +12,9 @@ import sass
 from moecompile.codegen import instances, nvrtc
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
+    RESULTS,
     Clear,
+    Collect,
     Combine,
     Dispatch,
     Instance,
@@ -94,6 +96,7 @@ DISPATCHING = [
 WITHOUT_PRODUCTS = [
     *QUANTISING,
     Clear(),
+    *map(Collect, RESULTS),
     PadOffsets(),
     Dispatch(),
     Combine("bfloat16", "bfloat16", "mul(out, weight)"),

@@ -16,14 +16,14 @@ from torch import Tensor
 import fake_gpu
 from fake_gpu import FakeGpu, Launched
 from moecompile.codegen.instances import Dispatch
-from moecompile.runtime import hopper, hopper_experts, hopper_routing, kernels, remembered
+from moecompile.runtime import hopper, kernels, remembered
 from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.launch import DriverError, Launch
-from moecompile.runtime.remembered import Remembered, signature
+from moecompile.runtime.recording import Recorder
+from moecompile.runtime.remembered import CALLS, signature
 from remembered_calls import EXPERTS, FORMS, TOKENS, TOP_K, call_of, noting_checks
 
 ops = torch.ops.moecompile
-MEMORY, PLANS = hopper_experts.EXPERTS, hopper_routing.PLANS
 HIDDEN, INNER = 16, 24
 
 
@@ -59,12 +59,12 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[Arguments]:
 def like_first(gpu: FakeGpu, first: dict[str, Any], again: dict[str, Any]) -> None:
     """The second call is remembered from the first, and launches what it would launch as a first one."""
     launched(gpu, first)
-    assert len(MEMORY) == 1
+    assert len(CALLS) == 1
     found = launched(gpu, again)
-    assert len(MEMORY) == 1, "the second call was taken for a new one"
-    MEMORY.clear()
+    assert len(CALLS) == 1, "the second call was taken for a new one"
+    CALLS.clear()
     expected = launched(gpu, again)
-    assert len(MEMORY) == 1 and len(found) == 4
+    assert len(CALLS) == 1 and len(found) == 4
     for one, other in zip(found, expected, strict=True):
         assert one == other, one.instance
 
@@ -98,9 +98,9 @@ def test_one_tensor_for_two_arguments(gpu: FakeGpu) -> None:
     first, again = call("separate"), call("separate")
     first["w_up"] = first["w_in"]
     launched(gpu, first)
-    assert not len(MEMORY)
+    assert not len(CALLS)
     found = launched(gpu, again)
-    MEMORY.clear()
+    CALLS.clear()
     assert found == launched(gpu, again)
 
 
@@ -139,7 +139,7 @@ def test_what_differs_is_not_taken_for_the_same(what: str, gpu: FakeGpu, checks:
     other = changed(call(), what)
     found = launched(gpu, other)
     assert len(checks) == 1, "a remembered call served another"
-    MEMORY.clear()
+    CALLS.clear()
     assert found == launched(gpu, other)
     refused = ("w_in alignment", "w_out alignment", "order strides")
     assert bool(found) == (what not in refused), "the kernels take whole lines alone, and a plan as it is made"
@@ -207,12 +207,12 @@ def test_plans(tokens: int, dtype: torch.dtype, strided: bool, gpu: FakeGpu) -> 
         first, again = (ids.t().contiguous().t() for ids in (first, again))
     launches(first)
     found = launches(again)
-    assert len(PLANS) == 1
-    PLANS.clear()
+    assert len(CALLS) == 1
+    CALLS.clear()
     assert found == launches(again) and len(found) == (1 if tokens == 1 else 2)
     launches(again.int() if dtype != torch.int32 else again.long())
     ops.plan(again, EXPERTS + 1)
-    assert len(PLANS) == 3
+    assert len(CALLS) == 3
     with pytest.raises(ValueError, match="num_experts must be at least 1"):
         ops.plan(again, 0)
 
@@ -222,16 +222,19 @@ def test_no_more_is_remembered_than_there_is_room_for(gpu: FakeGpu, monkeypatch:
     for tokens in range(1, 20):
         gpu.taken()
         ops.plan(torch.zeros(tokens, 2, dtype=torch.int64), EXPERTS)
-    assert len(PLANS) == 5
-    first, *_, last = (signature((torch.zeros(tokens, 2, dtype=torch.int64),), EXPERTS) for tokens in (1, 15, 19))
-    assert PLANS.get(first) is None and PLANS.get(last) is not None
+    assert len(CALLS) == 5
+    first, *_, last = (
+        signature("plan", (torch.zeros(tokens, 2, dtype=torch.int64),), {"num_experts": EXPERTS})
+        for tokens in (1, 15, 19)
+    )
+    assert first not in CALLS._entries and last in CALLS._entries
 
 
 def test_nothing_remembered_keeps_tensors_alive(gpu: FakeGpu) -> None:
     arguments = call("biased")
     alive = [weakref.ref(value) for value in arguments.values() if isinstance(value, Tensor)]
     run(arguments)
-    assert len(MEMORY) == 1
+    assert len(CALLS) == 1
     arguments.clear()
     gc.collect()
     assert not any(reference() is not None for reference in alive)
@@ -252,9 +255,10 @@ def test_a_tensor_map_that_is_made_is_not_remembered(gpu: FakeGpu) -> None:
     """Its address would be that of the first call."""
     kernel, x = gpu.load(Dispatch(), None), torch.zeros(4, 64).bfloat16()
     launch = Launch(kernel, 1, (hopper._mapped(x, (2, 64)).described(), x))
-    launch.run()
-    with pytest.raises(ValueError, match=r"argument 0 of Dispatch.* holds an address already: give it as Mapped"):
-        Remembered((x,), {}, (x,), (), (), (x,), (launch,))
+    with Recorder((x,)) as recorder:
+        launch.run()
+    assert recorder.program((x,)) is None and recorder.refused is not None
+    assert recorder.refused.startswith("argument 0 of Dispatch()")
 
 
 def test_a_launch_that_fails(gpu: FakeGpu) -> None:

@@ -15,13 +15,12 @@ import fake_gpu
 from fake_gpu import FakeGpu, Launched
 from moecompile.codegen.gemms import GroupedGemm
 from moecompile.codegen.instances import Combine, QuantizeRows
-from moecompile.runtime import hopper_fp8
 from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.quantize import blocks_in
+from moecompile.runtime.remembered import CALLS
 from remembered_calls import EXPERTS, FORMS, TOKENS, TOP_K, call_of, noting_checks
 
 ops = torch.ops.moecompile
-MEMORY = hopper_fp8.EXPERTS
 HIDDEN, INNER = 144, 80
 E4M3 = torch.float8_e4m3fn
 
@@ -71,10 +70,10 @@ def launched(gpu: FakeGpu, arguments: dict[str, Any]) -> list[Launched]:
 def like_first(gpu: FakeGpu, first: dict[str, Any], again: dict[str, Any]) -> None:
     """The second call is remembered from the first, and launches what it would launch as a first one."""
     launched(gpu, first)
-    assert len(MEMORY) == 1
+    assert len(CALLS) == 1
     found = launched(gpu, again)
-    assert len(MEMORY) == 1, "the second call was taken for a new one"
-    MEMORY.clear()
+    assert len(CALLS) == 1, "the second call was taken for a new one"
+    CALLS.clear()
     expected = launched(gpu, again)
     assert [type(each.instance) for each in found] == [QuantizeRows, GroupedGemm, GroupedGemm, Combine]
     for one, other in zip(found, expected, strict=True):
@@ -146,7 +145,7 @@ def test_each_tensor_map_follows_its_tensor(gpu: FakeGpu) -> None:
         quantized = arguments["quantized"] = [*arguments["quantized"]]
         quantized[place] = torch.zeros_like(quantized[place].view(torch.uint8)).view(quantized[place].dtype)
         launched(gpu, arguments)
-        assert gpu.encoded == made and len(MEMORY) == 1
+        assert gpu.encoded == made and len(CALLS) == 1
 
 
 def test_memory_that_only_the_first_call_shared(gpu: FakeGpu) -> None:
@@ -160,9 +159,9 @@ def test_one_tensor_for_two_arguments(gpu: FakeGpu) -> None:
     first, again = call("separate"), call("separate")
     first["w_up"] = first["w_in"]
     launched(gpu, first)
-    assert not len(MEMORY)
+    assert not len(CALLS)
     found = launched(gpu, again)
-    MEMORY.clear()
+    CALLS.clear()
     assert found == launched(gpu, again)
 
 
@@ -206,7 +205,7 @@ def test_what_differs_is_not_taken_for_the_same(what: str, gpu: FakeGpu, checks:
     arguments = changed(call("biased"), what)
     found = launched(gpu, arguments)
     assert len(checks) == 1, "a remembered call served another"
-    MEMORY.clear()
+    CALLS.clear()
     assert found == launched(gpu, arguments)
     refused = (*THEIRS, "order strides")
     assert bool(found) == (what not in refused), "the kernels take copies and plans as they are made, alone"
@@ -215,7 +214,7 @@ def test_what_differs_is_not_taken_for_the_same(what: str, gpu: FakeGpu, checks:
 def test_other_sizes_are_not_taken_for_the_same(gpu: FakeGpu, checks: list[Arguments]) -> None:
     for tokens in (1, 2, 3, 4, 5):
         run(call(tokens=tokens))
-    assert len(checks) == len(MEMORY) == 5
+    assert len(checks) == len(CALLS) == 5
     for tokens in (5, 2):
         assert run(call(tokens=tokens)).shape == (tokens, HIDDEN)
     assert len(checks) == 5
@@ -281,23 +280,9 @@ def test_results_are_not_shared(gpu: FakeGpu) -> None:
     assert all(result.shape == (TOKENS, HIDDEN) and result.dtype == torch.float32 for result in results)
 
 
-def test_scratch_begins_at_lines_and_does_not_overlap(gpu: FakeGpu) -> None:
-    """Rows and their scales, a and its scales, y: as far from each other as they are long."""
-    run(call(tokens=5))
-    (known,) = MEMORY._entries.values()
-    rows, columns, pitch = 5 * TOP_K, 128, 12
-    sizes = [rows * HIDDEN, blocks_in(HIDDEN, 128) * pitch * 4, rows * columns, pitch * 4, rows * HIDDEN * 2]
-    begins = [0]
-    for size in sizes:
-        begins.append(begins[-1] + blocks_in(size, 512) * 512)
-    scratch = len(TENSORS) + 8
-    offsets = {offset for *_, holes in known.launches for _, place, offset, _ in holes if place == scratch}
-    assert sorted(offsets) == begins[:-1] and known.room == begins[-1]
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_training_after_inference(form: str, gpu: FakeGpu) -> None:
-    """Its forward launches the same but for what it saves, and is never remembered."""
+    """Its forward launches the same but for what it saves, and is remembered as another call."""
     arguments = call(form)
     inference = launched(gpu, arguments)
     leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point()]
@@ -306,17 +291,17 @@ def test_training_after_inference(form: str, gpu: FakeGpu) -> None:
     with torch.enable_grad():
         result = run(arguments)
     training = gpu.taken()
-    assert len(MEMORY) == 1 and result.requires_grad
+    assert len(CALLS) == 2 and result.requires_grad
     assert [type(each.instance) for each in training] == [type(each.instance) for each in inference]
     assert training[0].arguments != inference[0].arguments, "the tokens are saved"
-    assert not run(arguments).requires_grad and len(MEMORY) == 1
+    assert not run(arguments).requires_grad and len(CALLS) == 2
 
 
 def test_what_the_kernels_do_not_take(gpu: FakeGpu) -> None:
     """It is emulated, each time."""
     arguments = call(tokens=0)
     for _ in range(2):
-        assert not launched(gpu, arguments) and not len(MEMORY)
+        assert not launched(gpu, arguments) and not len(CALLS)
 
 
 def test_nothing_remembered_keeps_tensors_alive(gpu: FakeGpu) -> None:
@@ -324,7 +309,7 @@ def test_nothing_remembered_keeps_tensors_alive(gpu: FakeGpu) -> None:
     given = [*arguments["quantized"], *arguments.values()]
     alive = [weakref.ref(value) for value in given if isinstance(value, Tensor)]
     run(arguments)
-    assert len(MEMORY) == 1
+    assert len(CALLS) == 1
     arguments.clear()
     given.clear()
     gc.collect()

@@ -4,24 +4,7 @@
 #pragma once
 #include "elementwise.cuh"
 #include "kernel.cuh"
-#include "wgmma.cuh"
-
-// What is written: eight neighbouring columns.
-struct Float {
-    using Element = float;
-    static __device__ __forceinline__ void store(float* to, const float (&v)[8]) {
-        reinterpret_cast<float4*>(to)[0] = make_float4(v[0], v[1], v[2], v[3]);
-        reinterpret_cast<float4*>(to)[1] = make_float4(v[4], v[5], v[6], v[7]);
-    }
-};
-template <typename Input>
-struct Half {
-    using Element = u16;
-    static __device__ __forceinline__ void store(u16* to, const float (&v)[8]) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(Input::pack(v[0], v[1]), Input::pack(v[2], v[3]),
-                                                   Input::pack(v[4], v[5]), Input::pack(v[6], v[7]));
-    }
-};
+#include "result.cuh"
 
 template <typename Input, typename Result, typename Output>
 struct Combine {

@@ -1,0 +1,264 @@
+"""What a call does, as a program for calls like it (`moecompile.runtime.remembered`).
+
+    with Recorder(tensors) as recorder:
+        made = ...                                         # tensors are made, kernels launched, operators called
+    program = recorder.program(made)
+    program.run(other_tensors)                             # the same with these
+
+A tensor has a place: the call's tensors first, then those that are made, in their order. Views that only kernels are
+told of are not made again, since where they begin in what they are a view of stays the same. What nobody uses any more
+is dropped, as it was in the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from moecompile.runtime import launch
+from moecompile.runtime.launch import Boxes, Launch, Mapped, described
+
+Hole = tuple[int, int, int, Boxes | None]
+"""An argument's position; in which place the tensor is whose address it is, plus how many bytes; what is told of the
+tensor there, if not the address."""
+MAKING = {torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor among an operator's arguments."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor is made: contiguous, and with nothing in it."""
+
+    place: int
+    like: Tensor  # without elements: the fastest to say what device and dtype another has
+    shape: tuple[int, ...]
+
+    uses: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Called:
+    """PyTorch computes something, or makes a view."""
+
+    places: tuple[int | None, ...]  # of its results; None for a place that was there before
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    uses: tuple[int, ...]
+    needed: bool  # whatever becomes of the results
+    several: bool  # results
+
+    @functools.cached_property
+    def flat(self) -> bool:
+        """Whether all tensors are arguments by themselves: then there is a quick way to put them there."""
+        inner = (tree_leaves(each) for each in (*self.args, self.kwargs) if not isinstance(each, _Place))
+        return not any(isinstance(each, _Place) for leaves in inner for each in leaves)
+
+    def run(self, tensors: list[Any]) -> None:
+        """Calls it on the tensors in their places."""
+        if self.flat:
+            args = [tensors[each.number] if type(each) is _Place else each for each in self.args]
+            found = self.function(*args, **self.kwargs)
+        else:
+            args, kwargs = tree_map_only(_Place, lambda place: tensors[place.number], (self.args, self.kwargs))
+            found = self.function(*args, **kwargs)
+        for place, result in zip(self.places, found if self.several else (found,), strict=True):
+            if place is not None:
+                tensors[place] = result
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A kernel is launched."""
+
+    launch_on: Callable[[int, int, bytes], None]
+    blocks: int
+    pack: Callable[..., bytes]
+    constants: list[Any]
+    holes: tuple[Hole, ...]
+    uses: tuple[int, ...]
+
+
+Step = _Made | _Called | _Launched
+
+
+def exact(tensor: Tensor) -> AbstractContextManager[object]:
+    """Runs what is inside in the dtypes that the operator was given, whatever autocast surrounds it."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+class Recorder(TorchDispatchMode):
+    """While it is entered, notes what this thread has PyTorch and kernels do."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.count = len(tensors)
+        self.steps: list[Step] = []
+        self.devices = set[int]()
+        self.refused: str | None = None  # why this is no program
+        # of each tensor its place, the place whose memory it is, and where in that it begins
+        self.known = WeakTensorKeyDictionary()
+        for place, tensor in enumerate(tensors):
+            if tensor is not None:
+                self.known[tensor] = (place, place, 0)
+
+    def __enter__(self) -> Recorder:
+        launch.observers.noting.append(self.launched)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *about: Any) -> None:
+        super().__exit__(*about)
+        launch.observers.noting.remove(self.launched)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        given = list[Tensor]()
+        noted: tuple[tuple[Any, ...], Mapping[str, Any]] = tree_map_only(
+            Tensor, lambda each: self._note(each, given), (args, kwargs)
+        )
+        several = isinstance(found, (list, tuple))
+        results = found if several else (found,)
+        if not all(isinstance(result, Tensor) for result in results):
+            if given:  # else it is about dtypes, say
+                self.refuse(f"{func} tells the host something about tensors")
+            return found
+        places = tuple(self._placed(result, given) for result in results)
+        if func in MAKING and places[0] is not None and found.is_contiguous():
+            self.steps.append(_Made(places[0], found.new_empty(0), tuple(found.shape)))
+        else:
+            uses = tuple(self._known(each)[0] for each in given)
+            self.steps.append(_Called(places, func, *noted, uses, func._schema.is_mutable, several))
+        return found
+
+    def _note(self, tensor: Tensor, given: list[Tensor]) -> _Place:
+        given.append(tensor)
+        return _Place(self._known(tensor)[0])
+
+    def _known(self, tensor: Tensor) -> tuple[int, int, int]:
+        found: tuple[int, int, int] | None = self.known.get(tensor)
+        if found is None:
+            self.refuse(f"a tensor {tuple(tensor.shape)} is none of the call's, nor made by it")
+        return found or (0, 0, 0)
+
+    def refuse(self, why: str) -> None:
+        """What is recorded cannot be repeated."""
+        self.refused = self.refused or why
+
+    def _placed(self, result: Tensor, given: Sequence[Tensor]) -> int | None:
+        """Gives a result a place; None if it has one."""
+        if result in self.known:
+            return None
+        place, self.count = self.count, self.count + 1
+        self.known[result] = (place, place, 0)
+        for each in given:  # a view of
+            if each.untyped_storage().data_ptr() == result.untyped_storage().data_ptr() and result.numel():
+                _, base, offset = self._known(each)
+                self.known[result] = (place, base, offset + result.data_ptr() - each.data_ptr())
+                break
+        return place
+
+    def launched(self, launched: Launch) -> None:
+        """Notes a launch."""
+        constants, holes = list[Any](), list[Hole]()
+        for i, value in enumerate(launched.values):
+            if isinstance(value, (Mapped, Tensor)):
+                tensor, boxes = (value.tensor, value.boxes) if isinstance(value, Mapped) else (value, None)
+                holes.append((i, *self._known(tensor)[1:], boxes))
+            elif isinstance(value, bytes) and any(value[:128]):
+                self.refuse(f"argument {i} of {launched.kernel.instance} holds an address, and is not given as Mapped")
+            constants.append(0 if value is None or isinstance(value, (Mapped, Tensor)) else value)
+        layout = launched.kernel.layout
+        assert layout is not None, "it has been launched"
+        self.devices.add(launched.kernel.device)
+        uses = tuple(place for _, place, _, _ in holes)
+        self.steps.append(
+            _Launched(launched.kernel.launch_on, launched.blocks, layout.pack, constants, tuple(holes), uses)
+        )
+
+    def program(self, made: Sequence[Tensor]) -> Program | None:
+        """What was noted, where the call's results are those; None if it cannot be repeated, and `refused` says why."""
+        results = tuple(self._known(each)[0] for each in made)
+        if len(self.devices) > 1:
+            self.refuse(f"its kernels ran on the devices {sorted(self.devices)}")
+        if self.refused:
+            return None
+        return Program(_needed(self.steps, results), results, self.count, [*self.devices])
+
+
+def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[tuple[Step, tuple[int, ...]]]:
+    """The steps that results and launches need, each with the places that nobody uses after it."""
+    used, kept = set(results), list[tuple[Step, tuple[int, ...]]]()
+    for step in reversed(steps):
+        makes = {_Made: lambda step: (step.place,), _Called: lambda step: step.places}.get(type(step), lambda step: ())
+        if isinstance(step, _Launched) or (isinstance(step, _Called) and step.needed) or used & {*makes(step)}:
+            touched = {*step.uses, *(place for place in makes(step) if place is not None)}
+            kept.append((step, tuple(touched - used)))
+            used |= touched
+    return kept[::-1]
+
+
+class Program:
+    """The steps of a call, for others of its signature.
+
+    Args:
+        steps: each with the places that nobody uses after it.
+        results: places of what the call makes.
+        count: how many places there are.
+        devices: of the launches: one, or none if there are none.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[tuple[Step, tuple[int, ...]]],
+        results: tuple[int, ...],
+        count: int,
+        devices: Sequence[int],
+    ) -> None:
+        self.steps, self.results, self.count, self.devices = steps, results, count, devices
+        self.calls = any(isinstance(step, _Called) for step, _ in steps)
+
+    def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Does the same with these tensors; returns the results."""
+        stream = 0
+        for device in self.devices:
+            if torch._C._cuda_getDevice() != device:
+                with torch.cuda.device(device):
+                    return self.run(tensors)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+        places: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
+        for step, dropped in self.steps:
+            if isinstance(step, _Launched):
+                values = step.constants.copy()
+                for i, place, offset, boxes in step.holes:
+                    address = places[place].data_ptr() + offset
+                    values[i] = address if boxes is None else described(boxes, address)
+                step.launch_on(stream, step.blocks, step.pack(*values))
+            elif isinstance(step, _Made):
+                places[step.place] = step.like.new_empty(*step.shape)
+            else:
+                step.run(places)
+            for place in dropped:
+                places[place] = None
+        return [places[place] for place in self.results]
