@@ -18,6 +18,7 @@ from moecompile.runtime.launch import Launch, Mapped, Value, boxes_of, load
 log = logging.getLogger("moecompile")
 
 ROWS = 128  # of a tile
+BOX_ROWS = 64  # of them, that one warpgroup multiplies
 LINE = 128  # bytes of a tile's line that pass at once
 ACROSS = 64  # columns of a line that runs across K
 OUT_BOX = (16, 64)  # of a result, written at once
@@ -329,7 +330,7 @@ def _launch(
         for b in matrices
     ]
     kernel = load(instance, a.device.index)
-    box = (columns, ACROSS) if instance.over_rows and instance.transposed else (ROWS, columns)
+    box = (columns, BOX_ROWS) if instance.over_rows and instance.transposed else (BOX_ROWS, columns)
     maps = (_mapped(a, box), boxes[0], boxes[-1])
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster

@@ -21,7 +21,7 @@
 // A persistent block is a producer warp, which moves tiles into a ring of stages in shared memory by bulk tensor copies,
 // and two consumer warpgroups, each of which multiplies 64 rows of the tile and writes them out on its own. Two blocks of
 // a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of it into both. Where an
-// expert's last row tile has no neighbour, they take it together, with columns of their own.
+// expert's last row tile has no neighbour, they take it together, with columns of their own, and share its rows.
 //
 // FP8: the tensor cores add up in less than float32, so after every 128 columns of K their sum is scaled and added to
 // float32 registers (DeepSeek-V3, section 3.3.2). A tile of 256 columns is multiplied in two parts, because the sums of
@@ -37,7 +37,7 @@
 
 template <typename Input, i32 COLUMNS, i32 STAGES, i32 CLUSTER, bool B_MN, bool OVER_ROWS, typename Epilogue, typename Feed = Given>
 struct GroupedGemm {
-    static constexpr i32 CONSUMERS = 2, ROWS = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
+    static constexpr i32 CONSUMERS = 2, BOX_ROWS = 64, ROWS = BOX_ROWS * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
     static constexpr i32 BLOCKS = CLUSTER;
     static constexpr i32 LINE = 128;                     // bytes of a line of a stage: one swizzle atom
     static constexpr i32 K_TILE = LINE / Input::BYTES;   // of K, in a stage
@@ -67,7 +67,7 @@ struct GroupedGemm {
     using Schedule = typename ScheduleOf<OVER_ROWS>::Type;
 
     struct Arguments {
-        TensorMap a;          // boxes of ROWS x K_TILE, or of K_TILE x 64 if A_MN
+        TensorMap a;          // boxes of BOX_ROWS x K_TILE, or of K_TILE x BOX_ROWS if A_MN
         TensorMap b, b_pair;  // of three dimensions; boxes of BOX x K_TILE, of K_TILE x 64 if B_MN; the second is for PAIRED
         TensorMap scales;     // of a, transposed: (K / 128, rows); boxes of 1 x SCALES
         const i32* offsets;
@@ -186,12 +186,18 @@ struct GroupedGemm {
                                                 i32 stage, u32 rank) {
         u64* full = &shared.full[stage];
         u32 scales = SCALED ? SCALES * sizeof(float) : 0;
-        ptx::barrier_expect(full, sizeof(shared.a[0]) + sizeof(shared.b[0]) + scales);
-        if constexpr (A_MN) {
-            for (i32 row = 0; row < ROWS; row += 64)
-                ptx::load_2d(shared.a[stage] + row * LINE, &arguments.a, full, tile.row + row, k);
-        } else {
-            ptx::load_2d(shared.a[stage], &arguments.a, full, k, tile.row);
+        // of an expert's last rows, only as many warpgroups' as there are
+        i32 boxes = A_MN || tile.row_end - tile.row > BOX_ROWS ? CONSUMERS : 1;
+        ptx::barrier_expect(full, boxes * BOX_ROWS * LINE + sizeof(shared.b[0]) + scales);
+        for (i32 box = 0; box < boxes; box++) {
+            u8* to = shared.a[stage] + box * BOX_ROWS * LINE;
+            i32 row = tile.row + box * BOX_ROWS;
+            if (A_MN)
+                ptx::load_2d(to, &arguments.a, full, row, k);
+            else if (CLUSTER == 1 || !tile.split)
+                ptx::load_2d(to, &arguments.a, full, k, row);
+            else if (box == rank)  // blocks with the same rows load one box each, for both
+                ptx::load_2d_multicast(to, &arguments.a, full, k, row, (1 << CLUSTER) - 1);
         }
         if (SCALED) ptx::load_2d(shared.a_scales[stage], &arguments.scales, full, tile.row & ~3, k / 128);
         // The tile's columns; of a pair's, the second half are the other matrix's. Blocks with the same columns load a share

@@ -119,6 +119,14 @@ __device__ __forceinline__ void load_3d(void* to, const TensorMap* map, u64* bar
 }
 
 // Into the same place of every block named in `blocks`, whose own barriers count the bytes.
+__device__ __forceinline__ void load_2d_multicast(void* to, const TensorMap* map, u64* barrier, i32 x, i32 y, u16 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
+        : "memory");
+}
+
 __device__ __forceinline__ void load_3d_multicast(void* to, const TensorMap* map, u64* barrier, i32 x, i32 y, i32 z,
                                                   u16 blocks) {
     asm volatile(
