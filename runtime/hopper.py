@@ -247,9 +247,13 @@ def choose(
     each = rows if over_rows else rows // experts
     if n <= 128:  # narrow tiles fill the GPU better with few rows, too, and are slower all the same
         return GroupedGemm(name, 128, 5, 1, transposed, over_rows)
-    paired = each >= 2 * ROWS  # a pair of blocks finds rows for both
-    deep = (k // experts if over_rows else k) >= 4096
-    return GroupedGemm(name, 256, 4 if deep else 3, 2 if paired else 1, transposed, over_rows)
+    length = k // experts if over_rows else k
+    if each < 2 * ROWS:
+        return GroupedGemm(name, 256, 4 if length >= 4096 else 3, 1, transposed, over_rows)
+    # a pair of blocks finds rows for both; where sums are long, pairs that load less ahead stay closer together, and
+    # find in L2 what others have loaded (docs/perf.md)
+    long = length >= 1024 if over_rows else length > 4096
+    return GroupedGemm(name, 256, 3 if long else 4, 2, transposed, over_rows)
 
 
 def activated_instance(
@@ -257,9 +261,10 @@ def activated_instance(
 ) -> GroupedGemm:
     """The kernel of `activated_gemm`."""
     experts, k, _ = projection.matrices[0].shape
-    wide = choose(dtype, rows, experts, 256, 0 if save else k, is_transposed(projection.matrices[0]))
+    wide = choose(dtype, rows, experts, 256, k, is_transposed(projection.matrices[0]))
     epilogue = Activated(activation, projection.gate_up, save, projection.biases is not None)
-    return replace(wide, epilogue=epilogue)
+    # what is saved needs room beside
+    return replace(wide, stages=3 if save or wide.cluster == 2 else wide.stages, epilogue=epilogue)
 
 
 def backward_instance(

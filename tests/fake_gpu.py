@@ -99,9 +99,10 @@ class Arena(TorchDispatchMode):
         if not self.inside:
             return found
         given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        return tree_map_only(Tensor, lambda made: self.moved(made, given), found)
+        empty = "empty" in func._schema.name
+        return tree_map_only(Tensor, lambda made: self.moved(made, given, empty), found)
 
-    def moved(self, made: Tensor, given: set[int]) -> Tensor:
+    def moved(self, made: Tensor, given: set[int], empty: bool) -> Tensor:
         """The tensor in this memory, unless it is one of those given or a view of them."""
         storage = made.untyped_storage()
         if made.is_meta or not storage.nbytes() or storage.data_ptr() in given:
@@ -110,7 +111,8 @@ class Arena(TorchDispatchMode):
         self.used = begin + storage.nbytes()
         self.begins.append(begin)
         place = torch.frombuffer(self.memory, dtype=torch.uint8, offset=self.begin + begin, count=storage.nbytes())
-        return place.view(made.dtype).as_strided(made.size(), made.stride()).copy_(made)
+        moved = place.view(made.dtype).as_strided(made.size(), made.stride())
+        return moved.zero_() if empty else moved.copy_(made)  # nobody fills it, and somebody may take it for indices
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ def test_kernels_of_each_call(gpu: FakeGpu):
     with launched() as names:
         contender.call(0)  # like one before: what is remembered launches, too
     assert launch._driver is before
-    assert names == [f"{PREFIX}{kernel}" for kernel in FORWARD_KERNELS[OURS]]
+    expected = [f"{PREFIX}{kernel}" for kernel in FORWARD_KERNELS[OURS]]
+    assert names == [*expected[:1], f"{PREFIX}dispatch", *expected[1:]]
 
 
 def test_a_step_needs_the_kernels_of_the_backward(gpu: FakeGpu):
@@ -50,7 +51,9 @@ def test_a_fallback_is_an_error(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch):
     block = Block.of(TINY, 1, "cpu")
     monkeypatch.setattr(hopper_experts, "takes", lambda args: False)
     contender = forward(block, OURS, bench_block.ours(block))
-    with pytest.raises(NotOursError, match=r"did not run: no dispatch, .*; of ours there ran moecompile_plan"):
+    with pytest.raises(
+        NotOursError, match=r"did not run: no grouped_gemm_activated, .*; of ours there ran moecompile_plan"
+    ):
         prove(contender, range(1), "cuda")
     prove(contender, range(1), "cpu")  # where nothing is proven
     with pytest.raises(NotOursError, match=r"did not run: no quantize_weights, .*; of ours there ran none"):

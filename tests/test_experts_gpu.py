@@ -12,6 +12,7 @@ from fences import fenced
 from gpu_blocks import GPT_OSS, Block, exact, run, worst_row
 from moecompile.bench_proof import launched
 from moecompile.runtime import hopper_experts, hopper_routing
+from moecompile.runtime.remembered import CALLS
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -114,7 +115,9 @@ def test_rows_that_come_piece_by_piece(gate_up: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(hopper_experts, "LARGE", 1)
     monkeypatch.setattr(hopper_routing, "dispatch", noting)
+    CALLS.clear()
     pieces = run(block, tensors)
+    CALLS.clear()
     assert dispatched.count(256) == 4, dispatched
     for name, gradient in whole.gradients.items():
         assert torch.equal(pieces.gradients[name], gradient), name
