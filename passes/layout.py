@@ -13,6 +13,16 @@ from moecompile.passes.calls import bind, writes
 from moecompile.passes.interpret import Interpretation
 
 _BORDERS = ("torch._C", "torch.amp", "torch.autograd", "torch._functorch", "torch.cuda", "torch.utils")
+_QUESTIONS = {
+    f"torch.cuda.{name}"
+    for name in (
+        "can_device_access_peer", "current_device", "device_count", "get_arch_list", "get_device_capability",
+        "get_device_name", "get_device_properties", "get_gencode_flags", "is_available", "is_bf16_supported",
+        "is_initialized", "is_tf32_supported",
+    )
+}  # fmt: skip
+"""Calls that tell something of the machine and change nothing; Dynamo leaves some in the graph, though it has used what
+they told: transformers asks for the GPU's capability before each grouped GEMM."""
 
 
 @dataclass
@@ -93,6 +103,8 @@ def _is_border(node: fx.Node) -> bool:
         return False
     module = getattr(node.target, "__module__", "") or ""
     if not module.startswith(_BORDERS) or bind(node) is not None:
+        return False
+    if f"{module}.{getattr(node.target, '__name__', '')}" in _QUESTIONS:
         return False
     tensors = isinstance(fake_of(node), torch.Tensor) or any(
         isinstance(fake_of(argument), torch.Tensor) for argument in node.all_input_nodes

@@ -74,6 +74,25 @@ def check_case(case: Case) -> None:
             assert error(wanted.grad, parameter.grad) <= gradient_bound, (case.name, name)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"])
+def test_models_of_transformers_in_bfloat16(architecture: str) -> None:
+    """Whose graphs are others on a GPU than on a CPU: what is sorted and counted, and which products there are."""
+    pytest.importorskip("transformers")
+    from tiny_transformers import build_model
+
+    model = build_model(architecture, torch.bfloat16).cuda()
+    blocks = [module for module in model.modules() if type(module).__name__.endswith("Experts")]
+    tokens = torch.randint(3, 250, (2, 32), device="cuda")
+    compiled = torch.compile(copy.deepcopy(model), backend="moecompile", options={"lowering": "eager"})
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits.double()
+        found = compiled(input_ids=tokens, use_cache=False).logits.double()
+    assert [len(graph.sites) for graph in moecompile.last_report().graphs] == [len(blocks)] and blocks
+    # of most tokens: where two experts are almost as good, rounding decides
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.median()) <= 0.05
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_whole_model(mode: str) -> None:
     """Qwen3-MoE, another routing in every step; in CUDA graphs if the mode asks for them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -49,6 +51,19 @@ def test_other_token_counts(case: Case) -> None:
         verdict = compare(known.gm, known.inputs, rewrite, (), case.name)
         assert verdict.outcome == "equal", f"{tokens} tokens: {verdict.detail}"
         assert verdict.sites == 1, f"{tokens} tokens: not found"
+
+
+@pytest.mark.parametrize("form", [form.name for form in FORMS])
+def test_questions_about_the_machine_are_no_borders(form: str) -> None:
+    """As transformers asks between its grouped GEMMs on a GPU; Dynamo leaves the question in the graph."""
+    gm = copy.deepcopy(captured_case(next(case for case in CASES if case.form == form)).gm)
+    asked = (torch.cuda.get_device_capability, torch.cuda.is_bf16_supported)
+    for node, question in zip(list(gm.graph.nodes), itertools.cycle(asked), strict=False):
+        if node.op != "placeholder" and node.op != "output":
+            with gm.graph.inserting_after(node):
+                gm.graph.call_function(question)
+    detection = detect(gm.graph)
+    assert [site.form for site in detection.sites] == [form], detection.near_misses
 
 
 def test_every_form_has_two_spellings() -> None:
