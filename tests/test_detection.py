@@ -59,7 +59,7 @@ def test_questions_about_the_machine_are_no_borders(form: str) -> None:
     gm = copy.deepcopy(captured_case(next(case for case in CASES if case.form == form)).gm)
     asked = (torch.cuda.get_device_capability, torch.cuda.is_bf16_supported)
     for node, question in zip(list(gm.graph.nodes), itertools.cycle(asked), strict=False):
-        if node.op != "placeholder" and node.op != "output":
+        if node.op not in {"placeholder", "output"}:
             with gm.graph.inserting_after(node):
                 gm.graph.call_function(question)
     detection = detect(gm.graph)
