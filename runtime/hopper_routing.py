@@ -74,8 +74,11 @@ def dispatch(x: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
 
 
 def is_beside(rows: int, columns: int, item: int) -> bool:
-    """Whether a GEMM dispatches that many rows of tokens, of elements of `item` bytes, itself."""
-    return rows * columns * item >= BESIDE
+    """Whether a GEMM dispatches that many rows of tokens, of elements of `item` bytes, itself.
+
+    It counts the rows' pieces of 16 bytes in 32 bits.
+    """
+    return BESIDE <= rows * columns * item < 16 << 32
 
 
 def zeros(count: int, like: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ def captured(block: Block) -> list[fx.GraphModule]:
     block.module.to("meta")
     if isinstance(block.module, Recorded):
         block.module.arguments, block.module.keywords = nowhere((block.module.arguments, block.module.keywords))
+        block.module.keywords |= {
+            name: None for name in block.module.keywords if name.startswith("past_")
+        }  # tensors, too
     block.module.compile(backend=backend, fullgraph=True)
     block.module(*nowhere(block.inputs))
     return graphs
