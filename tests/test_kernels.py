@@ -58,9 +58,9 @@ ACTIVATIONS = (
 ACTIVATED = [
     GroupedGemm("bfloat16", *tile, transposed, epilogue=Activated(activation, gate_up, save, bias))
     for tile, transposed, save, (activation, gate_up, bias) in product(
-        ((256, 4, 2), (256, 3, 1)), (False, True), (False, True), ACTIVATIONS
+        ((256, 3, 2), (256, 4, 1)), (False, True), (False, True), ACTIVATIONS
     )
-    if not (save and tile == (256, 4, 2))
+    if not (save and tile == (256, 4, 1))
 ]
 BACKWARD = [
     GroupedGemm("bfloat16", 256, 3, 2, True, epilogue=ActivationBackward(activation, gate_up))
@@ -87,6 +87,7 @@ DISPATCHING = [
     replace(each, dispatches=True)
     for each in (
         ACTIVATED[0],
+        next(each for each in ACTIVATED if isinstance(each.epilogue, Activated) and each.epilogue.save),
         ACTIVATED[-1],
         *QUANTIZED[False][:1],
         *QUANTIZED[True][:1],

@@ -238,7 +238,7 @@ struct GroupedGemm {
 
     static __device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, u32 group) {
         i32 stage = 0;
-        u32 parity = 0, warp = group * 4 + threadIdx.x / 32 % 4, turn = 0;
+        u32 parity = 0, warp = uniform(threadIdx.x / 32), turn = 0;
         u8* boxes = shared.boxes[warp];
         Operands operands(shared, group);
         Waiting waiting;
