@@ -179,6 +179,7 @@ def activation_backward(
     *,
     weights: Tensor | None,
     scales: Tensor | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
 
@@ -192,6 +193,7 @@ def activation_backward(
         order: (rows,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
+        in_place: whether the gradient of `hidden` is written over it; a warp reads what it writes over, and nobody else.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -200,7 +202,7 @@ def activation_backward(
     (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
     weighted = weights is not None or scales is not None
     instance = backward_instance(of_out.dtype, rows, w_out, projection.gate_up, activation, scales is not None)
-    of_hidden, scaled = torch.empty_like(hidden), hidden.new_empty(rows, inner)
+    of_hidden, scaled = hidden if in_place else torch.empty_like(hidden), hidden.new_empty(rows, inner)
     tiles = (inner + instance.columns - 1) // instance.columns
     of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
     parts, gradients = projection.parts(hidden), projection.parts(of_hidden)

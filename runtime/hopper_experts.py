@@ -93,6 +93,7 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
         args.order,
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
+        in_place=args.recompute,  # the rows are nobody else's
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:

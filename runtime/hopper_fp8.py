@@ -131,9 +131,9 @@ class _Backward:
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
-            scales=self.scales, dispatching=dispatching,
+            scales=self.scales, dispatching=dispatching, in_place=args.recompute,
         )  # fmt: skip
-        del of_y, dispatching
+        del of_y, dispatching, self.hidden
         self._weights_and_biases(parts, of_hidden)
         ends = hopper_quantize.pad_offsets(args.offsets) if self.needs & {"w_in", "w_up", "w_out"} else None
         if of_tokens is not None and ends is not None and "w_out" in self.needs:

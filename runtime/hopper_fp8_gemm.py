@@ -105,6 +105,7 @@ def activation_backward(
     weights: Tensor | None,
     scales: Tensor | None,
     dispatching: Dispatching | None = None,
+    in_place: bool = False,
 ) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
@@ -119,6 +120,7 @@ def activation_backward(
         weights: (assignments,) float32, what the activation reads; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
+        in_place: whether the gradient of `hidden` is written over it.
 
     Returns:
         the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
@@ -127,7 +129,9 @@ def activation_backward(
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
     instance = backward_instance(activation, gate_up, scales is not None, dispatching is not None)
-    of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
+    of_hidden = hidden
+    if not in_place:
+        of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
     scaled = QuantizedRows.empty(of_out.values, rows, columns)
     of_weight = None
     if weights is not None or scales is not None:
