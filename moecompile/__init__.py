@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING
 from moecompile.runtime import operators as _operators  # noqa: F401 - the import registers
 
 if TYPE_CHECKING:
+    from moecompile.cached import invalidate
     from moecompile.explanation import explain
     from moecompile.options import Options
     from moecompile.report import last_report, reset
 
 __version__ = "0.1.0"
-__all__ = ["Options", "__version__", "explain", "last_report", "reset"]
+__all__ = ["Options", "__version__", "explain", "invalidate", "last_report", "reset"]
 
 # Where each name lives. No module may bear one of these names: importing it would put the module in the name's place.
 _HOME = {
     "Options": "moecompile.options",
     "explain": "moecompile.explanation",
+    "invalidate": "moecompile.cached",
     "last_report": "moecompile.report",
     "reset": "moecompile.report",
 }

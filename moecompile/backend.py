@@ -39,7 +39,7 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import advice, lowering, pipeline, report, verify
+    from moecompile import advice, cached, lowering, pipeline, report, verify
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
@@ -61,8 +61,15 @@ def moecompile(
         verify.verify(untouched, sites, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
-    # 4. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    compiled = lowering.lower(gm, example_inputs, chosen, record, name)
+    # 4. On request, the weights' FP8 copies come in from outside, where they are kept until the weights change.
+    copies: Callable[[Sequence[Any]], list[Any]] | None = None
+    if chosen.fp8_cache_weights:
+        gm, example_inputs, copies = cached.lift(gm, example_inputs, record)
 
-    # 5. A model that was not rewritten at all is worth one warning, with the reason and the cure.
+    # 5. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
+    compiled = lowering.lower(gm, example_inputs, chosen, record, name)
+    if copies is not None:
+        compiled = cached.with_copies(compiled, copies)
+
+    # 6. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

@@ -74,6 +74,11 @@ class Options:
         "what the experts multiply: numbers of the model's own precision, or FP8 by DeepSeek-V3's recipe "
         '("fp8", bfloat16 and float16 models; everything else stays as it is)',
     )
+    fp8_cache_weights: bool = _option(
+        False,
+        "the FP8 copies of the experts' matrices are kept until the parameters change, not made in every forward; "
+        "changes through `.data` need `moecompile.invalidate(model)`; not with CUDA graphs",
+    )
     recompute: bool = _option(
         False,
         "the backward computes the experts' first products (gate and up projection) again instead of having them kept: "
@@ -110,6 +115,11 @@ class Options:
         for field in dataclasses.fields(self):
             _check(field.name, annotations[field.name], getattr(self, field.name))
         _check_passes(self.disable, "the option `disable`")
+        if self.fp8_cache_weights and self.precision != "fp8":
+            raise ValueError(
+                f"moecompile: option `fp8_cache_weights` keeps FP8 copies, which precision={self.precision!r} does not "
+                "make. Add precision='fp8', or leave it out."
+            )
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
                 f"moecompile: options for Inductor ({', '.join(dict(self.inductor))}) came together with "
@@ -133,6 +143,8 @@ class Options:
         chosen = options if isinstance(options, Options) else cls._from_mapping(options)
         inductor = {**_mode_options(mode), **_checked_inductor_options(dict(chosen.inductor))}
         disable = dict.fromkeys((*chosen.disable, *environment_disabled_passes()))
+        if chosen.fp8_cache_weights and chosen.lowering == "inductor":
+            _refuse_cuda_graphs(inductor)
         return dataclasses.replace(chosen, inductor=tuple(inductor.items()), disable=tuple(disable))
 
     @classmethod
@@ -281,6 +293,16 @@ def _check_passes(names: Iterable[str], where: str) -> None:
                 f"moecompile: {where} names the pass {name!r}, which does not exist.{did_you_mean(name, PASSES)} "
                 f"Passes: {', '.join(PASSES)}."
             )
+
+
+def _refuse_cuda_graphs(inductor: Mapping[str, Any]) -> None:
+    from torch._inductor import config
+
+    if inductor.get("triton.cudagraphs", config.triton.cudagraphs):
+        raise ValueError(
+            "moecompile: option `fp8_cache_weights` does not go with Inductor's CUDA graphs (mode='reduce-overhead', "
+            "triton.cudagraphs), which want their inputs to lie where they were captured. Leave one of the two out."
+        )
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

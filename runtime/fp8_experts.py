@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime import fp8_reference, quantize
+from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.fp8_contract import (
     Specs,
@@ -25,7 +26,6 @@ from moecompile.runtime.fp8_contract import (
     saved_specs,
 )
 from moecompile.runtime.kernels import needed
-from moecompile.runtime.recording import exact
 from moecompile.runtime.remembered import CALLS
 
 ABSENT = (None,) * len(TENSORS)

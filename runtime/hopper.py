@@ -86,6 +86,8 @@ class Dispatching:
         """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""
         pieces = rows.shape[1] * rows.element_size() // 16
         blocks, pitch = scales.shape if scales is not None else (0, 0)
+        if rows.shape[0] * pieces >= 1 << 32:
+            raise ValueError(f"rows {tuple(rows.shape)} are too many to be counted in 32 bits: dispatch them before")
         return (
             self.x, rows, self.scales, scales, self.order, self.progress, self.top_k, pieces, blocks, pitch,
         )  # fmt: skip
@@ -193,7 +195,7 @@ def activation_backward(
         order: (rows,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
-        in_place: whether the gradient of `hidden` is written over it; a warp reads what it writes over, and nobody else.
+        in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -265,7 +267,7 @@ def activated_instance(
     experts, k, _ = projection.matrices[0].shape
     wide = choose(dtype, rows, experts, 256, k, is_transposed(projection.matrices[0]))
     epilogue = Activated(activation, projection.gate_up, save, projection.biases is not None)
-    # what is saved needs room beside
+    # what is saved needs room beside the ring; and pairs are faster with three stages here, if only sometimes by much
     return replace(wide, stages=3 if save or wide.cluster == 2 else wide.stages, epilogue=epilogue)
 
 

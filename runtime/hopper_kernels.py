@@ -41,6 +41,8 @@ def compile_together(args: Arguments, train: bool, precision: str, named: Callab
     )
     if key not in THERE:
         cubins.build(named())
+        if len(THERE) >= 4096:  # shapes of prompts; to build again what is there takes a moment
+            THERE.clear()
         THERE.add(key)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime import backward, reference
+from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, check_plan
 from moecompile.runtime.grouped import writing_out
-from moecompile.runtime.recording import exact
 from moecompile.runtime.remembered import CALLS
 
 Parts = list[Tensor]

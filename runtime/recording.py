@@ -6,15 +6,17 @@
     program.run(other_tensors)                             # the same with these
 
 A tensor has a place: the call's tensors first, then those that are made, in their order. Views that only kernels are
-told of are not made again, since where they begin in what they are a view of stays the same. What nobody uses any more
-is dropped, as it was in the first call.
+told of are not made again, since where they begin in what they are a view of stays the same. A tensor is dropped when
+nobody uses it any more, and a step whose results nobody uses is left out, unless it writes into something.
+
+What a call does must follow from the call's signature: what asks the host for values, or for how many there are, is
+refused. Launches are noted by `Launch.run`, of the thread that records.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +49,12 @@ class _Made:
     place: int
     like: Tensor  # without elements: the fastest to say what device and dtype another has
     shape: tuple[int, ...]
-
     uses: tuple[int, ...] = ()
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """The places that it fills."""
+        return (self.place,)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class _Called:
     uses: tuple[int, ...]
     needed: bool  # whatever becomes of the results
     several: bool  # results
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """The places that it fills."""
+        return tuple(place for place in self.places if place is not None)
 
     @functools.cached_property
     def flat(self) -> bool:
@@ -92,17 +103,10 @@ class _Launched:
     constants: list[Any]
     holes: tuple[Hole, ...]
     uses: tuple[int, ...]
+    makes: tuple[int, ...] = ()
 
 
 Step = _Made | _Called | _Launched
-
-
-def exact(tensor: Tensor) -> AbstractContextManager[object]:
-    """Runs what is inside in the dtypes that the operator was given, whatever autocast surrounds it."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 class Recorder(TorchDispatchMode):
@@ -144,8 +148,10 @@ class Recorder(TorchDispatchMode):
             if given:  # else it is about dtypes, say
                 self.refuse(f"{func} tells the host something about tensors")
             return found
+        if _depends_on_values(func, given, results):
+            self.refuse(f"what {func} makes depends on what tensors hold")
         places = tuple(self._placed(result, given) for result in results)
-        if func in MAKING and places[0] is not None and found.is_contiguous():
+        if func in MAKING and places[0] is not None and _is_plain(found):
             self.steps.append(_Made(places[0], found.new_empty(0), tuple(found.shape)))
         else:
             uses = tuple(self._known(each)[0] for each in given)
@@ -159,7 +165,7 @@ class Recorder(TorchDispatchMode):
     def _known(self, tensor: Tensor) -> tuple[int, int, int]:
         found: tuple[int, int, int] | None = self.known.get(tensor)
         if found is None:
-            self.refuse(f"a tensor {tuple(tensor.shape)} is none of the call's, nor made by it")
+            self.refuse("a tensor is none of the call's, nor made by it")
         return found or (0, 0, 0)
 
     def refuse(self, why: str) -> None:
@@ -173,7 +179,7 @@ class Recorder(TorchDispatchMode):
         place, self.count = self.count, self.count + 1
         self.known[result] = (place, place, 0)
         for each in given:  # a view of
-            if each.untyped_storage().data_ptr() == result.untyped_storage().data_ptr() and result.numel():
+            if result.numel() and each.numel() and _storage(each) == _storage(result):
                 _, base, offset = self._known(each)
                 self.known[result] = (place, base, offset + result.data_ptr() - each.data_ptr())
                 break
@@ -207,13 +213,31 @@ class Recorder(TorchDispatchMode):
         return Program(_needed(self.steps, results), results, self.count, [*self.devices])
 
 
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it lies as `new_empty` lays tensors of its shape, dimensions of size 1 included."""
+    return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
+
+
+def _depends_on_values(func: Any, given: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+    """Whether shapes of results follow from values, or the host may look at results of a device."""
+    if any(each.is_cuda for each in given) and any(each.device.type == "cpu" for each in results):
+        return True
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    by_place = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten._unsafe_index)
+    return not by_place or any(each.dtype in (torch.bool, torch.uint8) for each in given[1:])
+
+
 def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[tuple[Step, tuple[int, ...]]]:
     """The steps that results and launches need, each with the places that nobody uses after it."""
     used, kept = set(results), list[tuple[Step, tuple[int, ...]]]()
     for step in reversed(steps):
-        makes = {_Made: lambda step: (step.place,), _Called: lambda step: step.places}.get(type(step), lambda step: ())
-        if isinstance(step, _Launched) or (isinstance(step, _Called) and step.needed) or used & {*makes(step)}:
-            touched = {*step.uses, *(place for place in makes(step) if place is not None)}
+        if isinstance(step, _Launched) or (isinstance(step, _Called) and step.needed) or used & {*step.makes}:
+            touched = {*step.uses, *step.makes}
             kept.append((step, tuple(touched - used)))
             used |= touched
     return kept[::-1]
@@ -256,7 +280,7 @@ class Program:
                     values[i] = address if boxes is None else described(boxes, address)
                 step.launch_on(stream, step.blocks, step.pack(*values))
             elif isinstance(step, _Made):
-                places[step.place] = step.like.new_empty(*step.shape)
+                places[step.place] = step.like.new_empty(step.shape)
             else:
                 step.run(places)
             for place in dropped:

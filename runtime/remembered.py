@@ -6,8 +6,9 @@
         made = CALLS.first("experts", tensors, attributes, lambda: [...])    # makes tensors, launches
 
 All that may differ between two calls of one signature is what the tensors hold and where they lie, and only up to
-multiples of 16 bytes. So the first call is recorded: the tensors it makes, its launches, and what else it has PyTorch
-compute. The next ones make such tensors, put addresses into arguments that are settled but for them, and launch.
+multiples of 16 bytes. So the second such call is recorded: the tensors it makes, its launches, and what else it has
+PyTorch compute. The next ones make such tensors, put addresses into arguments that are settled but for them, launch.
+(Recording takes several times as long as the call alone, which would be lost on prompts of a length of their own.)
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime.recording import Program, Recorder, exact
+from moecompile.runtime.autocast import exact
+from moecompile.runtime.recording import Program, Recorder
 
 log = logging.getLogger("moecompile")
 
 ENTRIES = 1024
 """Signatures that a memory holds: shapes of a decode loop are few, those of prompts come and go."""
+
+SEEN = 1
+"""How many calls of a signature are made before one is recorded."""
 
 Signature = tuple[Hashable, ...]
 
@@ -48,6 +53,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._entries: dict[Signature, Program] = {}
+        self._seen: dict[Signature, int] = {}
         self._writing = threading.Lock()
 
     def __len__(self) -> int:
@@ -71,32 +77,53 @@ class Memory:
         attributes: Mapping[str, Any],
         run: Callable[[], list[Tensor]],
     ) -> list[Tensor]:
-        """What `run` makes, which reads no tensors but these; it is remembered for calls like this one.
+        """What `run` makes, which reads no tensors but these; the second time it is remembered for calls like this.
 
         What it does may depend on what the signature says, and on nothing that a later call may find changed.
         """
         if not _tells_apart(tensors, attributes):
+            return run()
+        key = signature(operator, tensors, attributes)
+        if not self._is_due(key):
             return run()
         with Recorder(tensors) as recorder:
             made = run()
         program = recorder.program(made)
         if program is None:
             _say(f"calls of moecompile::{operator} are slower to launch than they could be: {recorder.refused}")
-            return made
         with self._writing:
-            while len(self._entries) >= ENTRIES:
-                del self._entries[next(iter(self._entries))]
-            self._entries[signature(operator, tensors, attributes)] = program
+            if program is None:
+                self._seen[key] = -1  # never again
+            else:
+                self._seen.pop(key, None)
+                _add(self._entries, key, program)
         return made
+
+    def _is_due(self, key: Signature) -> bool:
+        """Whether a call is to be recorded; counts it."""
+        with self._writing:
+            count = self._seen.get(key, 0)
+            if 0 <= count < SEEN:
+                _add(self._seen, key, count + 1)
+            return count >= SEEN
 
     def clear(self) -> None:
         """Forgets everything."""
         with self._writing:
             self._entries.clear()
+            self._seen.clear()
 
 
 CALLS = Memory()
 """Of all operators."""
+
+
+def _add(table: dict[Signature, Any], key: Signature, value: Any) -> None:
+    """Puts it at the end of the table, whose first entries give way where there is no room."""
+    table.pop(key, None)
+    while len(table) >= ENTRIES:
+        del table[next(iter(table))]
+    table[key] = value
 
 
 @functools.lru_cache(maxsize=256)

@@ -31,6 +31,7 @@ from moecompile.runtime import (
     hopper_routing,
     kernels,
     launch,
+    remembered,
 )
 from moecompile.runtime.launch import Kernel
 from moecompile.runtime.operators import ROOMS
@@ -216,6 +217,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         patched.setattr(fp8_experts, "_hopper", lambda device: hopper_fp8)
         patched.setattr(torch._C, "_cuda_getDevice", lambda: gpu.current, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
+        patched.setattr(remembered, "SEEN", 0)
         with gpu.arena:
             yield gpu
     _forget()

@@ -43,6 +43,8 @@ BLOCKS = [
     Block("odd tiles", tokens=1500, experts=6, inner=768),
     Block("odd tiles, interleaved", tokens=1500, experts=6, inner=640, hidden=768, gate_up="interleaved"),
     Block("one token", tokens=1, experts=128, top_k=8, inner=768),
+    # rows are further ahead than a GEMM dispatches them
+    Block("many rows", tokens=5001, experts=5, hidden=128, inner=8192, top_k=3),
 ]
 
 
@@ -59,6 +61,22 @@ def test_outputs_and_gradients(block: Block) -> None:
         assert torch.equal(ours, repeated), f"{name} differs from run to run"
         mine, other = worst_row(ours, right), worst_row(theirs, right)
         assert mine <= 1.5 * other + 1e-6, f"{name}: {mine:.2e}, PyTorch's {other:.2e}"
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_steps_that_are_remembered(block: Block, recompute: bool) -> None:
+    """The first is not, the second is recorded, later ones are repeated, on tensors that lie elsewhere."""
+    CALLS.clear()
+    tensors, kept = block.tensors(), []
+    expected = run(block, tensors, recompute=recompute)
+    for _ in range(3):
+        tensors = {name: None if value is None else value.clone() for name, value in tensors.items()}
+        kept.append(tensors)
+        found = run(block, tensors, recompute=recompute)
+        for name, value in expected.all().items():
+            assert torch.equal(found.all()[name], value), name
+    assert len(CALLS) == 3, "plan, forward and backward"
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)

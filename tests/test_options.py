@@ -32,6 +32,7 @@ def test_defaults():
         "lowering": "inductor",
         "kernels": "auto",
         "precision": "model",
+        "fp8_cache_weights": False,
         "recompute": False,
         "verify": None,
         "disable": (),

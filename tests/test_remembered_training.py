@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fake_gpu
 from fake_gpu import FakeGpu, Launched
-from moecompile.runtime import hopper_experts, hopper_routing
+from moecompile.runtime import hopper_experts, hopper_routing, remembered
 from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.recording import Recorder
 from moecompile.runtime.remembered import CALLS, Memory
@@ -173,11 +173,66 @@ def test_what_cannot_be_repeated_is_not_remembered_and_said(caplog: pytest.LogCa
     x = torch.ones(3)
     with caplog.at_level(logging.WARNING, "moecompile"):
         for run, why in ((stranger, "is none of the call's"), (asking, "_local_scalar_dense.default tells the host")):
-            for _ in range(2):
-                assert memory.again("some", (x,), {}) is None
-                assert torch.equal(memory.first("some", (x,), {}, run)[0], torch.full((3,), 2.0))
+            for _ in range(4):
+                assert memory.again(run.__name__, (x,), {}) is None
+                assert torch.equal(memory.first(run.__name__, (x,), {}, run)[0], torch.full((3,), 2.0))
             assert caplog.text.count(why) == 1
     assert not len(memory)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x.new_zeros(x.nonzero().shape[0]),
+        lambda x: x[x > 0],
+        lambda x: x.new_zeros(int(x.sum())),
+        lambda x: torch.masked_select(x, x > 0),
+    ],
+)
+def test_what_depends_on_values_is_refused(run: Any) -> None:
+    x = torch.ones(3)
+    with Recorder((x,)) as recorder:
+        made = run(x)
+    assert recorder.program([made]) is None and recorder.refused
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x.index_select(0, x.argsort()),
+        lambda x: x[x.argsort()],
+        lambda x: x.new_empty(()).fill_(2),
+        lambda x: torch.empty_like(x.view(1, 3)[:, :2]).copy_(x[:2]),
+        lambda x: x.new_empty(0, 5),
+    ],
+)
+def test_what_follows_from_shapes_is_repeated(run: Any) -> None:
+    x, other = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([4.0, 6.0, 5.0])
+    with Recorder((x,)) as recorder:
+        made = run(x)
+    program = recorder.program([made])
+    assert program is not None, recorder.refused
+    (found,), expected = program.run((other,)), run(other)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+def test_a_call_is_recorded_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that never come again do not drive out those that do."""
+    monkeypatch.setattr(remembered, "ENTRIES", 4)
+    memory, x = Memory(), torch.ones(3)
+
+    def called(count: int) -> Tensor:
+        given = torch.ones(count)
+        known = memory.again("some", (given,), {})
+        return (memory.first("some", (given,), {}, lambda: [given + 1]) if known is None else known)[0]
+
+    for _ in range(3):
+        assert len(memory) == 0 or len(memory) == 1
+        assert torch.equal(called(3), x + 1)
+    assert len(memory) == 1
+    for count in range(10, 40):
+        called(count)
+    assert len(memory) == 1 and memory.again("some", (x,), {}) is not None
 
 
 def test_a_program_of_operators_alone() -> None:
@@ -204,7 +259,7 @@ def test_a_program_of_operators_alone() -> None:
 
 def test_autocast_around_a_later_call_changes_nothing() -> None:
     memory, x = Memory(), torch.randn(8, 8)
-    expected = memory.first("some", (x,), {}, lambda: [x @ x])[0]
+    expected = [memory.first("some", (x,), {}, lambda: [x @ x]) for _ in range(2)][1][0]
     with torch.autocast("cpu", torch.bfloat16):
         found = memory.again("some", (x,), {})
     assert found is not None and found[0].dtype == torch.float32 and torch.equal(found[0], expected)

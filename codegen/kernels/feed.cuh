@@ -9,6 +9,7 @@
 // They were there before the launch.
 struct Given {
     static constexpr bool BESIDE = false;
+    static constexpr i32 AT_LEAST = 1 << 30;  // no row is too far ahead
     struct Arguments {
         i32 unused;
     };
@@ -19,15 +20,19 @@ struct Given {
 // They are tokens', dispatched by this very kernel while others are multiplied: rows[r, :] = tokens[order[r] / top_k, :],
 // with their scales if they are quantised.
 //
-// Warps take rows in order, a few at a time, and whoever takes some writes them: however few blocks run at once, tiles get
-// their rows. They keep some way ahead of their block's tiles, but no more: all at once, they would have the memory to
-// themselves, and the tiles would starve (docs/perf.md). For a block that waits for rows, they are never too far ahead.
+// Warps take rows in order, a few at a time, and whoever takes some writes them. They keep some way ahead of their block's
+// tiles, but no more: all at once, they would have the memory to themselves, and the tiles would starve (docs/perf.md).
+//
+// However few blocks run at once, tiles get their rows. Take the first row that nobody has written and somebody has taken:
+// who took it is at work, or waits for the tiles of its cluster to come nearer. These wait for rows only; those they wait
+// for lie no further than a band's height and a block ahead of the tile that the slower of the cluster's blocks is at, and
+// that is less than AT_LEAST: so all of them are there, and the tiles go on. Blocks without tiles keep nobody waiting.
 template <bool SCALED>
 struct Dispatched {
     static constexpr bool BESIDE = true;
     static constexpr i32 UNIT = 2, BLOCK = 64;  // rows that a warp takes at once, and that are counted together
     static constexpr i32 PIECES = 3;            // of 16 bytes, of a row, in a lane's hands
-    static constexpr i32 WAVES = 3, AT_LEAST = 2048;  // rows ahead of the tiles: those of so many waves, and so many more
+    static constexpr i32 WAVES = 3, AT_LEAST = 4096;  // rows ahead of the tiles: those of so many waves, and so many more
     struct Arguments {
         const uint4* tokens;        // (tokens, pieces)
         uint4* rows;                // (rows, pieces): what the GEMM reads
@@ -56,7 +61,9 @@ struct Dispatched {
         i32 block = first / BLOCK + i32(threadIdx.x % 32);
         bool ours = block <= (end - 1) / BLOCK;
         u32 whole = (min(BLOCK, rows - block * BLOCK) + UNIT - 1) / UNIT;
-        while (__any_sync(~0u, ours && ptx::load_acquire(arguments.progress + 1 + block) < whole)) {}
+        const u32* there = arguments.progress + 1 + block;
+        while (__any_sync(~0u, ours && ptx::load_relaxed(there) < whole)) __nanosleep(40);
+        if (ours) ptx::load_acquire(there);
         __syncwarp();
         ptx::fence_async_global();
     }

@@ -55,6 +55,9 @@ struct GroupedGemm {
     static constexpr bool LATER = !(SCALED && OVER_ROWS);
     static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
     static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
+    static_assert(CLUSTER == 1 || CLUSTER == CONSUMERS, "blocks that share rows load a warpgroup's each");
+    static_assert(!(OVER_ROWS && Feed::BESIDE), "rows are dispatched for rows times matrices");
+    static_assert(!Feed::BESIDE || Feed::AT_LEAST >= 2 * BAND * CLUSTER * ROWS, "or a cluster waits for itself (feed.cuh)");
 
     template <bool over_rows>
     struct ScheduleOf {
@@ -186,7 +189,7 @@ struct GroupedGemm {
                                                 i32 stage, u32 rank) {
         u64* full = &shared.full[stage];
         u32 scales = SCALED ? SCALES * sizeof(float) : 0;
-        // of an expert's last rows, only as many warpgroups' as there are
+        // of the last rows only as many warpgroups' as there are
         i32 boxes = A_MN || tile.row_end - tile.row > BOX_ROWS ? CONSUMERS : 1;
         ptx::barrier_expect(full, boxes * BOX_ROWS * LINE + sizeof(shared.b[0]) + scales);
         for (i32 box = 0; box < boxes; box++) {
@@ -196,7 +199,7 @@ struct GroupedGemm {
                 ptx::load_2d(to, &arguments.a, full, row, k);
             else if (CLUSTER == 1 || !tile.split)
                 ptx::load_2d(to, &arguments.a, full, k, row);
-            else if (box == rank)  // blocks with the same rows load one box each, for both
+            else if (box == i32(rank))  // blocks with the same rows load one box each, for both
                 ptx::load_2d_multicast(to, &arguments.a, full, k, row, (1 << CLUSTER) - 1);
         }
         if (SCALED) ptx::load_2d(shared.a_scales[stage], &arguments.scales, full, tile.row & ~3, k / 128);
@@ -246,7 +249,7 @@ struct GroupedGemm {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = read(shared.tiles[stage]);
-            if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
+            if (!A_MN && tile.row + i32(group) * 64 >= tile.row_end) {
                 waiting.write(boxes, arguments);
                 pass(shared, tile, stage, parity);
                 continue;

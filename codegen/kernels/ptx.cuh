@@ -170,6 +170,13 @@ __device__ __forceinline__ void add_release(u32* word, u32 value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+// Of no order with anything: to look whether it is worth while to ask for one.
+__device__ __forceinline__ u32 load_relaxed(const u32* word) {
+    u32 value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ u32 load_acquire(const u32* word) {
     u32 value;
     delay();
