@@ -211,6 +211,32 @@ def test_weights_that_are_no_parameters_are_cast_each_time(made: list[int]) -> N
     assert any("are cast in every forward" in note and "no parameter that the graph is given" in note for note in notes)
 
 
+class Updating(nn.Module):
+    """A block that changes its weights between two forwards of one graph."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = self.block(x)
+        with torch.no_grad():
+            self.block.get_parameter("experts.down_proj").mul_(2)
+        second: Tensor = self.block(x)
+        return first + second
+
+
+def test_weights_that_the_graph_writes_are_cast_where_they_are_read(made: list[int]) -> None:
+    module, inputs = block_of("qwen3_moe")
+    whole = Updating(module)
+    kept, each = compiled(whole, **CACHED), compiled(whole, **EACH)
+    for _ in range(2):
+        assert torch.equal(infer(kept, inputs), infer(each, inputs))
+    assert len(made) == 1  # of GEMM1's
+    notes = [note for graph in moecompile.last_report().graphs for note in graph.notes]
+    assert any("is written in the graph itself" in note for note in notes)
+
+
 class Checkpointed(nn.Module):
     """A block under activation checkpointing."""
 
