@@ -2,24 +2,29 @@
 
     torch.compile(block, backend="moecompile")     torch.compile(block)     block
 
-The block is one of transformers' with its router, as its users compile it. Its experts' kernels are compared with those
-of the bench's own call of moecompile's operators on the same matrices, tokens and routing: torch's profiler adds up the
+moecompile's also with its experts in FP8, their matrices cast before (`fp8_cache_weights`) or in every forward. The
+block is one of transformers' with its router, as its users compile it. Its experts' kernels are compared with those of
+the bench's own call of moecompile's operators on the same matrices, tokens and routing: torch's profiler adds up the
 time of moecompile's kernels, and nothing else, in turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import moecompile
 from moecompile import bench_block
+from moecompile.bench_block import precision
 from moecompile.bench_cases import (
     EAGER,
     EXPERT_KERNELS,
     FORWARD,
+    FP8,
+    FP8_EACH,
     IN_BENCH,
     IN_MODEL,
     INDUCTOR,
@@ -38,8 +43,14 @@ from moecompile.bench_timing import Contender, Statistics, Timing, alternate, me
 
 ROUNDS = 5
 """Turns of each under the profiler, at most; each is a few calls long."""
-BOUND = 0.1
+BOUNDS = {"bf16": 0.1, "fp8": 0.2}
 """How far results and gradients may be from eager's, relative: a token whose experts tie may get another one."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    FP8: {"precision": "fp8", "fp8_cache_weights": True},
+    FP8_EACH: {"precision": "fp8"},
+}
+"""Of moecompile, by contender."""
 
 
 def measure_model(setting: Setting, shape: Shape) -> None:
@@ -51,7 +62,7 @@ def measure_model(setting: Setting, shape: Shape) -> None:
     torch._dynamo.reset()
     block = Module.of(shape, setting.device)
     runs: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-        (OURS, torch.compile(block.module, backend="moecompile", fullgraph=True, dynamic=False)),
+        *((name, _compiled(block, options)) for name, options in OPTIONS.items()),
         (INDUCTOR, torch.compile(block.module, fullgraph=True, dynamic=False)),
         (EAGER, block.module),
     ]
@@ -66,6 +77,10 @@ def measure_model(setting: Setting, shape: Shape) -> None:
             if each.name == OURS:
                 _measure_kernels(setting, block, each, what)
         block.forget_gradients()
+
+
+def _compiled(block: Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    return torch.compile(block.module, backend="moecompile", options=options, fullgraph=True, dynamic=False)
 
 
 def _forward(block: Module, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
@@ -95,8 +110,8 @@ def _checked(setting: Setting, block: Module, contenders: Sequence[Contender], w
     for contender in contenders:
         try:
             if contender.name != EAGER:
-                compare(_outcome(block, contender), expected, BOUND)
-            if contender.name == OURS and not moecompile.last_report().graphs[-1].sites:
+                compare(_outcome(block, contender), expected, BOUNDS[precision(contender.name)])
+            if contender.name in OPTIONS and not moecompile.last_report().graphs[-1].sites:
                 raise NotOursError("moecompile found no experts in the block")
             prove(contender, range(1), setting.device)
             right.append(contender)
@@ -119,8 +134,8 @@ def _add_blocks(setting: Setting, shape: Shape, what: str, times: Mapping[str, S
     """The whole block's rows: it has a router besides experts, so that neither rate nor floor is stated."""
     for name, own in times.items():
         others = {other: 1 / times[other].median for other in (INDUCTOR, EAGER) if other in times}
-        faster = ratios(1 / own.median, others) if name == OURS else {}
-        note = EMULATED if setting.device == "cpu" and name == OURS else ""
+        faster = ratios(1 / own.median, others) if name in OPTIONS else {}
+        note = EMULATED if setting.device == "cpu" and name in OPTIONS else ""
         setting.results.add(Speed("model", shape.name, f"{what}, {WHOLE_BLOCK}", name, own, ratios=faster, note=note))
 
 

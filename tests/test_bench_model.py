@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 import moecompile
 from moecompile import bench_block, bench_model, bench_modules, bench_profile, bench_results
 from moecompile.bench_block import Block
-from moecompile.bench_cases import EAGER, IN_BENCH, IN_MODEL, INDUCTOR, OURS, TINY
+from moecompile.bench_cases import EAGER, FP8, FP8_EACH, IN_BENCH, IN_MODEL, INDUCTOR, OURS, TINY
 from moecompile.bench_modules import Module
 from moecompile.bench_proof import NotOursError
 from moecompile.bench_results import Ceilings, Results, Setting
@@ -40,10 +40,10 @@ def quickly(monkeypatch):
     """Inductor is left out: what moecompile rewrites runs operator by operator, the other is not compiled."""
     whole = torch.compile
 
-    def compiled(module: Any, backend: str | None = None, **options: Any) -> Callable[..., Tensor]:
+    def compiled(module: Any, backend: str | None = None, options: Any = None, **others: Any) -> Callable[..., Tensor]:
         if backend is None:
             return module
-        return whole(module, backend=backend, options={"lowering": "eager"}, **options)
+        return whole(module, backend=backend, options={"lowering": "eager", **options}, **others)
 
     monkeypatch.setattr(torch, "compile", compiled)
 
@@ -60,16 +60,17 @@ def test_a_block_is_compiled_and_compared(name: str, setting: Setting, quickly, 
     monkeypatch.setattr(reference, "forward", noted)
     bench_model.measure_model(setting, SHAPES[name])
     assert setting.results.failures == [] and ran
-    assert [len(graph.sites) for graph in moecompile.last_report().graphs] == [1, 1]
+    assert [len(graph.sites) for graph in moecompile.last_report().graphs] == 6 * [1]
     rows = [row for row in setting.results.rows if isinstance(row, bench_results.Speed)]
     assert [(row.what, row.contender) for row in rows] == [
-        *(("forward, whole block", who) for who in (OURS, INDUCTOR, EAGER)),
+        *(("forward, whole block", who) for who in (OURS, FP8, FP8_EACH, INDUCTOR, EAGER)),
         ("forward, kernels of the experts", IN_MODEL),
-        *(("forward+backward, whole block", who) for who in (OURS, INDUCTOR, EAGER)),
+        *(("forward+backward, whole block", who) for who in (OURS, FP8, FP8_EACH, INDUCTOR, EAGER)),
         ("forward+backward, kernels of the experts", IN_MODEL),
     ]
     assert set(rows[0].ratios) == {INDUCTOR, EAGER} and rows[0].note == "emulated: no GPU"
-    assert rows[3].note == "needs a Hopper GPU" and rows[3].times is None
+    assert set(rows[1].ratios) == set(rows[2].ratios) == {INDUCTOR, EAGER}
+    assert rows[5].note == "needs a Hopper GPU" and rows[5].times is None
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -91,8 +92,12 @@ def test_the_bench_calls_the_same_experts(name: str):
 def test_a_block_that_is_not_rewritten_is_a_failure(setting: Setting, quickly, monkeypatch):
     monkeypatch.setenv("MOECOMPILE_DISABLE_PASSES", "detect,fuse")
     bench_model.measure_model(setting, SHAPES["qwen3"])
-    words = "ours BF16: NotOursError: moecompile found no experts in the block"
-    assert setting.results.failures == [f"model qwen3 {what}, {words}" for what in ("forward", "forward+backward")]
+    words = "NotOursError: moecompile found no experts in the block"
+    assert setting.results.failures == [
+        f"model qwen3 {what}, {who}: {words}"
+        for what in ("forward", "forward+backward")
+        for who in (OURS, FP8, FP8_EACH)
+    ]
 
 
 def test_without_transformers_it_says_so(setting: Setting, monkeypatch, capsys):
