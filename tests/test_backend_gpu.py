@@ -93,6 +93,30 @@ def test_models_of_transformers_in_bfloat16(architecture: str) -> None:
     assert float(errors.median()) <= 0.05
 
 
+def test_copies_of_weights_that_are_kept() -> None:
+    """Three steps of two micro-batches each, with a fused optimizer: as with copies made in every forward."""
+    pytest.importorskip("transformers")
+    from tiny_transformers import build_model
+
+    losses = []
+    for kept in (True, False):
+        torch._dynamo.reset()
+        model = build_model("qwen3_moe", torch.bfloat16).cuda()
+        model.compile(backend="moecompile", options={"precision": "fp8", "fp8_cache_weights": kept})
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
+        for step in range(6):
+            torch.manual_seed(step)
+            tokens = torch.randint(3, 250, (2, 32), device="cuda")
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            losses.append(float(loss))
+            if step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert losses[:6] == pytest.approx(losses[6:], rel=1e-4)
+    assert abs(losses[0] - losses[5]) > 1e-2 * losses[0], "nothing was learnt"
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_whole_model(mode: str) -> None:
     """Qwen3-MoE, another routing in every step; in CUDA graphs if the mode asks for them."""
