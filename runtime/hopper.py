@@ -13,6 +13,7 @@ from torch import Tensor
 from moecompile.codegen import nvrtc
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain
 from moecompile.runtime.elementwise import dtype_name
+from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Launch, Mapped, Value, boxes_of, load
 
 log = logging.getLogger("moecompile")
@@ -62,40 +63,6 @@ class Projection:
     def parts(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """The rows of each matrix in hidden rows (R, N), gate first."""
         return hidden.tensor_split(len(self.matrices), 1)
-
-
-@dataclass(frozen=True)
-class Dispatching:
-    """Tokens whose rows a grouped GEMM dispatches itself, while it multiplies (codegen/kernels/feed.cuh).
-
-    Attributes:
-        x: (T, K), contiguous.
-        scales: (T, ceil(K / 128)) float32, contiguous, of tokens in e4m3; None of others.
-        order: (R,) int32, the assignment of a row.
-        top_k: assignments of a token.
-        progress: `progress_words(R)` int32, zeros when the kernel begins.
-    """
-
-    x: Tensor
-    scales: Tensor | None
-    order: Tensor
-    top_k: int
-    progress: Tensor
-
-    def values(self, rows: Tensor, scales: Tensor | None) -> tuple[Value, ...]:
-        """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""
-        pieces = rows.shape[1] * rows.element_size() // 16
-        blocks, pitch = scales.shape if scales is not None else (0, 0)
-        if rows.shape[0] * pieces >= 1 << 32:
-            raise ValueError(f"rows {tuple(rows.shape)} are too many to be counted in 32 bits: dispatch them before")
-        return (
-            self.x, rows, self.scales, scales, self.order, self.progress, self.top_k, pieces, blocks, pitch,
-        )  # fmt: skip
-
-
-def progress_words(rows: int) -> int:
-    """How many words a kernel that dispatches so many rows counts in: the units taken, and each 64 rows."""
-    return 1 + -(-rows // 64)
 
 
 def grouped_gemm(

@@ -23,7 +23,8 @@ from moecompile.codegen.instances import RESULTS
 from moecompile.runtime import hopper, hopper_kernels, hopper_routing, hopper_rules
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.hopper import Dispatching, Projection
+from moecompile.runtime.hopper import Projection
+from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
 
 LARGE = 256 * 2**20
@@ -63,8 +64,7 @@ def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Te
     x, slots, rows = _lines(args.x), args.slots.contiguous(), args.x.new_empty(args.rows, args.features)
     dispatching = None
     if hopper_routing.is_beside(args.rows, args.features, x.element_size()):
-        progress = hopper_routing.zeros(hopper.progress_words(args.rows), x)
-        dispatching = Dispatching(x, None, args.order, slots.shape[1], progress)
+        dispatching = Dispatching.of(x, None, args.order, slots.shape[1])
     else:
         hopper_routing.dispatch(x, slots, rows)
     read = "weight" in expression_leaves(args.activation)

@@ -21,11 +21,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moecompile.runtime import hopper, hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
+from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper import Dispatching
 from moecompile.runtime.hopper_experts import _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
+from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 from moecompile.runtime.reference import joined
@@ -75,15 +75,9 @@ def _gemm1(
     hopper_fp8_gemm.activated(
         rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden, biases=_biases(args),
         weights=_weights(args) if read else None, order=args.order if read else None,
-        dispatching=None if tokens is None else _dispatching(args, tokens),
+        dispatching=None if tokens is None else Dispatching.of(*tokens, args.order, args.slots.shape[1]),
     )  # fmt: skip
     return a
-
-
-def _dispatching(args: Arguments, tokens: tuple[Tensor, Tensor]) -> Dispatching:
-    """Tokens in FP8, with their scales, that a GEMM dispatches itself."""
-    progress = hopper_routing.zeros(hopper.progress_words(args.rows), tokens[0])
-    return Dispatching(*tokens, args.order, args.slots.shape[1], progress)
 
 
 def _hidden_rows(args: Arguments, w_in: Matrices, tokens: tuple[Tensor, Tensor]) -> QuantizedRows:
@@ -127,7 +121,7 @@ class _Backward:
         beside = hopper_routing.is_beside(args.rows, args.out_features, 1)
         of_tokens = _room_for(grad) if beside or "w_out" in self.needs else None
         hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens)
-        dispatching = _dispatching(args, of_tokens) if beside and of_tokens is not None else None
+        dispatching = Dispatching.of(*of_tokens, args.order, self.top_k) if beside and of_tokens is not None else None
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,

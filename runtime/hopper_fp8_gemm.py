@@ -11,7 +11,6 @@ from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm,
 from moecompile.runtime.hopper import (
     OUT_BOX,
     ROWS,
-    Dispatching,
     _columns,
     _feed,
     _launch,
@@ -21,6 +20,7 @@ from moecompile.runtime.hopper import (
     choose,
 )
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
+from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Mapped
 from moecompile.runtime.quantize import E4M3
 

@@ -1,17 +1,21 @@
-"""Routing on a Hopper GPU: the plan, tokens to rows in expert order, and rows back to tokens."""
+"""Routing on a Hopper GPU: the plan, tokens to rows in expert order, and rows and their values back to tokens."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Clear, Collect, Combine, Dispatch, Plan
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.launch import Launch, load
+from moecompile.runtime.launch import Launch, Value, load
 
 PLAN_BLOCKS = 128
 """Blocks that make a plan, at most: each adds up the counts of all before it."""
 
+COUNTED = 64
+"""Rows that a GEMM which dispatches them counts together (`BLOCK` of codegen/kernels/feed.cuh)."""
 BESIDE = 16 * 2**20
 """Bytes of rows from which on the GEMM that reads them dispatches them itself: fewer are soon there."""
 
@@ -87,6 +91,40 @@ def zeros(count: int, like: Tensor) -> Tensor:
     blocks = max(1, min(-(-count // kernel.threads), kernel.multiprocessors))
     Launch(kernel, blocks, (words, count)).run()
     return words
+
+
+@dataclass(frozen=True)
+class Dispatching:
+    """Tokens whose rows a grouped GEMM dispatches itself, while it multiplies (codegen/kernels/feed.cuh).
+
+    Attributes:
+        x: (T, K), contiguous.
+        scales: (T, ceil(K / 128)) float32, contiguous, of tokens in e4m3; None of others.
+        order: (R,) int32, the assignment of a row.
+        top_k: assignments of a token.
+        progress: int32, zeros when the kernel begins, which counts the rows taken, and of each COUNTED those written.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    order: Tensor
+    top_k: int
+    progress: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, scales: Tensor | None, order: Tensor, top_k: int) -> Dispatching:
+        """The same, with what the kernel counts in, made and cleared."""
+        return cls(x, scales, order, top_k, zeros(1 + -(-order.shape[0] // COUNTED), x))
+
+    def values(self, rows: Tensor, scales: Tensor | None) -> tuple[Value, ...]:
+        """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""
+        pieces = rows.shape[1] * rows.element_size() // 16
+        blocks, pitch = scales.shape if scales is not None else (0, 0)
+        if rows.shape[0] * pieces >= 1 << 32:
+            raise ValueError(f"rows {tuple(rows.shape)} are too many to be counted in 32 bits: dispatch them before")
+        return (
+            self.x, rows, self.scales, scales, self.order, self.progress, self.top_k, pieces, blocks, pitch,
+        )  # fmt: skip
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Tensor:
