@@ -1,6 +1,6 @@
 """Experts in FP8: a small model of bytes learns this project's README in bfloat16, and again with its experts in FP8.
 
-    python examples/fp8_experts.py                   # compiled by Inductor: minutes, most of them compiling
+    python examples/fp8_experts.py                   # compiled by Inductor: half a minute
     python examples/fp8_experts.py --lowering eager  # quicker: the rewritten graph is run by PyTorch itself
 
 Two micro-batches make a step, so the FP8 copies of the experts' matrices are kept between them (`fp8_cache_weights`),
