@@ -22,10 +22,11 @@ SHARDED = (
 
 
 def invalidate(model: nn.Module | None = None) -> None:
-    """Says that parameters were changed behind PyTorch's back, through `.data` or another library's kernels, say.
+    """Says that parameters were changed behind PyTorch's back.
 
-    Their FP8 copies are made anew at the next call of a model compiled with `fp8_cache_weights`. Steps of PyTorch's
-    optimizers, `load_state_dict` and operations in place are noticed without it.
+    Through `.data` (`vector_to_parameters`, `.half().bfloat16()`), by a collective (`dist.broadcast(parameter)`), by
+    NumPy or another library's kernels. Their FP8 copies are made anew at the next call of a model compiled with
+    `fp8_cache_weights`. Steps of PyTorch's optimizers, `load_state_dict` and operations in place are noticed by itself.
 
     Args:
         model: whose parameters; of all models if None.
@@ -47,6 +48,8 @@ def lift(
         _say(record, SHARDED)
         return gm, list(inputs), lambda _: []
     graph, _ = copy_graph(gm.graph)
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
     lifted, kept = lift_casts(graph)
     for each in kept:
         _say(record, f"of {each.module or 'the function'} are cast in every forward: {each.reason}")

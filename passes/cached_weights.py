@@ -44,7 +44,12 @@ class Lifted:
 def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
     """Rewrite the graph in place; returns what was lifted and what was not. The caller recompiles the GraphModule."""
     places = {node: number for number, node in enumerate(graph.find_nodes(op="placeholder"))}
-    layout, lifted, kept, last = Layout(graph), list[Lifted](), list[Kept](), next(reversed(places), None)
+    layout, lifted, kept, last = (
+        Layout(graph),
+        dict[Lifted, list[fx.Node]](),
+        list[Kept](),
+        next(reversed(places), None),
+    )
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.quantize_weights.default):
         matrices = [argument for argument in (*node.args, node.kwargs.get("w_up")) if argument is not None]
         reason = _obstacle(matrices, places, layout)
@@ -52,9 +57,12 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
             kept.append(Kept(module_of(node), reason))
             continue
         attributes = str(node.kwargs.get("gate_up", "single")), bool(node.kwargs.get("transposed", False))
-        lifted.append(Lifted(tuple(places[each] for each in matrices), *attributes))
-        last = _lift(graph, node, matrices[0].name, last)
-    return lifted, kept
+        one = Lifted(tuple(places[each] for each in matrices), *attributes)
+        if one not in lifted:  # experts that are used twice are cast once
+            lifted[one] = _inputs(graph, node, f"{matrices[0].name.rstrip('_')}_fp8", len(lifted), last)
+            last = lifted[one][-1]
+        _replace(graph, node, lifted[one])
+    return [*lifted], kept
 
 
 def _obstacle(matrices: list[fx.Node], places: dict[fx.Node, int], layout: Layout) -> str:
@@ -67,15 +75,27 @@ def _obstacle(matrices: list[fx.Node], places: dict[fx.Node, int], layout: Layou
     return ""
 
 
-def _lift(graph: fx.Graph, cast: fx.Node, name: str, last: fx.Node) -> fx.Node:
-    """Puts inputs behind the `last` one in place of a cast's results; returns the one that is the last then."""
-    parts = {part.args[1]: part for part in cast.users if part.target is operator.getitem}
-    for number, result in enumerate(RESULTS):
+def _inputs(graph: fx.Graph, cast: fx.Node, name: str, number: int, last: fx.Node) -> list[fx.Node]:
+    """New inputs behind the `last` one for a cast's results."""
+    taken, made = {node.target for node in graph.find_nodes(op="placeholder")}, list[fx.Node]()
+    name = f"{name}_{number}" if f"{name}_{RESULTS[0]}" in taken else name
+    for part, result in zip(_parts(cast), RESULTS, strict=True):
         with graph.inserting_after(last):
-            last = graph.placeholder(f"{name.rstrip('_')}_fp8_{result}")
+            last = graph.placeholder(f"{name}_{result}")
         last._dynamo_source = None  # AOTAutograd asks where inputs come from: not from the user's code
-        last.meta.update(parts[number].meta)
-        parts[number].replace_all_uses_with(last)
-        graph.erase_node(parts[number])
+        last.meta.update(part.meta)
+        made.append(last)
+    return made
+
+
+def _replace(graph: fx.Graph, cast: fx.Node, inputs: list[fx.Node]) -> None:
+    for part, result in zip(_parts(cast), inputs, strict=True):
+        part.replace_all_uses_with(result)
+        graph.erase_node(part)
     graph.erase_node(cast)
-    return last
+
+
+def _parts(cast: fx.Node) -> list[fx.Node]:
+    """The results of a cast, in their order."""
+    parts: dict[object, fx.Node] = {part.args[1]: part for part in cast.users if part.target is operator.getitem}
+    return [parts[number] for number in range(len(RESULTS))]

@@ -2,34 +2,40 @@
 
     four = COPIES.of((w_in,), gate_up="halves", transposed=False)
 
-A parameter has changed if an optimizer made a step since, if it lies elsewhere, or if PyTorch counts another version of
-it. The last is not enough by itself: fused optimizers do not raise it. What nobody counts, writes through `.data` by
-other code than an optimizer's, has to be told: `COPIES.forget(...)`.
+A parameter has changed if an optimizer of PyTorch's has begun a step since, if it lies elsewhere or otherwise, or if
+PyTorch counts another version of it. The last is not enough by itself: fused optimizers do not raise it. Versions of
+inference tensors nobody counts: no copies of those are kept. Neither does anybody count writes through `.data`, by
+collectives, by NumPy, or by other libraries' kernels: they have to be told (`COPIES.forget`).
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Key = tuple[Hashable, ...]
 
 
 @dataclass
 class _Entry:
-    """Copies: what they were made of, when, and on a GPU by which stream."""
+    """Copies: what they were made of, and on a GPU when and by which stream."""
 
-    others: tuple[weakref.ref[Tensor], ...]
     stamp: Hashable
+    storages: tuple[StorageWeakRef, ...]  # not of tensors: whatever has weak references cannot be swapped
     four: Four
     stream: int = 0
     made: torch.cuda.Event | None = None
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether some of the matrices are gone."""
+        return any(storage.expired() for storage in self.storages)
 
     def handed_over(self) -> Four:
         """The copies, for the current stream to read."""
@@ -46,36 +52,41 @@ class Copies:
     """The copies that there are. Any thread may ask."""
 
     def __init__(self) -> None:
-        # gate projections, or the one matrix -> what else decides -> copies
-        self._entries = WeakTensorKeyDictionary()
+        self._entries: dict[Key, _Entry] = {}
         self._steps = 0
+        self._stepping = False
         self._lock = threading.RLock()
-        self._hook: object = None
+        self._hooks: list[object] = []
 
     def of(self, matrices: tuple[Tensor, ...], gate_up: str, transposed: bool) -> Four:
         """What `moecompile::quantize_weights` gives for these, from before if they have not changed.
 
-        While a CUDA graph is captured, the copies are made in it, so that each replay makes them anew.
+        While an optimizer makes a step, and while a CUDA graph is captured, so that each replay makes them anew, copies
+        are made and not kept.
         """
-        if matrices[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return _made(matrices, gate_up, transposed)
-        first, *others = matrices
-        key, stamp = (gate_up, transposed, *map(id, others)), (self._steps, *map(_state, matrices))
+        capturing = matrices[0].is_cuda and torch.cuda.is_current_stream_capturing()
         with self._lock:
-            table: dict[Hashable, _Entry] = self._entries.setdefault(first, {})
-            entry = table.get(key)
-            if entry is None or entry.stamp != stamp or not _same(entry.others, others):
+            if capturing or self._stepping or any(matrix.is_inference() for matrix in matrices):
+                return _made(matrices, gate_up, transposed)
+            key, stamp = (gate_up, transposed, *map(_place, matrices)), (self._steps, *map(_state, matrices))
+            entry = self._entries.get(key)
+            if entry is None or entry.stamp != stamp or entry.orphaned:
                 entry = None
-                table.pop(key, None)  # the new copies may have the memory of the old ones
-                entry = table[key] = _entry(matrices, stamp, _made(matrices, gate_up, transposed))
+                self._entries.pop(key, None)  # the new copies may have the memory of the old ones
+                self._forget_orphans()
+                entry = self._entries[key] = _entry(matrices, stamp, _made(matrices, gate_up, transposed))
             return entry.handed_over()
 
     def watch_optimizers(self) -> None:
         """From now on a step of any optimizer of PyTorch's makes all copies old."""
-        from torch.optim.optimizer import register_optimizer_step_post_hook
+        from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         with self._lock:
-            self._hook = self._hook or register_optimizer_step_post_hook(lambda *_: self._stepped())
+            if not self._hooks:
+                self._hooks = [
+                    register_optimizer_step_pre_hook(lambda *_: self._stepped(stepping=True)),
+                    register_optimizer_step_post_hook(lambda *_: self._stepped(stepping=False)),
+                ]
 
     def forget(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Drops the copies of these parameters, or all."""
@@ -83,18 +94,21 @@ class Copies:
             if parameters is None:
                 self._entries.clear()
                 return
-            gone = {id(parameter) for parameter in parameters}
-            for first, table in list(self._entries.items()):
-                for key, entry in list(table.items()):
-                    if gone & {id(first), *(id(reference()) for reference in entry.others)}:
-                        del table[key]
+            gone = set(map(_place, parameters))
+            self._entries = {key: entry for key, entry in self._entries.items() if not gone & {*key[2:]}}
 
     def __len__(self) -> int:
-        return sum(len(table) for table in self._entries.values())
-
-    def _stepped(self) -> None:
         with self._lock:
-            self._steps += 1
+            self._forget_orphans()
+            return len(self._entries)
+
+    def _forget_orphans(self) -> None:
+        self._entries = {key: entry for key, entry in self._entries.items() if not entry.orphaned}
+
+    def _stepped(self, stepping: bool) -> None:
+        """A step begins or ends. One that fails has begun, and until the next one ends nothing is kept."""
+        with self._lock:
+            self._steps, self._stepping = self._steps + 1, stepping
 
 
 COPIES = Copies()
@@ -102,16 +116,17 @@ COPIES = Copies()
 
 
 def _entry(matrices: tuple[Tensor, ...], stamp: Hashable, four: Four) -> _Entry:
-    entry = _Entry(tuple(weakref.ref(each) for each in matrices[1:]), stamp, four)
-    if matrices[0].is_cuda:
-        stream = torch.cuda.current_stream(matrices[0].device)
+    entry = _Entry(stamp, tuple(StorageWeakRef(matrix.untyped_storage()) for matrix in matrices), four)
+    if four[0].is_cuda:
+        stream = torch.cuda.current_stream(four[0].device)
         entry.stream, entry.made = stream.cuda_stream, torch.cuda.Event()
         entry.made.record(stream)
     return entry
 
 
-def _same(references: Sequence[weakref.ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
-    return all(reference() is tensor for reference, tensor in zip(references, tensors, strict=True))
+def _place(matrix: Tensor) -> Hashable:
+    """Where it lies, as long as its storage lives."""
+    return matrix.untyped_storage()._cdata, matrix.storage_offset()
 
 
 def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool) -> Four:
@@ -121,5 +136,6 @@ def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool) -> Four:
 
 
 def _state(matrix: Tensor) -> Hashable:
-    """Where it lies, and its version, which tensors of inference mode do not have."""
-    return matrix.data_ptr(), None if matrix.is_inference() else matrix._version
+    """Which tensor it is, how it lies, and its version."""
+    layout = matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype
+    return id(matrix), *layout, matrix._version

@@ -163,13 +163,94 @@ def test_inference_and_training_share_them(made: list[int]) -> None:
     assert len(made) == 2 and len(COPIES) == 2
 
 
-def test_weights_of_inference_mode(made: list[int]) -> None:
-    module, inputs = block_of("qwen3_moe")
+def test_weights_of_inference_mode_are_cast_each_time(made: list[int]) -> None:
+    """Nobody counts their versions."""
     with torch.inference_mode():
+        module, inputs = block_of("qwen3_moe")
         kept, each = compiled(module, **CACHED), compiled(module, **EACH)
+        state = {name: value * 2 for name, value in each.state_dict().items()}
         for _ in range(2):
             assert torch.equal(kept(*inputs), each(*inputs))
-    assert len(made) == 2
+            kept.load_state_dict(state)
+            each.load_state_dict(state)
+    assert len(made) > 2 and not len(COPIES)
+
+
+@pytest.mark.parametrize("shared", ["experts", "gate_up_proj"])
+def test_experts_that_are_used_twice(shared: str, made: list[int]) -> None:
+    """In one graph: whole, or one of their matrices."""
+
+    class Twice(nn.Module):
+        def __init__(self, first: nn.Module, second: nn.Module) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+            if shared == "experts":
+                second.experts = first.experts
+            else:
+                second.experts.gate_up_proj = first.experts.gate_up_proj  # type: ignore[union-attr]
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.second(self.first(x))
+            return result
+
+    (first, inputs), (second, _) = block_of("qwen3_moe"), block_of("qwen3_moe", seed=5)
+    whole = Twice(first, second)
+    kept, each = compiled(whole, **CACHED), compiled(whole, **EACH)
+    for _ in range(2):
+        (found, of_found), (expected, of_expected) = run(kept, inputs), run(each, inputs)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(of_found[name], gradient) for name, gradient in of_expected.items())
+    assert len(made) == (2 if shared == "experts" else 3)
+
+
+def test_parameters_that_are_swapped(made: list[int]) -> None:
+    kept, each, inputs = pair()
+    before = infer(kept, inputs)
+    for module in (kept, each):
+        parameter = module.get_parameter("experts.down_proj")
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * 2))
+    found = infer(kept, inputs)
+    assert torch.equal(found, infer(each, inputs)) and not torch.equal(found, before)
+
+
+def test_calls_during_a_step_keep_nothing(made: list[int]) -> None:
+    """A hook of the optimizer's own runs before ours; and a step may fail."""
+    kept, each, inputs = pair()
+    seen: dict[nn.Module, list[Tensor]] = {kept: [], each: []}
+    for module, found in seen.items():
+        optimizer = torch.optim.AdamW(module.parameters(), 0.1, fused=True)
+        optimizer.register_step_post_hook(lambda *_, module=module, found=found: found.append(infer(module, inputs)))
+        run(module, inputs)
+        optimizer.step()
+        found.append(infer(module, inputs))
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("a hook fails")
+
+        optimizer.register_step_post_hook(fail)
+        with pytest.raises(RuntimeError, match="a hook fails"):
+            optimizer.step()
+        found.append(infer(module, inputs))
+    assert len(seen[kept]) == 4
+    assert all(torch.equal(found, expected) for found, expected in zip(*seen.values(), strict=True))
+    count = len(made)
+    infer(kept, inputs)
+    assert len(made) == count + 2, "kept, though a step has not ended"
+    torch.optim.SGD(nn.Linear(1, 1).parameters(), 1.0).step()
+    infer(kept, inputs)
+    infer(kept, inputs)
+    assert len(made) == count + 4
+
+
+def test_a_matrix_that_is_turned_in_place(made: list[int]) -> None:
+    module, inputs = block_of("qwen3_moe")
+    kept, each = compiled(module, **CACHED), compiled(module, **EACH)
+    before = infer(kept, inputs)
+    for other in (kept, each):
+        parameter = other.get_parameter("experts.gate_up_proj")
+        parameter.data = parameter.data.mT  # both sizes are 64
+    found = infer(kept, inputs)
+    assert torch.equal(found, infer(each, inputs)) and not torch.equal(found, before)
 
 
 def test_copies_live_no_longer_than_the_parameters(made: list[int], caplog: pytest.LogCaptureFixture) -> None:
