@@ -52,7 +52,7 @@ def lift(
         node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
     lifted, kept = lift_casts(graph)
     for each in kept:
-        _say(record, f"of {each.module or 'the function'} are cast in every forward: {each.reason}")
+        _say(record, f"matrices of {each.module or 'the function'} are cast in every forward: {each.reason}")
     if any("quantize_weights" in str(node.target) for body in _bodies(gm) for node in body.graph.nodes):
         _say(record, "inside a checkpointed or another nested region matrices are cast in every forward")
     if not lifted:
