@@ -86,14 +86,14 @@ def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: A
         return known[0], known[1:]
     arguments = Arguments(*args, **attributes)
     copies = check_fp8(arguments, quantized)
-
-    def run() -> Parts:
-        result, saved = (fused if fused is not None and serves else fp8_reference).forward(arguments, copies, save=True)
-        return [result, *saved]
-
     with exact(x):
-        serves = fused is not None and fused.takes(arguments, copies)
-        made = CALLS.first("experts_fp8_forward", given, attributes, run) if serves else run()
+        chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
+
+        def run() -> Parts:
+            result, saved = chosen.forward(arguments, copies, save=True)
+            return [result, *saved]
+
+        made = CALLS.first("experts_fp8_forward", given, attributes, run) if chosen is fused else run()
     return made[0], made[1:]
 
 
@@ -121,15 +121,14 @@ def experts_fp8_backward(
     copies = check_fp8(arguments, quantized)
     names = needed(arguments, needs, "experts_fp8_backward")
     kept = check_fp8_backward(arguments, grad, saved)
-
-    def run() -> Parts:
-        of = (fused if fused is not None and serves else fp8_reference).backward
-        grads: dict[str, Tensor] = of(arguments, copies, grad, kept, frozenset(names))
-        return [grads[name] for name in names]
-
     with exact(grad):
-        serves = fused is not None and fused.takes(arguments, copies)
-        return CALLS.first("experts_fp8_backward", given, decides, run) if serves else run()
+        chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
+
+        def run() -> Parts:
+            grads: dict[str, Tensor] = chosen.backward(arguments, copies, grad, kept, frozenset(names))
+            return [grads[name] for name in names]
+
+        return CALLS.first("experts_fp8_backward", given, decides, run) if chosen is fused else run()
 
 
 def fake_experts_fp8_backward(

@@ -114,16 +114,15 @@ def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[b
     arguments = Arguments(*args, **attributes).check()
     names = needed(arguments, needs)
     arguments.check_backward(grad, hidden)
-
-    def run() -> Parts:
-        again, of = reference.hidden_rows, backward.experts_backward
-        if fused is not None and serves:
-            again, of = fused.hidden_rows, fused.backward
-        grads = of(arguments, grad, again(arguments) if arguments.recompute else hidden, frozenset(names))
-        return [grads[name] for name in names]
-
     with exact(grad):
-        serves = fused is not None and fused.takes(arguments)
+        again, of, serves = reference.hidden_rows, backward.experts_backward, False
+        if fused is not None and fused.takes(arguments):
+            again, of, serves = fused.hidden_rows, fused.backward, True
+
+        def run() -> Parts:
+            grads = of(arguments, grad, again(arguments) if arguments.recompute else hidden, frozenset(names))
+            return [grads[name] for name in names]
+
         return CALLS.first("experts_backward", given, decides, run) if serves else run()
 
 
