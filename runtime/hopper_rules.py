@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -13,8 +12,7 @@ from moecompile.codegen.activation import print_struct
 from moecompile.runtime import hopper
 from moecompile.runtime.contract import Arguments, expression_leaves, weighting
 from moecompile.runtime.grouped import aligned
-
-log = logging.getLogger("moecompile")
+from moecompile.runtime.once import warn_once
 
 DTYPES = (torch.bfloat16, torch.float16)
 RESULTS = (*DTYPES, torch.float32)
@@ -31,14 +29,9 @@ def takes(args: Arguments, rules: Iterable[Rule], instead: str) -> bool:
         return False
     for words, holds in (*SHARED, *rules):
         if not holds(args):
-            _say(f"{instead}: {words.format(args=args)}")
+            warn_once(f"{instead}: {words.format(args=args)}")
             return False
     return True
-
-
-@functools.lru_cache(maxsize=256)
-def _say(text: str) -> None:
-    log.warning("%s", text)
 
 
 def _matrices(args: Arguments) -> Iterator[Tensor]:

@@ -13,8 +13,6 @@ PyTorch compute. The next ones make such tensors, put addresses into arguments t
 
 from __future__ import annotations
 
-import functools
-import logging
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,9 +21,8 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.autocast import exact
+from moecompile.runtime.once import warn_once
 from moecompile.runtime.recording import Program, Recorder
-
-log = logging.getLogger("moecompile")
 
 ENTRIES = 1024
 """Signatures that a memory holds: shapes of a decode loop are few, those of prompts come and go."""
@@ -90,7 +87,7 @@ class Memory:
             made = run()
         program = recorder.program(made)
         if program is None:
-            _say(f"calls of moecompile::{operator} are slower to launch than they could be: {recorder.refused}")
+            warn_once(f"calls of moecompile::{operator} are slower to launch than they could be: {recorder.refused}")
         with self._writing:
             if program is None:
                 self._seen[key] = -1  # never again
@@ -124,11 +121,6 @@ def _add(table: dict[Signature, Any], key: Signature, value: Any) -> None:
     while len(table) >= ENTRIES:
         del table[next(iter(table))]
     table[key] = value
-
-
-@functools.lru_cache(maxsize=256)
-def _say(text: str) -> None:
-    log.warning("%s", text)
 
 
 def _tells_apart(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> bool:

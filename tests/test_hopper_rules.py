@@ -11,8 +11,8 @@ import torch
 
 import fake_gpu
 from fake_gpu import FakeGpu
-from moecompile.runtime import hopper_rules
 from moecompile.runtime.contract import TENSORS
+from moecompile.runtime.once import warn_once
 from remembered_calls import call_of
 
 HIDDEN, INNER, TOKENS = 64, 32, 3
@@ -20,7 +20,7 @@ HIDDEN, INNER, TOKENS = 64, 32, 3
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    hopper_rules._say.cache_clear()
+    warn_once.cache_clear()
     with fake_gpu.installed(monkeypatch) as installed:
         yield installed
 
