@@ -61,8 +61,10 @@ class Memory:
     ) -> list[Tensor] | None:
         """What a call like one before makes, which needs no checks; None if none was like it."""
         known = self._entries.get(signature(operator, tensors, attributes))
-        if known is None or not known.calls:
-            return None if known is None else known.run(tensors)
+        if known is None:
+            return None
+        if not known.calls:
+            return known.run(tensors)
         given = next(tensor for tensor in tensors if tensor is not None)
         with exact(given):
             return known.run(tensors)
