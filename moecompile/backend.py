@@ -9,11 +9,14 @@ Nothing heavy is imported before that.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from moecompile.options import Options, environment_disables_backend
+
+if TYPE_CHECKING:
+    from moecompile.passes.cached_weights import Lifted
 
 
 def moecompile(
@@ -62,14 +65,12 @@ def moecompile(
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
     # 4. On request, the weights' FP8 copies come in from outside, where they are kept until the weights change.
-    copies: Callable[[Sequence[Any]], list[Any]] | None = None
+    lifted: list[Lifted] = []
     if chosen.fp8_cache_weights:
-        gm, example_inputs, copies = cached.lift(gm, example_inputs, record)
+        gm, example_inputs, lifted = cached.lift(gm, example_inputs, record)
 
     # 5. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    compiled = lowering.lower(gm, example_inputs, chosen, record, name)
-    if copies is not None:
-        compiled = cached.with_copies(compiled, copies)
+    compiled = cached.with_copies(lowering.lower(gm, example_inputs, chosen, record, name), lifted)
 
     # 6. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

@@ -36,17 +36,17 @@ def invalidate(model: nn.Module | None = None) -> None:
 
 def lift(
     gm: fx.GraphModule, inputs: Sequence[Any], record: GraphReport
-) -> tuple[fx.GraphModule, list[Any], Callable[[Sequence[Any]], list[Tensor]]]:
-    """The graph with its weights' copies as inputs of their own, and what makes these of a call's inputs.
+) -> tuple[fx.GraphModule, list[Any], list[Lifted]]:
+    """The graph with its weights' copies as inputs of their own.
 
     Dynamo goes on reading its own graph, which stays as it is.
 
     Returns:
-        the graph, the inputs of the call that is being compiled with those copies behind them, and the function.
+        the graph, the inputs of the call that is being compiled with those copies behind them, and what these are of.
     """
     if _sharded(inputs):
         _say(record, SHARDED)
-        return gm, list(inputs), lambda _: []
+        return gm, list(inputs), []
     graph, _ = copy_graph(gm.graph)
     for node in graph.find_nodes(op="placeholder"):
         node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
@@ -56,29 +56,30 @@ def lift(
     if any("quantize_weights" in str(node.target) for body in _bodies(gm) for node in body.graph.nodes):
         _say(record, "inside a checkpointed or another nested region matrices are cast in every forward")
     if not lifted:
-        return gm, list(inputs), lambda _: []
+        return gm, list(inputs), []
     made = _with_graph(gm, graph)
     record.notes.append(f"FP8 copies of {sum(len(each.matrices) for each in lifted)} matrices are kept between calls")
     record.after = text_of(made)
     COPIES.watch_optimizers()
-
-    def copies(given: Sequence[Any]) -> list[Tensor]:
-        return [copy for each in lifted for copy in _of(each, given)]
-
-    return made, [*inputs, *copies(inputs)], copies
+    return made, [*inputs, *_copies(lifted, inputs)], lifted
 
 
-def with_copies(compiled: Callable[..., Any], copies: Callable[[Sequence[Any]], list[Tensor]]) -> Callable[..., Any]:
-    """What takes a call's inputs and gives the compiled graph the copies as well."""
+def with_copies(compiled: Callable[..., Any], lifted: Sequence[Lifted]) -> Callable[..., Any]:
+    """What takes a call's inputs and gives the compiled graph the copies as well; the graph itself, if it has none."""
 
     def call(*given: Any) -> Any:
-        return compiled(*given, *copies(given))
+        return compiled(*given, *_copies(lifted, given))
 
-    return call
+    return call if lifted else compiled
 
 
-def _of(lifted: Lifted, given: Sequence[Any]) -> tuple[Tensor, ...]:
-    return COPIES.of(tuple(given[place] for place in lifted.matrices), lifted.gate_up, lifted.transposed)
+def _copies(lifted: Sequence[Lifted], given: Sequence[Any]) -> list[Tensor]:
+    """The copies of all matrices that a call's inputs hold, in the order of the graph's own inputs for them."""
+    return [
+        copy
+        for each in lifted
+        for copy in COPIES.of(tuple(given[place] for place in each.matrices), each.gate_up, each.transposed)
+    ]
 
 
 def _bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
