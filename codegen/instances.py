@@ -105,16 +105,6 @@ class Collect:
 
 
 @dataclass(frozen=True)
-class Clear:
-    """Zeros for words that other kernels count in."""
-
-    header: ClassVar[str] = "clear.cuh"
-    name: ClassVar[str] = "moecompile_clear"
-    definitions: ClassVar[str] = ""
-    template: ClassVar[str] = "Clear"
-
-
-@dataclass(frozen=True)
 class QuantizeRows:
     """Tokens to their rows in expert order, in e4m3 with a scale for each 128 columns.
 

@@ -61,14 +61,13 @@ def hidden_rows(args: Arguments) -> Tensor:
 
 def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Tensor:
     """The activations (T*K, I) of GEMM1's rows, which `hidden` gets."""
-    x, slots, rows = _lines(args.x), args.slots.contiguous(), args.x.new_empty(args.rows, args.features)
-    dispatching = None
-    if hopper_routing.is_beside(args.rows, args.features, x.element_size()):
-        dispatching = Dispatching.of(x, None, args.order, slots.shape[1])
+    if hopper_routing.is_beside(args.rows, args.features, args.x.element_size()):
+        rows = args.x.new_empty(args.rows, args.features)
+        dispatching = Dispatching.of(_lines(args.x), None, args.order, args.slots.shape[1])
     else:
-        hopper_routing.dispatch(x, slots, rows)
+        rows, dispatching = _dispatched(args, args.x), None
     read = "weight" in expression_leaves(args.activation)
-    a = x.new_empty(args.rows, args.intermediate)
+    a = rows.new_empty(args.rows, args.intermediate)
     hopper.activated_gemm(
         rows, projection, args.activation, args.offsets, a, hidden=hidden, weights=_weights(args) if read else None,
         order=args.order if read else None, dispatching=dispatching,
@@ -213,9 +212,11 @@ def _out_matrices(args: Arguments) -> Tensor:
     return args.w_out if args.w_out_transposed else args.w_out.mT
 
 
-def _dispatched(args: Arguments, per_token: Tensor, columns: slice = slice(None)) -> Tensor:
-    """The rows' entries of columns of a tensor (T, F), (T*K, columns); anything for a row without an expert."""
-    tokens = _lines(per_token)[:, columns]
+def _dispatched(args: Arguments, per_token: Tensor, columns: slice | None = None) -> Tensor:
+    """The rows' entries of a tensor (T, F), or of its columns, (T*K, columns); anything for a row without an expert."""
+    tokens = _lines(per_token)
+    if columns is not None:
+        tokens = tokens[:, columns]
     rows = per_token.new_empty(args.rows, tokens.shape[1])
     return hopper_routing.dispatch(tokens, args.slots.contiguous(), rows)
 

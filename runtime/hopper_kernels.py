@@ -14,7 +14,6 @@ from torch import Tensor
 from moecompile.codegen import cubins
 from moecompile.codegen.instances import (
     RESULTS,
-    Clear,
     Collect,
     Combine,
     Dispatch,
@@ -58,7 +57,7 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     beside = hopper_routing.is_beside(rows, args.features, dtype.itemsize)
     first = [hopper.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)]
     found: list[Instance] = [
-        Clear() if beside else Dispatch(),
+        *([] if beside else [Dispatch()]),
         *(replace(each, dispatches=beside) for each in first),
         hopper.with_bias(plain, args.b_out is not None),
         Combine(name, result, args.output),
@@ -87,7 +86,6 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
     again = train and args.recompute  # what is computed again is always dispatched beside
     found: list[Instance] = [
         QuantizeRows("bfloat16"),
-        *([Clear()] if beside or again or (train and back_beside) else []),
         *(
             hopper_fp8_gemm.activated_instance(args.activation, gate_up, save, biased, beside or (again and save))
             for save in saves

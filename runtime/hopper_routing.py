@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Clear, Collect, Combine, Dispatch, Plan
+from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Collect, Combine, Dispatch, Plan
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Launch, Value, load
 
@@ -85,14 +85,6 @@ def is_beside(rows: int, columns: int, item: int) -> bool:
     return BESIDE <= rows * columns * item < 16 << 32
 
 
-def zeros(count: int, like: Tensor) -> Tensor:
-    """(count,) int32 zeros on the device of `like`."""
-    words, kernel = like.new_empty(count, dtype=torch.int32), load(Clear(), like.device.index)
-    blocks = max(1, min(-(-count // kernel.threads), kernel.multiprocessors))
-    Launch(kernel, blocks, (words, count)).run()
-    return words
-
-
 @dataclass(frozen=True)
 class Dispatching:
     """Tokens whose rows a grouped GEMM dispatches itself, while it multiplies (codegen/kernels/feed.cuh).
@@ -114,7 +106,8 @@ class Dispatching:
     @classmethod
     def of(cls, x: Tensor, scales: Tensor | None, order: Tensor, top_k: int) -> Dispatching:
         """The same, with what the kernel counts in, made and cleared."""
-        return cls(x, scales, order, top_k, zeros(1 + -(-order.shape[0] // COUNTED), x))
+        progress = x.new_zeros(1 + -(-order.shape[0] // COUNTED), dtype=torch.int32)
+        return cls(x, scales, order, top_k, progress)
 
     def values(self, rows: Tensor, scales: Tensor | None) -> tuple[Value, ...]:
         """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""

@@ -13,7 +13,6 @@ from moecompile.codegen import instances, nvrtc
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
     RESULTS,
-    Clear,
     Collect,
     Combine,
     Dispatch,
@@ -96,7 +95,6 @@ DISPATCHING = [
 ]
 WITHOUT_PRODUCTS = [
     *QUANTISING,
-    Clear(),
     *map(Collect, RESULTS),
     PadOffsets(),
     Dispatch(),
