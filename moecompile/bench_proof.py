@@ -73,9 +73,9 @@ class _Noting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._driver, name)
 
-    def cuLaunchKernel(self, function: Any, *others: Any) -> Any:
+    def cuLaunchKernelEx(self, how: Any, function: Any, *others: Any) -> Any:
         """Launches; a launch that fails has not run."""
-        result = self._driver.cuLaunchKernel(function, *others)
+        result = self._driver.cuLaunchKernelEx(how, function, *others)
         if not int(result[0]):
             _, name = self._driver.cuFuncGetName(function)
             self._names.append(name.decode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import struct
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,10 @@ BOX_ROWS = 64  # of them, that one warpgroup multiplies
 LINE = 128  # bytes of a tile's line that pass at once
 ACROSS = 64  # columns of a line that runs across K
 OUT_BOX = (16, 64)  # of a result, written at once
+MULTIPROCESSORS = 132
+"""Of an H100 or H200 with NVLink; on others tiles are chosen as for these."""
+NARROW = 0.56
+"""What a tile of 128 columns and few rows costs, where one of 256 costs 1 (docs/perf.md)."""
 
 
 @functools.cache
@@ -75,6 +80,7 @@ def grouped_gemm(
     a_scales: Tensor | None = None,
     b_scales: Tensor | None = None,
     instance: GroupedGemm | None = None,
+    early: bool = False,
 ) -> Tensor:
     """out[r, :] = a[r, :] @ b[e(r)] + bias[e(r)], where expert e has the rows from offsets[e - 1] to offsets[e].
 
@@ -87,6 +93,7 @@ def grouped_gemm(
         a_scales: (rows, ceil(K / 128)) float32, transposed in memory: strides (1, a multiple of 4).
         b_scales: (E, ceil(N / 128), ceil(K / 128)) float32, contiguous.
         instance: the kernel; chosen by the sizes if None.
+        early: whether the launch before this one writes neither offsets nor matrices, so that they are read meanwhile.
 
     Returns:
         out.
@@ -95,7 +102,7 @@ def grouped_gemm(
     chosen = instance or choose(a.dtype, rows, experts, n, k, is_transposed(b))
     chosen = with_bias(chosen, bias is not None)
     scales = _mapped(a_scales, (1, ROWS + 4), turned=True) if a_scales is not None else None
-    _launch(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales)
+    _launch(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales, early=early)
     return out
 
 
@@ -110,6 +117,7 @@ def activated_gemm(
     weights: Tensor | None = None,
     order: Tensor | None = None,
     dispatching: Dispatching | None = None,
+    early: bool = False,
 ) -> None:
     """out = activation(a @ matrices + biases), each row with its expert's; `hidden` gets the rows.
 
@@ -123,6 +131,7 @@ def activated_gemm(
         weights: (assignments,) float32, where the activation reads `weight`.
         order: (rows,) int32, the assignment of a row; goes with `weights`.
         dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
+        early: as of `grouped_gemm`.
     """
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
     chosen = activated_instance(a.dtype, rows, projection, activation, hidden is not None)
@@ -134,6 +143,7 @@ def activated_gemm(
     _launch(
         chosen, a, projection.matrices, offsets, (experts, k, n),
         (_written(out), targets[0], targets[-1], *_pair(biases), weights, order), feed=_feed(dispatching, a),
+        early=early,
     )  # fmt: skip
 
 
@@ -149,6 +159,7 @@ def activation_backward(
     weights: Tensor | None,
     scales: Tensor | None,
     in_place: bool = False,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
 
@@ -163,6 +174,7 @@ def activation_backward(
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
+        early: as of `grouped_gemm`.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -181,6 +193,7 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
+        early=early,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 
@@ -216,7 +229,7 @@ def choose(
         wide = GroupedGemm(name, 256, 4, 2, over_rows=over_rows)
         return wide if n > 128 else replace(wide, columns=128, stages=5, cluster=1)
     each = rows if over_rows else rows // experts
-    if n <= 128:  # narrow tiles fill the GPU better with few rows, too, and are slower all the same
+    if n <= 128 or (not over_rows and _is_sooner_narrow(rows, experts, n)):
         return GroupedGemm(name, 128, 5, 1, transposed, over_rows)
     length = k // experts if over_rows else k
     if each < 2 * ROWS:
@@ -227,15 +240,29 @@ def choose(
     return GroupedGemm(name, 256, 3 if long else 4, 2, transposed, over_rows)
 
 
+def _is_sooner_narrow(rows: int, experts: int, n: int) -> bool:
+    """Whether products of few rows are done sooner in tiles of 128 columns: those of 256 may leave the GPU half idle.
+
+    Of experts chosen at random, E (1 - (1 - 1 / E)^R) have any of R rows.
+    """
+    if not 0 < rows < BOX_ROWS * experts:
+        return False
+    used = experts * (1 - (1 - 1 / experts) ** rows)
+    narrow, wide = (math.ceil(used * math.ceil(n / columns) / MULTIPROCESSORS) for columns in (128, 256))
+    return NARROW * narrow < wide
+
+
 def activated_instance(
     dtype: torch.dtype, rows: int, projection: Projection, activation: str, save: bool
 ) -> GroupedGemm:
     """The kernel of `activated_gemm`."""
-    experts, k, _ = projection.matrices[0].shape
-    wide = choose(dtype, rows, experts, 256, k, is_transposed(projection.matrices[0]))
-    epilogue = Activated(activation, projection.gate_up, save, projection.biases is not None)
-    # what is saved needs room beside the ring; and pairs are faster with three stages here, if only sometimes by much
-    return replace(wide, stages=3 if save or wide.cluster == 2 else wide.stages, epilogue=epilogue)
+    experts, k, n = projection.matrices[0].shape
+    columns = 256 if save else max(256, n * len(projection.matrices))  # a step's rows are many
+    chosen = choose(dtype, rows, experts, columns, k, is_transposed(projection.matrices[0]))
+    if save or chosen.cluster == 2:
+        # what is saved needs room beside the ring; and pairs are faster with three stages here, sometimes by much
+        chosen = replace(chosen, columns=256, stages=3)
+    return replace(chosen, epilogue=Activated(activation, projection.gate_up, save, projection.biases is not None))
 
 
 def backward_instance(
@@ -293,6 +320,7 @@ def _launch(
     b_scales: Tensor | None = None,
     b_scale_pair: int = 0,
     feed: tuple[Value, ...] = (0,),
+    early: bool = False,
 ) -> None:
     """Launches the kernel.
 
@@ -310,5 +338,5 @@ def _launch(
     maps = (_mapped(a, box), boxes[0], boxes[-1])
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
-    values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, *feed, *epilogue)
+    values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, int(early), *feed, *epilogue)
     Launch(kernel, blocks, values).run()

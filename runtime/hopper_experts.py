@@ -46,7 +46,7 @@ def forward(args: Arguments, save: bool) -> tuple[Tensor, Tensor | None]:
     hidden = args.x.new_empty(args.rows, args.width) if save and not args.recompute else None
     a = _gemm1(args, projection, hidden)
     y = a.new_empty(args.rows, args.out_features)
-    hopper.grouped_gemm(a, w_out, args.offsets, y, bias=args.b_out)
+    hopper.grouped_gemm(a, w_out, args.offsets, y, bias=args.b_out, early=True)
     del a
     result = y.new_empty(args.x.shape[0], args.out_features, dtype=args.dtypes.result)
     return hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result), hidden
@@ -70,7 +70,7 @@ def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Te
     a = rows.new_empty(args.rows, args.intermediate)
     hopper.activated_gemm(
         rows, projection, args.activation, args.offsets, a, hidden=hidden, weights=_weights(args) if read else None,
-        order=args.order if read else None, dispatching=dispatching,
+        order=args.order if read else None, dispatching=dispatching, early=True,
     )  # fmt: skip
     return a
 
@@ -93,6 +93,7 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
         in_place=args.recompute,  # the rows are nobody else's
+        early=True,
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:
@@ -151,7 +152,8 @@ def _of_x(args: Arguments, of_products: tuple[Tensor, ...]) -> Tensor:
     for of_product, matrices in zip(of_products, (args.w_in, args.w_up), strict=False):
         assert matrices is not None
         b = matrices.mT if args.w_in_transposed else matrices
-        product = hopper.grouped_gemm(of_product, b, args.offsets, of_product.new_empty(args.rows, args.x.shape[1]))
+        product = of_product.new_empty(args.rows, args.x.shape[1])
+        hopper.grouped_gemm(of_product, b, args.offsets, product, early=True)
         of_rows = product if of_rows is None else of_rows.add_(product)
     assert of_rows is not None
     return hopper_routing.combine(of_rows, args.slots.contiguous(), None, "out", args.x.new_empty(args.x.shape))

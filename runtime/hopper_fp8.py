@@ -57,7 +57,7 @@ def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[T
     a = _gemm1(args, w_in, rows, None if args.recompute else hidden, tokens if beside else None)
     del rows
     y = x.new_empty(args.rows, args.out_features)
-    hopper_fp8_gemm.product(a, w_out, args.offsets, y, None if args.b_out is None else _lines(args.b_out))
+    hopper_fp8_gemm.product(a, w_out, args.offsets, y, None if args.b_out is None else _lines(args.b_out), early=True)
     del a
     result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
     hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result)
@@ -75,7 +75,7 @@ def _gemm1(
     hopper_fp8_gemm.activated(
         rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden, biases=_biases(args),
         weights=_weights(args) if read else None, order=args.order if read else None,
-        dispatching=None if tokens is None else Dispatching.of(*tokens, args.order, args.slots.shape[1]),
+        dispatching=None if tokens is None else Dispatching.of(*tokens, args.order, args.slots.shape[1]), early=True,
     )  # fmt: skip
     return a
 
@@ -125,7 +125,7 @@ class _Backward:
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
-            scales=self.scales, dispatching=dispatching, in_place=args.recompute,
+            scales=self.scales, dispatching=dispatching, in_place=args.recompute, early=True,
         )  # fmt: skip
         del of_y, dispatching, self.hidden
         self._weights_and_biases(parts, of_hidden)
@@ -136,7 +136,7 @@ class _Backward:
         if "x" in self.needs:
             features = self.x[0].shape[1]
             of_rows = grad.new_empty(args.rows, features)
-            hopper_fp8_gemm.product(of_hidden, self.w_in, args.offsets, of_rows)
+            hopper_fp8_gemm.product(of_hidden, self.w_in, args.offsets, of_rows, early=True)
             out = grad.new_empty(self.x[0].shape[0], features)
             self.found["x"] = hopper_routing.combine(of_rows, self.slots, None, "out", out)
             del of_rows

@@ -28,7 +28,9 @@ WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
 TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
 
 
-def product(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(
+    a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, early: bool = False
+) -> Tensor:
     """out[r, :] = a[r, :] @ b[e(r)].T + bias[e(r)].
 
     Args:
@@ -37,6 +39,7 @@ def product(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: T
         offsets: (E,) int32: expert e has the rows from offsets[e - 1] to offsets[e].
         out: (R, columns) bfloat16, contiguous; rows beyond offsets[-1] are left as they are.
         bias: (E, columns) bfloat16, contiguous, or None.
+        early: as of `moecompile.runtime.hopper.grouped_gemm`.
 
     Returns:
         out.
@@ -44,7 +47,9 @@ def product(a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: T
     n = out.shape[1]
     instance = product_instance(n, bias is not None)
     sizes = (b.values.shape[0], a.values.shape[1], n)
-    _launch(instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales)
+    _launch(
+        instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales, early=early
+    )
     return out
 
 
@@ -61,6 +66,7 @@ def activated(
     weights: Tensor | None = None,
     order: Tensor | None = None,
     dispatching: Dispatching | None = None,
+    early: bool = False,
 ) -> None:
     """out = activation(a @ b.T + bias), quantised, and the rows themselves into `hidden`.
 
@@ -76,6 +82,7 @@ def activated(
         weights: (assignments,) float32, where the activation reads `weight`.
         order: (R,) int32, the assignment of a row; goes with `weights`.
         dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
+        early: as of `moecompile.runtime.hopper.grouped_gemm`.
     """
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
@@ -89,7 +96,7 @@ def activated(
             out.scales, hidden.scales if hidden else None, *_pair(biases), weights, order,
             out.scales.shape[1], features, columns,
         ),
-        _scales(a), b.scales, columns // 128, _feed(dispatching, a.values, a.scales),
+        _scales(a), b.scales, columns // 128, _feed(dispatching, a.values, a.scales), early,
     )  # fmt: skip
 
 
@@ -106,6 +113,7 @@ def activation_backward(
     scales: Tensor | None,
     dispatching: Dispatching | None = None,
     in_place: bool = False,
+    early: bool = False,
 ) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
@@ -121,6 +129,7 @@ def activation_backward(
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
         in_place: whether the gradient of `hidden` is written over it.
+        early: as of `moecompile.runtime.hopper.grouped_gemm`.
 
     Returns:
         the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
@@ -143,7 +152,7 @@ def activation_backward(
             hidden.scales, of_hidden.scales, scaled.scales, of_weight, weights, scales, order,
             rows, hidden.scales.shape[1], features, columns,
         ),
-        _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales),
+        _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales), early=early,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 

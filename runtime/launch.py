@@ -153,29 +153,51 @@ class Kernel:
         try:  # taking from the list and giving back are atomic: no two threads have the same memory
             storage = self.idle.pop()
         except IndexError:
-            storage = _Storage(self.argument_bytes)
+            storage = _Storage(self)
         storage.bytes[:] = arguments
-        driver, grid = _driver(), (blocks, 1, 1, self.threads, 1, 1)
-        (status,) = driver.cuLaunchKernel(self.function, *grid, self.shared_bytes, stream, storage.address, 0)
+        driver, how = _driver(), storage.how
+        how.gridDimX, how.hStream = blocks, stream
+        (status,) = driver.cuLaunchKernelEx(how, self.function, storage.address, 0)
         if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # autograd's thread may not have met the device yet
             driver_call("cuCtxSetCurrent", self.context, about=f"{self.instance} on device {self.device}")
-            (status,) = driver.cuLaunchKernel(self.function, *grid, self.shared_bytes, stream, storage.address, 0)
+            (status,) = driver.cuLaunchKernelEx(how, self.function, storage.address, 0)
         self.idle.append(storage)  # the driver has copied the arguments
         if int(status):
             raise DriverError(
-                f"cuLaunchKernel failed with {getattr(status, 'name', status)}: {self.instance}, {blocks} blocks of "
+                f"cuLaunchKernelEx failed with {getattr(status, 'name', status)}: {self.instance}, {blocks} blocks of "
                 f"{self.threads} threads, {self.shared_bytes} bytes of shared memory, arguments {arguments.hex()}"
             )
 
 
 class _Storage:
-    """Memory for the arguments of one launch, and for what the driver is given: an array of one pointer to them."""
+    """Memory for the arguments of one launch, and for what the driver is given.
 
-    def __init__(self, size: int) -> None:
-        self.memory = (ctypes.c_char * size)()
+    Attributes:
+        bytes: the arguments.
+        address: of an array of one pointer to them.
+        how: all else that a launch says, but for the blocks and the stream. The grid may begin before others end: every
+            kernel waits for it on its own (`wait_for_earlier_grids` of kernels/ptx.cuh).
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.memory = (ctypes.c_char * kernel.argument_bytes)()
         self.bytes = memoryview(self.memory).cast("B")
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.memory))
         self.address = ctypes.addressof(self.pointers)
+        driver = _driver()
+        self.how = driver.CUlaunchConfig()
+        self.how.gridDimY = self.how.gridDimZ = self.how.blockDimY = self.how.blockDimZ = 1
+        self.how.blockDimX, self.how.sharedMemBytes = kernel.threads, kernel.shared_bytes
+        self.how.attrs, self.how.numAttrs = [_begins_early(driver)], 1
+
+
+def _begins_early(driver: Any) -> Any:
+    """The attribute of a launch that may begin while the one before it still runs."""
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    return attribute
 
 
 class _Observers(threading.local):

@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,21 +156,28 @@ class FakeGpu:
     class CUresult:
         CUDA_ERROR_INVALID_CONTEXT = 201
 
+    class CUlaunchAttributeID:
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+    CUlaunchConfig = CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
+
     def cuCtxSetCurrent(self, context: Any) -> tuple[int]:
         self.contexts.append(context)
         self.status = 0
         return (0,)
 
-    def cuLaunchKernel(self, kernel: Kernel, blocks: int, *others: int) -> tuple[int]:
-        _, _, threads, _, _, _, stream, pointers, _ = others
-        assert stream == STREAM
+    def cuLaunchKernelEx(self, how: Any, kernel: Kernel, pointers: int, extra: int) -> tuple[int]:
+        assert how.hStream == STREAM and how.sharedMemBytes == kernel.shared_bytes and extra == 0
+        (attribute,) = how.attrs[: how.numAttrs]
+        assert attribute.id == self.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        assert attribute.value.programmaticStreamSerializationAllowed
         self.devices.append(self.current)
         if self.pause:
             time.sleep(self.pause)
         address = ctypes.c_void_p.from_address(pointers).value
         assert address is not None
         arguments = ctypes.string_at(address, kernel.argument_bytes)
-        self.launched.append(Launched(kernel.instance, blocks, threads, arguments))
+        self.launched.append(Launched(kernel.instance, how.gridDimX, how.blockDimX, arguments))
         return (self.status,)
 
     @staticmethod

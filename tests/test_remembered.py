@@ -266,7 +266,7 @@ def test_a_launch_that_fails(gpu: FakeGpu) -> None:
     run(arguments)
     gpu.status = 700
     for _ in range(2):
-        with pytest.raises(DriverError, match=r"cuLaunchKernel failed with 700: Dispatch.*arguments [0-9a-f]{64}"):
+        with pytest.raises(DriverError, match=r"cuLaunchKernelEx failed with 700: Dispatch.*arguments [0-9a-f]{64}"):
             run(arguments)
 
 

@@ -140,7 +140,7 @@ def test_memory_is_let_go_where_it_was(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
     """A remembered step holds no more at once than a first one."""
     peaks = []
     arguments = call("halves", True)
-    launch_on = fake_gpu.FakeGpu.cuLaunchKernel
+    launch_on = fake_gpu.FakeGpu.cuLaunchKernelEx
 
     def held() -> int:
         gc.collect()
@@ -152,7 +152,7 @@ def test_memory_is_let_go_where_it_was(gpu: FakeGpu, monkeypatch: pytest.MonkeyP
         counts.append(held())
         return launch_on(self, *others)
 
-    monkeypatch.setattr(fake_gpu.FakeGpu, "cuLaunchKernel", counting)
+    monkeypatch.setattr(fake_gpu.FakeGpu, "cuLaunchKernelEx", counting)
     for _ in range(3):
         counts.clear()
         step(arguments)

@@ -20,6 +20,7 @@ struct Collect {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         for (i32 i = blockIdx.x * THREADS + threadIdx.x; i < arguments.assignments; i += gridDim.x * THREADS) {
             i32 slot = __ldg(arguments.slots + i);
             float sum = 0;

@@ -21,6 +21,7 @@ struct Combine {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         i32 eights = arguments.columns / 8;
         i64 count = i64(arguments.tokens) * eights, step = i64(gridDim.x) * THREADS;
         for (i64 i = i64(blockIdx.x) * THREADS + threadIdx.x; i < count; i += step) {

@@ -17,6 +17,7 @@ struct Dispatch {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         i32 lane = threadIdx.x % 32, parts = (arguments.pieces + 32 * PIECES - 1) / (32 * PIECES);
         i64 count = i64(arguments.tokens) * parts, step = i64(gridDim.x) * (THREADS / 32);
         for (i64 i = i64(blockIdx.x) * (THREADS / 32) + threadIdx.x / 32; i < count; i += step) {

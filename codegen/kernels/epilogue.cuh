@@ -2,6 +2,7 @@
 //
 //     BOXES             of shared memory that each warp is given
 //     REGISTERS         of a consumer's thread
+//     EARLY             whether these leave enough for a warp that fills the ring before the producer may (grouped_gemm.cuh)
 //     PAIRED            the tile's columns are two matrices': the first half of one, then as many of the other
 //     prepare(...)      once, by one thread, before anything else
 //     prefetch(...)     before a tile's products, by each consumer warp
@@ -42,7 +43,8 @@ __device__ __forceinline__ void add_bias(const u16* bias, const Spot& spot, i32 
 // The sums as they are, plus a bias for each expert.
 template <typename Input, i32 COLUMNS, bool BIAS, i32 BOXES_>
 struct Plain {
-    static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
+    static constexpr i32 BOXES = BOXES_, REGISTERS = 216;
+    static constexpr bool EARLY = true;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
     static constexpr bool PAIRED = false;
     static constexpr i32 HELD = COLUMNS / 4;
@@ -85,6 +87,7 @@ struct Plain {
 template <typename Input, i32 COLUMNS, i32 BOXES_>
 struct Turned {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
+    static constexpr bool EARLY = false;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
     static constexpr bool PAIRED = false;
     static constexpr i32 HELD = COLUMNS / 4;

@@ -43,7 +43,7 @@ struct GroupedGemm {
     static constexpr i32 K_TILE = LINE / Input::BYTES;   // of K, in a stage
     static constexpr i32 SHARE = COLUMNS / CLUSTER;      // columns that each block of the cluster loads for all
     static constexpr bool SCALED = Input::SCALED, A_MN = OVER_ROWS && !SCALED;
-    static constexpr bool PAIRED = Epilogue::PAIRED;
+    static constexpr bool PAIRED = Epilogue::PAIRED, EARLY = Epilogue::EARLY && !OVER_ROWS;
     static constexpr i32 BOX = PAIRED && CLUSTER == 1 ? COLUMNS / 2 : SHARE;  // columns that are loaded at once
     static constexpr i32 WIDTH = PAIRED ? COLUMNS / 2 : COLUMNS;  // of a tile, in what the schedule counts
     // A bulk copy without swizzle begins at a multiple of 16 bytes, a tile at any row: up to three scales before it come too.
@@ -76,6 +76,7 @@ struct GroupedGemm {
         const i32* offsets;
         const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
+        i32 early;  // whether offsets, b and its scales were there before the grid before this one began
         typename Feed::Arguments feed;
         typename Epilogue::Arguments epilogue;
     };
@@ -112,6 +113,7 @@ struct GroupedGemm {
             ptx::prefetch_map(&arguments.a);
             ptx::prefetch_map(&arguments.b);
         }
+        if (!begins(arguments)) ptx::wait_for_earlier_grids();
         if (threadIdx.x / 32 == 1) {
             i32 count = schedule_of(arguments).count();
             if (threadIdx.x == 32) shared.tile_count = count;
@@ -124,15 +126,22 @@ struct GroupedGemm {
             if (threadIdx.x / 32 == CONSUMERS * 4)
                 produce(shared, arguments, rows);
             else
-                Feed::run(arguments.feed, rows, wave(arguments), &shared.reached);
+                beside(shared, arguments, rows);
         } else {
             ptx::take_registers<Epilogue::REGISTERS>();
+            ptx::wait_for_earlier_grids();
             consume(shared, arguments, group);
         }
         if (CLUSTER > 1) {  // nobody leaves while another may still arrive at its barriers
             __syncwarp();
             ptx::cluster_sync();
         }
+    }
+
+    static __device__ __forceinline__ void beside(Shared& shared, const Arguments& arguments, i32 rows) {
+        if (begins(arguments) && threadIdx.x / 32 == CONSUMERS * 4 + 1) begin(shared, arguments, rows);
+        ptx::take_turn();
+        Feed::run(arguments.feed, rows, wave(arguments), &shared.reached);
     }
 
     // How many rows the tiles have that run at the same time, if they share columns as little as they can.
@@ -145,53 +154,78 @@ struct GroupedGemm {
     static __device__ __forceinline__ void produce(Shared& shared, const Arguments& arguments, i32 rows) {
         Schedule schedule = schedule_of(arguments);
         u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
-        i32 stage = 0;
-        u32 parity = 1;
+        i32 begun = begins(arguments) ? stages_begun(arguments) : 0, stage = begun % STAGES;
+        u32 parity = begun < STAGES;
+        ptx::wait_for_earlier_grids();
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
-            Tile tile = schedule.find(number);
-            (tile.split ? tile.column : tile.row) += rank * (tile.split ? WIDTH : ROWS);
+            Tile tile = own(schedule.find(number), rank);
             if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, tile.row);
             Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
-            fill(shared, arguments, tile, rank, stage, parity);
+            fill(shared, arguments, tile, rank, stage, parity, number == i32(blockIdx.x) / CLUSTER ? begun * K_TILE : 0);
         }
         if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, 0x7fffffff);  // the rows left are other blocks'
     }
 
-    // One tile's stages. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
+    // A block's part of what a cluster has a number for.
+    static __device__ __forceinline__ Tile own(Tile tile, u32 rank) {
+        (tile.split ? tile.column : tile.row) += rank * (tile.split ? WIDTH : ROWS);
+        return tile;
+    }
+
+    // Where a tile's scales of b begin, of each part's columns.
+    struct MatrixScales {
+        const float* first;
+        i32 second;  // the other part's, from there
+        __device__ __forceinline__ MatrixScales(const Arguments& arguments, const Tile& tile) {
+            // of two tiles that share an odd row tile, the second may have no columns
+            i32 stride = arguments.b_scale_stride, block = min(tile.column / 128, max(arguments.b_scale_blocks - 1, 0));
+            i32 last = arguments.b_scale_blocks - 1 - block;
+            first = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
+            second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;
+        }
+        __device__ __forceinline__ float at(i32 part, i32 block) const { return __ldg(first + part * second + block); }
+    };
+
+    // A tile's stages, but for the first ones of K, `skipped`. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
-                                                i32& stage, u32& parity) {
-        // of two tiles that share an odd row tile, the second may have no columns
-        i32 stride = arguments.b_scale_stride, block = min(tile.column / 128, max(arguments.b_scale_blocks - 1, 0));
-        i32 last = arguments.b_scale_blocks - 1 - block;
-        const float* scales = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
+                                                i32& stage, u32& parity, i32 skipped) {
+        i32 k = tile.k_begin + skipped;
+        if (skipped && k >= tile.k_end) return;
+        MatrixScales scales(arguments, tile);
         float ahead[PARTS];
-        i32 second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;  // the other part's scales
 #pragma unroll
         for (i32 part = 0; SCALED && part < PARTS; part++)
-            ahead[part] = __ldg(scales + part * second + min(tile.k_begin / 128, stride - 1));
-        i32 k = tile.k_begin;
+            ahead[part] = scales.at(part, min(k / 128, arguments.b_scale_stride - 1));
         do {  // a tile has a stage even where there is nothing to sum
             ptx::barrier_wait(&shared.empty[stage], parity);
             i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
             if (ptx::elect()) {
                 if (k == tile.k_begin) shared.tiles[stage] = tile;
                 for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = ahead[part];
-                load(shared, arguments, tile, k, stage, rank);
+                ptx::barrier_expect(&shared.full[stage], row_bytes(tile) + sizeof(shared.b[0]));
+                load_rows(shared, arguments, tile, k, stage, rank);
+                load_matrix(shared, arguments, tile, k, stage, rank);
             }
 #pragma unroll
-            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales + part * second + next);
+            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = scales.at(part, next);
             advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
     }
 
-    static __device__ __forceinline__ void load(Shared& shared, const Arguments& arguments, const Tile& tile, i32 k,
-                                                i32 stage, u32 rank) {
+    // Of the last rows only as many warpgroups' as there are.
+    static __device__ __forceinline__ i32 boxes_of(const Tile& tile) {
+        return A_MN || tile.row_end - tile.row > BOX_ROWS ? CONSUMERS : 1;
+    }
+
+    static __device__ __forceinline__ u32 row_bytes(const Tile& tile) {
+        return boxes_of(tile) * BOX_ROWS * LINE + (SCALED ? SCALES * sizeof(float) : 0);
+    }
+
+    static __device__ __forceinline__ void load_rows(Shared& shared, const Arguments& arguments, const Tile& tile, i32 k,
+                                                     i32 stage, u32 rank) {
         u64* full = &shared.full[stage];
-        u32 scales = SCALED ? SCALES * sizeof(float) : 0;
-        // of the last rows only as many warpgroups' as there are
-        i32 boxes = A_MN || tile.row_end - tile.row > BOX_ROWS ? CONSUMERS : 1;
-        ptx::barrier_expect(full, boxes * BOX_ROWS * LINE + sizeof(shared.b[0]) + scales);
+        i32 boxes = boxes_of(tile);
         for (i32 box = 0; box < boxes; box++) {
             u8* to = shared.a[stage] + box * BOX_ROWS * LINE;
             i32 row = tile.row + box * BOX_ROWS;
@@ -203,8 +237,13 @@ struct GroupedGemm {
                 ptx::load_2d_multicast(to, &arguments.a, full, k, row, (1 << CLUSTER) - 1);
         }
         if (SCALED) ptx::load_2d(shared.a_scales[stage], &arguments.scales, full, tile.row & ~3, k / 128);
-        // The tile's columns; of a pair's, the second half are the other matrix's. Blocks with the same columns load a share
-        // each, for both.
+    }
+
+    // The tile's columns; of a pair's, the second half are the other matrix's. Blocks with the same columns load a share each,
+    // for both.
+    static __device__ __forceinline__ void load_matrix(Shared& shared, const Arguments& arguments, const Tile& tile, i32 k,
+                                                       i32 stage, u32 rank) {
+        u64* full = &shared.full[stage];
         i32 first = CLUSTER > 1 && !tile.split ? rank * SHARE : 0, end = CLUSTER > 1 && !tile.split ? first + SHARE : COLUMNS;
         for (; first < end; first += BOX) {
             bool other = PAIRED && first >= WIDTH;
@@ -230,6 +269,44 @@ struct GroupedGemm {
             ptx::load_3d(to, map, full, x, y, z);
     }
 
+    // ---- a warp beside it, which fills the ring for the first time: with the matrix, before the rows may be read
+
+    static __device__ __forceinline__ bool begins(const Arguments& arguments) { return EARLY && arguments.early; }
+
+    static __device__ __forceinline__ i32 stages_begun(const Arguments& arguments) {
+        return min(STAGES, (arguments.a_columns + K_TILE - 1) / K_TILE);
+    }
+
+    static __device__ __forceinline__ void begin(Shared& shared, const Arguments& arguments, i32 rows) {
+        u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
+        i32 number = blockIdx.x / CLUSTER, stages = stages_begun(arguments), lane = threadIdx.x % 32;
+        if (number >= shared.tile_count) return;
+        Tile tile = own(schedule_of(arguments).find(number), rank);
+        if (lane == 0) shared.tiles[0] = tile;
+        if (SCALED && lane < stages) {
+            MatrixScales scales(arguments, tile);
+            for (i32 part = 0; part < PARTS; part++) shared.b_scales[lane][part] = scales.at(part, lane);
+        }
+        __syncwarp();
+        if (ptx::elect()) {
+#pragma unroll 1
+            for (i32 stage = 0; stage < stages; stage++) {
+                ptx::barrier_expect_more(&shared.full[stage], sizeof(shared.b[0]));
+                load_matrix(shared, arguments, tile, stage * K_TILE, stage, rank);
+            }
+        }
+        ptx::wait_for_earlier_grids();
+        Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
+        if (ptx::elect()) {
+#pragma unroll 1
+            for (i32 stage = 0; stage < stages; stage++) {
+                ptx::barrier_expect(&shared.full[stage], row_bytes(tile));
+                load_rows(shared, arguments, tile, stage * K_TILE, stage, rank);
+            }
+        }
+        __syncwarp();
+    }
+
     // ---- the consumer warpgroups
 
     // The first stage's rows of this warpgroup and columns, as matrix products are told of them.
@@ -241,7 +318,8 @@ struct GroupedGemm {
 
     static __device__ __forceinline__ void consume(Shared& shared, const Arguments& arguments, u32 group) {
         i32 stage = 0;
-        u32 parity = 0, warp = uniform(threadIdx.x / 32), turn = 0;
+        // in a uniform register 16-bit products are 1 % faster, FP8's 3 to 12 % slower (docs/perf.md)
+        u32 parity = 0, warp = SCALED ? threadIdx.x / 32 : uniform(threadIdx.x / 32), turn = 0;
         u8* boxes = shared.boxes[warp];
         Operands operands(shared, group);
         Waiting waiting;
@@ -249,7 +327,7 @@ struct GroupedGemm {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = read(shared.tiles[stage]);
-            if (!A_MN && tile.row + i32(group) * 64 >= tile.row_end) {
+            if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
                 waiting.write(boxes, arguments);
                 pass(shared, tile, stage, parity);
                 continue;

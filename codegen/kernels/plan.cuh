@@ -52,6 +52,7 @@ struct PlanCount {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
         count_experts(shared.counts, arguments.ids, Span(arguments.assignments), arguments.experts);
@@ -79,6 +80,7 @@ struct PlanPlace {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
         Span span(arguments.assignments);

@@ -30,6 +30,7 @@ struct QuantizeWeights {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
         i32 half_rows = (arguments.rows + fp8::BLOCK - 1) / fp8::BLOCK, all_rows = half_rows * arguments.row_halves;

@@ -28,6 +28,7 @@ struct PadOffsets {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         i32 lane = threadIdx.x, before = 0;
         for (i32 first = 0; first < arguments.experts; first += 32) {
             i32 expert = first + lane, end = 0;
@@ -71,6 +72,7 @@ struct TransposeRows {
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
+        ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
         i32 row_block = blockIdx.x % arguments.row_blocks, lane = threadIdx.x % 32, expert = -1;
