@@ -50,6 +50,24 @@ class Turned:
 
 
 @dataclass(frozen=True)
+class Added:
+    """The gradient of the matrices, added to what is there in float32.
+
+    Attributes:
+        turned: whether what is there is transposed.
+    """
+
+    turned: bool = False
+
+    suffix: ClassVar[str] = "_added"
+    definitions: ClassVar[str] = ""
+
+    def template(self, gemm: GroupedGemm) -> str:
+        """The C++ type."""
+        return instantiation("Added", gemm.columns, self.turned)
+
+
+@dataclass(frozen=True)
 class Activated:
     """GEMM1's rows, with their bias, through the activation.
 
@@ -133,7 +151,7 @@ class GroupedGemm:
     transposed: bool = False
     over_rows: bool = False
     dispatches: bool = False
-    epilogue: Plain | Turned | Activated | ActivationBackward = Plain()
+    epilogue: Plain | Turned | Added | Activated | ActivationBackward = Plain()
 
     header: ClassVar[str] = "grouped_gemm.cuh"
 

@@ -6,16 +6,18 @@ they were made of comes from `experts_fp8`, which gets those too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS
+from moecompile.runtime import main_gradients
+from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
 
 Parts = list[Tensor]
+Main = Mapping[str, Tensor]
 ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
 FP8 = "experts_fp8"
 
@@ -24,10 +26,11 @@ class _Experts(torch.autograd.Function):
     """experts_forward with experts_backward as its derivative; `hidden` is not differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, attributes: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, attributes: dict[str, Any], main: Main, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             result, hidden = torch.ops.moecompile.experts_forward(*tensors, **attributes)
-        ctx.attributes = attributes
+        # main gradients are not saved: other backwards add to them before this one does
+        ctx.attributes, ctx.main = attributes, main
         ctx.save_for_backward(hidden, *tensors)
         ctx.mark_non_differentiable(hidden)
         ctx.set_materialize_grads(False)
@@ -39,21 +42,25 @@ class _Experts(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         hidden, *tensors = ctx.saved_tensors
-        wanted = dict(zip(TENSORS, ctx.needs_input_grad[1:], strict=True))
-        needs = [wanted[name] for name in DIFFERENTIABLE]
-        found = iter(torch.ops.moecompile.experts_backward(grad, hidden, *tensors, **ctx.attributes, needs=needs))
-        return (None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
+        wanted, main = _wanted(ctx.needs_input_grad[2:], ctx.main)
+        needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
+        operator = ops.experts_backward_adding if main else ops.experts_backward
+        given = operator(grad, hidden, *tensors, **ctx.attributes, needs=needs, **main_gradients.keywords(main))
+        found = _needed(given, needs, main)
+        return (None, None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
 
 
 class _ExpertsFp8(torch.autograd.Function):
     """experts_fp8_forward with experts_fp8_backward as its derivative; of x only the quantised copy is kept."""
 
     @staticmethod
-    def forward(ctx: Any, attributes: dict[str, Any], quantized: Parts, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, attributes: dict[str, Any], main: Main, quantized: Parts, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.moecompile.experts_fp8_forward(*tensors, **attributes, quantized=quantized)
         result, saved = found
-        ctx.attributes, ctx.split = attributes, (len(saved), len(saved) + len(quantized))
+        ctx.attributes, ctx.main, ctx.split = attributes, main, (len(saved), len(saved) + len(quantized))
         ctx.save_for_backward(*saved, *quantized, *tensors[1:])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -67,15 +74,27 @@ class _ExpertsFp8(torch.autograd.Function):
         first, second = ctx.split
         kept = ctx.saved_tensors
         saved, quantized, tensors = list(kept[:first]), list(kept[first:second]), kept[second:]
-        wanted = dict(zip(TENSORS, ctx.needs_input_grad[2:], strict=True))
-        needs = [wanted[name] for name in DIFFERENTIABLE]
-        found = torch.ops.moecompile.experts_fp8_backward(
-            grad, saved, *tensors, **ctx.attributes, quantized=quantized, needs=needs
-        )
+        wanted, main = _wanted(ctx.needs_input_grad[3:], ctx.main)
+        needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
+        operator = ops.experts_fp8_backward_adding if main else ops.experts_fp8_backward
+        keywords = {"quantized": quantized, "needs": needs, **main_gradients.keywords(main)}
+        found = [*_needed(operator(grad, saved, *tensors, **ctx.attributes, **keywords), needs, main)]
         # x, which may be all that requires grad, is no argument of the backward
         parts = iter(_refusing(found, FP8) if torch.is_grad_enabled() else found)
         of_tensors = (next(parts) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
-        return None, None, *of_tensors
+        return None, None, None, *of_tensors
+
+
+def _wanted(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
+    """Of which tensors gradients are returned, and the main gradients of those whose are not."""
+    wanted = dict(zip(TENSORS, needs, strict=True))
+    added = {name: each for name, each in main.items() if wanted[name]}
+    return wanted | dict.fromkeys(added, False), added
+
+
+def _needed(found: Sequence[Tensor], needs: Sequence[bool], main: Main) -> Iterator[Tensor]:
+    """The needed gradients of what a backward gives: these, or where it adds to main gradients, all."""
+    return (each for each, needed in zip(found, needs, strict=True) if needed) if main else iter(found)
 
 
 def _differentiates(tensors: Sequence[Tensor | None], operator: str = "experts") -> bool:
@@ -91,7 +110,7 @@ def _differentiates(tensors: Sequence[Tensor | None], operator: str = "experts")
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """experts_forward above autograd: recorded where something requires grad."""
     if _differentiates(args):
-        return _Experts.apply(attributes, *args, *([None] * (len(TENSORS) - len(args))))
+        return _recorded(attributes, {}, args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.experts_forward(*args, **attributes)
 
@@ -99,16 +118,36 @@ def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
 def experts(*args: Any, **attributes: Any) -> Tensor:
     """Experts above autograd: becomes experts_forward where something requires grad."""
     if _differentiates(args):
-        return experts_forward(*args, **attributes)[0]
+        return _recorded(attributes, _main(args, attributes, "experts"), args)[0]
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.experts(*args, **attributes)
+
+
+def _main(args: Sequence[Any], attributes: dict[str, Any], operator: str) -> Main:
+    """The main gradients among the attributes, taken out and checked."""
+    main = main_gradients.split(attributes)
+    if main:
+        main_gradients.check(Arguments(*args, **attributes), main, operator)
+    return main
+
+
+def _recorded(attributes: dict[str, Any], main: Main, args: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _Experts.apply(attributes, main, *args, *([None] * (len(TENSORS) - len(args))))
+    return found
 
 
 def experts_backward(*args: Any, **attributes: Any) -> Parts:
     """experts_backward above autograd: gradients whose own derivative, if anyone takes it, is an error."""
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.moecompile.experts_backward(*args, **attributes)
-    return _once(grads, args)
+    return list(_once(grads, args))
+
+
+def experts_backward_adding(*args: Any, **attributes: Any) -> tuple[Tensor, ...]:
+    """experts_backward_adding above autograd, as experts_backward is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.moecompile.experts_backward_adding(*args, **attributes)
+    return tuple(_once(grads, args))
 
 
 def quantize_weights(*args: Any, **attributes: Any) -> Any:
@@ -121,29 +160,42 @@ def quantize_weights(*args: Any, **attributes: Any) -> Any:
 def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:
     """experts_fp8_forward above autograd: recorded where something requires grad."""
     if _differentiates(args, FP8):
-        tensors = (*args, *([None] * (len(TENSORS) - len(args))))
-        result, *saved = _ExpertsFp8.apply(attributes, quantized, *tensors)
-        return result, saved
+        return _recorded_fp8(attributes, {}, quantized, args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.experts_fp8_forward(*args, **attributes, quantized=quantized)
 
 
-def experts_fp8(*args: Any, **attributes: Any) -> Tensor:
+def experts_fp8(*args: Any, quantized: Parts, **attributes: Any) -> Tensor:
     """experts_fp8 above autograd: becomes experts_fp8_forward where something requires grad."""
     if _differentiates(args, FP8):
-        return experts_fp8_forward(*args, **attributes)[0]
+        return _recorded_fp8(attributes, _main(args, attributes, FP8), quantized, args)[0]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.experts_fp8(*args, **attributes)
+        return torch.ops.moecompile.experts_fp8(*args, **attributes, quantized=quantized)
+
+
+def _recorded_fp8(
+    attributes: dict[str, Any], main: Main, quantized: Parts, args: Sequence[Tensor | None]
+) -> tuple[Tensor, Parts]:
+    tensors = (*args, *([None] * (len(TENSORS) - len(args))))
+    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, *tensors)
+    return result, saved
 
 
 def experts_fp8_backward(grad: Tensor, saved: Parts, *args: Any, **attributes: Any) -> Parts:
     """experts_fp8_backward above autograd, as experts_backward is."""
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.moecompile.experts_fp8_backward(grad, saved, *args, **attributes)
-    return _once(grads, (grad, *args), FP8)
+    return list(_once(grads, (grad, *args), FP8))
 
 
-def _once(grads: Parts, args: Sequence[Tensor | None], operator: str = "experts") -> Parts:
+def experts_fp8_backward_adding(grad: Tensor, saved: Parts, *args: Any, **attributes: Any) -> tuple[Tensor, ...]:
+    """experts_fp8_backward_adding above autograd, as experts_backward is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.moecompile.experts_fp8_backward_adding(grad, saved, *args, **attributes)
+    return tuple(_once(grads, (grad, *args), FP8))
+
+
+def _once(grads: Sequence[Tensor], args: Sequence[Tensor | None], operator: str = "experts") -> Sequence[Tensor]:
     """The gradients of these arguments, which refuse to be differentiated again."""
     return _refusing(grads, operator) if _differentiates(args, operator) else grads
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecompile.runtime import fp8_reference, quantize
+from moecompile.runtime import fp8_reference, main_gradients, quantize
 from moecompile.runtime.autocast import exact
-from moecompile.runtime.contract import TENSORS, Arguments
+from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import (
     Specs,
     check_fp8,
@@ -25,10 +25,9 @@ from moecompile.runtime.fp8_contract import (
     check_weights,
     saved_specs,
 )
-from moecompile.runtime.kernels import needed
+from moecompile.runtime.kernels import ABSENT, needed
 from moecompile.runtime.remembered import CALLS
 
-ABSENT = (None,) * len(TENSORS)
 Parts = list[Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -54,6 +53,7 @@ def fake_quantize_weights(
 
 def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
     """The result alone, for inference."""
+    main_gradients.split(attributes)  # which nothing is added to
     x: Tensor = args[0]
     fused, given = _hopper(x.device), _given(args, quantized)
     if fused is not None:  # what is remembered has been checked
@@ -72,7 +72,9 @@ def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> T
 
 def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
     """Shape and dtype of the result."""
+    main = main_gradients.split(attributes)
     arguments = Arguments(*args, **attributes)
+    main_gradients.check(arguments, main, "experts_fp8")
     check_fp8(arguments, quantized)
     return arguments.x.new_empty((arguments.x.shape[0], arguments.out_features), dtype=arguments.dtypes.result)
 
@@ -112,23 +114,55 @@ def experts_fp8_backward(
     **attributes: Any,
 ) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
+    return _backward("experts_fp8_backward", grad, saved, args, quantized, needs, attributes, {})
+
+
+def experts_fp8_backward_adding(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    *args: Any,
+    quantized: Sequence[Tensor],
+    needs: Sequence[bool],
+    **attributes: Any,
+) -> tuple[Tensor, ...]:
+    """The same; what there are main gradients for is added to these, and not needed."""
+    main = main_gradients.split(attributes)
+    found = _backward("experts_fp8_backward_adding", grad, saved, args, quantized, needs, attributes, main)
+    return main_gradients.all_of(needs, found, grad)
+
+
+def _backward(
+    operator: str,
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    args: Sequence[Any],
+    quantized: Sequence[Tensor],
+    needs: Sequence[bool],
+    attributes: dict[str, Any],
+    main: Mapping[str, Tensor],
+) -> Parts:
     fused, decides = _hopper(grad.device), attributes | {"needs": tuple(needs)}
-    given = (grad, *_given((None, *args), quantized), *saved)
-    known = None if fused is None else CALLS.again("experts_fp8_backward", given, decides)
+    given = (grad, *_given((None, *args), quantized), *saved, *map(main.get, main_gradients.MATRICES))
+    known = None if fused is None else CALLS.again(operator, given, decides)
     if known is not None:
         return known
     arguments = Arguments.without_x(*args, **attributes)
     copies = check_fp8(arguments, quantized)
-    names = needed(arguments, needs, "experts_fp8_backward")
+    names = needed(arguments, needs, operator, main)
     kept = check_fp8_backward(arguments, grad, saved)
+    main_gradients.check(arguments, main, operator)
     with exact(grad):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
+        to = main if chosen is fused and main_gradients.takes(main) else {}
+        others = {name: each for name, each in main.items() if name not in to}
 
         def run() -> Parts:
-            grads: dict[str, Tensor] = chosen.backward(arguments, copies, grad, kept, frozenset(names))
+            wanted, more = frozenset((*names, *others)), {"main": to} if to else {}
+            grads: dict[str, Tensor] = chosen.backward(arguments, copies, grad, kept, wanted, **more)
+            main_gradients.add(others, grads)
             return [grads[name] for name in names]
 
-        return CALLS.first("experts_fp8_backward", given, decides, run) if chosen is fused else run()
+        return CALLS.first(operator, given, decides, run) if chosen is fused else run()
 
 
 def fake_experts_fp8_backward(
@@ -140,10 +174,38 @@ def fake_experts_fp8_backward(
     **attributes: Any,
 ) -> Parts:
     """Shapes, dtypes and strides of the needed gradients."""
+    return _fake_backward("experts_fp8_backward", grad, saved, args, quantized, needs, attributes, {})
+
+
+def fake_experts_fp8_backward_adding(
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    *args: Any,
+    quantized: Sequence[Tensor],
+    needs: Sequence[bool],
+    **attributes: Any,
+) -> tuple[Tensor, ...]:
+    """The same."""
+    main = main_gradients.split(attributes)
+    found = _fake_backward("experts_fp8_backward_adding", grad, saved, args, quantized, needs, attributes, main)
+    return main_gradients.all_of(needs, found, grad)
+
+
+def _fake_backward(
+    operator: str,
+    grad: Tensor,
+    saved: Sequence[Tensor],
+    args: Sequence[Any],
+    quantized: Sequence[Tensor],
+    needs: Sequence[bool],
+    attributes: dict[str, Any],
+    main: Mapping[str, Tensor],
+) -> Parts:
     arguments = Arguments.without_x(*args, **attributes)
     check_fp8(arguments, quantized)
-    names = needed(arguments, needs, "experts_fp8_backward")
+    names = needed(arguments, needs, operator, main)
     check_fp8_backward(arguments, grad, saved)
+    main_gradients.check(arguments, main, operator)
     like = [getattr(arguments, name) for name in names]
     return [
         grad.new_empty(tensor.shape, dtype=tensor.dtype) if name in ("x", "weights") else torch.empty_like(tensor)

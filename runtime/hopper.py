@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen import nvrtc
-from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain
+from moecompile.codegen.gemms import Activated, ActivationBackward, Added, GroupedGemm, Plain
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Launch, Mapped, Value, boxes_of, load
@@ -201,11 +201,14 @@ def activation_backward(
 def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None) -> Tensor:
     """out[e] = a[rows of e].T @ b[rows of e], where expert e has the rows from offsets[e - 1] to offsets[e].
 
+    In float32 the products are added to what `out` holds.
+
     Args:
         a: (rows, M), bfloat16 or float16; its last dimension is contiguous.
         b: (rows, N) of the same dtype; its last dimension is contiguous. Rows beyond offsets[-1] may hold anything.
         offsets: (E,) int32, on the device.
-        out: (E, M, N), contiguous but for columns that may lie between its lines; zeros where an expert has no rows.
+        out: (E, M, N) in a's dtype or in float32, contiguous but for columns that may lie between its lines.
+            Without rows an expert's is zeros, or, in float32, as it was.
         instance: the kernel; chosen by the sizes if None.
 
     Returns:
@@ -213,8 +216,21 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
     """
     (rows, m), n, experts = a.shape, b.shape[1], offsets.shape[0]
     chosen = instance or choose(a.dtype, m, experts, n, rows, transposed=True, over_rows=True)
-    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), (_written(out.flatten(0, 1)), None))
+    written: tuple[Value, ...]
+    if out.dtype == torch.float32:
+        chosen, written = replace(chosen, epilogue=Added()), added(out)
+    else:
+        written = (_written(out.flatten(0, 1)), None)
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written)
     return out
+
+
+def added(out: Tensor) -> tuple[Value, ...]:
+    """`Arguments` of the kernels' `Added`, for float32 (E, M, N) whose last dimension is contiguous."""
+    if out.stride(2) != 1 or out.data_ptr() % 8:
+        words = f"strides {out.stride()} at {out.data_ptr():#x}"
+        raise ValueError(f"lines of pairs of float32 are added to, got {words}: let the last dimension be contiguous")
+    return out, out.stride(0), out.shape[2], out.stride(1)
 
 
 def choose(

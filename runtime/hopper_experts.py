@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ LARGE = 256 * 2**20
 """Bytes of rows above which they are not made as a whole for the gradients of matrices."""
 COLUMNS = 256
 """Of a tile: whole ones are all that is made at once."""
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def takes(args: Arguments) -> bool:
@@ -75,8 +77,15 @@ def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Te
     return a
 
 
-def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
-    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and GEMM1's rows."""
+def backward(
+    args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str], main: Mapping[str, Tensor] = NONE
+) -> dict[str, Tensor]:
+    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and GEMM1's rows.
+
+    Those of the matrices named in `main` are added to its tensors, float32.
+    """
+    if main:
+        hopper_kernels.compile_together(args, True, "adding", functools.partial(hopper_kernels.of_adding, args))
     form = weighting(args.output)
     assert form is not None
     projection, found = _projection(args), dict[str, Tensor]()
@@ -98,7 +107,9 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:
         found["weights"] = _of_weights(args, parts, plain, of_y if scales is not None else None)
-    if "w_out" in needs:
+    if "w_out" in main:
+        _add(main["w_out"], of_y, scaled, args.w_out_transposed, args.offsets)
+    elif "w_out" in needs:
         found["w_out"] = _of_matrix(args.w_out, of_y, scaled, args.w_out_transposed, args.offsets)
     if "b_out" in needs:
         assert plain is not None and args.b_out is not None
@@ -114,29 +125,34 @@ def backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[st
     del of_y, scaled, parts  # the gradients to come want their memory
     if "x" in needs:
         found["x"] = _of_x(args, of_products)
-    wanted = {name: of_product for name, of_product in zip(names, of_products, strict=True) if name in needs}
+    wanted = {
+        name: of_product for name, of_product in zip(names, of_products, strict=True) if name in needs or name in main
+    }
     if wanted:
-        found.update(_of_gemm1(args, wanted))
+        made = _of_gemm1(args, wanted, main)
+        found.update({name: each for name, each in made.items() if name not in main})
     return found
 
 
-def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of GEMM1's matrices, by name, for those of their products (R, out).
+def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of GEMM1's matrices, by name, for those of their products (R, out), or what they were added to.
 
     Rows that are large are there by some of their columns after the other: a step's memory is at its highest here.
     """
     columns, pieces = args.x.shape[1], 1
     while columns % (2 * pieces * COLUMNS) == 0 and args.rows * columns * args.x.element_size() > pieces * LARGE:
         pieces *= 2
-    matrices = {name: getattr(args, name) for name in of_products}
+    matrices = {name: main.get(name, getattr(args, name)) for name in of_products}
     whole = args.w_in_transposed or not all(each.is_contiguous() for each in matrices.values())
     if whole or pieces == 1:
         rows = _dispatched(args, args.x)
         return {
-            name: _of_matrix(matrices[name], of_product, rows, args.w_in_transposed, args.offsets)
+            name: (_add if name in main else _of_matrix)(
+                matrices[name], of_product, rows, args.w_in_transposed, args.offsets
+            )
             for name, of_product in of_products.items()
         }
-    found = {name: torch.empty_like(each) for name, each in matrices.items()}
+    found = {name: each if name in main else torch.empty_like(each) for name, each in matrices.items()}
     for start in range(0, columns, columns // pieces):
         piece = slice(start, start + columns // pieces)
         rows = _dispatched(args, args.x, piece)
@@ -181,6 +197,15 @@ def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool,
     out = hopper.grouped_outer(left, right, offsets, like.new_empty(like.shape))
     expected = torch.empty_like(like, device="meta").stride()
     return out if out.stride() == expected else torch.empty_like(like).copy_(out)
+
+
+def _add(to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, offsets: Tensor) -> Tensor:
+    """The same, added to a main gradient, which may have a layout of its own."""
+    left, right = (rows, of_product) if transposed else (of_product, rows)
+    if to.stride(2) == 1:
+        return hopper.grouped_outer(left, right, offsets, to)
+    hopper.grouped_outer(right, left, offsets, to.mT)
+    return to
 
 
 def _projection(args: Arguments, biased: bool = False) -> Projection:

@@ -15,7 +15,7 @@ PyTorch's operators (`moecompile.runtime.fp8_reference`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.contract import Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import _has_biases, _lines, _of_weights, _scales, _weights
+from moecompile.runtime.hopper_experts import NONE, _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
@@ -89,19 +89,26 @@ def _hidden_rows(args: Arguments, w_in: Matrices, tokens: tuple[Tensor, Tensor])
 
 
 def backward(
-    args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str]
-) -> dict[str, Tensor]:
-    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2)."""
-    return _Backward(args, quantized, grad, saved, needs).run()
+    args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str],
+    main: Mapping[str, Tensor] = NONE,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2).
+
+    Those of the matrices named in `main` are added to its tensors, float32.
+    """
+    if main:
+        hopper_kernels.compile_together(args, True, "fp8 adding", partial(hopper_kernels.of_adding_in_fp8, args, main))
+    return _Backward(args, quantized, grad, saved, needs, main).run()
 
 
 class _Backward:
     """One backward. `found` holds the gradients."""
 
     def __init__(
-        self, args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str]
-    ) -> None:
-        self.args, self.needs, self.found = args, needs, dict[str, Tensor]()
+        self, args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str],
+        main: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        self.args, self.needs, self.main, self.found = args, needs | main.keys(), main, dict[str, Tensor]()
         form = weighting(args.output)
         assert form is not None
         self.scales = _scales(args, form)
@@ -167,7 +174,7 @@ class _Backward:
         args = self.args
         of_y = self._transpose(*of_tokens, ends, gathered=True, per_column=True)
         a = self._transpose(scaled.values, scaled.scales, ends, False, False, args.intermediate)
-        self.found["w_out"] = hopper_fp8_gemm.outer(of_y, a, ends, args.w_out, args.w_out_transposed)
+        self._outer("w_out", of_y, a, ends, args.w_out, args.w_out_transposed)
 
     def _of_w_in(self, rows: QuantizedRows, ends: Tensor) -> None:
         """Gradients of GEMM1's matrices: of gate and up projection together where they are one tensor's halves."""
@@ -177,7 +184,16 @@ class _Backward:
             if name in self.needs and matrices is not None:
                 end = start + inner if args.gate_up == "separate" else None
                 part = QuantizedRows(rows.values[start:end], rows.scales[:, start:end])
-                self.found[name] = hopper_fp8_gemm.outer(part, x, ends, matrices, args.w_in_transposed)
+                self._outer(name, part, x, ends, matrices, args.w_in_transposed)
+
+    def _outer(
+        self, name: str, a: QuantizedRows, b: QuantizedRows, ends: Tensor, matrices: Tensor, transposed: bool
+    ) -> None:
+        """The gradient of the matrices of that name, or what is added to their main gradient."""
+        if name in self.main:
+            hopper_fp8_gemm.add_outer(a, b, ends, self.main[name], transposed)
+        else:
+            self.found[name] = hopper_fp8_gemm.outer(a, b, ends, matrices, transposed)
 
     def _weights_and_biases(self, parts: Tensor | None, of_hidden: QuantizedRows) -> None:
         args, needs, plain = self.args, self.needs, self.plain

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
+from moecompile.codegen.gemms import Activated, ActivationBackward, Added, GroupedGemm, Plain, Turned
 from moecompile.runtime.hopper import (
     OUT_BOX,
     ROWS,
@@ -17,6 +17,7 @@ from moecompile.runtime.hopper import (
     _mapped,
     _pair,
     _written,
+    added,
     choose,
 )
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
@@ -180,6 +181,30 @@ def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transp
     _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
     found = out if turned == transposed else out.mT
     return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
+
+
+def add_outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, transposed: bool) -> None:
+    """Adds the gradient of matrices (`outer`) to what `out` holds.
+
+    Args:
+        a: as of `outer`.
+        b: likewise.
+        ends: likewise.
+        out: (E, M, N), or (E, N, M) if `transposed`, float32; of its last two dimensions one is contiguous.
+        transposed: the layout of `out`.
+    """
+    experts, m, n = ends.shape[0], a.values.shape[0], b.values.shape[0]
+    found = out.mT if transposed else out
+    turned = found.stride(2) != 1
+    values = added(found.mT if turned else found)
+    written = (*values[:2], n, values[3])
+    matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
+    _launch(add_instance(n, turned), a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
+
+
+def add_instance(n: int, turned: bool) -> GroupedGemm:
+    """The kernel of `add_outer`, for so many features in; turned: whether memory runs along features out."""
+    return replace(choose(E4M3, 0, 1, n, 0, over_rows=True), epilogue=Added(turned))
 
 
 def product_instance(n: int, bias: bool) -> GroupedGemm:

@@ -6,12 +6,13 @@ those of `plan` and of `quantize_weights`, which come before the experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from moecompile.codegen import cubins
+from moecompile.codegen.gemms import Added
 from moecompile.codegen.instances import (
     RESULTS,
     Collect,
@@ -109,6 +110,24 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
             *_collecting(args),
         ]
     return found
+
+
+def of_adding(args: Arguments) -> list[Instance]:
+    """Those that add gradients of matrices to float32 ones."""
+    dtype, rows, sizes = args.dtypes.row, args.rows, (args.features, args.intermediate, args.width, args.out_features)
+    found = (hopper.choose(dtype, m, args.num_experts, n, rows, True, over_rows=True) for m in sizes for n in sizes)
+    return [replace(each, epilogue=Added()) for each in found]
+
+
+def of_adding_in_fp8(args: Arguments, main: Mapping[str, Tensor]) -> list[Instance]:
+    """The same of FP8."""
+    layouts = {"w_in": args.w_in_transposed, "w_up": args.w_in_transposed, "w_out": args.w_out_transposed}
+    return [
+        hopper_fp8_gemm.add_instance(
+            args.intermediate if name == "w_out" else args.features, (each.mT if layouts[name] else each).stride(2) != 1
+        )
+        for name, each in main.items()
+    ]
 
 
 def _saves(args: Arguments, train: bool) -> list[bool]:

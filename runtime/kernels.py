@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecompile.runtime import backward, reference
+from moecompile.runtime import backward, main_gradients, reference
 from moecompile.runtime.autocast import exact
-from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, check_plan
+from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments, check_plan
 from moecompile.runtime.grouped import writing_out
 from moecompile.runtime.remembered import CALLS
 
 Parts = list[Tensor]
+ABSENT = (None,) * len(TENSORS)
+NO_MAIN: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -49,6 +51,7 @@ def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 def experts(*args: Any, **attributes: Any) -> Tensor:
     """The result alone, for inference."""
+    main_gradients.split(attributes)  # which nothing is added to
     x: Tensor = args[0]
     fused = _fused_on(x.device)
     if fused is not None:  # what is remembered has been checked
@@ -64,7 +67,9 @@ def experts(*args: Any, **attributes: Any) -> Tensor:
 
 def experts_shape(*args: Any, **attributes: Any) -> tuple[tuple[int, int], torch.dtype]:
     """Shape and dtype of the result; raises what `experts` raises for such arguments."""
+    main = main_gradients.split(attributes)
     arguments = Arguments(*args, **attributes).check()
+    main_gradients.check(arguments, main, "experts")
     return (arguments.x.shape[0], arguments.out_features), arguments.dtypes.result
 
 
@@ -107,30 +112,79 @@ def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]
 
 def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
-    fused, given, decides = _fused_on(grad.device), (grad, hidden, *args), attributes | {"needs": tuple(needs)}
-    known = None if fused is None else CALLS.again("experts_backward", given, decides)
+    return _backward("experts_backward", grad, hidden, args, needs, attributes, {})
+
+
+def experts_backward_adding(
+    grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
+) -> tuple[Tensor, ...]:
+    """The same; what there are main gradients for is added to these, and not needed."""
+    main = main_gradients.split(attributes)
+    found = _backward("experts_backward_adding", grad, hidden, args, needs, attributes, main)
+    return main_gradients.all_of(needs, found, grad)
+
+
+def _backward(
+    operator: str,
+    grad: Tensor,
+    hidden: Tensor,
+    args: Sequence[Any],
+    needs: Sequence[bool],
+    attributes: dict[str, Any],
+    main: Mapping[str, Tensor],
+) -> Parts:
+    fused, decides = _fused_on(grad.device), attributes | {"needs": tuple(needs)}
+    given = (grad, hidden, *args, *ABSENT[len(args) :], *map(main.get, main_gradients.MATRICES))
+    known = None if fused is None else CALLS.again(operator, given, decides)
     if known is not None:
         return known
     arguments = Arguments(*args, **attributes).check()
-    names = needed(arguments, needs)
+    names = needed(arguments, needs, operator, main)
     arguments.check_backward(grad, hidden)
+    main_gradients.check(arguments, main, operator)
     with exact(grad):
         again, of, serves = reference.hidden_rows, backward.experts_backward, False
         if fused is not None and fused.takes(arguments):
             again, of, serves = fused.hidden_rows, fused.backward, True
+        kept = main if serves and main_gradients.takes(main) else {}
+        others = {name: each for name, each in main.items() if name not in kept}
 
         def run() -> Parts:
-            grads = of(arguments, grad, again(arguments) if arguments.recompute else hidden, frozenset(names))
+            rows = again(arguments) if arguments.recompute else hidden
+            grads = of(arguments, grad, rows, frozenset((*names, *others)), **({"main": kept} if kept else {}))
+            main_gradients.add(others, grads)
             return [grads[name] for name in names]
 
-        return CALLS.first("experts_backward", given, decides, run) if serves else run()
+        return CALLS.first(operator, given, decides, run) if serves else run()
 
 
 def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
     """Shapes, dtypes and strides of the needed gradients."""
+    return _fake_backward("experts_backward", grad, hidden, args, needs, attributes, {})
+
+
+def fake_experts_backward_adding(
+    grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
+) -> tuple[Tensor, ...]:
+    """The same."""
+    main = main_gradients.split(attributes)
+    found = _fake_backward("experts_backward_adding", grad, hidden, args, needs, attributes, main)
+    return main_gradients.all_of(needs, found, grad)
+
+
+def _fake_backward(
+    operator: str,
+    grad: Tensor,
+    hidden: Tensor,
+    args: Sequence[Any],
+    needs: Sequence[bool],
+    attributes: dict[str, Any],
+    main: Mapping[str, Tensor],
+) -> Parts:
     arguments = Arguments(*args, **attributes).check()
-    names = needed(arguments, needs)
+    names = needed(arguments, needs, operator, main)
     arguments.check_backward(grad, hidden)
+    main_gradients.check(arguments, main, operator)
     like = [getattr(arguments, name) for name in names]
     return [
         tensor.new_empty(tensor.shape) if name in ("x", "weights") else torch.empty_like(tensor)
@@ -166,7 +220,12 @@ def written_out() -> Iterator[None]:
         writing_out.reset(token)
 
 
-def needed(arguments: Arguments, needs: Sequence[bool], operator: str = "experts_backward") -> list[str]:
+def needed(
+    arguments: Arguments,
+    needs: Sequence[bool],
+    operator: str = "experts_backward",
+    main: Mapping[str, Tensor] = NO_MAIN,
+) -> list[str]:
     """Names of the arguments whose gradient is needed, in their order; raises ValueError if there is none to have."""
     if len(needs) != len(DIFFERENTIABLE):
         words = f"one bool for each of ({', '.join(DIFFERENTIABLE)})"
@@ -175,4 +234,6 @@ def needed(arguments: Arguments, needs: Sequence[bool], operator: str = "experts
     for name in names:
         if getattr(arguments, name) is None:
             raise ValueError(f"moecompile::{operator}: needs asks for the gradient of {name}, which is None")
+        if name in main:
+            raise ValueError(f"moecompile::{operator}: needs asks for the gradient of {name}, which is to be added")
     return names

@@ -4,10 +4,12 @@
     experts(x, weights, offsets, slots, order, w_in, w_out, w_up, b_in, b_up, b_out, ...) -> result
     experts_forward(the same) -> (result, hidden)
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
+    experts_backward_adding(the same, main gradients) -> all gradients, without elements where they are not needed
     quantize_weights(w, w_up, gate_up, transposed) -> (values, scales, values_t, scales_t)
     experts_fp8(the arguments of experts, quantized) -> result
     experts_fp8_forward(the same) -> (result, saved)
     experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
+    experts_fp8_backward_adding(the same, main gradients) -> likewise
 
 `experts` differentiates through `experts_forward` and `experts_backward`, so that AOTAutograd's graphs hold `experts`
 in inference and the other two in training; `experts_fp8` likewise. Its products are of FP8 operands, its gradients
@@ -35,6 +37,8 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
+    main_w_in, main_w_up, main_w_out: float32, of the shapes of w_in, w_up and w_out, or None. In backward a matrix's
+        gradient is added to its main gradient, and the matrix itself gets none
 
 `input`, `activation` and `output` are expressions (`moecompile.codegen.expression`) of the leaves x; gate and up, or
 hidden; out; and, in each, weight. In FP8 x, the experts' weights and biases have one dtype, bfloat16 or float16, the
@@ -57,20 +61,33 @@ ARGUMENTS = (
     "ScalarType? out_dtype=None, str? kernels=None, bool recompute=False"
 )
 WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
+MAIN = "Tensor? main_w_in=None, Tensor? main_w_out=None, Tensor? main_w_up=None"
+ADDED_TO = "Tensor(a!)? main_w_in=None, Tensor(b!)? main_w_out=None, Tensor(c!)? main_w_up=None"
+# Of operators that write into arguments, AOTAutograd takes no lists.
+ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
     "plan(Tensor expert_ids, int num_experts) -> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",
-    f"experts({ARGUMENTS}) -> Tensor",
+    f"experts({ARGUMENTS}, {MAIN}) -> Tensor",
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
+    f"experts_backward_adding(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs, {ADDED_TO}) -> {ALL}",
     'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False) '
     "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
-    f"experts_fp8({ARGUMENTS}, Tensor[] quantized) -> Tensor",
+    f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}) -> Tensor",
     f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
     f"experts_fp8_backward(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
+    f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs, "
+    f"{ADDED_TO}) -> {ALL}",
 )
 ROOMS = {
-    "kernels": ("plan", "experts", "experts_forward", "experts_backward"),
-    "fp8_experts": ("quantize_weights", "experts_fp8", "experts_fp8_forward", "experts_fp8_backward"),
+    "kernels": ("plan", "experts", "experts_forward", "experts_backward", "experts_backward_adding"),
+    "fp8_experts": (
+        "quantize_weights",
+        "experts_fp8",
+        "experts_fp8_forward",
+        "experts_fp8_backward",
+        "experts_fp8_backward_adding",
+    ),
 }
 """The module that computes an operator, and its fake."""
 

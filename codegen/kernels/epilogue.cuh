@@ -3,6 +3,7 @@
 //     BOXES             of shared memory that each warp is given
 //     REGISTERS         of a consumer's thread
 //     EARLY             whether these leave enough for a warp that fills the ring before the producer may (grouped_gemm.cuh)
+//     ADDS              whether nothing is to be done where nothing was summed
 //     PAIRED            the tile's columns are two matrices': the first half of one, then as many of the other
 //     prepare(...)      once, by one thread, before anything else
 //     prefetch(...)     before a tile's products, by each consumer warp
@@ -44,7 +45,7 @@ __device__ __forceinline__ void add_bias(const u16* bias, const Spot& spot, i32 
 template <typename Input, i32 COLUMNS, bool BIAS, i32 BOXES_>
 struct Plain {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 216;
-    static constexpr bool EARLY = true;
+    static constexpr bool EARLY = true, ADDS = false;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
     static constexpr bool PAIRED = false;
     static constexpr i32 HELD = COLUMNS / 4;
@@ -87,7 +88,7 @@ struct Plain {
 template <typename Input, i32 COLUMNS, i32 BOXES_>
 struct Turned {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
-    static constexpr bool EARLY = false;
+    static constexpr bool EARLY = false, ADDS = false;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
     static constexpr bool PAIRED = false;
     static constexpr i32 HELD = COLUMNS / 4;
@@ -123,6 +124,47 @@ struct Turned {
                         ptx::store_3d(&arguments.out, boxes + i * box::BYTES, spot.place.row, x, spot.expert);
                 }
                 ptx::store_commit();
+            }
+        }
+    }
+};
+
+// out += the sums of each expert, in float32: each is added once, by one thread, so that the order of additions is that of
+// the launches. TURNED: transposed, out (E, columns, rows). Where an expert has no rows, nothing is done.
+template <i32 COLUMNS, bool TURNED>
+struct Added {
+    static constexpr i32 BOXES = 1, REGISTERS = 224, HELD = 0;
+    static constexpr bool EARLY = false, PAIRED = false, ADDS = true;
+    struct Arguments {
+        float* out;
+        // from one expert's to the next; how many columns of sums there are; from one line of memory to the next
+        i32 expert_pitch, columns, pitch;
+    };
+    struct Shared {};
+
+    static __device__ __forceinline__ void prepare(Shared&) {}
+
+    static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
+
+    static __device__ __forceinline__ void finish(u8*, Shared&, u32, const Arguments& arguments, const Spot& spot,
+                                                  float (&total)[COLUMNS / 2]) {
+        float* out = arguments.out + i64(spot.expert) * arguments.expert_pitch;
+        i32 lane = threadIdx.x % 32;
+#pragma unroll
+        for (i32 half = 0; half < 2; half++) {
+            i32 row = spot.place.row + lane / 4 + half * 8;
+            if (row >= spot.place.end) continue;
+#pragma unroll
+            for (i32 i = 0; i < COLUMNS / 8; i++) {
+                i32 column = spot.column + i * 8 + lane % 4 * 2;
+                float first = total[4 * i + 2 * half], second = total[4 * i + 2 * half + 1];
+                if (column >= arguments.columns) continue;
+                if constexpr (TURNED) {
+                    float* to = out + i64(column) * arguments.pitch + row;
+                    ptx::add(to, first), ptx::add(to + arguments.pitch, second);
+                } else {
+                    ptx::add_two(out + i64(row) * arguments.pitch + column, first, second);
+                }
             }
         }
     }

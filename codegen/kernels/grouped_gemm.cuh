@@ -9,7 +9,7 @@
 //         a, b     (rows, M), (rows, N) in bf16 or fp16; rows beyond the last offset are not looked at. In e4m3 they are
 //                  (M, rows), (N, rows), each expert's rows filled up with zeros to a multiple of 128 (transpose.cuh), with
 //                  scales as above: for each 128 rows of a column of a, and for each 128 rows of 128 columns of b
-//         out      (E, M, N); zeros for an expert without rows
+//         out      (E, M, N); zeros for an expert without rows, or, where sums are added to what is there, nothing
 //
 // What is written, and of what more than the sums it is made, is the epilogue's matter (epilogue.cuh).
 //
@@ -327,7 +327,7 @@ struct GroupedGemm {
             float total[COLUMNS / 2];
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = read(shared.tiles[stage]);
-            if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end) {
+            if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end || Epilogue::ADDS && tile.k_begin >= tile.k_end) {
                 waiting.write(boxes, arguments);
                 pass(shared, tile, stage, parity);
                 continue;
@@ -393,7 +393,7 @@ struct GroupedGemm {
         }
     }
 
-    // A tile of which none of this warpgroup's rows are the expert's: the tensor cores are left to the other.
+    // A tile of which none of this warpgroup's rows are the expert's, or that has nothing to sum.
     static __device__ __forceinline__ void pass(Shared& shared, const Tile& tile, i32& stage, u32& parity) {
         i32 k = tile.k_begin;
         do {

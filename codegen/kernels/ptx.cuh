@@ -192,6 +192,15 @@ __device__ __forceinline__ void add_release(u32* word, u32 value) {
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 
+// To one float, or two neighbours, of which no other thread of the grid knows.
+__device__ __forceinline__ void add(float* to, float value) {
+    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void add_two(float* to, float first, float second) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
+}
+
 // Of no order with anything: to look whether it is worth while to ask for one.
 __device__ __forceinline__ u32 load_relaxed(const u32* word) {
     u32 value;

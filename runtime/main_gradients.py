@@ -1,0 +1,67 @@
+"""Main gradients: float32 tensors that gradients of the experts' matrices are added to, in place of being returned.
+
+Of a step's micro-batches, gradients in bfloat16 would be added up in bfloat16. Megatron-LM keeps such tensors as
+`parameter.main_grad`, and calls what happens here gradient accumulation fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime.contract import Arguments
+
+MATRICES = ("w_in", "w_out", "w_up")
+"""What may have one."""
+KEYWORDS = {name: f"main_{name}" for name in MATRICES}
+"""The operators' names for them."""
+
+
+def split(attributes: dict[str, Any]) -> dict[str, Tensor]:
+    """Takes the main gradients out of an operator's keywords; returns those there are, by the matrices' names."""
+    found = {name: attributes.pop(keyword, None) for name, keyword in KEYWORDS.items()}
+    return {name: main for name, main in found.items() if main is not None}
+
+
+def keywords(main: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same as keywords of an operator."""
+    return {KEYWORDS[name]: each for name, each in main.items()}
+
+
+def check(args: Arguments, main: Mapping[str, Tensor], operator: str) -> None:
+    """Raises ValueError or TypeError for what is no main gradient of these matrices."""
+    for name, each in main.items():
+        matrix, words = getattr(args, name), f"moecompile::{operator}: {KEYWORDS[name]}"
+        if matrix is None:
+            raise ValueError(f"{words} is the main gradient of {name}, which is None")
+        if each.dtype != torch.float32:
+            raise TypeError(f"{words} must be float32, got {each.dtype}")
+        if each.shape != matrix.shape:
+            raise ValueError(f"{words} must have the shape of {name}, {tuple(matrix.shape)}, got {tuple(each.shape)}")
+        if each.device != matrix.device:
+            raise ValueError(f"{words} must be on the device of {name}, {matrix.device}, got {each.device}")
+
+
+def takes(main: Mapping[str, Tensor]) -> bool:
+    """Whether the kernels add to these: lines of memory along one of the last two dimensions, pairs in 8 bytes."""
+    return all(
+        each.data_ptr() % 8 == 0
+        and 1 in each.stride()[1:]
+        and all(stride % 2 == 0 or stride == 1 for stride in each.stride())
+        for each in main.values()
+    )
+
+
+def all_of(needs: Sequence[bool], gradients: Sequence[Tensor], like: Tensor) -> tuple[Tensor, ...]:
+    """Those that are needed, in the order of `needs`, and tensors without elements for the others."""
+    found = iter(gradients)
+    return tuple(next(found) if needed else like.new_empty(0) for needed in needs)
+
+
+def add(main: Mapping[str, Tensor], gradients: dict[str, Tensor]) -> None:
+    """Adds those of the gradients that belong to main gradients, and takes them out."""
+    for name, each in main.items():
+        each.add_(gradients.pop(name))

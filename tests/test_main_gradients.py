@@ -1,0 +1,137 @@
+"""Gradients of the experts' matrices that are added to float32 ones, in PyTorch's operators on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moecompile  # noqa: F401
+
+ops = torch.ops.moecompile
+TOKENS, TOP_K, EXPERTS, FEATURES, INNER = 24, 2, 4, 32, 16
+ATTRIBUTES: dict[str, Any] = {"activation": "mul(silu(gate), up)", "output": "mul(out, cast(weight, bfloat16))"}
+
+
+class Call:
+    """One call of the experts, in 16 bits or in FP8, with gate and up projection in one tensor or in two."""
+
+    def __init__(self, fp8: bool, separate: bool = False) -> None:
+        torch.manual_seed(0)
+        self.fp8, self.gate_up = fp8, "separate" if separate else "halves"
+        _, *self.plan = ops.plan(torch.rand(TOKENS, EXPERTS).topk(TOP_K).indices, EXPERTS)
+        self.x = torch.randn(TOKENS, FEATURES, dtype=torch.bfloat16, requires_grad=True)
+        self.weights = torch.rand(TOKENS, TOP_K, requires_grad=True)
+        self.cotangent = torch.randn(TOKENS, FEATURES).bfloat16()
+        width = INNER if separate else 2 * INNER
+        self.matrices = {"w_in": self.matrix(width, FEATURES), "w_out": self.matrix(FEATURES, INNER)}
+        if separate:
+            self.matrices["w_up"] = self.matrix(INNER, FEATURES)
+
+    @staticmethod
+    def matrix(*shape: int) -> Tensor:
+        return (torch.randn(EXPERTS, *shape) * 0.2).bfloat16().requires_grad_()
+
+    def __call__(self, main: dict[str, Tensor], x: Tensor | None = None) -> Tensor:
+        attributes, up = ATTRIBUTES | {"gate_up": self.gate_up}, self.matrices.get("w_up")
+        first, second = self.matrices["w_in"], self.matrices["w_out"]
+        if self.fp8:
+            cast = [*ops.quantize_weights(first, up, gate_up=self.gate_up), *ops.quantize_weights(second)]
+            attributes["quantized"] = cast
+        attributes |= {f"main_{name}": each for name, each in main.items()}
+        given = (self.x if x is None else x, self.weights, *self.plan, first, second, up)
+        result: Tensor = (ops.experts_fp8 if self.fp8 else ops.experts)(*given, **attributes)
+        return result
+
+    def step(self, main: dict[str, Tensor]) -> None:
+        self(main).backward(self.cotangent)
+
+    def main(self) -> dict[str, Tensor]:
+        return {name: torch.full(each.shape, 0.5) for name, each in self.matrices.items()}
+
+
+both = pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["halves", "separate"])
+@both
+def test_gradients_are_added_and_not_returned(fp8: bool, separate: bool) -> None:
+    call = Call(fp8, separate)
+    main = call.main()
+    call.step({})
+    expected = {name: each.grad for name, each in call.matrices.items()}
+    others = [(leaf, leaf.grad) for leaf in (call.x, call.weights)]
+    for leaf in (call.x, call.weights, *call.matrices.values()):
+        leaf.grad = None
+    for turn in (1, 2):
+        call.step(main)
+        for name, each in expected.items():
+            assert each is not None and call.matrices[name].grad is None
+            # in the model's dtype once, and then in float32
+            torch.testing.assert_close(main[name], 0.5 + turn * each.float(), rtol=0, atol=1e-6)
+    for leaf, each in others:
+        assert each is not None and leaf.grad is not None and torch.equal(leaf.grad, each + each)
+
+
+def test_matrices_that_are_frozen_and_those_that_nothing_is_added_for() -> None:
+    call = Call(fp8=False)
+    main, w_out = call.main(), call.matrices["w_out"]
+    call.step({})
+    expected, w_out.grad = w_out.grad, None
+    call.matrices["w_in"].requires_grad_(False)
+    call.step({"w_in": main["w_in"]})
+    assert (main["w_in"] == 0.5).all()
+    assert expected is not None and w_out.grad is not None and torch.equal(w_out.grad, expected)
+
+
+def test_two_forwards_before_their_backwards() -> None:
+    """As micro-batches in flight have: what is added to meanwhile is nobody's saved tensor."""
+    call = Call(fp8=False)
+    main, once = call.main(), call.main()
+    for result in [call(main), call(main)]:
+        result.backward(call.cotangent)
+    call.step(once)
+    torch.testing.assert_close(main["w_out"] - 0.5, 2 * (once["w_out"] - 0.5), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda main: main.bfloat16(), TypeError, "main_w_out must be float32, got torch.bfloat16"),
+        (lambda main: main.mT, ValueError, r"must have the shape of w_out, \(4, 32, 16\), got \(4, 16, 32\)"),
+        (lambda main: main.to("meta"), ValueError, "must be on the device of w_out, cpu, got meta"),
+    ],
+    ids=["dtype", "shape", "device"],
+)
+@both
+def test_what_is_no_main_gradient_is_refused(fp8: bool, change: Any, error: type[Exception], message: str) -> None:
+    """By the forward, before anything has been computed."""
+    call = Call(fp8)
+    with pytest.raises(error, match=message):
+        call({"w_out": change(call.main()["w_out"])})
+
+
+def test_the_main_gradient_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="main_w_up is the main gradient of w_up, which is None"):
+        Call(fp8=False)({"w_up": torch.zeros(EXPERTS, INNER, FEATURES)})
+
+
+@both
+def test_compiled_graphs_add_in_place(fp8: bool) -> None:
+    """What is added to comes into the graph, and is written where it lies."""
+    call = Call(fp8)
+
+    def run(x: Tensor, main_in: Tensor, main_out: Tensor) -> Tensor:
+        return torch.cos(call({"w_in": main_in, "w_out": main_out}, torch.sin(x)))
+
+    found, expected = call.main(), call.main()
+    compiled = torch.compile(run, fullgraph=True)
+    for _ in range(2):
+        for function, main in ((run, expected), (compiled, found)):
+            result = function(call.x, main["w_in"], main["w_out"])
+            result.backward(call.cotangent)
+    for name, each in found.items():
+        torch.testing.assert_close(each, expected[name], rtol=2e-2, atol=2e-2)
+        assert not torch.equal(each, call.main()[name]) and call.matrices[name].grad is None
