@@ -42,7 +42,7 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import advice, cached, lowering, pipeline, report, verify
+    from moecompile import advice, cached, lowering, main_gradients, pipeline, report, verify
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
@@ -64,13 +64,18 @@ def moecompile(
         verify.verify(untouched, sites, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
-    # 4. On request, the weights' FP8 copies come in from outside, where they are kept until the weights change.
+    # 4. On request, more comes in from outside: what the weights' gradients are added to, and the weights' FP8 copies,
+    #    kept there until the weights change.
     lifted: list[Lifted] = []
+    added: list[int] = []
+    if chosen.main_grad:
+        gm, example_inputs, added = main_gradients.lift(gm, example_inputs, record)
     if chosen.fp8_cache_weights:
         gm, example_inputs, lifted = cached.lift(gm, example_inputs, record)
 
     # 5. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     compiled = cached.with_copies(lowering.lower(gm, example_inputs, chosen, record, name), lifted)
+    compiled = main_gradients.with_main_gradients(compiled, added)
 
     # 6. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

@@ -57,7 +57,7 @@ def lift(
         _say(record, "inside a checkpointed or another nested region matrices are cast in every forward")
     if not lifted:
         return gm, list(inputs), []
-    made = _with_graph(gm, graph)
+    made = with_graph(gm, graph)
     record.notes.append(f"FP8 copies of {sum(len(each.matrices) for each in lifted)} matrices are kept between calls")
     record.after = text_of(made)
     COPIES.watch_optimizers()
@@ -86,7 +86,7 @@ def _bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     return (body for path, body in bodies_of(gm).items() if path)
 
 
-def _with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """The same module around another graph, with what Dynamo notes beside it."""
     made = fx.GraphModule(gm, graph)
     made.meta.update(gm.meta)

@@ -84,6 +84,11 @@ class Options:
         "the backward computes the experts' first products (gate and up projection) again instead of having them kept: "
         "less memory, some fifth more floating-point operations",
     )
+    main_grad: bool = _option(
+        False,
+        "gradients of the experts' matrices are added, in float32, to `parameter.main_grad` where a parameter has one, "
+        "as Megatron-LM keeps them; `parameter.grad` stays what it was, and hooks of the parameter do not run",
+    )
     verify: Literal["first_call"] | None = _option(
         None,
         "compares every rewritten block, before any cast to FP8, with the original region at the first call: outputs, "

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import moecompile  # noqa: F401
+import moecompile
+from test_cached_weights import compiled
+from test_precision import block_of, relative
+from tiny_transformers import known_to_transformers
 
 ops = torch.ops.moecompile
 TOKENS, TOP_K, EXPERTS, FEATURES, INNER = 24, 2, 4, 32, 16
@@ -135,3 +138,77 @@ def test_compiled_graphs_add_in_place(fp8: bool) -> None:
     for name, each in found.items():
         torch.testing.assert_close(each, expected[name], rtol=2e-2, atol=2e-2)
         assert not torch.equal(each, call.main()[name]) and call.matrices[name].grad is None
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"precision": "fp8"},
+    "fp8, cached": {"precision": "fp8", "fp8_cache_weights": True},
+    "recomputing": {"recompute": True},
+}
+
+
+def give(module: nn.Module) -> dict[str, Tensor]:
+    """Main gradients for the experts' matrices."""
+    found = {name: each for name, each in module.named_parameters() if each.dim() == 3 or "experts" in name}
+    for each in found.values():
+        each.main_grad = torch.zeros_like(each, dtype=torch.float32)  # type: ignore[attr-defined]
+    return {name: each.main_grad for name, each in found.items()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe", "gpt_oss"))
+def test_the_option(name: str, options: dict[str, Any], lowering: str) -> None:
+    """Two micro-batches: the sums of their gradients, which the parameters themselves do not get."""
+    module, inputs = block_of(name)
+    plain, adding = (compiled(module, lowering=lowering, main_grad=main_grad, **options) for main_grad in (False, True))
+    main = give(adding)
+    sums = {parameter: torch.zeros(each.shape) for parameter, each in plain.named_parameters()}
+    for turn in range(2):
+        torch.manual_seed(turn)
+        batch = tuple(torch.randn_like(each) for each in inputs)
+        for one in (plain, adding):
+            result = one(*batch)
+            (result[0] if isinstance(result, tuple) else result).square().mean().backward()
+        for parameter, each in plain.named_parameters():
+            sums[parameter] += 0 if each.grad is None else each.grad.float()
+            each.grad = None
+    matrices = {parameter for parameter in main if parameter.endswith(("gate_up_proj", "down_proj"))}
+    assert len(matrices) == 2
+    for parameter, each in adding.named_parameters():
+        if parameter in matrices:
+            assert each.grad is None and relative(main[parameter], sums[parameter]) < 1e-2
+        else:  # biases, the router
+            assert each.grad is not None and (parameter not in main or not main[parameter].any())
+
+
+def test_the_graph_shows_where_gradients_go() -> None:
+    module, inputs = block_of("qwen3_moe")
+    adding = compiled(module, lowering="eager", main_grad=True)
+    give(adding)
+    adding(*inputs)
+    (graph,) = moecompile.last_report().graphs
+    assert graph.after is not None and "gate_up_proj_main_grad" in graph.after and "down_proj_main_grad" in graph.after
+    assert "gradients of 2 matrices are added to their parameters' main_grad" in graph.notes
+
+
+def test_nobody_has_one(caplog: pytest.LogCaptureFixture) -> None:
+    module, inputs = block_of("qwen3_moe")
+    adding = compiled(module, lowering="eager", main_grad=True)
+    result = adding(*inputs)
+    (result[0] if isinstance(result, tuple) else result).sum().backward()
+    assert "Before the first call give each one: parameter.main_grad" in caplog.text
+    assert all(each.grad is not None for each in adding.parameters())
+
+
+def test_one_that_is_gone_is_an_error() -> None:
+    module, inputs = block_of("qwen3_moe")
+    adding = compiled(module, lowering="eager", main_grad=True)
+    give(adding)
+    adding(*inputs)
+    for each in adding.parameters():
+        if hasattr(each, "main_grad"):
+            del each.main_grad
+    with pytest.raises(RuntimeError, match="has no main_grad any more, which its compiled graph adds to"):
+        adding(*inputs)
