@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -127,6 +129,7 @@ def run(
     recompute: bool = False,
     ids: Tensor | None = None,
     cotangent: Tensor | None = None,
+    main: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Run:
     """One call with the gradients of the tensors of these names, for a random gradient of the result or for that."""
     leaves = {
@@ -135,6 +138,7 @@ def run(
     }
     arguments = block.arguments(leaves, ids)
     attributes = {**block.attributes(), "kernels": kernels, "recompute": recompute}
+    attributes |= {f"main_{name}": each for name, each in main.items()}
     if fp8:
         result = ops.experts_fp8(*arguments, **attributes, quantized=block.quantized(leaves))
     else:
@@ -143,8 +147,9 @@ def run(
     if cotangent is None:
         torch.manual_seed(2)
         cotangent = torch.randn(result.shape, device="cuda")
-    found = torch.autograd.grad(result, list(wanted.values()), cotangent.to(result.dtype))
-    return Run(result.detach(), dict(zip(wanted, found, strict=True)))
+    found = torch.autograd.grad(result, list(wanted.values()), cotangent.to(result.dtype), allow_unused=bool(main))
+    assert all((each is None) == (name in main) for name, each in zip(wanted, found, strict=True))
+    return Run(result.detach(), {name: each for name, each in zip(wanted, found, strict=True) if each is not None})
 
 
 def exact(block: Block, tensors: Tensors, cotangent: Tensor | None = None) -> Run:

@@ -108,6 +108,10 @@ def test_gradients_of_matrices(counts: tuple[int, ...], n: int, m: int, transpos
             for each, per_column in ((left, True), (right, False))
         )
         found = [hopper_fp8_gemm.outer(a, b, ends, like, transposed) for _ in range(2)]
+    before = torch.randn(like.shape, device="cuda")
+    main = [torch.empty_like(like, dtype=torch.float32).copy_(before) for _ in range(2)]
+    for each in main:
+        hopper_fp8_gemm.add_outer(a, b, ends, each, transposed)
     rows = a.values.double().view(m, -1, BLOCK) * a.scales.double().T.unsqueeze(2)
     others = quantize.dequantize(b.values, b.scales, SQUARE).double()
     begins = [0, *ends.tolist()]
@@ -115,6 +119,11 @@ def test_gradients_of_matrices(counts: tuple[int, ...], n: int, m: int, transpos
     expected = torch.stack([rows.view(m, -1)[:, part] @ others[:, part].T for part in parts])
     assert found[0].stride() == like.stride() and torch.equal(found[0], found[1])
     assert_near(found[0].mT if transposed else found[0], expected)
+    assert torch.equal(main[0], main[1])
+    added = main[0].double() - before
+    assert float((added - (expected.mT if transposed else expected)).norm()) <= SUMS * float(expected.norm())
+    empty = [expert for expert, count in enumerate(counts) if not count]
+    assert torch.equal(main[0][empty], before[empty])
 
 
 @pytest.mark.parametrize(("counts", "n", "k"), SIZES[:3], ids=lambda value: str(value)[:16])

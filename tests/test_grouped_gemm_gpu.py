@@ -85,6 +85,31 @@ def test_rows_times_rows(instance: GroupedGemm, counts: tuple[int, ...], n: int,
     assert all(torch.equal(results[0], other) for other in results)
 
 
+@pytest.mark.parametrize("instance", PLAIN, ids=lambda instance: instance.template)
+@pytest.mark.parametrize(("counts", "n", "m"), SIZES, ids=lambda value: str(value)[:16])
+def test_rows_times_rows_are_added(instance: GroupedGemm, counts: tuple[int, ...], n: int, m: int) -> None:
+    """In float32, into lines that are further apart than they are long; nothing between them, nothing without rows."""
+    torch.manual_seed(0)
+    dtype, (offsets, rows) = getattr(torch, instance.input), experts_of(counts)
+    a, b = (torch.randn(sum(counts) + 70, width, device="cuda", dtype=dtype) for width in (m, n))
+    a[sum(counts) :], b[sum(counts) :] = float("nan"), float("inf")
+    chosen = GroupedGemm(instance.input, instance.columns, instance.stages, instance.cluster, True, True)
+    before = torch.randn(len(counts), m, n + 6, device="cuda")
+    results = []
+    for _ in range(3):
+        whole = before.clone()
+        hopper.grouped_outer(a, b, offsets, whole[:, :, 4:-2], instance=chosen)
+        results.append(whole)
+    for found, was, own in zip(results[0], before, rows, strict=True):
+        expected = was[:, 4:-2].double() + a[own].double().T @ b[own].double()
+        assert worst_row(found[:, 4:-2], expected) < 1e-5
+        if own.start == own.stop:
+            assert torch.equal(found, was)
+    edges = [torch.cat((each[..., :4], each[..., -2:]), -1) for each in (results[0], before)]
+    assert torch.equal(*edges), "written beside the lines"
+    assert all(torch.equal(results[0], other) for other in results)
+
+
 def test_what_one_expert_holds_does_not_reach_another() -> None:
     """A row that is infinite spoils its own expert's gradient and no other."""
     offsets, _ = experts_of((100, 30, 70))

@@ -10,7 +10,7 @@ import pytest
 
 import sass
 from moecompile.codegen import instances, nvrtc
-from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm, Plain, Turned
+from moecompile.codegen.gemms import Activated, ActivationBackward, Added, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
     RESULTS,
     Collect,
@@ -94,6 +94,10 @@ DISPATCHING = [
     )
 ]
 MEMORY = ("LDG", "STG", "LD.", "ST.", "RED.", "ATOM", "ATOMG", "UTMA", "UBLKCP")
+ADDED = [
+    *(replace(each, epilogue=Added()) for each in PLAIN if each.over_rows),
+    *(replace(gemm, over_rows=True, epilogue=Added(turned)) for gemm, turned in product((WIDE, NARROW), (False, True))),
+]
 WITHOUT_PRODUCTS = [
     *QUANTISING,
     *map(Collect, RESULTS),
@@ -131,6 +135,17 @@ def test_epilogues_that_need_more_registers_than_there_are(instance: GroupedGemm
     products = made.between_products.get("QGMMA" if instance.quantized else "HGMMA")
     assert products and not {"LDL", "STL"} & made.between_products.keys()
     assert made.registers <= 65536 // 384 and not made.serialised
+
+
+@pytest.mark.parametrize("instance", ADDED, ids=lambda instance: instance.template)
+def test_sums_are_added_to_memory(instance: GroupedGemm) -> None:
+    """Two at once along lines of memory, one by one across them."""
+    made = judged(instance)
+    one_by_one = isinstance(instance.epilogue, Added) and instance.epilogue.turned
+    (adding,) = [count for name, count in made.operations.items() if name == "REDG"]
+    assert adding == instance.columns // 2 // (1 if one_by_one else 2)
+    assert not {"LDL", "STL"} & made.operations.keys() and made.spilled == 0 and not made.serialised
+    assert made.registers <= 65536 // 384
 
 
 @pytest.mark.parametrize("instance", WITHOUT_PRODUCTS, ids=lambda instance: instance.template)
