@@ -64,7 +64,7 @@ class Added:
 
     def template(self, gemm: GroupedGemm) -> str:
         """The C++ type."""
-        return instantiation("Added", gemm.columns, self.turned)
+        return instantiation("Added", gemm.columns, self.turned, 4 if gemm.room >= 4 and gemm.columns == 256 else 2)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ BOX_ROWS = 64  # of them, that one warpgroup multiplies
 LINE = 128  # bytes of a tile's line that pass at once
 ACROSS = 64  # columns of a line that runs across K
 OUT_BOX = (16, 64)  # of a result, written at once
+ADDED_BOX, ADDED_TURNED_BOX = (1, 16, 32), (1, 32, 16)  # of float32 that are added at once
 MULTIPROCESSORS = 132
 """Of an H100 or H200 with NVLink; on others tiles are chosen as for these."""
 NARROW = 0.56
@@ -225,12 +226,16 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
     return out
 
 
-def added(out: Tensor) -> tuple[Value, ...]:
-    """`Arguments` of the kernels' `Added`, for float32 (E, M, N) whose last dimension is contiguous."""
-    if out.stride(2) != 1 or out.data_ptr() % 8:
+def added(out: Tensor, turned: bool = False) -> tuple[Value, ...]:
+    """`Arguments` of the kernels' `Added`, for float32 (E, M, N), or if `turned` (E, N, M) for its transpose's sums.
+
+    Raises:
+        ValueError: bulk copies cannot reach it.
+    """
+    if out.stride(2) != 1 or out.data_ptr() % 16 or any(stride % 4 for stride in out.stride()[:2]):
         words = f"strides {out.stride()} at {out.data_ptr():#x}"
-        raise ValueError(f"lines of pairs of float32 are added to, got {words}: let the last dimension be contiguous")
-    return out, out.stride(0), out.shape[2], out.stride(1)
+        raise ValueError(f"what is added to must lie in whole lines of 16 bytes along its last dimension, got {words}")
+    return _mapped(out, ADDED_TURNED_BOX if turned else ADDED_BOX), out.shape[1 if turned else 2]
 
 
 def choose(

@@ -196,8 +196,7 @@ def add_outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, tra
     experts, m, n = ends.shape[0], a.values.shape[0], b.values.shape[0]
     found = out.mT if transposed else out
     turned = found.stride(2) != 1
-    values = added(found.mT if turned else found)
-    written = (*values[:2], n, values[3])
+    written = added(found.mT if turned else found, turned)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
     _launch(add_instance(n, turned), a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
 

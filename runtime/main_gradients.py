@@ -46,11 +46,11 @@ def check(args: Arguments, main: Mapping[str, Tensor], operator: str) -> None:
 
 
 def takes(main: Mapping[str, Tensor]) -> bool:
-    """Whether the kernels add to these: lines of memory along one of the last two dimensions, pairs in 8 bytes."""
+    """Whether the kernels add to these: whole lines of 16 bytes along one of the last two dimensions."""
     return all(
-        each.data_ptr() % 8 == 0
+        each.data_ptr() % 16 == 0
         and 1 in each.stride()[1:]
-        and all(stride % 2 == 0 or stride == 1 for stride in each.stride())
+        and all(stride % 4 == 0 for stride in each.stride() if stride != 1)
         for each in main.values()
     )
 

@@ -94,18 +94,18 @@ def test_rows_times_rows_are_added(instance: GroupedGemm, counts: tuple[int, ...
     a, b = (torch.randn(sum(counts) + 70, width, device="cuda", dtype=dtype) for width in (m, n))
     a[sum(counts) :], b[sum(counts) :] = float("nan"), float("inf")
     chosen = GroupedGemm(instance.input, instance.columns, instance.stages, instance.cluster, True, True)
-    before = torch.randn(len(counts), m, n + 6, device="cuda")
+    before = torch.randn(len(counts), m, n + 12, device="cuda")
     results = []
     for _ in range(3):
         whole = before.clone()
-        hopper.grouped_outer(a, b, offsets, whole[:, :, 4:-2], instance=chosen)
+        hopper.grouped_outer(a, b, offsets, whole[:, :, 4:-8], instance=chosen)
         results.append(whole)
     for found, was, own in zip(results[0], before, rows, strict=True):
-        expected = was[:, 4:-2].double() + a[own].double().T @ b[own].double()
-        assert worst_row(found[:, 4:-2], expected) < 1e-5
+        expected = was[:, 4:-8].double() + a[own].double().T @ b[own].double()
+        assert worst_row(found[:, 4:-8], expected) < 1e-5
         if own.start == own.stop:
             assert torch.equal(found, was)
-    edges = [torch.cat((each[..., :4], each[..., -2:]), -1) for each in (results[0], before)]
+    edges = [torch.cat((each[..., :4], each[..., -8:]), -1) for each in (results[0], before)]
     assert torch.equal(*edges), "written beside the lines"
     assert all(torch.equal(results[0], other) for other in results)
 

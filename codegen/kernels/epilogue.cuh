@@ -129,16 +129,18 @@ struct Turned {
     }
 };
 
-// out += the sums of each expert, in float32: each is added once, by one thread, so that the order of additions is that of
-// the launches. TURNED: transposed, out (E, columns, rows). Where an expert has no rows, nothing is done.
-template <i32 COLUMNS, bool TURNED>
+// out += the sums of each expert, in float32: each is added once, so that the order of additions is that of the launches.
+// TURNED: transposed, out (E, columns, rows). Where an expert has no rows, nothing is done.
+//
+// A box holds 16 rows of 32 columns: lines of 128 bytes, swizzled, or if TURNED lines of 16 rows, one after the other.
+template <i32 COLUMNS, bool TURNED, i32 BOXES_>
 struct Added {
-    static constexpr i32 BOXES = 1, REGISTERS = 224, HELD = 0;
+    static constexpr i32 BOXES = BOXES_, REGISTERS = 224, HELD = 0, WIDTH = 32;
     static constexpr bool EARLY = false, PAIRED = false, ADDS = true;
+    static_assert(COLUMNS / WIDTH % BOXES == 0, "every tile begins with the first box");
     struct Arguments {
-        float* out;
-        // from one expert's to the next; how many columns of sums there are; from one line of memory to the next
-        i32 expert_pitch, columns, pitch;
+        TensorMap out;  // boxes of 1 x 16 x 32, or 1 x 32 x 16 if TURNED
+        i32 columns;
     };
     struct Shared {};
 
@@ -146,25 +148,33 @@ struct Added {
 
     static __device__ __forceinline__ void prefetch(u8*, Shared&, u32, const Arguments&, const Spot&) {}
 
-    static __device__ __forceinline__ void finish(u8*, Shared&, u32, const Arguments& arguments, const Spot& spot,
+    static __device__ __forceinline__ void finish(u8* boxes, Shared&, u32, const Arguments& arguments, const Spot& spot,
                                                   float (&total)[COLUMNS / 2]) {
-        float* out = arguments.out + i64(spot.expert) * arguments.expert_pitch;
-        i32 lane = threadIdx.x % 32;
 #pragma unroll
-        for (i32 half = 0; half < 2; half++) {
-            i32 row = spot.place.row + lane / 4 + half * 8;
-            if (row >= spot.place.end) continue;
+        for (i32 i = 0; i < COLUMNS / WIDTH; i++) {
+            u8* staged = boxes + i % BOXES * box::BYTES;
+            box::acquire<BOXES - 1>();
+            put(staged, total + i * WIDTH / 2);
+            box::publish();
+            if (threadIdx.x % 32 == 0) {
+                i32 column = spot.column + i * WIDTH, row = spot.place.row;
+                if (row < spot.place.end && column < arguments.columns)
+                    ptx::add_3d(&arguments.out, staged, TURNED ? row : column, TURNED ? column : row, spot.expert);
+                ptx::store_commit();
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void put(u8* staged, const float* v) {
+        u32 lane = threadIdx.x % 32, to = ptx::shared_address(staged);
 #pragma unroll
-            for (i32 i = 0; i < COLUMNS / 8; i++) {
-                i32 column = spot.column + i * 8 + lane % 4 * 2;
-                float first = total[4 * i + 2 * half], second = total[4 * i + 2 * half + 1];
-                if (column >= arguments.columns) continue;
-                if constexpr (TURNED) {
-                    float* to = out + i64(column) * arguments.pitch + row;
-                    ptx::add(to, first), ptx::add(to + arguments.pitch, second);
-                } else {
-                    ptx::add_two(out + i64(row) * arguments.pitch + column, first, second);
-                }
+        for (u32 i = 0; i < 8; i++) {  // four times eight columns, of the upper and the lower rows
+            u32 row = lane / 4 + i % 2 * 8, column = i / 2 * 8 + lane % 4 * 2;
+            if constexpr (TURNED) {
+                ptx::store_shared(to + (column * box::ROWS + row) * 4, v[2 * i]);
+                ptx::store_shared(to + ((column + 1) * box::ROWS + row) * 4, v[2 * i + 1]);
+            } else {
+                ptx::store_shared(to + box::at(row, column / 4) + column % 4 * 4, v[2 * i], v[2 * i + 1]);
             }
         }
     }

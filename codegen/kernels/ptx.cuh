@@ -170,6 +170,13 @@ __device__ __forceinline__ void store_3d(const TensorMap* map, const void* from,
                  : "memory");
 }
 
+// Adds a box of floats to what is there.
+__device__ __forceinline__ void add_3d(const TensorMap* map, const void* from, i32 x, i32 y, i32 z) {
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Until the source of all but the last PENDING groups of this thread's stores may be overwritten.
@@ -190,15 +197,6 @@ __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy
 __device__ __forceinline__ void add_release(u32* word, u32 value) {
     delay();
     asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}
-
-// To one float, or two neighbours, of which no other thread of the grid knows.
-__device__ __forceinline__ void add(float* to, float value) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
-}
-
-__device__ __forceinline__ void add_two(float* to, float first, float second) {
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
 }
 
 // Of no order with anything: to look whether it is worth while to ask for one.
@@ -331,6 +329,14 @@ __device__ __forceinline__ u16 load_shared(u32 address) {
 
 __device__ __forceinline__ void store_shared(u32 address, u16 value) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, float first, float second) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
 }
 
 __device__ __forceinline__ void load_matrix_x4(u32 address, u32 (&found)[4]) {
