@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,10 +98,10 @@ class Block:
             for leaf in self.leaves(inputs).values():
                 leaf.grad = None
 
-    def quantise(self) -> list[Tensor]:
-        """The quantised weights, made anew."""
-        quantise = torch.ops.moecompile.quantize_weights
+    def quantise(self, backward: bool = True) -> list[Tensor]:
+        """The quantised weights, made anew; for inference, those that the backward reads are left out."""
         with torch.no_grad():
+            quantise = functools.partial(torch.ops.moecompile.quantize_weights, backward=backward)
             return [*quantise(self.w_in, None, gate_up=ATTRIBUTES["gate_up"]), *quantise(self.w_out, None)]
 
     def weights_moved(self) -> float:
@@ -147,7 +148,7 @@ def ours_fp8(block: Block, each: bool, recompute: bool = False) -> Experts:
     attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute}
 
     def experts(inputs: Inputs) -> Tensor:
-        quantised = block.quantise() if each else block.quantised
+        quantised = block.quantise(torch.is_grad_enabled()) if each else block.quantised
         _, offsets, slots, order = torch.ops.moecompile.plan(inputs.ids, block.shape.experts)
         return torch.ops.moecompile.experts_fp8(
             inputs.x, inputs.weights, offsets, slots, order, block.w_in, block.w_out, **attributes, quantized=quantised

@@ -78,7 +78,9 @@ def _copies(lifted: Sequence[Lifted], given: Sequence[Any]) -> list[Tensor]:
     return [
         copy
         for each in lifted
-        for copy in COPIES.of(tuple(given[place] for place in each.matrices), each.gate_up, each.transposed)
+        for copy in COPIES.of(
+            tuple(given[place] for place in each.matrices), each.gate_up, each.transposed, each.backward
+        )
     ]
 
 

@@ -43,6 +43,7 @@ class Piece:
     """One body of the captured graph, and what is known of it so far.
 
     Attributes:
+        differentiable: whether somebody may call its backward.
         changed: whether some pass rewrote it.
         notes: what users should know, for the report.
     """
@@ -51,6 +52,7 @@ class Piece:
     sites: tuple[Site, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     layout: Layout | None = None
+    differentiable: bool = True
     changed: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -71,7 +73,7 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 
 def cast_experts(piece: Piece, _: Options) -> None:
     """Turns the experts to FP8."""
-    kept = quantize_experts(piece.module.graph)
+    kept = quantize_experts(piece.module.graph, backward=piece.differentiable)
     piece.changed = True
     for each in kept:
         note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
@@ -93,7 +95,9 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     Returns:
         the sites with their graph nodes, which the record's sites are without: it lives as long as the process.
     """
-    pieces = [Piece(module) for module in bodies_of(gm).values()]
+    modules = bodies_of(gm).values()
+    differentiable = torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in modules)
+    pieces = [Piece(module, differentiable=differentiable) for module in modules]
     record.before = text_of(gm)
     with _transforms_hidden(pieces, record), without_collections():
         for number, (name, run) in enumerate(PASSES.items(), start=1):
@@ -113,6 +117,11 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.after = text_of(gm)
     return sites
+
+
+def _sets_grad_mode(graph: fx.Graph) -> bool:
+    """Whether gradients are recorded in some part of the graph and in others not."""
+    return any("grad_enabled" in str(node.target) or "inference_mode" in str(node.target) for node in graph.nodes)
 
 
 def _run_pass(

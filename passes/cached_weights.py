@@ -34,11 +34,13 @@ class Lifted:
         matrices: which of the graph's inputs it casts: one, or gate and up projection.
         gate_up: how these lie, as of `moecompile::quantize_weights`.
         transposed: likewise.
+        backward: likewise.
     """
 
     matrices: tuple[int, ...]
     gate_up: str
     transposed: bool
+    backward: bool
 
 
 def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
@@ -56,8 +58,8 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
         if reason or last is None:
             kept.append(Kept(module_of(node), reason))
             continue
-        attributes = str(node.kwargs.get("gate_up", "single")), bool(node.kwargs.get("transposed", False))
-        one = Lifted(tuple(places[each] for each in matrices), *attributes)
+        flags = bool(node.kwargs.get("transposed", False)), bool(node.kwargs.get("backward", True))
+        one = Lifted(tuple(places[each] for each in matrices), str(node.kwargs.get("gate_up", "single")), *flags)
         if one not in lifted:  # experts that are used twice are cast once
             lifted[one] = _inputs(graph, node, f"{matrices[0].name.rstrip('_')}_fp8", len(lifted), last)
             last = lifted[one][-1]

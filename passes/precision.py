@@ -5,12 +5,13 @@ Contract
 - Weights stay what they are, and get their gradients; only what is multiplied is cast.
 - Experts that the FP8 operator does not take stay in their precision, and are returned with the reason.
 
-    in_  = moecompile.quantize_weights(w_in, w_up, gate_up=..., transposed=...)      # values, scales, both transposed
+    in_  = moecompile.quantize_weights(w_in, w_up, gate_up=..., transposed=...)    # values, scales, and both transposed
     out  = moecompile.quantize_weights(w_out, transposed=...)
     result = moecompile.experts_fp8(<as before>, quantized=[*in_, *out])
 
 Tokens, activations and gradients are cast inside the operator, with a scale for each 128 features; matrices have one
-for each 128 x 128 (DeepSeek-V3, section 3.3).
+for each 128 x 128 (DeepSeek-V3, section 3.3). In inference the transposed copies, which only the backward reads, are
+not made (backward=False).
 """
 
 from __future__ import annotations
@@ -39,12 +40,17 @@ class Kept:
     reason: str
 
 
-def quantize_experts(graph: fx.Graph) -> list[Kept]:
-    """Rewrite the graph in place; returns what was kept. The caller recompiles the GraphModule."""
+def quantize_experts(graph: fx.Graph, backward: bool = True) -> list[Kept]:
+    """Rewrite the graph in place; returns what was kept. The caller recompiles the GraphModule.
+
+    Args:
+        graph: of Dynamo's.
+        backward: whether the graph may be differentiated.
+    """
     kept = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
         try:
-            _Experts(graph, node).quantize()
+            _Experts(graph, node, backward).quantize()
         except (TypeError, ValueError) as refused:
             kept.append(Kept(module_of(node), str(refused)))
     return kept
@@ -53,8 +59,8 @@ def quantize_experts(graph: fx.Graph) -> list[Kept]:
 class _Experts:
     """One call of the experts. `taken` are its arguments' example values; nothing changes before they are checked."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
-        self._graph, self._node = graph, node
+    def __init__(self, graph: fx.Graph, node: fx.Node, backward: bool) -> None:
+        self._graph, self._node, self._backward = graph, node, backward
         self._key = "example_value" if "example_value" in node.meta else "val"
         args: Any = fx.node.map_arg(node.args, fake_of)
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
@@ -63,8 +69,8 @@ class _Experts:
     def quantize(self) -> None:
         """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
         node, taken = self._node, self.taken
-        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed)
-        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed)
+        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, self._backward)
+        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed, self._backward)
         check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
         with self._graph.inserting_before(node):
             given = (node.args[5], node.kwargs.get("w_up"))
@@ -78,6 +84,7 @@ class _Experts:
 
     def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
         """The four results of quantising one of the matrices."""
+        attributes |= {} if self._backward else {"backward": False}
         cast = self._call(torch.ops.moecompile.quantize_weights.default, given, attributes)
         cast.meta[self._key] = values = tuple(empty_fake(self.taken.w_in, *spec) for spec in specs)
         parts = [self._call(operator.getitem, (cast, number), {}) for number in range(len(values))]

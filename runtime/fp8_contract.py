@@ -14,6 +14,8 @@ from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, blocks_in, pad, pad
 
 GEMM_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of a model whose experts run in FP8."""
+NOTHING = (0,)
+"""Shape of what is not there."""
 PITCH = 4
 """Rows of transposed scales begin at a multiple of so many float32, as bulk copies need it."""
 
@@ -21,7 +23,8 @@ PITCH = 4
 class Quantized(NamedTuple):
     """The argument `quantized`: what `quantize_weights` gives for GEMM1's weights, then for GEMM2's.
 
-    values (E, N', K') e4m3, scales (E, N' / 128, K' / 128) float32, and both transposed.
+    values (E, N', K') e4m3, scales (E, N' / 128, K' / 128) float32, and both transposed, without elements where no
+    backward reads them.
     """
 
     w_in: Tensor
@@ -52,22 +55,22 @@ Specs = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """Shape and dtype of each tensor of a record."""
 
 
-def weight_specs(experts: int, width: int, features: int) -> Specs:
+def weight_specs(experts: int, width: int, features: int, backward: bool = True) -> Specs:
     """Of what `quantize_weights` returns for N' = width and K' = features, multiples of 128."""
     down, across = width // BLOCK, features // BLOCK
     return (
         ((experts, width, features), E4M3),
         ((experts, down, across), torch.float32),
-        ((experts, features, width), E4M3),
-        ((experts, across, down), torch.float32),
+        ((experts, features, width) if backward else NOTHING, E4M3),
+        ((experts, across, down) if backward else NOTHING, torch.float32),
     )
 
 
-def quantized_specs(args: Arguments) -> Specs:
+def quantized_specs(args: Arguments, backward: bool = True) -> Specs:
     """Of `quantized`, for a call of the experts."""
     width, inner = padded_width(args.intermediate, args.gate_up), pad(args.intermediate)
-    first = weight_specs(args.num_experts, width, pad(args.x.shape[1]))
-    return first + weight_specs(args.num_experts, pad(args.out_features), inner)
+    first = weight_specs(args.num_experts, width, pad(args.x.shape[1]), backward)
+    return first + weight_specs(args.num_experts, pad(args.out_features), inner, backward)
 
 
 def saved_specs(args: Arguments) -> Specs:
@@ -81,7 +84,7 @@ def saved_specs(args: Arguments) -> Specs:
     )
 
 
-def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> Specs:
+def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True) -> Specs:
     """Shapes and dtypes of what `quantize_weights` returns; raises ValueError or TypeError for what it refuses."""
     error = functools.partial(_error, "quantize_weights")
     if gate_up not in GATE_UP:
@@ -105,11 +108,14 @@ def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
             words = f"w must have an even number of features for gate_up={gate_up!r}"
             raise error(ValueError, f"{words}, got {width}; is it transposed?")
         width = width // 2
-    return weight_specs(experts, padded_width(width, gate_up), pad(features))
+    return weight_specs(experts, padded_width(width, gate_up), pad(features), backward)
 
 
-def check_fp8(args: Arguments, quantized: Sequence[Tensor]) -> Quantized:
-    """The record of `quantized`; raises ValueError or TypeError unless the experts run in FP8 with these arguments."""
+def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = False) -> Quantized:
+    """The record of `quantized`; raises ValueError or TypeError unless the experts run in FP8 with these arguments.
+
+    With `backward`, what only that reads has to be there.
+    """
     args.check()
     error, dtype = functools.partial(_error, "experts_fp8"), args.dtypes.row
     if dtype not in GEMM_DTYPES:
@@ -127,7 +133,9 @@ def check_fp8(args: Arguments, quantized: Sequence[Tensor]) -> Quantized:
     if args.dtypes.result not in DTYPES:
         words = f"the result must be bfloat16, float16 or float32, got {args.dtypes.result}"
         raise error(TypeError, f"{words}; pass out_dtype or cast the routing weights")
-    return Quantized(*_checked("quantized", Quantized._fields, quantized, quantized_specs(args), _QUANTIZED))
+    there = backward or any(tensor.shape != NOTHING for tensor in [*quantized][2::4])
+    hint = _QUANTIZED + "; a backward needs copies of backward=True" * backward
+    return Quantized(*_checked("quantized", Quantized._fields, quantized, quantized_specs(args, there), hint))
 
 
 def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor]) -> Saved:

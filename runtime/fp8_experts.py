@@ -33,21 +33,21 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def quantize_weights(
-    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False
+    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False, backward: bool = True
 ) -> Four:
-    """Values, scales, and both transposed."""
-    check_weights(w, w_up, gate_up, transposed)
+    """Values, scales, and both transposed, these without elements if no backward is to read them."""
+    check_weights(w, w_up, gate_up, transposed, backward)
     fused = _hopper(w.device)
     run = fused.quantize_weights if fused is not None and fused.takes_weights(w, w_up) else quantize.quantize_weights
-    values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed)
+    values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed, backward)
     return values, scales, values_t, scales_t
 
 
 def fake_quantize_weights(
-    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False
+    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False, backward: bool = True
 ) -> Four:
     """Shapes and dtypes of the values and the scales."""
-    values, scales, values_t, scales_t = _empty(w, check_weights(w, w_up, gate_up, transposed))
+    values, scales, values_t, scales_t = _empty(w, check_weights(w, w_up, gate_up, transposed, backward))
     return values, scales, values_t, scales_t
 
 
@@ -87,7 +87,7 @@ def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: A
     if known is not None:
         return known[0], known[1:]
     arguments = Arguments(*args, **attributes)
-    copies = check_fp8(arguments, quantized)
+    copies = check_fp8(arguments, quantized, backward=True)
     with exact(x):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
 
@@ -101,8 +101,9 @@ def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: A
 
 def fake_experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
     """Shapes and dtypes of the result and what is saved."""
-    result = fake_experts_fp8(*args, quantized=quantized, **attributes)
-    return result, _empty(result, saved_specs(Arguments(*args, **attributes)))
+    result, arguments = fake_experts_fp8(*args, quantized=quantized, **attributes), Arguments(*args, **attributes)
+    check_fp8(arguments, quantized, backward=True)
+    return result, _empty(result, saved_specs(arguments))
 
 
 def experts_fp8_backward(
@@ -147,7 +148,7 @@ def _backward(
     if known is not None:
         return known
     arguments = Arguments.without_x(*args, **attributes)
-    copies = check_fp8(arguments, quantized)
+    copies = check_fp8(arguments, quantized, backward=True)
     names = needed(arguments, needs, operator, main)
     kept = check_fp8_backward(arguments, grad, saved)
     main_gradients.check(arguments, main, operator)
@@ -202,7 +203,7 @@ def _fake_backward(
     main: Mapping[str, Tensor],
 ) -> Parts:
     arguments = Arguments.without_x(*args, **attributes)
-    check_fp8(arguments, quantized)
+    check_fp8(arguments, quantized, backward=True)
     names = needed(arguments, needs, operator, main)
     check_fp8_backward(arguments, grad, saved)
     main_gradients.check(arguments, main, operator)

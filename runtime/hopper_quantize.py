@@ -67,7 +67,7 @@ def takes_weights(w: Tensor, w_up: Tensor | None) -> bool:
 
 
 def quantize_weights(
-    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
+    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`moecompile::quantize_weights`, in one launch that reads the matrices once.
 
@@ -76,9 +76,10 @@ def quantize_weights(
         w_up: the same of the up projection for gate_up="separate", else None.
         gate_up: as of `moecompile.runtime.operators`.
         transposed: the layout of w.
+        backward: whether the transposed ones are made, too.
 
     Returns:
-        values (E, N', K') e4m3, scales (E, N' / 128, K' / 128) float32, and both transposed.
+        values (E, N', K') e4m3, scales (E, N' / 128, K' / 128) float32, and both transposed, or without elements.
     """
     halves = _halves(w, w_up, gate_up, transposed)
     along_columns = transposed
@@ -90,17 +91,23 @@ def quantize_weights(
     experts, rows, columns = halves[0].shape
     split = (1, len(halves)) if along_columns else (len(halves), 1)
     all_rows, all_columns = split[0] * pad(rows), split[1] * pad(columns)
-    same = w.new_empty(experts, all_rows, all_columns, dtype=E4M3)
-    turned = w.new_empty(experts, all_columns, all_rows, dtype=E4M3)
-    scales = w.new_empty(experts, all_rows // BLOCK, all_columns // BLOCK, dtype=torch.float32)
-    turned_scales = w.new_empty(experts, all_columns // BLOCK, all_rows // BLOCK, dtype=torch.float32)
+    down, across = all_rows // BLOCK, all_columns // BLOCK
+
+    def room(wanted: bool, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        if not wanted:
+            return w.new_empty(0, dtype=E4M3), w.new_empty(0, dtype=torch.float32)
+        values = w.new_empty(experts, rows * BLOCK, columns * BLOCK, dtype=E4M3)
+        return values, w.new_empty(experts, rows, columns, dtype=torch.float32)
+
+    # rows of `same` are features out unless they run along the columns
+    same = room(backward or not along_columns, down, across)
+    turned = room(backward or along_columns, across, down)
     kernel = load(QuantizeWeights(dtype_name(w.dtype), interleaved), w.device.index)
     first, second = halves[0], halves[0] if interleaved else halves[-1]
-    pointers, strides = (first, second, same, scales, turned, turned_scales), first.stride()[:2]
-    values: tuple[Value, ...] = (*pointers, *strides, rows, columns, *split)
-    Launch(kernel, experts * scales.shape[1] * scales.shape[2], values).run()
-    # rows of `same` are features out unless they run along the columns
-    return (turned, turned_scales, same, scales) if along_columns else (same, scales, turned, turned_scales)
+    written = [each if each.numel() else None for each in (*same, *turned)]
+    values: tuple[Value, ...] = (first, second, *written, *first.stride()[:2], rows, columns, *split)
+    Launch(kernel, experts * down * across, values).run()
+    return (*turned, *same) if along_columns else (*same, *turned)
 
 
 def _halves(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> list[Tensor]:

@@ -5,7 +5,7 @@
     experts_forward(the same) -> (result, hidden)
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
     experts_backward_adding(the same, main gradients) -> all gradients, without elements where they are not needed
-    quantize_weights(w, w_up, gate_up, transposed) -> (values, scales, values_t, scales_t)
+    quantize_weights(w, w_up, gate_up, transposed, backward) -> (values, scales, values_t, scales_t)
     experts_fp8(the arguments of experts, quantized) -> result
     experts_fp8_forward(the same) -> (result, saved)
     experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
@@ -33,7 +33,8 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
         recompute
     needs: bools for (x, weights, w_in, w_out, w_up, b_in, b_up, b_out)
     quantized: [*quantize_weights(w_in, w_up, gate_up, w_in_transposed), *quantize_weights(w_out, w_out_transposed)],
-        e4m3 values and float32 scales of 128x128 blocks, padded (`moecompile.runtime.quantize`)
+        e4m3 values and float32 scales of 128x128 blocks, padded (`moecompile.runtime.quantize`). The transposed ones,
+        which only the backward reads, have no elements if backward=False
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
@@ -71,7 +72,7 @@ SCHEMAS = (
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
     f"experts_backward_adding(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs, {ADDED_TO}) -> {ALL}",
-    'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False) '
+    'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False, bool backward=True) '
     "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
     f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}) -> Tensor",
     f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",

@@ -107,7 +107,9 @@ def requantize_along_tokens(values: Tensor, scales: Tensor) -> tuple[Tensor, Ten
     return quantize(dequantize(values, scales, ALONG_FEATURES), ALONG_TOKENS)
 
 
-def quantize_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> tuple[Tensor, ...]:
+def quantize_weights(
+    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True
+) -> tuple[Tensor, ...]:
     """Experts' weights in blocks of 128x128, and their transposed copy: `moecompile::quantize_weights`.
 
     Blocks restart at each expert, and at gate and at up. FP8 products contract along contiguous memory only, so that
@@ -118,14 +120,17 @@ def quantize_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: b
         w_up: the up projection for gate_up="separate", shaped as w.
         gate_up: where gate and up lie in N, as in `moecompile.runtime.operators`.
         transposed: whether the layout is (E, K, N).
+        backward: whether the transposed copy is made, which nobody else reads.
 
     Returns:
-        values (E, N', K'), scales (E, N' / 128, K' / 128), values transposed (E, K', N') and their scales; N' is
-        `padded_width`, K' = pad(K). What pads is zero.
+        values (E, N', K'), scales (E, N' / 128, K' / 128), values transposed (E, K', N') and their scales, or two
+        tensors without elements; N' is `padded_width`, K' = pad(K). What pads is zero.
     """
     matrices = [matrix.mT if transposed else matrix for matrix in (w, w_up) if matrix is not None]
     packed = pack(split_features(matrices, gate_up))
     values, scales = quantize(torch.nn.functional.pad(packed, (0, pad(packed.shape[2]) - packed.shape[2])), SQUARE)
+    if not backward:
+        return values, scales, values.new_empty(0), scales.new_empty(0)
     return values, scales, _transposed(values), _transposed(scales)
 
 

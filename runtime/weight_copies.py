@@ -33,6 +33,11 @@ class _Entry:
     made: torch.cuda.Event | None = None
 
     @property
+    def for_backward(self) -> bool:
+        """Whether there are those that the backward reads."""
+        return self.four[2].numel() > 0
+
+    @property
     def orphaned(self) -> bool:
         """Whether some of the matrices are gone."""
         return any(storage.expired() for storage in self.storages)
@@ -58,8 +63,10 @@ class Copies:
         self._lock = threading.RLock()
         self._hooks: list[object] = []
 
-    def of(self, matrices: tuple[Tensor, ...], gate_up: str, transposed: bool) -> Four:
+    def of(self, matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool = True) -> Four:
         """What `moecompile::quantize_weights` gives for these, from before if they have not changed.
+
+        Copies for inference alone (`backward` False) are made again for training; these serve inference, too.
 
         While an optimizer makes a step, and while a CUDA graph is captured, so that each replay makes them anew, copies
         are made and not kept.
@@ -67,15 +74,17 @@ class Copies:
         capturing = matrices[0].is_cuda and torch.cuda.is_current_stream_capturing()
         with self._lock:
             if capturing or self._stepping or any(matrix.is_inference() for matrix in matrices):
-                return _made(matrices, gate_up, transposed)
+                return _made(matrices, gate_up, transposed, backward)
             key, stamp = (gate_up, transposed, *map(_place, matrices)), (self._steps, *map(_state, matrices))
             entry = self._entries.get(key)
-            if entry is None or entry.stamp != stamp or entry.orphaned:
+            if entry is None or entry.stamp != stamp or entry.orphaned or (backward and not entry.for_backward):
                 entry = None
                 self._entries.pop(key, None)  # the new copies may have the memory of the old ones
                 self._forget_orphans()
-                entry = self._entries[key] = _entry(matrices, stamp, _made(matrices, gate_up, transposed))
-            return entry.handed_over()
+                entry = self._entries[key] = _entry(matrices, stamp, _made(matrices, gate_up, transposed, backward))
+            values, scales, *others = entry.handed_over()
+            values_t, scales_t = others if backward else (each.new_empty(0) for each in others)
+            return values, scales, values_t, scales_t
 
     def watch_optimizers(self) -> None:
         """From now on a step of any optimizer of PyTorch's makes all copies old."""
@@ -129,9 +138,10 @@ def _place(matrix: Tensor) -> Hashable:
     return matrix.untyped_storage()._cdata, matrix.storage_offset()
 
 
-def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool) -> Four:
+def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool) -> Four:
+    attributes = {"gate_up": gate_up, "transposed": transposed, "backward": backward}
     with torch.no_grad():
-        four: Four = torch.ops.moecompile.quantize_weights(*matrices, gate_up=gate_up, transposed=transposed)
+        four: Four = torch.ops.moecompile.quantize_weights(*matrices, **attributes)
     return four
 
 

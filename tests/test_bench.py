@@ -32,7 +32,7 @@ def fp8(monkeypatch):
     """FP8 operators that compute in BF16; returns the list of weights that were quantised."""
     made: list[Tensor] = []
 
-    def quantize_weights(w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False):
+    def quantize_weights(w: Tensor, w_up: Tensor | None = None, **_: Any):
         made.append(w)
         return tuple(torch.zeros(3, dtype=torch.uint8) for _ in range(4))
 

@@ -155,12 +155,17 @@ def test_what_nobody_counts_has_to_be_said(made: list[int]) -> None:
 
 
 def test_inference_and_training_share_them(made: list[int]) -> None:
+    """Those of training serve inference; those made for inference are half of them."""
     kept, each, inputs = pair()
     infer(kept, inputs)
+    held = sum(copy.nbytes for entry in COPIES._entries.values() for copy in entry.four)
+    assert len(made) == 2
     assert torch.equal(run(kept, inputs)[0], run(each, inputs)[0])
+    assert held * 2 == sum(copy.nbytes for entry in COPIES._entries.values() for copy in entry.four)
+    assert torch.equal(infer(kept, inputs), infer(each, inputs))
     with torch.inference_mode():
         kept(*inputs)
-    assert len(made) == 2 and len(COPIES) == 2
+    assert len(made) == 4 and len(COPIES) == 2
 
 
 def test_weights_of_inference_mode_are_cast_each_time(made: list[int]) -> None:

@@ -140,3 +140,43 @@ def test_golden(golden) -> None:
     module(*inputs)
     (graph,) = moecompile.last_report().graphs
     golden("precision_qwen3_moe", re.sub(r"  # .*", "", graph.after))  # lines of another package's sources move
+
+
+def test_inference_casts_for_itself_alone() -> None:
+    """The transposed copies are the backward's; a graph that records gradients in a part has them."""
+    module, inputs = block_of("qwen3_moe")
+    with torch.no_grad():
+        plain = copy.deepcopy(module)(*inputs)
+    expected = plain[0] if isinstance(plain, tuple) else plain
+
+    def recording(*given: Tensor) -> Tensor:
+        with torch.enable_grad():
+            result = module(*given)
+        return result[0] if isinstance(result, tuple) else result
+
+    for function, backward in ((module, False), (recording, True)):
+        moecompile.reset()
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="moecompile", options={"precision": "fp8", "lowering": "eager"})
+        with torch.no_grad():
+            found = compiled(*inputs)
+        assert relative(found[0] if isinstance(found, tuple) else found, expected) < RESULT
+        (graph,) = moecompile.last_report().graphs
+        assert graph.after is not None and graph.after.count("backward=False") == (0 if backward else 2)
+
+
+def test_copies_for_inference_alone_cannot_be_trained_with() -> None:
+    ops = torch.ops.moecompile
+    module, (x, *_) = block_of("qwen3_moe")
+    w_in, w_out = (each for each in module.parameters() if each.dim() == 3)
+    x = x.reshape(-1, x.shape[-1]).detach().requires_grad_()
+    _, *plan = ops.plan(torch.arange(len(x)).view(-1, 1) % len(w_in), len(w_in))
+    cast = (
+        *ops.quantize_weights(w_in, gate_up="halves", backward=False),
+        *ops.quantize_weights(w_out, backward=False),
+    )
+    attributes = {"activation": "mul(silu(gate), up)", "gate_up": "halves", "output": "out", "quantized": [*cast]}
+    with torch.no_grad():
+        ops.experts_fp8(x, None, *plan, w_in, w_out, **attributes)
+    with pytest.raises(ValueError, match=r"w_in_t of quantized .* a backward needs copies of backward=True"):
+        ops.experts_fp8(x, None, *plan, w_in, w_out, **attributes)

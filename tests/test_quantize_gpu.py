@@ -60,10 +60,14 @@ def test_weights(sizes: tuple[int, int, int], gate_up: str, transposed: bool, tu
     assert hopper_quantize.takes_weights(w, w_up)
     with fenced(least=4):
         found = hopper_quantize.quantize_weights(w, w_up, gate_up, transposed)
+        alone = hopper_quantize.quantize_weights(w, w_up, gate_up, transposed, backward=False)
     expected = quantize.quantize_weights(w.cpu(), None if w_up is None else w_up.cpu(), gate_up, transposed)
     for name, one, other in zip(PARTS, found, expected, strict=True):
         assert one.is_contiguous()
         assert_same(name, one, other)
+    for name, one, other in zip(PARTS, alone, expected[:2], strict=False):
+        assert_same(name, one, other)
+    assert [each.shape for each in alone[2:]] == [(0,), (0,)]
 
 
 def test_two_matrices_that_lie_differently() -> None:

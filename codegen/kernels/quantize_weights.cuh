@@ -44,16 +44,18 @@ struct QuantizeWeights {
         fp8::Scale scale = scale_of_block(shared, pairs);
         i64 row = (expert * all_rows + row_block) * fp8::BLOCK, column = (expert * all_columns + column_block) * fp8::BLOCK;
         i64 row_bytes = i64(all_columns) * fp8::BLOCK, column_bytes = i64(all_rows) * fp8::BLOCK;
-        write(shared, arguments.same + row * row_bytes + column_block * fp8::BLOCK, row_bytes, pairs, scale.inverse);
+        u8* same = arguments.same ? arguments.same + row * row_bytes + column_block * fp8::BLOCK : nullptr;
+        write(shared, same, row_bytes, pairs, scale.inverse);
+        if (threadIdx.x == 0 && same)
+            arguments.same_scales[(expert * all_rows + row_block) * all_columns + column_block] = scale.value;
+        if (!arguments.transposed) return;
         __syncthreads();
         turn(shared);
         __syncthreads();
         fp8::write_transposed(shared.turned, arguments.transposed + column * column_bytes + row_block * fp8::BLOCK, column_bytes,
                               fp8::BLOCK);
-        if (threadIdx.x == 0) {
-            arguments.same_scales[(expert * all_rows + row_block) * all_columns + column_block] = scale.value;
+        if (threadIdx.x == 0)
             arguments.transposed_scales[(expert * all_columns + column_block) * all_rows + row_block] = scale.value;
-        }
     }
 
     // A thread has eight columns of rows threadIdx.x / 16 + 16 i.
@@ -104,7 +106,7 @@ struct QuantizeWeights {
                 narrow[pair] = ptx::pack_e4m3(low * inverse, high * inverse);
             }
             uint2 eight = make_uint2(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16);
-            *reinterpret_cast<uint2*>(to + (row + 16 * i) * pitch + column) = eight;
+            if (to) *reinterpret_cast<uint2*>(to + (row + 16 * i) * pitch + column) = eight;
             *reinterpret_cast<uint2*>(shared.tile + (row + 16 * i) * fp8::BLOCK + column) = eight;
         }
     }
