@@ -2,7 +2,8 @@
 
 Contract
 - On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/precision.py).
-- A matrix gets one if it is a parameter that the graph gets as an input, and that has one. Others keep their gradients.
+- A matrix gets one if it is a parameter that the graph gets as an input, and that has one. Others keep their gradients,
+  and are returned with the reason.
 - Inputs that there were keep their places; the new ones follow, one for each such parameter, in their order.
 
     moecompile.experts(x, ..., w_in, w_out, ...)
@@ -17,6 +18,8 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.precision import Kept
+from moecompile.passes.provenance import module_of
 from moecompile.runtime.main_gradients import KEYWORDS
 
 OPERATORS = (torch.ops.moecompile.experts.default, torch.ops.moecompile.experts_fp8.default)
@@ -24,7 +27,7 @@ PLACES = {"w_in": 5, "w_out": 6, "w_up": 7}
 """Of the matrices among the operators' arguments."""
 
 
-def add_main_gradients(graph: fx.Graph, having: Collection[int]) -> list[int]:
+def add_main_gradients(graph: fx.Graph, having: Collection[int]) -> tuple[list[int], list[Kept]]:
     """Rewrite the graph in place; the caller recompiles the GraphModule.
 
     Args:
@@ -32,20 +35,22 @@ def add_main_gradients(graph: fx.Graph, having: Collection[int]) -> list[int]:
         having: which of the graph's inputs have a main gradient.
 
     Returns:
-        of which inputs the new ones are the main gradients.
+        of which inputs the new ones are the main gradients; the modules whose matrices have none, and why.
     """
-    inputs = list(graph.find_nodes(op="placeholder"))
+    inputs, kept = list(graph.find_nodes(op="placeholder")), list[Kept]()
     places, made = {node: number for number, node in enumerate(inputs)}, dict[int, fx.Node]()
     for target in OPERATORS:
         for node in graph.find_nodes(op="call_function", target=target):
             for name, matrix in _matrices(node).items():
                 place = places.get(matrix)
                 if place is None or place not in having:
+                    why = "no parameter that the graph is given" if place is None else "it has no main gradient"
+                    kept.append(Kept(module_of(node), f"{name} ({matrix.name}): {why}"))
                     continue
                 if place not in made:
                     made[place] = inputs[-1] = _input(graph, matrix, inputs[-1])
                 node.kwargs = {**node.kwargs, KEYWORDS[name]: made[place]}
-    return [*made]
+    return [*made], kept
 
 
 def _matrices(experts: fx.Node) -> dict[str, fx.Node]:

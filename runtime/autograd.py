@@ -29,7 +29,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, attributes: dict[str, Any], main: Main, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             result, hidden = torch.ops.moecompile.experts_forward(*tensors, **attributes)
-        # main gradients are not saved: other backwards add to them before this one does
+        # main gradients are not saved: others write to them before this backward does
         ctx.attributes, ctx.main = attributes, main
         ctx.save_for_backward(hidden, *tensors)
         ctx.mark_non_differentiable(hidden)

@@ -97,7 +97,8 @@ def backward(
     Those of the matrices named in `main` are added to its tensors, float32.
     """
     if main:
-        hopper_kernels.compile_together(args, True, "fp8 adding", partial(hopper_kernels.of_adding_in_fp8, args, main))
+        kind = ("fp8 adding", *((name, each.stride()) for name, each in main.items()))
+        hopper_kernels.compile_together(args, True, kind, partial(hopper_kernels.of_adding_in_fp8, args, main))
     return _Backward(args, quantized, grad, saved, needs, main).run()
 
 

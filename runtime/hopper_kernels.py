@@ -32,12 +32,12 @@ THERE: set[Hashable] = set()
 """What decides which kernels a call needs, of the calls whose kernels have been compiled."""
 
 
-def compile_together(args: Arguments, train: bool, precision: str, named: Callable[[], list[Instance]]) -> None:
+def compile_together(args: Arguments, train: bool, kind: Hashable, named: Callable[[], list[Instance]]) -> None:
     """Compiles the kernels that are named for such a call, unless a call like it has done so."""
     key = (
         *(_layout(getattr(args, name)) for name in DIFFERENTIABLE),
         *(args.rows, args.activation, args.gate_up, args.output, args.w_in_transposed, args.w_out_transposed),
-        *(args.out_dtype, args.recompute, train, precision),
+        *(args.out_dtype, args.recompute, train, kind),
     )
     if key not in THERE:
         cubins.build(named())

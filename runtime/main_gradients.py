@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.contract import Arguments
+from moecompile.runtime.once import warn_once
 
 MATRICES = ("w_in", "w_out", "w_up")
 """What may have one."""
@@ -41,18 +42,37 @@ def check(args: Arguments, main: Mapping[str, Tensor], operator: str) -> None:
             raise TypeError(f"{words} must be float32, got {each.dtype}")
         if each.shape != matrix.shape:
             raise ValueError(f"{words} must have the shape of {name}, {tuple(matrix.shape)}, got {tuple(each.shape)}")
+        if not _is_apart(each):
+            strides = each.stride()
+            raise ValueError(f"{words} must have a place in memory for each element, got strides {strides}: clone it")
         if each.device != matrix.device:
             raise ValueError(f"{words} must be on the device of {name}, {matrix.device}, got {each.device}")
 
 
+def _is_apart(main: Tensor) -> bool:
+    """Whether no two elements share memory."""
+    reach = 1
+    for stride, size in sorted(zip(main.stride(), main.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach = max(reach, stride * size)
+    return True
+
+
 def takes(main: Mapping[str, Tensor]) -> bool:
     """Whether the kernels add to these: whole lines of 16 bytes along one of the last two dimensions."""
-    return all(
+    taken = all(
         each.data_ptr() % 16 == 0
         and 1 in each.stride()[1:]
         and all(stride % 4 == 0 for stride in each.stride() if stride != 1)
         for each in main.values()
     )
+    if not taken:
+        warn_once(
+            "gradients are rounded to the model's dtype before they are added: they do not lie in whole lines of "
+            "16 bytes"
+        )
+    return taken
 
 
 def all_of(needs: Sequence[bool], gradients: Sequence[Tensor], like: Tensor) -> tuple[Tensor, ...]:

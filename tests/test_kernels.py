@@ -225,15 +225,36 @@ def test_nothing_is_read_before_earlier_grids_are_done(instance: Instance, tmp_p
     assert waits < lets and waits < min(touches)
 
 
-@pytest.mark.parametrize(
-    "instance", [WIDE, PLAIN[0], ACTIVATED[0], BACKWARD[0], DISPATCHING[0]], ids=lambda each: each.template
-)
+WAITING = [
+    *(PLAIN[0], PLAIN[12], ADDED[0], WIDE, NARROW, ADDED[-1], BACKWARD[0], QUANTIZED_BACKWARD[0], *DISPATCHING),
+    *(ACTIVATED[0], ACTIVATED[-1], ACTIVATED[3], QUANTIZED[False][1], QUANTIZED[True][0], SCALED[1], SCALED[2]),
+]
+
+
+@pytest.mark.parametrize("instance", WAITING, ids=lambda each: each.template)
 def test_grouped_gemms_wait_for_earlier_grids(instance: GroupedGemm, tmp_path: Path) -> None:
-    """Each of the warps' ways comes by a wait: the consumers', the producer's, that of those beside it."""
+    """Each role by itself: consumers before anything, the producer, those beside it, and who fills the ring early."""
     names = [name for name, _ in sass.machine(instance, tmp_path).operations]
-    roles = [i for i, name in enumerate(names) if name.startswith("USETMAXREG")]
-    waits, lets = ([i for i, name in enumerate(names) if name == kind] for kind in ("ACQBULK", "PREEXIT"))
-    assert waits[0] < roles[0], "where nothing is begun early, all wait before anything is read"
-    for begin, end in zip(roles, (*roles[1:], len(names)), strict=True):
-        assert any(begin < i < end for i in waits), "a way without a wait"
-    assert lets and all(any(wait < let for wait in waits) for let in lets)
+    (consumers,), (producers,) = (
+        [i for i, name in enumerate(names) if name.startswith(f"USETMAXREG.{kind}")]
+        for kind in ("TRY_ALLOC", "DEALLOC")
+    )
+    assert consumers < producers
+
+    def places(*kinds: str, begin: int = 0, end: int = len(names)) -> list[int]:
+        return [i for i, name in enumerate(names) if begin <= i < end and name.startswith(kinds)]
+
+    assert places("ACQBULK")[0] < min(place for place in places(*MEMORY) if not names[place].startswith("UTMACCTL"))
+    first = places("ACQBULK", begin=consumers, end=producers)[0]
+    assert not places(*MEMORY, begin=consumers, end=first), "consumers touch memory before they wait"
+    waits = places("ACQBULK", begin=producers)
+    early = not instance.over_rows and (
+        isinstance(instance.epilogue, Plain)
+        or (isinstance(instance.epilogue, Activated) and not (instance.quantized and instance.epilogue.save))
+    )
+    assert len(waits) == 2 + early
+    assert not places("UTMALDG.2D", begin=producers, end=waits[0]), "rows are loaded before earlier grids are done"
+    assert not places("LDG.E.CONSTANT", "STG", "ATOM", "RED.", begin=producers, end=waits[0])
+    for let in places("PREEXIT"):
+        assert any(let - 3 <= wait < let for wait in waits), "the next grid may begin, and nobody has waited"
+    assert places("PREEXIT")

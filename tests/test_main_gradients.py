@@ -169,8 +169,7 @@ def test_the_option(name: str, options: dict[str, Any], lowering: str) -> None:
         torch.manual_seed(turn)
         batch = tuple(torch.randn_like(each) for each in inputs)
         for one in (plain, adding):
-            result = one(*batch)
-            (result[0] if isinstance(result, tuple) else result).square().mean().backward()
+            backward(one(*batch))
         for parameter, each in plain.named_parameters():
             sums[parameter] += 0 if each.grad is None else each.grad.float()
             each.grad = None
@@ -196,19 +195,79 @@ def test_the_graph_shows_where_gradients_go() -> None:
 def test_nobody_has_one(caplog: pytest.LogCaptureFixture) -> None:
     module, inputs = block_of("qwen3_moe")
     adding = compiled(module, lowering="eager", main_grad=True)
-    result = adding(*inputs)
-    (result[0] if isinstance(result, tuple) else result).sum().backward()
-    assert "Before the first call give each one: parameter.main_grad" in caplog.text
+    backward(adding(*inputs))
+    assert "w_in (" in caplog.text and "it has no main gradient. Before the first call give each one" in caplog.text
     assert all(each.grad is not None for each in adding.parameters())
 
 
-def test_one_that_is_gone_is_an_error() -> None:
+def test_one_that_is_gone_or_another_is_an_error() -> None:
     module, inputs = block_of("qwen3_moe")
     adding = compiled(module, lowering="eager", main_grad=True)
     give(adding)
     adding(*inputs)
-    for each in adding.parameters():
-        if hasattr(each, "main_grad"):
-            del each.main_grad
+    parameters = [each for each in adding.parameters() if hasattr(each, "main_grad")]
+    for each in parameters:
+        each.main_grad = torch.zeros_like(each)
+    with pytest.raises(RuntimeError, match=r"a main_grad was .*float32.* and is .*bfloat16"):
+        adding(*inputs)
+    for each in parameters:
+        del each.main_grad
     with pytest.raises(RuntimeError, match="has no main_grad any more, which its compiled graph adds to"):
         adding(*inputs)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_micro_batches_in_flight(lowering: str) -> None:
+    """Two forwards before their backwards, and main gradients that are cleared in between."""
+    module, inputs = block_of("qwen3_moe")
+    adding = compiled(module, lowering=lowering, main_grad=True)
+    main = give(adding)
+    backward(adding(*inputs))
+    once = {name: each.clone() for name, each in main.items()}
+    first, second = adding(*inputs), adding(*inputs)
+    for each in main.values():
+        each.zero_()
+    for result in (first, second):
+        backward(result)
+    assert any(each.any() for each in once.values())
+    for name, each in main.items():
+        torch.testing.assert_close(each, 2 * once[name])
+
+
+def test_hooks_of_saved_tensors_are_refused() -> None:
+    """They would unpack copies, and what is added to a copy is lost. Checkpoints compute again, and unpack none."""
+    module, inputs = block_of("qwen3_moe")
+    adding = compiled(module, lowering="eager", main_grad=True)
+    main = give(adding)
+    backward(adding(*inputs))
+    once = {name: each.clone() for name, each in main.items()}
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        pytest.raises(RuntimeError, match="does not go with hooks of saved tensors"),
+    ):
+        adding(*inputs)
+    backward(torch.utils.checkpoint.checkpoint(adding, *inputs, use_reentrant=False))
+    for name, each in main.items():
+        torch.testing.assert_close(each, 2 * once[name])
+
+
+def test_checkpointed_regions_keep_their_gradients(caplog: pytest.LogCaptureFixture) -> None:
+    module, inputs = block_of("qwen3_moe")
+    give(module)
+
+    def run(*given: Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(module, *given, use_reentrant=False)
+
+    backward(torch.compile(run, backend="moecompile", options={"lowering": "eager", "main_grad": True})(*inputs))
+    assert "inside a checkpointed or another nested region gradients of matrices go to parameter.grad" in caplog.text
+    assert all(each.grad is not None for each in module.parameters())
+
+
+def test_elements_that_share_memory_are_refused() -> None:
+    call = Call(fp8=False)
+    with pytest.raises(ValueError, match="must have a place in memory for each element"):
+        call({"w_out": torch.zeros(()).expand(call.matrices["w_out"].shape)})
+
+
+def backward(result: Any) -> None:
+    (result[0] if isinstance(result, tuple) else result).square().mean().backward()

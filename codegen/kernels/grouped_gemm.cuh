@@ -15,8 +15,8 @@
 //
 //     offsets      (E,) int32: the end of each expert's rows, on the device; nobody else knows how many there are
 //
-// Rows need not be there when the kernel begins: it may dispatch them itself (feed.cuh), by three warps that have nothing else
-// to do.
+// Rows need not be there when the kernel begins: it may dispatch them itself (feed.cuh), by the three warps beside the
+// producer's, of which one may fill the ring for the first time before.
 //
 // A persistent block is a producer warp, which moves tiles into a ring of stages in shared memory by bulk tensor copies,
 // and two consumer warpgroups, each of which multiplies 64 rows of the tile and writes them out on its own. Two blocks of
@@ -113,7 +113,7 @@ struct GroupedGemm {
             ptx::prefetch_map(&arguments.a);
             ptx::prefetch_map(&arguments.b);
         }
-        if (!begins(arguments)) ptx::wait_for_earlier_grids();
+        if (!begins(arguments)) ptx::wait_for_earlier_grids();  // each role waits all the same: then it is free
         if (threadIdx.x / 32 == 1) {
             i32 count = schedule_of(arguments).count();
             if (threadIdx.x == 32) shared.tile_count = count;
@@ -122,7 +122,7 @@ struct GroupedGemm {
         if (CLUSTER > 1) ptx::cluster_sync();
         if (group == CONSUMERS) {
             ptx::give_registers<504 - CONSUMERS * Epilogue::REGISTERS>();  // of 512 for a thread of each warpgroup
-            i32 rows = Feed::BESIDE ? arguments.offsets[arguments.experts - 1] : 0;
+            i32 rows = Feed::BESIDE ? __ldcg(arguments.offsets + arguments.experts - 1) : 0;
             if (threadIdx.x / 32 == CONSUMERS * 4)
                 produce(shared, arguments, rows);
             else
@@ -154,6 +154,7 @@ struct GroupedGemm {
     static __device__ __forceinline__ void produce(Shared& shared, const Arguments& arguments, i32 rows) {
         Schedule schedule = schedule_of(arguments);
         u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
+        // of the first tile, stages that another warp fills (`begin`): behind them the ring is in its second round if it is full
         i32 begun = begins(arguments) ? stages_begun(arguments) : 0, stage = begun % STAGES;
         u32 parity = begun < STAGES;
         ptx::wait_for_earlier_grids();
@@ -183,7 +184,7 @@ struct GroupedGemm {
             first = arguments.b_scales + (i64(OVER_ROWS ? 0 : tile.expert) * arguments.b_scale_blocks + block) * stride;
             second = min(PAIRED ? arguments.b_scale_pair : 1, last) * stride;
         }
-        __device__ __forceinline__ float at(i32 part, i32 block) const { return __ldg(first + part * second + block); }
+        __device__ __forceinline__ const float* at(i32 part, i32 block) const { return first + part * second + block; }
     };
 
     // A tile's stages, but for the first ones of K, `skipped`. The scales of b are read a stage ahead: nothing may come between a free stage and its copies.
@@ -195,7 +196,7 @@ struct GroupedGemm {
         float ahead[PARTS];
 #pragma unroll
         for (i32 part = 0; SCALED && part < PARTS; part++)
-            ahead[part] = scales.at(part, min(k / 128, arguments.b_scale_stride - 1));
+            ahead[part] = __ldg(scales.at(part, min(k / 128, arguments.b_scale_stride - 1)));
         do {  // a tile has a stage even where there is nothing to sum
             ptx::barrier_wait(&shared.empty[stage], parity);
             i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
@@ -207,7 +208,7 @@ struct GroupedGemm {
                 load_matrix(shared, arguments, tile, k, stage, rank);
             }
 #pragma unroll
-            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = scales.at(part, next);
+            for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales.at(part, next));
             advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
@@ -285,7 +286,7 @@ struct GroupedGemm {
         if (lane == 0) shared.tiles[0] = tile;
         if (SCALED && lane < stages) {
             MatrixScales scales(arguments, tile);
-            for (i32 part = 0; part < PARTS; part++) shared.b_scales[lane][part] = scales.at(part, lane);
+            for (i32 part = 0; part < PARTS; part++) shared.b_scales[lane][part] = __ldcg(scales.at(part, lane));
         }
         __syncwarp();
         if (ptx::elect()) {

@@ -20,22 +20,6 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- launches. A grid may begin while those before it still run (runtime/launch.py): its first steps then cost nothing
-
-// Until all that was launched before is done, and what it wrote can be seen. Before, nothing of it may be read, and nothing
-// at all may be written. Loads by __ldg are of what never changes, to the compiler, which moves them as it likes: a test
-// looks where they are (tests/test_kernels.py).
-__device__ __forceinline__ void wait_for_earlier_grids() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// The next grid may begin. Whoever says so has waited himself: so the next may rely, before it waits, on all that was there
-// before this one.
-__device__ __forceinline__ void let_next_grid_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void take_turn() {
-    wait_for_earlier_grids();
-    let_next_grid_begin();
-}
-
 // ---- clusters
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -82,6 +66,7 @@ __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
 
 // Bytes will come of which nobody who arrives has spoken; the barrier waits for them and for everybody.
 __device__ __forceinline__ void barrier_expect_more(u64* barrier, u32 bytes) {
+    delay();
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
@@ -116,6 +101,26 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
 __device__ __forceinline__ void named_barrier(u32 number, u32 threads) {
     delay();
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// ---- launches. A grid may begin while those before it still run (runtime/launch.py): its first steps then cost nothing
+
+// Until all that was launched before is done, and what it wrote can be seen. Before, nothing of it may be read, and nothing
+// at all may be written. Loads by __ldg are of what never changes, to the compiler, which moves them as it likes: a test
+// looks where they are (tests/test_kernels.py).
+__device__ __forceinline__ void wait_for_earlier_grids() {
+    delay();
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The next grid may begin. Whoever says so has waited himself: so the next may rely, before it waits, on all that was there
+// before this one, and reads it past L1, which may hold what was there before that.
+__device__ __forceinline__ void let_next_grid_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void take_turn() {
+    wait_for_earlier_grids();
+    delay();
+    let_next_grid_begin();
 }
 
 // ---- bulk tensor copies

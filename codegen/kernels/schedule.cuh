@@ -69,8 +69,8 @@ struct RowSchedule {
     __device__ __forceinline__ void load() {
         i32 expert = first + lane;
         bool real = expert < experts;
-        end = real ? offsets[expert] : 0;
-        begin = real && expert ? offsets[expert - 1] : 0;
+        end = real ? __ldcg(offsets + expert) : 0;  // maybe before earlier grids are done (ptx.cuh)
+        begin = real && expert ? __ldcg(offsets + expert - 1) : 0;
         last = tiles(end - begin);
         for (i32 step = 1; step < 32; step *= 2) {
             i32 other = __shfl_up_sync(~0u, last, step);
