@@ -67,16 +67,15 @@ def moecompile(
     # 4. On request, more comes in from outside: what the weights' gradients are added to, and the weights' FP8 copies,
     #    kept there until the weights change.
     lifted: list[Lifted] = []
-    added: list[int] = []
-    inputs = list(example_inputs)
+    added = None
     if chosen.main_grad:
-        gm, example_inputs, added = main_gradients.lift(gm, inputs, record)
+        gm, example_inputs, added = main_gradients.lift(gm, example_inputs, record)
     if chosen.fp8_cache_weights:
         gm, example_inputs, lifted = cached.lift(gm, example_inputs, record)
 
     # 5. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     compiled = cached.with_copies(lowering.lower(gm, example_inputs, chosen, record, name), lifted)
-    compiled = main_gradients.with_main_gradients(compiled, added, inputs)
+    compiled = main_gradients.with_main_gradients(compiled, added)
 
     # 6. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

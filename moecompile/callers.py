@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
 import weakref
@@ -33,11 +34,11 @@ def caller() -> Caller:
     modules: dict[int, nn.Module] = {}
     function: CodeType | None = None
     for frame in _stack(sys._getframe()):
-        owner = frame.f_locals.get("self")
+        owner = _local(frame, "self")
         if isinstance(owner, nn.Module) and type(owner).__name__ != "OptimizedModule":
             modules[id(owner)] = owner
         if _is_entry(frame):
-            function = getattr(frame.f_locals.get("fn"), "__code__", function)
+            function = getattr(_local(frame, "fn"), "__code__", function)
     # A weak reference, because what a report holds lives as long as the process.
     model = weakref.ref(list(modules.values())[-1]) if modules else function
     return Caller(model, nested=len(modules) > 1)
@@ -66,6 +67,22 @@ def given_up() -> list[Stop]:
         if _is_entry(frame):  # what called it was never compiled, now at least
             stops = found[::-1]
     return stops
+
+
+def _local(frame: FrameType, name: str) -> Any:
+    """A local variable of a function's frame; None if there is none of that name.
+
+    Before Python 3.13 a frame keeps what it was asked for, all of its variables, until it ends: a model that its caller
+    deletes would live on. So it is let go of.
+    """
+    code = frame.f_code
+    if name not in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+        return None
+    local = frame.f_locals
+    value = local.get(name)
+    if sys.version_info < (3, 13) and code.co_flags & inspect.CO_NEWLOCALS and code.co_flags & inspect.CO_OPTIMIZED:
+        local.clear()  # a snapshot, made anew whenever somebody asks
+    return value
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:

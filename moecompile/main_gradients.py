@@ -1,9 +1,14 @@
-"""The option `main_grad`: gradients of the experts' matrices are added to `parameter.main_grad`, in float32."""
+"""The option `main_grad`: gradients of the experts' matrices are added to `parameter.main_grad`, in float32.
+
+Main gradients are inputs of the compiled graph, which its backward writes. AOTAutograd saves them for it, and it adds
+to them whatever it is asked for: so it is refused where sums would be lost, or go where nobody asked for them.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,76 +21,155 @@ from moecompile.report import GraphReport
 
 log = logging.getLogger("moecompile")
 
-GIVE = "Before the first call give each one: parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)"
+GIVE = "Before the first call give it one: parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)"
 NESTED = "inside a checkpointed or another nested region gradients of matrices go to parameter.grad"
 AGAIN = "call torch._dynamo.reset() and compile the model again"
+HOOKS = (
+    "main_grad does not go with hooks of saved tensors (torch.autograd.graph.save_on_cpu, saved_tensors_hooks): what "
+    "they unpack is a copy, and gradients added to it would be lost. Call the model outside of them, or leave one of "
+    "the two out"
+)
 
 
-def lift(gm: fx.GraphModule, inputs: Sequence[Any], record: GraphReport) -> tuple[fx.GraphModule, list[Any], list[int]]:
-    """The graph with main gradients as inputs of their own.
+@dataclass(frozen=True)
+class Lifted:
+    """What a compiled graph takes beside its inputs.
+
+    Attributes:
+        layouts: of the main gradients, by the places of their parameters among the inputs, in the graph's order.
+        names: of all inputs that are matrices of experts, by their places.
+    """
+
+    layouts: Mapping[int, Hashable]
+    names: Mapping[int, str]
+
+
+def lift(
+    gm: fx.GraphModule, inputs: Sequence[Any], record: GraphReport
+) -> tuple[fx.GraphModule, list[Any], Lifted | None]:
+    """The graph with main gradients as inputs of their own; as it was where nobody may differentiate it.
 
     Dynamo goes on reading its own graph, which stays as it is.
 
     Returns:
-        the graph, the inputs of the call that is being compiled with the main gradients behind them, and of which
-        inputs these are.
+        the graph, the inputs of the call that is being compiled with examples of main gradients behind them, and what
+        they are.
+
+    Raises:
+        TypeError, ValueError: something else than a main gradient.
     """
-    having = [place for place, each in enumerate(inputs) if _main_of(each) is not None]
+    if not torch.is_grad_enabled():
+        return gm, list(inputs), None
+    having = {place: main for place, each in enumerate(inputs) if (main := _main_of(each)) is not None}
     graph, _ = copy_graph(gm.graph)
     for node in graph.find_nodes(op="placeholder"):
         node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
-    added, kept = add_main_gradients(graph, having)
-    for each in kept:
+    done = add_main_gradients(graph, having)
+    for each in done.kept:
         _say(record, f"a gradient of {each.module or 'the function'} goes to parameter.grad: {each.reason}. {GIVE}")
     nested = (body for path, body in bodies_of(gm).items() if path)
     if any(node.target in OPERATORS for body in nested for node in body.graph.nodes):
         _say(record, NESTED)
-    if not added:
-        return gm, list(inputs), []
+    for place in done.inputs:
+        _check(done.names[place], having[place], inputs[place])
+    lifted = Lifted({place: _layout(having[place]) for place in done.inputs}, done.names)
+    if not done.inputs:
+        return gm, list(inputs), lifted if done.names else None
     made = with_graph(gm, graph)
-    record.notes.append(f"gradients of {len(added)} matrices are added to their parameters' main_grad")
+    count = len(done.inputs)
+    record.notes.append(f"gradients of {count} {'matrix' if count == 1 else 'matrices'} are added to a main_grad")
     record.after = text_of(made)
-    return made, [*inputs, *_of(added, inputs)], added
+    # examples, not these very tensors: those that share one buffer would be compiled as parts of it
+    return made, [*inputs, *(node.meta["example_value"] for node in done.inputs.values())], lifted
 
 
-def with_main_gradients(
-    compiled: Callable[..., Any], added: Sequence[int], inputs: Sequence[Any]
-) -> Callable[..., Any]:
-    """What takes a call's inputs and gives the compiled graph the main gradients as well.
-
-    Args:
-        compiled: the graph.
-        added: of which inputs it takes the main gradients.
-        inputs: of the call that it was compiled for.
-    """
-    expected = [_layout(main) for main in _of(added, inputs)]
+def with_main_gradients(compiled: Callable[..., Any], lifted: Lifted | None) -> Callable[..., Any]:
+    """What takes a call's inputs and gives the compiled graph the main gradients as well."""
+    if lifted is None:
+        return compiled
 
     def call(*given: Any) -> Any:
-        if torch.is_grad_enabled():
-            _refuse_hooks()
-        found = _of(added, given)
-        for main, layout in zip(found, expected, strict=True):
-            if _layout(main) != layout:
-                words = f"a main_grad was {layout} when its graph was compiled, and is {_layout(main)} now"
-                raise RuntimeError(f"moecompile: {words} (shape, strides, dtype, device): give it the same, or {AGAIN}")
-        return compiled(*given, *found)
+        found = _of(lifted, given)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) if found else None
+        if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
+            raise RuntimeError(f"moecompile: {HOOKS}")
+        # AOTAutograd saves them for the backward. Others write to them before: nobody is to count these writes
+        results = compiled(*given, *(main.data for main in found))
+        _watch_backward(results, [(given[place], main) for place, main in zip(lifted.layouts, found, strict=True)])
+        return results
 
-    return call if added else compiled
+    return call
 
 
-def _of(added: Sequence[int], given: Sequence[Any]) -> list[Tensor]:
-    """The main gradients of those inputs of a call; raises RuntimeError where there is none any more."""
-    found = list[Tensor]()
-    for place in added:
-        main = _main_of(given[place])
-        if main is None:
-            words = f"a parameter of shape {tuple(given[place].shape)} has no main_grad any more"
+def _of(lifted: Lifted, given: Sequence[Any]) -> list[Tensor]:
+    """The main gradients of a call; raises RuntimeError if they are not what the graph was compiled for."""
+    for place, name in lifted.names.items():
+        if (_main_of(given[place]) is not None) != (place in lifted.layouts):
+            had, has = ("one", "none") if place in lifted.layouts else ("none", "one")
             raise RuntimeError(
-                f"moecompile: {words}, which its compiled graph adds to: give it one of float32, or {AGAIN}"
+                f"moecompile: main_grad: the parameter {name} had {had} when its graph was compiled, and has {has} now "
+                "(layers that are compiled by themselves share graphs). Give all of them one before the first call, or "
+                f"{AGAIN}"
             )
-        # AOTAutograd saves it for the backward. Others write to it before: nobody is to count these writes
-        found.append(main.data)
+    found = [given[place].main_grad for place in lifted.layouts]
+    for main, (place, layout) in zip(found, lifted.layouts.items(), strict=True):
+        if _layout(main) != layout:
+            raise RuntimeError(
+                f"moecompile: the main_grad of {lifted.names[place]} was {layout} when its graph was compiled, and is "
+                f"{_layout(main)} now (shape, strides, dtype, device): give it the same, or {AGAIN}"
+            )
+    ends = 0
+    for begin, end in sorted((main.data_ptr(), _end(main)) for main in found):
+        if begin < ends:
+            names = ", ".join(lifted.names[place] for place in lifted.layouts)
+            raise RuntimeError(f"moecompile: main gradients of {names} overlap in memory: give each its own part")
+        ends = end
     return found
+
+
+def _watch_backward(results: Iterable[Any], pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Has the backward refuse what it would do wrong."""
+    node = _backward_of(results) if pairs else None
+    if node is None:
+        return
+
+    def check(_: Any) -> None:
+        for parameter, main in pairs:
+            now = _main_of(parameter)
+            if now is None or now.data_ptr() != main.data_ptr():
+                raise RuntimeError(
+                    "moecompile: a main_grad was taken away or given anew between a forward and its backward, which "
+                    "adds to the former one. Clear it in place: parameter.main_grad.zero_()"
+                )
+            if not _is_asked_for(parameter):
+                raise RuntimeError(
+                    "moecompile: this backward asks for gradients of other tensors alone (torch.autograd.grad, or "
+                    "backward(inputs=...)), and would add to main gradients all the same. Call backward() without "
+                    "inputs, or compile the model for this without main_grad"
+                )
+
+    node.register_prehook(check)
+
+
+def _backward_of(results: Iterable[Any]) -> Any:
+    """AOTAutograd's node in the graph of the results; None if there is none near them."""
+    nodes = [each.grad_fn for each in results if isinstance(each, torch.Tensor) and each.grad_fn is not None]
+    for _ in range(3):
+        for node in nodes:
+            if "CompiledFunction" in node.name():
+                return node
+        nodes = [following for node in nodes for following, _ in node.next_functions if following is not None]
+    return None
+
+
+def _is_asked_for(parameter: nn.Parameter) -> bool:
+    """Whether the backward that is running adds to the parameter's gradient."""
+    if torch._C._current_graph_task_id() == -1:  # not PyTorch's engine: a compiled backward, which has no such question
+        return True
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # the engine does not say of leaves in torch.autograd.grad
+        return False
 
 
 def _main_of(given: Any) -> Tensor | None:
@@ -94,19 +178,23 @@ def _main_of(given: Any) -> Tensor | None:
     return main if isinstance(main, torch.Tensor) else None
 
 
+def _check(name: str, main: Tensor, parameter: Tensor) -> None:
+    if main.dtype != torch.float32:
+        raise TypeError(f"moecompile: the main_grad of {name} must be float32, got {main.dtype}")
+    for what in ("shape", "device"):
+        was, is_now = getattr(parameter, what), getattr(main, what)
+        if was != is_now:
+            raise ValueError(f"moecompile: the main_grad of {name} must have its {what}, {was}, got {is_now}")
+
+
 def _layout(main: Tensor) -> Hashable:
     return tuple(main.shape), main.stride(), main.dtype, main.device
 
 
-def _refuse_hooks() -> None:
-    """Raises RuntimeError under hooks of saved tensors, which may give the backward copies; checkpoints give none."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint":
-        raise RuntimeError(
-            "moecompile: main_grad does not go with hooks of saved tensors (torch.autograd.graph.save_on_cpu, "
-            "saved_tensors_hooks): what they unpack is a copy, and gradients added to it would be lost. Call the "
-            "model outside of them, or leave one of the two out"
-        )
+def _end(main: Tensor) -> int:
+    """Behind its last element in memory."""
+    last = sum(stride * (size - 1) for stride, size in zip(main.stride(), main.shape, strict=True))
+    return main.data_ptr() + main.element_size() * (last + 1) * (main.numel() > 0)
 
 
 def _say(record: GraphReport, note: str) -> None:

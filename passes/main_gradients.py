@@ -12,12 +12,15 @@ Contract
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
-from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.precision import Kept
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.main_gradients import KEYWORDS
@@ -27,30 +30,45 @@ PLACES = {"w_in": 5, "w_out": 6, "w_up": 7}
 """Of the matrices among the operators' arguments."""
 
 
-def add_main_gradients(graph: fx.Graph, having: Collection[int]) -> tuple[list[int], list[Kept]]:
+@dataclass
+class Added:
+    """What was done.
+
+    Attributes:
+        inputs: the new ones, by the place of the parameter that each belongs to.
+        names: of all inputs that are matrices of experts, by their places.
+        kept: modules with a matrix whose gradient stays one, and why.
+    """
+
+    inputs: dict[int, fx.Node] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    kept: list[Kept] = field(default_factory=list)
+
+
+def add_main_gradients(graph: fx.Graph, having: Mapping[int, Tensor]) -> Added:
     """Rewrite the graph in place; the caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
-        having: which of the graph's inputs have a main gradient.
-
-    Returns:
-        of which inputs the new ones are the main gradients; the modules whose matrices have none, and why.
+        having: the main gradients of the graph's inputs that have one, by their places.
     """
-    inputs, kept = list(graph.find_nodes(op="placeholder")), list[Kept]()
-    places, made = {node: number for number, node in enumerate(inputs)}, dict[int, fx.Node]()
+    inputs, done = list(graph.find_nodes(op="placeholder")), Added()
+    places = {node: number for number, node in enumerate(inputs)}
     for target in OPERATORS:
         for node in graph.find_nodes(op="call_function", target=target):
             for name, matrix in _matrices(node).items():
                 place = places.get(matrix)
+                if place is not None:
+                    done.names[place] = matrix.name.rstrip("_")
                 if place is None or place not in having:
-                    why = "no parameter that the graph is given" if place is None else "it has no main gradient"
-                    kept.append(Kept(module_of(node), f"{name} ({matrix.name}): {why}"))
+                    why = "is no parameter that the graph is given" if place is None else "has no main_grad"
+                    done.kept.append(Kept(module_of(node), f"{name} ({matrix.name}) {why}"))
                     continue
-                if place not in made:
-                    made[place] = inputs[-1] = _input(graph, matrix, inputs[-1])
-                node.kwargs = {**node.kwargs, KEYWORDS[name]: made[place]}
-    return [*made], kept
+                if place not in done.inputs:
+                    last = next(reversed(done.inputs.values()), inputs[-1])
+                    done.inputs[place] = _input(graph, matrix, having[place], last)
+                node.kwargs = {**node.kwargs, KEYWORDS[name]: done.inputs[place]}
+    return done
 
 
 def _matrices(experts: fx.Node) -> dict[str, fx.Node]:
@@ -62,11 +80,13 @@ def _matrices(experts: fx.Node) -> dict[str, fx.Node]:
     return {name: matrix for name, matrix in found.items() if isinstance(matrix, fx.Node)}
 
 
-def _input(graph: fx.Graph, matrix: fx.Node, last: fx.Node) -> fx.Node:
+def _input(graph: fx.Graph, matrix: fx.Node, main: Tensor, last: fx.Node) -> fx.Node:
     """A new input behind the `last` one, for the main gradient of a matrix."""
     with graph.inserting_after(last):
         made = graph.placeholder(f"{matrix.name.rstrip('_')}_main_grad")
     made._dynamo_source = None  # AOTAutograd asks where inputs come from: not from the user's code
     like = fake_of(matrix)
-    made.meta["example_value"] = empty_fake(like, tuple(like.shape), torch.float32)
+    with like.fake_mode if isinstance(like, FakeTensor) else contextlib.nullcontext():
+        example = torch.empty_strided(main.shape, main.stride(), dtype=main.dtype, device=main.device)
+    made.meta["example_value"] = example
     return made

@@ -152,6 +152,13 @@ def run(
     return Run(result.detach(), {name: each for name, each in zip(wanted, found, strict=True) if each is not None})
 
 
+def main_of(tensors: Tensors, turned: bool) -> dict[str, Tensor]:
+    """Main gradients of all matrices, laid out as they are or the other way."""
+    found = {name: tensors[name] for name in ("w_in", "w_out", "w_up")}
+    laid = {name: each.mT.contiguous().mT if turned else each for name, each in found.items() if each is not None}
+    return {name: torch.full_like(each, 0.25, dtype=torch.float32) for name, each in laid.items()}
+
+
 def exact(block: Block, tensors: Tensors, cotangent: Tensor | None = None) -> Run:
     """The same in float64, casts included: they are to rounded what it computes, which float64 does not."""
     wide = {name: None if value is None else value.double() for name, value in tensors.items()}

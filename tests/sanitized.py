@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from gpu_blocks import GPT_OSS, Block, run
+from gpu_blocks import GPT_OSS, Block, main_of, run
 from moecompile import bench_proof
 from moecompile.runtime import hopper_experts, hopper_fp8, hopper_routing
 
@@ -31,7 +31,7 @@ BLOCKS = (
 
 
 def main(precisions: list[str]) -> None:
-    """Forward and backward of each block in each precision: rows saved or not, dispatched before or beside."""
+    """Forward and backward of each block in each precision: rows saved or not, dispatched or not; main ones."""
     with bench_proof.launched() as names:
         for precision in precisions:
             for block in BLOCKS:
@@ -42,6 +42,10 @@ def main(precisions: list[str]) -> None:
                 for recompute, hopper_routing.BESIDE in itertools.product((False, True), (0, 1 << 60)):
                     found = run(block, tensors, fp8=fp8, recompute=recompute)
                     assert all(value.isfinite().all() for value in found.all().values()), block.name
+                for turned in (False, True):
+                    main = main_of(tensors, turned)
+                    run(block, tensors, fp8=fp8, main=main)
+                    assert all(value.isfinite().all() for value in main.values()), block.name
     torch.cuda.synchronize()
     print(f"{len(names)} launches of {len(set(names))} kernels: {', '.join(sorted(set(names)))}")
 

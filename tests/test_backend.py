@@ -416,3 +416,15 @@ def test_a_transform_inside_a_compiled_function_is_left_alone(caplog: Any):
         torch.testing.assert_close(actual, expected)
     assert sites() == 1  # the one outside
     assert pipeline.TRANSFORMED in graphs()[0].notes
+
+
+def test_models_are_let_go_while_their_caller_runs() -> None:
+    """Whose frame was looked at when they were compiled."""
+    model = nn.Linear(4, 4)
+    model.compile(backend="moecompile", options={"lowering": "eager"})
+    model(torch.randn(2, 4))
+    reference = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert reference() is None

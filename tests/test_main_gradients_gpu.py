@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import test_experts_fp8_gpu
 import test_experts_gpu
-from gpu_blocks import Block, run
+from gpu_blocks import Block, main_of, run
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -22,13 +21,6 @@ CASES = [
     for fp8, blocks in ((False, test_experts_gpu.BLOCKS), (True, test_experts_fp8_gpu.BLOCKS))
     for block in blocks
 ]
-
-
-def main_of(tensors: dict[str, Tensor | None], turned: bool) -> dict[str, Tensor]:
-    """Main gradients of all matrices, laid out as they are or the other way."""
-    found = {name: tensors[name] for name in ("w_in", "w_out", "w_up")}
-    laid = {name: each.mT.contiguous().mT if turned else each for name, each in found.items() if each is not None}
-    return {name: torch.full_like(each, 0.25, dtype=torch.float32) for name, each in laid.items()}
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["alike", "turned"])
