@@ -7,7 +7,8 @@
 
 A tensor has a place: the call's tensors first, then those that are made, in their order. Views that only kernels are
 told of are not made again, since where they begin in what they are a view of stays the same. A tensor is dropped when
-nobody uses it any more, and a step whose results nobody uses is left out, unless it writes into something.
+nobody uses it any more, and a step whose results nobody uses is left out, unless it writes into something. Small
+tensors that only kernels are told of are made together (`moecompile.runtime.workspace`).
 
 What a call does must follow from the call's signature: what asks the host for values, or for how many there are, is
 refused. Launches are noted by `Launch.run`, of the thread that records.
@@ -15,8 +16,10 @@ refused. Launches are noted by `Launch.run`, of the thread that records.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +31,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moecompile.runtime import launch
 from moecompile.runtime.launch import Boxes, Launch, Mapped, described
+from moecompile.runtime.workspace import Life, lay_out
 
 Hole = tuple[int, int, int, Boxes | None]
-"""An argument's position; in which place the tensor is whose address it is, plus how many bytes; what is told of the
-tensor there, if not the address."""
+"""An argument's position; in which place the tensor is whose address it is (or WORKSPACE), plus how many bytes; what is
+told of the tensor there, if not the address."""
+WORKSPACE = -1
+"""Stands for the place of the memory that small tensors share."""
+SHARED = 32 * 2**20
+"""Bytes of that memory, at most. What is larger than this is better given back as soon as it may be."""
 MAKING = {torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default}
 
 
@@ -243,6 +251,41 @@ def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[tuple[Step, t
     return kept[::-1]
 
 
+def _sharing(
+    steps: Sequence[tuple[Step, tuple[int, ...]]], results: Set[int]
+) -> tuple[list[tuple[Step, tuple[int, ...]]], int]:
+    """The steps where what only kernels are told of lies in one workspace, and its size; unchanged if it is large."""
+    lives, outside = dict[int, Life](), {*results}
+    for number, (step, _) in enumerate(steps):
+        if isinstance(step, _Made):
+            lives[step.place] = Life(step.like.element_size() * math.prod(step.shape), number, number)
+        elif isinstance(step, _Called):
+            outside |= {*step.uses, *step.makes}
+        else:
+            for place in {*step.uses} & lives.keys():
+                lives[place] = dataclasses.replace(lives[place], end=number)
+    inside = [place for place in lives if place not in outside]
+    offsets, size = lay_out([lives[place] for place in inside])
+    if size > SHARED or len(inside) < 2:
+        return list(steps), 0
+    at, kept = dict(zip(inside, offsets, strict=True)), list[tuple[Step, tuple[int, ...]]]()
+    for step, dropped in steps:
+        if not (isinstance(step, _Made) and step.place in at):
+            kept.append((_moved(step, at), tuple(place for place in dropped if place not in at)))
+    return kept, size
+
+
+def _moved(step: Step, at: Mapping[int, int]) -> Step:
+    """The step, told of the workspace in place of tensors that lie in it."""
+    if not isinstance(step, _Launched):
+        return step
+    holes = (
+        (i, WORKSPACE, at[place] + offset, boxes) if place in at else (i, place, offset, boxes)
+        for i, place, offset, boxes in step.holes
+    )
+    return dataclasses.replace(step, holes=tuple(holes))
+
+
 class Program:
     """The steps of a call, for others of its signature.
 
@@ -260,8 +303,11 @@ class Program:
         count: int,
         devices: Sequence[int],
     ) -> None:
-        self.steps, self.results, self.count, self.devices = steps, results, count, devices
+        self.results, self.count, self.devices = results, count, devices
         self.calls = any(isinstance(step, _Called) for step, _ in steps)
+        self.steps, self.workspace = _sharing(steps, {*results})
+        like = next((step.like for step, _ in steps if isinstance(step, _Made)), None)
+        self.like = None if like is None else like.new_empty(0, dtype=torch.uint8)
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Does the same with these tensors; returns the results."""
@@ -272,11 +318,15 @@ class Program:
                     return self.run(tensors)
             stream = torch._C._cuda_getCurrentRawStream(device)
         places: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
+        base, workspace = 0, None
+        if self.workspace and self.like is not None:
+            workspace = self.like.new_empty(self.workspace)
+            base = workspace.data_ptr()
         for step, dropped in self.steps:
             if isinstance(step, _Launched):
                 values = step.constants.copy()
                 for i, place, offset, boxes in step.holes:
-                    address = places[place].data_ptr() + offset
+                    address = offset + (base if place == WORKSPACE else places[place].data_ptr())
                     values[i] = address if boxes is None else described(boxes, address)
                 step.launch_on(stream, step.blocks, step.pack(*values))
             elif isinstance(step, _Made):

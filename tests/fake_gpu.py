@@ -32,6 +32,7 @@ from moecompile.runtime import (
     hopper_routing,
     kernels,
     launch,
+    recording,
     remembered,
 )
 from moecompile.runtime.launch import Kernel
@@ -209,8 +210,11 @@ def _load(instance: Instance, device: int | None) -> Kernel:
 
 
 @contextlib.contextmanager
-def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """Within, the fused kernels serve CPU tensors, launched by the driver that is given."""
+def installed(monkeypatch: pytest.MonkeyPatch, shared: int = 0) -> Iterator[FakeGpu]:
+    """Within, the fused kernels serve CPU tensors, launched by the driver that is given.
+
+    Replayed calls share a workspace of that many bytes at most: of none, so that launches are those of first calls.
+    """
     gpu = FakeGpu()
     _forget()
     with monkeypatch.context() as patched:
@@ -226,6 +230,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         patched.setattr(torch._C, "_cuda_getDevice", lambda: gpu.current, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
         patched.setattr(remembered, "SEEN", 0)
+        patched.setattr(recording, "SHARED", shared)
         with gpu.arena:
             yield gpu
     _forget()
