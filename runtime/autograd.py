@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moecompile.runtime import main_gradients
+from moecompile.runtime import fp8_experts, kernels, main_gradients
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
 
 Parts = list[Tensor]
 Main = Mapping[str, Tensor]
 ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
 FP8 = "experts_fp8"
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+FUNCTIONALIZE = torch._C.DispatchKey.Functionalize
 
 
 class _Experts(torch.autograd.Function):
@@ -107,6 +109,16 @@ def _differentiates(tensors: Sequence[Tensor | None], operator: str = "experts")
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would go on to the operator's kernel: no mode, no subclass, no functionalisation, no meta.
+
+    To ask it takes the host longer than some of a small call's kernels take.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(FUNCTIONALIZE):
+        return False
+    return PLAIN.issuperset(map(type, tensors)) and not any(each.is_meta for each in tensors if each is not None)
+
+
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:
     """experts_forward above autograd: recorded where something requires grad."""
     if _differentiates(args):
@@ -120,7 +132,8 @@ def experts(*args: Any, **attributes: Any) -> Tensor:
     if _differentiates(args):
         return _recorded(attributes, _main(args, attributes, "experts"), args)[0]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.experts(*args, **attributes)
+        run = kernels.experts if _are_plain(args) else torch.ops.moecompile.experts
+        return run(*args, **attributes)
 
 
 def _main(args: Sequence[Any], attributes: dict[str, Any], operator: str) -> Main:
@@ -170,7 +183,8 @@ def experts_fp8(*args: Any, quantized: Parts, **attributes: Any) -> Tensor:
     if _differentiates(args, FP8):
         return _recorded_fp8(attributes, _main(args, attributes, FP8), quantized, args)[0]
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.experts_fp8(*args, **attributes, quantized=quantized)
+        run = fp8_experts.experts_fp8 if _are_plain((*args, *quantized)) else torch.ops.moecompile.experts_fp8
+        return run(*args, **attributes, quantized=quantized)
 
 
 def _recorded_fp8(
