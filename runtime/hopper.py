@@ -94,7 +94,8 @@ def grouped_gemm(
         a_scales: (rows, ceil(K / 128)) float32, transposed in memory: strides (1, a multiple of 4).
         b_scales: (E, ceil(N / 128), ceil(K / 128)) float32, contiguous.
         instance: the kernel; chosen by the sizes if None.
-        early: whether the launch before this one writes neither offsets nor matrices, so that they are read meanwhile.
+        early: whether the launch before this one writes neither offsets nor matrices, so that they are read meanwhile:
+            what wrote them is done, since that launch has waited for it (`let_next_grid_begin` of kernels/ptx.cuh).
 
     Returns:
         out.

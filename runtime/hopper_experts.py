@@ -62,7 +62,10 @@ def hidden_rows(args: Arguments) -> Tensor:
 
 
 def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Tensor:
-    """The activations (T*K, I) of GEMM1's rows, which `hidden` gets."""
+    """The activations (T*K, I) of GEMM1's rows, which `hidden` gets.
+
+    Tokens are dispatched, or counters cleared, before the GEMM: what it reads early was there before that.
+    """
     if hopper_routing.is_beside(args.rows, args.features, args.x.element_size()):
         rows = args.x.new_empty(args.rows, args.features)
         dispatching = Dispatching.of(_lines(args.x), None, args.order, args.slots.shape[1])

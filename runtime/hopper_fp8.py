@@ -69,7 +69,10 @@ def _gemm1(
     args: Arguments, w_in: Matrices, rows: QuantizedRows, hidden: QuantizedRows | None,
     tokens: tuple[Tensor, Tensor] | None,
 ) -> QuantizedRows:  # fmt: skip
-    """The activations (T*K, I) of GEMM1's rows, which `hidden` gets. `rows` are there, or those of `tokens` to be."""
+    """The activations (T*K, I) of GEMM1's rows, which `hidden` gets. `rows` are there, or those of `tokens` to be.
+
+    Tokens are quantised, or counters cleared, before the GEMM: what it reads early was there before that.
+    """
     a = QuantizedRows.empty(rows.values, args.rows, pad(args.intermediate))
     read = "weight" in expression_leaves(args.activation)
     hopper_fp8_gemm.activated(

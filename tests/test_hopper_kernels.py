@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import fake_gpu
 from fake_gpu import FakeGpu
+from moecompile.codegen.gemms import GroupedGemm
 from moecompile.codegen.instances import QuantizeWeights
 from moecompile.codegen.nvrtc import CompileError
 from moecompile.runtime import hopper_kernels, hopper_routing
@@ -122,3 +124,34 @@ def test_what_could_not_be_compiled_is_tried_again(gpu: FakeGpu, monkeypatch: py
                 forward(arguments, False, train=False)
     forward(arguments, False, train=False)
     assert launched(gpu) <= gpu.announced
+
+
+EARLY = 4 * 128 + 2 * 8 + 6 * 4
+"""Where `early` lies among a grouped GEMM's arguments (codegen/kernels/grouped_gemm.cuh)."""
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["dispatched before", "dispatched beside"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_read_early_was_written_two_launches_before(
+    form: str, fp8: bool, recompute: bool, beside: bool, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between whoever writes offsets or matrices and a GEMM that reads them early lies a launch of the same call."""
+    monkeypatch.setattr(hopper_routing, "BESIDE", 0 if beside else 1 << 60)
+    arguments = trained(call_of(form, 384, 272, 700)) | {"recompute": recompute}
+    result = forward(arguments, fp8, train=True)
+    calls = [gpu.taken()]
+    backward(arguments, result)
+    calls.append(gpu.taken())
+    for launches in calls:
+        first = next(i for i, each in enumerate(launches) if not isinstance(each.instance, QuantizeWeights))
+        early = [
+            i
+            for i, each in enumerate(launches)
+            if isinstance(each.instance, GroupedGemm) and struct.unpack_from("i", each.arguments, EARLY) == (1,)
+        ]
+        assert early
+        for i in early:  # where rows are dispatched beside, PyTorch has cleared their counters
+            instance = launches[i].instance
+            assert i > first or (isinstance(instance, GroupedGemm) and instance.dispatches)

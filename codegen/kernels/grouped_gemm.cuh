@@ -113,7 +113,7 @@ struct GroupedGemm {
             ptx::prefetch_map(&arguments.a);
             ptx::prefetch_map(&arguments.b);
         }
-        if (!begins(arguments)) ptx::wait_for_earlier_grids();  // each role waits all the same: then it is free
+        if (!starts_early(arguments)) ptx::wait_for_earlier_grids();  // each role waits all the same: then it is free
         if (threadIdx.x / 32 == 1) {
             i32 count = schedule_of(arguments).count();
             if (threadIdx.x == 32) shared.tile_count = count;
@@ -139,7 +139,7 @@ struct GroupedGemm {
     }
 
     static __device__ __forceinline__ void beside(Shared& shared, const Arguments& arguments, i32 rows) {
-        if (begins(arguments) && threadIdx.x / 32 == CONSUMERS * 4 + 1) begin(shared, arguments, rows);
+        if (starts_early(arguments) && threadIdx.x / 32 == CONSUMERS * 4 + 1) fill_first(shared, arguments, rows);
         ptx::take_turn();
         Feed::run(arguments.feed, rows, wave(arguments), &shared.reached);
     }
@@ -154,15 +154,15 @@ struct GroupedGemm {
     static __device__ __forceinline__ void produce(Shared& shared, const Arguments& arguments, i32 rows) {
         Schedule schedule = schedule_of(arguments);
         u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
-        // of the first tile, stages that another warp fills (`begin`): behind them the ring is in its second round if it is full
-        i32 begun = begins(arguments) ? stages_begun(arguments) : 0, stage = begun % STAGES;
-        u32 parity = begun < STAGES;
+        // of the first tile, stages that another warp fills (`fill_first`); if these are all, the ring is in its second round
+        i32 filled = starts_early(arguments) ? stages_filled_first(arguments) : 0, stage = filled % STAGES;
+        u32 parity = filled < STAGES;
         ptx::wait_for_earlier_grids();
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             Tile tile = own(schedule.find(number), rank);
             if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, tile.row);
             Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
-            fill(shared, arguments, tile, rank, stage, parity, number == i32(blockIdx.x) / CLUSTER ? begun * K_TILE : 0);
+            fill(shared, arguments, tile, rank, stage, parity, number == i32(blockIdx.x) / CLUSTER ? filled * K_TILE : 0);
         }
         if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, 0x7fffffff);  // the rows left are other blocks'
     }
@@ -272,15 +272,15 @@ struct GroupedGemm {
 
     // ---- a warp beside it, which fills the ring for the first time: with the matrix, before the rows may be read
 
-    static __device__ __forceinline__ bool begins(const Arguments& arguments) { return EARLY && arguments.early; }
+    static __device__ __forceinline__ bool starts_early(const Arguments& arguments) { return EARLY && arguments.early; }
 
-    static __device__ __forceinline__ i32 stages_begun(const Arguments& arguments) {
+    static __device__ __forceinline__ i32 stages_filled_first(const Arguments& arguments) {
         return min(STAGES, (arguments.a_columns + K_TILE - 1) / K_TILE);
     }
 
-    static __device__ __forceinline__ void begin(Shared& shared, const Arguments& arguments, i32 rows) {
+    static __device__ __forceinline__ void fill_first(Shared& shared, const Arguments& arguments, i32 rows) {
         u32 rank = CLUSTER > 1 ? ptx::cluster_rank() : 0;
-        i32 number = blockIdx.x / CLUSTER, stages = stages_begun(arguments), lane = threadIdx.x % 32;
+        i32 number = blockIdx.x / CLUSTER, stages = stages_filled_first(arguments), lane = threadIdx.x % 32;
         if (number >= shared.tile_count) return;
         Tile tile = own(schedule_of(arguments).find(number), rank);
         if (lane == 0) shared.tiles[0] = tile;
