@@ -111,7 +111,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):
         failed = [nodeid for nodeid, passed in config.stash[_OUTCOMES].items() if not passed]
         used = config.stash[_USED]
-        config.workeroutput["goldens"] = (sorted(used), failed, config.stash.get(_PARTIAL, ""))
+        partial = config.stash.get(_PARTIAL, "" if session.testscollected else "nothing was collected")
+        config.workeroutput["goldens"] = (sorted(used), failed, partial)
     elif (reports := config.stash.get(_REPORTS, [])) and not any(failed or partial for _, failed, partial in reports):
         if unused := _unused({name for used, _, _ in reports for name in used}):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
