@@ -110,13 +110,17 @@ def _differentiates(tensors: Sequence[Tensor | None], operator: str = "experts")
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would go on to the operator's kernel: no mode, no subclass, no functionalisation, no meta.
+    """Whether the dispatcher would go on to the operator's kernel: no mode, no subclass, nothing else that it minds.
 
-    To ask it takes the host longer than some of a small call's kernels take.
+    To ask it takes the host longer than some of a small call's kernels take. (Kernels that somebody else registers for
+    `moecompile::experts` are not asked for either.)
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(FUNCTIONALIZE):
         return False
-    return PLAIN.issuperset(map(type, tensors)) and not any(each.is_meta for each in tensors if each is not None)
+    x = tensors[0]
+    if not PLAIN.issuperset(map(type, tensors)) or x is None or x.is_nested or torch._is_functional_tensor(x):
+        return False
+    return not any(each.is_meta or each.is_neg() for each in tensors if each is not None)
 
 
 def experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]:

@@ -253,26 +253,33 @@ def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[tuple[Step, t
 
 def _sharing(
     steps: Sequence[tuple[Step, tuple[int, ...]]], results: Set[int]
-) -> tuple[list[tuple[Step, tuple[int, ...]]], int]:
-    """The steps where what only kernels are told of lies in one workspace, and its size; unchanged if it is large."""
-    lives, outside = dict[int, Life](), {*results}
+) -> tuple[list[tuple[Step, tuple[int, ...]]], int, Tensor]:
+    """The steps where what only kernels are told of lies in one workspace; unchanged if that is large.
+
+    Returns:
+        the steps, the workspace's size in bytes, and a tensor of bytes on its device, without elements.
+    """
+    lives, outside, likes = dict[int, Life](), {*results}, dict[int, Tensor]()
     for number, (step, _) in enumerate(steps):
         if isinstance(step, _Made):
             lives[step.place] = Life(step.like.element_size() * math.prod(step.shape), number, number)
+            likes[step.place] = step.like
         elif isinstance(step, _Called):
             outside |= {*step.uses, *step.makes}
         else:
             for place in {*step.uses} & lives.keys():
                 lives[place] = dataclasses.replace(lives[place], end=number)
     inside = [place for place in lives if place not in outside]
+    like = likes[inside[0]].new_empty(0, dtype=torch.uint8) if inside else torch.empty(0, dtype=torch.uint8)
+    inside = [place for place in inside if likes[place].device == like.device]
     offsets, size = lay_out([lives[place] for place in inside])
     if size > SHARED or len(inside) < 2:
-        return list(steps), 0
+        return list(steps), 0, like
     at, kept = dict(zip(inside, offsets, strict=True)), list[tuple[Step, tuple[int, ...]]]()
     for step, dropped in steps:
         if not (isinstance(step, _Made) and step.place in at):
             kept.append((_moved(step, at), tuple(place for place in dropped if place not in at)))
-    return kept, size
+    return kept, size, like
 
 
 def _moved(step: Step, at: Mapping[int, int]) -> Step:
@@ -305,9 +312,7 @@ class Program:
     ) -> None:
         self.results, self.count, self.devices = results, count, devices
         self.calls = any(isinstance(step, _Called) for step, _ in steps)
-        self.steps, self.workspace = _sharing(steps, {*results})
-        like = next((step.like for step, _ in steps if isinstance(step, _Made)), None)
-        self.like = None if like is None else like.new_empty(0, dtype=torch.uint8)
+        self.steps, self.workspace, self.like = _sharing(steps, {*results})
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """Does the same with these tensors; returns the results."""
@@ -319,7 +324,7 @@ class Program:
             stream = torch._C._cuda_getCurrentRawStream(device)
         places: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
         base, workspace = 0, None
-        if self.workspace and self.like is not None:
+        if self.workspace:
             workspace = self.like.new_empty(self.workspace)
             base = workspace.data_ptr()
         for step, dropped in self.steps:

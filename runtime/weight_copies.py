@@ -29,13 +29,9 @@ class _Entry:
     stamp: Hashable
     storages: tuple[StorageWeakRef, ...]  # not of tensors: whatever has weak references cannot be swapped
     four: Four
+    trained: bool  # whether there are those that the backward reads
     stream: int = 0
     made: torch.cuda.Event | None = None
-
-    @property
-    def for_backward(self) -> bool:
-        """Whether there are those that the backward reads."""
-        return self.four[2].numel() > 0
 
     @property
     def orphaned(self) -> bool:
@@ -66,7 +62,8 @@ class Copies:
     def of(self, matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool = True) -> Four:
         """What `moecompile::quantize_weights` gives for these, from before if they have not changed.
 
-        Copies for inference alone (`backward` False) are made again for training; these serve inference, too.
+        Copies for inference alone (`backward` False) are half of them, until somebody trains these matrices: then all
+        are made, whoever asks.
 
         While an optimizer makes a step, and while a CUDA graph is captured, so that each replay makes them anew, copies
         are made and not kept.
@@ -77,11 +74,13 @@ class Copies:
                 return _made(matrices, gate_up, transposed, backward)
             key, stamp = (gate_up, transposed, *map(_place, matrices)), (self._steps, *map(_state, matrices))
             entry = self._entries.get(key)
-            if entry is None or entry.stamp != stamp or entry.orphaned or (backward and not entry.for_backward):
+            trained = backward or (entry is not None and entry.trained)
+            if entry is None or entry.stamp != stamp or entry.orphaned or (backward and not entry.trained):
                 entry = None
                 self._entries.pop(key, None)  # the new copies may have the memory of the old ones
                 self._forget_orphans()
-                entry = self._entries[key] = _entry(matrices, stamp, _made(matrices, gate_up, transposed, backward))
+                four = _made(matrices, gate_up, transposed, trained)
+                entry = self._entries[key] = _entry(matrices, stamp, four, trained)
             values, scales, *others = entry.handed_over()
             values_t, scales_t = others if backward else (each.new_empty(0) for each in others)
             return values, scales, values_t, scales_t
@@ -124,8 +123,8 @@ COPIES = Copies()
 """Of all parameters that compiled graphs want copies of."""
 
 
-def _entry(matrices: tuple[Tensor, ...], stamp: Hashable, four: Four) -> _Entry:
-    entry = _Entry(stamp, tuple(StorageWeakRef(matrix.untyped_storage()) for matrix in matrices), four)
+def _entry(matrices: tuple[Tensor, ...], stamp: Hashable, four: Four, trained: bool) -> _Entry:
+    entry = _Entry(stamp, tuple(StorageWeakRef(matrix.untyped_storage()) for matrix in matrices), four, trained)
     if four[0].is_cuda:
         stream = torch.cuda.current_stream(four[0].device)
         entry.stream, entry.made = stream.cuda_stream, torch.cuda.Event()
@@ -140,7 +139,8 @@ def _place(matrix: Tensor) -> Hashable:
 
 def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool) -> Four:
     attributes = {"gate_up": gate_up, "transposed": transposed, "backward": backward}
-    with torch.no_grad():
+    # inference mode first: to leave it turns gradients on. Whoever trains later could not save what is made in it
+    with torch.inference_mode(False), torch.no_grad():
         four: Four = torch.ops.moecompile.quantize_weights(*matrices, **attributes)
     return four
 

@@ -17,7 +17,7 @@ from moecompile.runtime.weight_copies import COPIES
 from test_precision import block_of, run
 from tiny_transformers import known_to_transformers
 
-CACHED = {"precision": "fp8", "fp8_cache_weights": True, "lowering": "eager"}
+CACHED: dict[str, Any] = {"precision": "fp8", "fp8_cache_weights": True, "lowering": "eager"}
 EACH = {"precision": "fp8", "lowering": "eager"}
 
 
@@ -166,6 +166,40 @@ def test_inference_and_training_share_them(made: list[int]) -> None:
     with torch.inference_mode():
         kept(*inputs)
     assert len(made) == 4 and len(COPIES) == 2
+
+
+def test_steps_that_begin_with_inference_cast_once(made: list[int]) -> None:
+    """As reentrant checkpoints do, and whoever asks for a policy's log-probabilities before it is trained."""
+    kept, _, inputs = pair()
+    optimizer = torch.optim.SGD(kept.parameters(), 0.1)
+    counts = []
+    for _ in range(3):
+        before = len(made)
+        infer(kept, inputs)
+        run(kept, inputs)
+        optimizer.step()
+        counts.append(len(made) - before)
+    assert counts == [4, 2, 2]
+
+
+def test_what_is_made_in_inference_mode_can_be_trained_with(made: list[int]) -> None:
+    """A graph that may be differentiated, for some part of it records gradients, is run in inference mode first."""
+    module, inputs = block_of("qwen3_moe")
+
+    def run_with_a_part(*given: Tensor) -> Any:
+        with torch.enable_grad():
+            mean = given[0].float().mean()
+        result = module(*given)
+        result = result[0] if isinstance(result, tuple) else result
+        return result * (mean > -100).to(result.dtype)
+
+    function = torch.compile(run_with_a_part, backend="moecompile", options=CACHED)
+    for _ in range(2):
+        with torch.inference_mode():
+            function(*inputs)
+        function(*inputs).square().mean().backward()
+        torch.optim.SGD(module.parameters(), 0.1).step()
+    assert not any(copy.is_inference() for entry in COPIES._entries.values() for copy in entry.four)
 
 
 def test_weights_of_inference_mode_are_cast_each_time(made: list[int]) -> None:

@@ -34,6 +34,7 @@ def test_defaults():
         "precision": "model",
         "fp8_cache_weights": False,
         "recompute": False,
+        "main_grad": False,
         "verify": None,
         "disable": (),
         "inductor": {},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,6 +67,14 @@ class Wrapped(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.names.append(str(func))
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_negated_views_go_the_long_way(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads memory would miss the sign."""
+    found, expected = short(call, monkeypatch), call({}, -call.x)
+    found.clear()
+    result = call({}, torch._neg_view(call.x))
+    assert not found and torch.equal(result, expected)
 
 
 def test_fake_meta_and_subclassed_tensors_go_the_long_way(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
