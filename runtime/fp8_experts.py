@@ -154,11 +154,11 @@ def _backward(
     main_gradients.check(arguments, main, operator)
     with exact(grad):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
-        to = main if chosen is fused and main_gradients.takes(main) else {}
-        others = {name: each for name, each in main.items() if name not in to}
+        added = main if chosen is fused and main_gradients.takes(main) else {}  # to, by the kernels
+        others = {name: each for name, each in main.items() if name not in added}
 
         def run() -> Parts:
-            wanted, more = frozenset((*names, *others)), {"main": to} if to else {}
+            wanted, more = frozenset((*names, *others)), {"main": added} if added else {}
             grads: dict[str, Tensor] = chosen.backward(arguments, copies, grad, kept, wanted, **more)
             main_gradients.add(others, grads)
             return [grads[name] for name in names]

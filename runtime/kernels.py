@@ -146,12 +146,12 @@ def _backward(
         again, of, serves = reference.hidden_rows, backward.experts_backward, False
         if fused is not None and fused.takes(arguments):
             again, of, serves = fused.hidden_rows, fused.backward, True
-        kept = main if serves and main_gradients.takes(main) else {}
-        others = {name: each for name, each in main.items() if name not in kept}
+        added = main if serves and main_gradients.takes(main) else {}  # to, by the kernels
+        others = {name: each for name, each in main.items() if name not in added}
 
         def run() -> Parts:
             rows = again(arguments) if arguments.recompute else hidden
-            grads = of(arguments, grad, rows, frozenset((*names, *others)), **({"main": kept} if kept else {}))
+            grads = of(arguments, grad, rows, frozenset((*names, *others)), **({"main": added} if added else {}))
             main_gradients.add(others, grads)
             return [grads[name] for name in names]
 
