@@ -87,7 +87,7 @@ class Options:
     main_grad: bool = _option(
         False,
         "gradients of the experts' matrices are added, in float32, to `parameter.main_grad` where a parameter has one, "
-        "as Megatron-LM keeps them; `parameter.grad` stays what it was, and hooks of the parameter do not run",
+        "as Megatron-LM keeps them; `parameter.grad` stays what it was, and hooks of the parameter find no gradient",
     )
     verify: Literal["first_call"] | None = _option(
         None,

@@ -341,6 +341,21 @@ def test_backwards_that_would_add_to_what_nobody_asked_for_are_refused() -> None
     assert x.grad is not None
 
 
+def test_hooks_of_parameters_run_when_the_sums_are_complete() -> None:
+    """And find no gradient of the experts'."""
+    module, inputs = block_of("qwen3_moe")
+    adding = compiled(module, lowering="eager", main_grad=True)
+    main = give(adding)
+    matrix = next(each for name, each in adding.named_parameters() if name.endswith("gate_up_proj"))
+    seen: list[tuple[Tensor | None, Tensor]] = []
+    matrix.register_post_accumulate_grad_hook(lambda each: seen.append((each.grad, each.main_grad.clone())))
+    backward(adding(*inputs))
+    ((gradient, sums),) = seen
+    assert gradient is None and torch.equal(
+        sums, next(each for name, each in main.items() if name.endswith("gate_up_proj"))
+    )
+
+
 def test_one_that_comes_later_is_an_error() -> None:
     """Nothing would be added to it."""
     module, inputs = block_of("qwen3_moe")
