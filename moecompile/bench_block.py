@@ -58,6 +58,7 @@ class Block:
         w_out: (E, H, I).
         sets: the input sets.
         quantised: the eight tensors of the quantised weights, once they have been made.
+        main: main gradients of the matrices by name, while there are any.
     """
 
     shape: Shape
@@ -65,6 +66,7 @@ class Block:
     w_out: Tensor
     sets: Sequence[Inputs]
     quantised: list[Tensor] = field(default_factory=list)
+    main: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, shape: Shape, sets: int, device: str) -> Block:
@@ -104,6 +106,11 @@ class Block:
             quantise = functools.partial(torch.ops.moecompile.quantize_weights, backward=backward)
             return [*quantise(self.w_in, None, gate_up=ATTRIBUTES["gate_up"]), *quantise(self.w_out, None)]
 
+    def give_main_gradients(self) -> None:
+        """Float32 ones, zero."""
+        matrices = {"w_in": self.w_in, "w_out": self.w_out}
+        self.main = {name: torch.zeros_like(each, dtype=torch.float32) for name, each in matrices.items()}
+
     def weights_moved(self) -> float:
         """Elements of the weights of experts that anybody chose, on average over the input sets."""
         used = sum(inputs.ids.unique().numel() for inputs in self.sets) / len(self.sets)
@@ -132,7 +139,7 @@ def random_inputs(shape: Shape, device: str) -> Inputs:
 
 def ours(block: Block, recompute: bool = False) -> Experts:
     """The operators of the rewritten graph."""
-    attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute}
+    attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute} | _main(block)
 
     def experts(inputs: Inputs) -> Tensor:
         _, offsets, slots, order = torch.ops.moecompile.plan(inputs.ids, block.shape.experts)
@@ -145,7 +152,7 @@ def ours(block: Block, recompute: bool = False) -> Experts:
 
 def ours_fp8(block: Block, each: bool, recompute: bool = False) -> Experts:
     """The same in FP8, with the weights quantised before or, if `each`, in every call."""
-    attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute}
+    attributes: dict[str, Any] = ATTRIBUTES | {"recompute": recompute} | _main(block)
 
     def experts(inputs: Inputs) -> Tensor:
         quantised = block.quantise(torch.is_grad_enabled()) if each else block.quantised
@@ -155,6 +162,11 @@ def ours_fp8(block: Block, each: bool, recompute: bool = False) -> Experts:
         )
 
     return experts
+
+
+def _main(block: Block) -> dict[str, Any]:
+    """What the operators are told of main gradients."""
+    return {f"main_{name}": each for name, each in block.main.items()}
 
 
 def baseline(block: Block, compiled: bool) -> Experts:
@@ -186,6 +198,12 @@ def recomputing(block: Block) -> list[tuple[str, Experts]]:
     return [(AGAIN, ours(block, recompute=True)), (FP8_AGAIN, ours_fp8(block, each=False, recompute=True))]
 
 
+def adding(block: Block, inductor: Experts) -> list[tuple[str, Experts]]:
+    """Those who add gradients of the matrices to main gradients, which the block has: ours in the backward."""
+    others = [(INDUCTOR, inductor), (EAGER, baseline(block, compiled=False))]
+    return [(OURS, ours(block)), *others, (FP8, ours_fp8(block, each=False))]
+
+
 def forward(block: Block, name: str, experts: Experts) -> Contender:
     """Inference."""
 
@@ -203,6 +221,21 @@ def step(block: Block, name: str, experts: Experts) -> Contender:
         block.forget_gradients()
         inputs = block.inputs(number)
         experts(inputs).backward(inputs.cotangent)
+
+    return Contender(name, call, 3 * block.shape.flops, precision(name), kernels_of(name, STEP))
+
+
+def adding_step(block: Block, name: str, experts: Experts) -> Contender:
+    """The same, with main gradients: PyTorch's operators return gradients, which are then added."""
+
+    def call(number: int) -> None:
+        block.forget_gradients()
+        inputs = block.inputs(number)
+        experts(inputs).backward(inputs.cotangent)
+        if name in (INDUCTOR, EAGER):
+            with torch.no_grad():
+                for matrix, main in block.main.items():
+                    main.add_(getattr(block, matrix).grad)
 
     return Contender(name, call, 3 * block.shape.flops, precision(name), kernels_of(name, STEP))
 

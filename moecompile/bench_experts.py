@@ -9,8 +9,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moecompile.bench_block import Block, entrants, forward, precision, recomputing, step
+from moecompile.bench_block import (
+    Block,
+    Experts,
+    adding,
+    adding_step,
+    entrants,
+    forward,
+    precision,
+    recomputing,
+    step,
+)
 from moecompile.bench_cases import (
+    ADDING,
     CALLS,
     EAGER,
     FORWARD,
@@ -54,6 +65,19 @@ def measure_block(setting: Setting, shape: Shape) -> None:
                 setting.results.head(f"    kernels of {contender.name}, {what}")
                 setting.results.add(*kernels(setting, contender, "block", shape.name, what))
         block.forget_gradients()
+    _measure_adding(setting, block, dict(found)[INDUCTOR])
+
+
+def _measure_adding(setting: Setting, block: Block, inductor: Experts) -> None:
+    """A training step whose gradients of matrices are added to main gradients."""
+    setting.results.head(f"block  {block.shape.title}  {ADDING}")
+    block.give_main_gradients()
+    made = [adding_step(block, *each) for each in adding(block, inductor)]
+    present = _checked(setting, block, made, f"{block.shape.name} {ADDING}", True)
+    times = measure_single(setting.timer, present, setting.rounds)
+    _add_speeds(setting, block, "block", ADDING, present, times)
+    block.forget_gradients()
+    block.main = {}
 
 
 def measure_decode(setting: Setting, shape: Shape, tokens: Sequence[int]) -> None:
@@ -126,11 +150,14 @@ def _checked(
 
 def _outcome(block: Block, contender: Contender, with_gradients: bool) -> dict[str, Tensor]:
     """The result, or the gradients, on the first input set; they are no longer the block's."""
+    for each in block.main.values():
+        each.zero_()
     result = contender.call(0)
     if not with_gradients:
         assert isinstance(result, Tensor)
         return {"result": result}
     found = {name: leaf.grad for name, leaf in block.leaves(block.inputs(0)).items()}
+    found |= {name: each.clone() for name, each in block.main.items()}
     block.forget_gradients()
     missing = [name for name, gradient in found.items() if gradient is None]
     if missing:
@@ -150,7 +177,7 @@ def _add_speeds(
     for contender in present:
         own = times[contender.name]
         others = {name: times[name].median for name in OTHERS if name in times and name != contender.name}
-        moved = block.moved(1 if contender.precision == "fp8" else 2, what == STEP)
+        moved = block.moved(1 if contender.precision == "fp8" else 2, what != FORWARD)
         setting.results.add(
             Speed(
                 section,

@@ -21,8 +21,9 @@ from moecompile.bench_timing import Contender
 PREFIX = "moecompile_"
 """Of the names of all of moecompile's kernels, and of no other."""
 EMULATED = "emulated: no GPU"
-FORMS = ("", "_transposed", "_dispatching")
-"""Suffixes of kernels that do the same in another way: gradients of matrices that lie transposed, rows yet to come."""
+FORMS = ("", "_transposed", "_dispatching", "_added")
+"""Suffixes of kernels that do the same in another way: gradients of matrices that lie transposed or are added, rows yet
+to come."""
 FORWARD_KERNELS = {
     OURS: ("plan_place", "grouped_gemm_activated", "grouped_gemm", "combine"),
     FP8: ("plan_place", "quantize_rows", "grouped_gemm_activated", "grouped_gemm", "combine"),

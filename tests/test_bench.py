@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moecompile import bench_baseline, bench_block, bench_cases, bench_experts, bench_gemm, bench_results
 from moecompile.bench_block import Block, entrants, forward, recomputing, step
-from moecompile.bench_cases import AGAIN, EAGER, FP8, FP8_AGAIN, FP8_EACH, IN_FP8, INDUCTOR, OURS, STEP, TINY
+from moecompile.bench_cases import ADDING, AGAIN, EAGER, FP8, FP8_AGAIN, FP8_EACH, IN_FP8, INDUCTOR, OURS, STEP, TINY
 from moecompile.bench_results import Ceilings, Results, Setting
 from moecompile.bench_timing import Absent, Contender, HostTimer
 from moecompile.commands import main
@@ -116,7 +116,7 @@ def test_a_block_and_decoding(setting: Setting, uncompiled):
     quantising = speeds.pop(0)
     assert quantising["contender"] == FP8 and quantising["note"] == "0.00 GiB in both orientations, emulated: no GPU"
     assert {(row["section"], row["what"]) for row in speeds} == {
-        ("block", "forward"), ("block", "forward+backward"),
+        ("block", "forward"), ("block", "forward+backward"), ("block", ADDING),
         ("decode", "time on the GPU"), ("decode", "calls back to back"),
     }  # fmt: skip
     ours = next(row for row in speeds if row["contender"] == OURS)
@@ -160,6 +160,7 @@ def test_a_wrong_result_is_a_failure_and_the_others_are_measured(setting: Settin
         "tiny forward, ours BF16: WrongResultError: result",
         "tiny forward+backward, ours BF16: WrongResultError: x",
         "tiny forward+backward, ours BF16, recomputing: WrongResultError: x",
+        "tiny forward+backward, main gradients, ours BF16: WrongResultError: x",
     ]
     measured = {row.contender for row in setting.results.rows if isinstance(row, bench_results.Speed) and row.times}
     assert measured == {INDUCTOR, EAGER, *IN_FP8}
