@@ -161,7 +161,6 @@ def activation_backward(
     weights: Tensor | None,
     scales: Tensor | None,
     in_place: bool = False,
-    early: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
 
@@ -176,7 +175,6 @@ def activation_backward(
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
-        early: as of `grouped_gemm`.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -195,7 +193,6 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
-        early=early,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 

@@ -105,7 +105,6 @@ def backward(
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
         in_place=args.recompute,  # the rows are nobody else's
-        early=True,
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:

@@ -136,7 +136,7 @@ class _Backward:
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
-            scales=self.scales, dispatching=dispatching, in_place=args.recompute, early=True,
+            scales=self.scales, dispatching=dispatching, in_place=args.recompute,
         )  # fmt: skip
         del of_y, dispatching, self.hidden
         self._weights_and_biases(parts, of_hidden)

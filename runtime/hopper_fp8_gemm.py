@@ -114,7 +114,6 @@ def activation_backward(
     scales: Tensor | None,
     dispatching: Dispatching | None = None,
     in_place: bool = False,
-    early: bool = False,
 ) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
@@ -130,7 +129,6 @@ def activation_backward(
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
         in_place: whether the gradient of `hidden` is written over it.
-        early: as of `moecompile.runtime.hopper.grouped_gemm`.
 
     Returns:
         the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
@@ -153,7 +151,7 @@ def activation_backward(
             hidden.scales, of_hidden.scales, scaled.scales, of_weight, weights, scales, order,
             rows, hidden.scales.shape[1], features, columns,
         ),
-        _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales), early=early,
+        _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales),
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 

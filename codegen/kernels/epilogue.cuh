@@ -2,7 +2,6 @@
 //
 //     BOXES             of shared memory that each warp is given
 //     REGISTERS         of a consumer's thread
-//     EARLY             whether these leave enough for a warp that fills the ring before the producer may (grouped_gemm.cuh)
 //     ADDS              whether nothing is to be done where nothing was summed
 //     PAIRED            the tile's columns are two matrices': the first half of one, then as many of the other
 //     prepare(...)      once, by one thread, before anything else
@@ -45,7 +44,7 @@ __device__ __forceinline__ void add_bias(const u16* bias, const Spot& spot, i32 
 template <typename Input, i32 COLUMNS, bool BIAS, i32 BOXES_>
 struct Plain {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 216;
-    static constexpr bool EARLY = true, ADDS = false;
+    static constexpr bool ADDS = false;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
     static constexpr bool PAIRED = false;
     static constexpr i32 HELD = COLUMNS / 4;
@@ -88,7 +87,7 @@ struct Plain {
 template <typename Input, i32 COLUMNS, i32 BOXES_>
 struct Turned {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224;
-    static constexpr bool EARLY = false, ADDS = false;
+    static constexpr bool ADDS = false;
     static_assert(COLUMNS / 64 % BOXES == 0, "every tile begins with the first box");
     static constexpr bool PAIRED = false;
     static constexpr i32 HELD = COLUMNS / 4;
@@ -136,7 +135,7 @@ struct Turned {
 template <i32 COLUMNS, bool TURNED, i32 BOXES_>
 struct Added {
     static constexpr i32 BOXES = BOXES_, REGISTERS = 224, HELD = 0, WIDTH = 32;
-    static constexpr bool EARLY = false, PAIRED = false, ADDS = true;
+    static constexpr bool PAIRED = false, ADDS = true;
     static_assert(COLUMNS / WIDTH % BOXES == 0, "every tile begins with the first box");
     struct Arguments {
         TensorMap out;  // boxes of 1 x 16 x 32, or 1 x 32 x 16 if TURNED

@@ -10,7 +10,7 @@ struct Activated {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2;  // boxes of columns for a box of features
     static constexpr i32 ROUNDS = COLUMNS / 64 / PER_ROUND, SAVED = SAVE ? PER_ROUND : 0, LAST = SAVE || ROUNDS == 1 ? 1 : 2;
     static constexpr i32 BOXES = SAVED + LAST, REGISTERS = 216;
-    static constexpr bool EARLY = true, ADDS = false, PAIRED = LAYOUT == Layout::HALVES;
+    static constexpr bool ADDS = false, PAIRED = LAYOUT == Layout::HALVES;
     static constexpr i32 HELD = SAVE ? 0 : ROUNDS * 16;  // together with the rows that are saved they would be too many
     static_assert(ROUNDS % LAST == 0, "every tile begins with the first box");
     struct Arguments {

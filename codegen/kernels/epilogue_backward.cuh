@@ -13,7 +13,7 @@ template <typename Input, i32 COLUMNS, typename Activation, Layout LAYOUT, bool 
 struct ActivationBackward {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2, ROUNDS = COLUMNS / 64;
     static constexpr i32 BOXES = 2 * PER_ROUND + 1, REGISTERS = 232;
-    static constexpr bool EARLY = false, ADDS = false, PAIRED = false;
+    static constexpr bool ADDS = false, PAIRED = false;
     static constexpr i32 HELD = 0;
     struct Arguments {
         TensorMap hidden, hidden_up;           // as `of_hidden`; boxes of 16 x 64

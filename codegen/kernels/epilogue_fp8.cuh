@@ -15,7 +15,7 @@ constexpr i32 NOWHERE = 1 << 30;
 // for the backward. What the activation reads is the rounded row, not the quantised one.
 template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED>
 struct QuantizedActivated {
-    static constexpr bool EARLY = !SAVE, ADDS = false, PAIRED = LAYOUT == Layout::HALVES;
+    static constexpr bool ADDS = false, PAIRED = LAYOUT == Layout::HALVES;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK / (PAIRED ? 2 : 1);  // of features in a tile
     static constexpr i32 SENDS = 1 + (SAVE ? (PAIRED ? 2 : 1) : 0);         // boxes for each of them
     static constexpr i32 BOXES = 2, REGISTERS = SAVE ? 224 : 216, HELD = BLOCKS * SENDS * fp8::PAIRS;
@@ -113,7 +113,7 @@ struct QuantizedActivated {
 // Back through GEMM2 and the activation, as ActivationBackward: from the quantised rows, to quantised gradients.
 template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool READ, bool SCALED>
 struct QuantizedActivationBackward {
-    static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false, EARLY = false, ADDS = false;
+    static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false, ADDS = false;
     static constexpr i32 HELD = 0;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK, PARTS = PAIR ? 2 : 1;
     static constexpr i32 BOXES = BLOCKS * PARTS + 1, REGISTERS = 224;

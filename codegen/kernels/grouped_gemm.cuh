@@ -20,9 +20,9 @@
 //
 // A persistent block is a producer warp (producer.cuh), which moves tiles into a ring of stages in shared memory by bulk
 // tensor copies, and two consumer warpgroups (consumer.cuh), each of which multiplies 64 rows of the tile and writes them
-// out on its own. Two blocks of
-// a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of it into both. Where an
-// expert's last row tile has no neighbour, they take it together, with columns of their own, and share its rows.
+// out on its own. Two blocks of a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of
+// it into both. Where an expert's last row tile has no neighbour, they take it together, with columns of their own, and share
+// its rows.
 #pragma once
 #include "consumer.cuh"
 #include "epilogue_activated.cuh"
@@ -48,7 +48,9 @@ struct GroupedGemm {
     static constexpr i32 K_TILE = LINE / Input::BYTES;   // of K, in a stage
     static constexpr i32 SHARE = COLUMNS / CLUSTER;      // columns that each block of the cluster loads for all
     static constexpr bool SCALED = Input::SCALED, A_MN = OVER_ROWS && !SCALED;
-    static constexpr bool PAIRED = Epilogue::PAIRED, EARLY = Epilogue::EARLY && !OVER_ROWS;
+    static constexpr bool PAIRED = Epilogue::PAIRED;
+    // Who fills the ring before the producer may needs registers that not every epilogue leaves.
+    static constexpr bool EARLY = Epilogue::REGISTERS <= 216 && !OVER_ROWS;
     static constexpr i32 BOX = PAIRED && CLUSTER == 1 ? COLUMNS / 2 : SHARE;  // columns that are loaded at once
     static constexpr i32 WIDTH = PAIRED ? COLUMNS / 2 : COLUMNS;  // of a tile, in what the schedule counts
     // A bulk copy without swizzle begins at a multiple of 16 bytes, a tile at any row: up to three scales before it come too.
