@@ -149,7 +149,7 @@ def _main(args: Sequence[Any], attributes: dict[str, Any], operator: str) -> Mai
 
 
 def _recorded(attributes: dict[str, Any], main: Main, args: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _Experts.apply(attributes, main, *args, *([None] * (len(TENSORS) - len(args))))
+    found: tuple[Tensor, Tensor] = _Experts.apply(attributes, main, *args, *kernels.ABSENT[len(args) :])
     return found
 
 
@@ -194,8 +194,7 @@ def experts_fp8(*args: Any, quantized: Parts, **attributes: Any) -> Tensor:
 def _recorded_fp8(
     attributes: dict[str, Any], main: Main, quantized: Parts, args: Sequence[Tensor | None]
 ) -> tuple[Tensor, Parts]:
-    tensors = (*args, *([None] * (len(TENSORS) - len(args))))
-    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, *tensors)
+    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, *args, *kernels.ABSENT[len(args) :])
     return result, saved
 
 

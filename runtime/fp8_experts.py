@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -106,29 +106,16 @@ def fake_experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attribut
     return result, _empty(result, saved_specs(arguments))
 
 
-def experts_fp8_backward(
-    grad: Tensor,
-    saved: Sequence[Tensor],
-    *args: Any,
-    quantized: Sequence[Tensor],
-    needs: Sequence[bool],
-    **attributes: Any,
-) -> Parts:
+def experts_fp8_backward(*args: Any, **attributes: Any) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
-    return _backward("experts_fp8_backward", grad, saved, args, quantized, needs, attributes, {})
+    return _backward("experts_fp8_backward", *args, **attributes)
 
 
 def experts_fp8_backward_adding(
-    grad: Tensor,
-    saved: Sequence[Tensor],
-    *args: Any,
-    quantized: Sequence[Tensor],
-    needs: Sequence[bool],
-    **attributes: Any,
+    grad: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
 ) -> tuple[Tensor, ...]:
     """The same; what there are main gradients for is added to these, and not needed."""
-    main = main_gradients.split(attributes)
-    found = _backward("experts_fp8_backward_adding", grad, saved, args, quantized, needs, attributes, main)
+    found = _backward("experts_fp8_backward_adding", grad, *args, needs=needs, **attributes)
     return main_gradients.all_of(needs, found, grad)
 
 
@@ -136,12 +123,12 @@ def _backward(
     operator: str,
     grad: Tensor,
     saved: Sequence[Tensor],
-    args: Sequence[Any],
+    *args: Any,
     quantized: Sequence[Tensor],
     needs: Sequence[bool],
-    attributes: dict[str, Any],
-    main: Mapping[str, Tensor],
+    **attributes: Any,
 ) -> Parts:
+    main = main_gradients.split(attributes)
     fused, decides = _hopper(grad.device), attributes | {"needs": tuple(needs)}
     given = (grad, *_given((None, *args), quantized), *saved, *map(main.get, main_gradients.MATRICES))
     known = None if fused is None else CALLS.again(operator, given, decides)
@@ -166,29 +153,16 @@ def _backward(
         return CALLS.first(operator, given, decides, run) if chosen is fused else run()
 
 
-def fake_experts_fp8_backward(
-    grad: Tensor,
-    saved: Sequence[Tensor],
-    *args: Any,
-    quantized: Sequence[Tensor],
-    needs: Sequence[bool],
-    **attributes: Any,
-) -> Parts:
+def fake_experts_fp8_backward(*args: Any, **attributes: Any) -> Parts:
     """Shapes, dtypes and strides of the needed gradients."""
-    return _fake_backward("experts_fp8_backward", grad, saved, args, quantized, needs, attributes, {})
+    return _fake_backward("experts_fp8_backward", *args, **attributes)
 
 
 def fake_experts_fp8_backward_adding(
-    grad: Tensor,
-    saved: Sequence[Tensor],
-    *args: Any,
-    quantized: Sequence[Tensor],
-    needs: Sequence[bool],
-    **attributes: Any,
+    grad: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
 ) -> tuple[Tensor, ...]:
     """The same."""
-    main = main_gradients.split(attributes)
-    found = _fake_backward("experts_fp8_backward_adding", grad, saved, args, quantized, needs, attributes, main)
+    found = _fake_backward("experts_fp8_backward_adding", grad, *args, needs=needs, **attributes)
     return main_gradients.all_of(needs, found, grad)
 
 
@@ -196,12 +170,12 @@ def _fake_backward(
     operator: str,
     grad: Tensor,
     saved: Sequence[Tensor],
-    args: Sequence[Any],
+    *args: Any,
     quantized: Sequence[Tensor],
     needs: Sequence[bool],
-    attributes: dict[str, Any],
-    main: Mapping[str, Tensor],
+    **attributes: Any,
 ) -> Parts:
+    main = main_gradients.split(attributes)
     arguments = Arguments.without_x(*args, **attributes)
     check_fp8(arguments, quantized, backward=True)
     names = needed(arguments, needs, operator, main)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from moecompile.codegen import cubins
-from moecompile.codegen.gemms import Added
+from moecompile.codegen.gemms import Added, GroupedGemm
 from moecompile.codegen.instances import (
     RESULTS,
     Collect,
@@ -64,13 +64,13 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
         Combine(name, result, args.output),
     ]
     if train:
-        sizes, w_in = (args.features, args.intermediate, args.width, args.out_features), projection.matrices[0]
+        w_in = projection.matrices[0]
         k = args.intermediate if args.gate_up == "separate" else args.width
         found += [
             Dispatch(),
             hopper.backward_instance(dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)),
             hopper.choose(dtype, rows, experts, args.features, k, hopper.is_transposed(w_in.mT)),
-            *(hopper.choose(dtype, m, experts, n, rows, True, over_rows=True) for m in sizes for n in sizes),
+            *_of_matrices(args),
             Combine(name, name, "out"),
             *_collecting(args),
         ]
@@ -114,9 +114,7 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
 
 def of_adding(args: Arguments) -> list[Instance]:
     """Those that add gradients of matrices to float32 ones."""
-    dtype, rows, sizes = args.dtypes.row, args.rows, (args.features, args.intermediate, args.width, args.out_features)
-    found = (hopper.choose(dtype, m, args.num_experts, n, rows, True, over_rows=True) for m in sizes for n in sizes)
-    return [replace(each, epilogue=Added()) for each in found]
+    return [replace(each, epilogue=Added()) for each in _of_matrices(args)]
 
 
 def of_adding_in_fp8(args: Arguments, main: Mapping[str, Tensor]) -> list[Instance]:
@@ -128,6 +126,12 @@ def of_adding_in_fp8(args: Arguments, main: Mapping[str, Tensor]) -> list[Instan
         )
         for name, each in main.items()
     ]
+
+
+def _of_matrices(args: Arguments) -> list[GroupedGemm]:
+    """Those of the gradients of matrices."""
+    dtype, rows, sizes = args.dtypes.row, args.rows, (args.features, args.intermediate, args.width, args.out_features)
+    return [hopper.choose(dtype, m, args.num_experts, n, rows, True, over_rows=True) for m in sizes for n in sizes]
 
 
 def _saves(args: Arguments, train: bool) -> list[bool]:

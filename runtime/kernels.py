@@ -110,29 +110,21 @@ def fake_experts_forward(*args: Any, **attributes: Any) -> tuple[Tensor, Tensor]
     return result, arguments.x.new_empty((arguments.saved_rows, arguments.width), dtype=arguments.dtypes.hidden)
 
 
-def experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
+def experts_backward(*args: Any, **attributes: Any) -> Parts:
     """The needed gradients, in the order of DIFFERENTIABLE."""
-    return _backward("experts_backward", grad, hidden, args, needs, attributes, {})
+    return _backward("experts_backward", *args, **attributes)
 
 
-def experts_backward_adding(
-    grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
-) -> tuple[Tensor, ...]:
+def experts_backward_adding(grad: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> tuple[Tensor, ...]:
     """The same; what there are main gradients for is added to these, and not needed."""
-    main = main_gradients.split(attributes)
-    found = _backward("experts_backward_adding", grad, hidden, args, needs, attributes, main)
+    found = _backward("experts_backward_adding", grad, *args, needs=needs, **attributes)
     return main_gradients.all_of(needs, found, grad)
 
 
 def _backward(
-    operator: str,
-    grad: Tensor,
-    hidden: Tensor,
-    args: Sequence[Any],
-    needs: Sequence[bool],
-    attributes: dict[str, Any],
-    main: Mapping[str, Tensor],
+    operator: str, grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
 ) -> Parts:
+    main = main_gradients.split(attributes)
     fused, decides = _fused_on(grad.device), attributes | {"needs": tuple(needs)}
     given = (grad, hidden, *args, *ABSENT[len(args) :], *map(main.get, main_gradients.MATRICES))
     known = None if fused is None else CALLS.again(operator, given, decides)
@@ -158,29 +150,23 @@ def _backward(
         return CALLS.first(operator, given, decides, run) if serves else run()
 
 
-def fake_experts_backward(grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any) -> Parts:
+def fake_experts_backward(*args: Any, **attributes: Any) -> Parts:
     """Shapes, dtypes and strides of the needed gradients."""
-    return _fake_backward("experts_backward", grad, hidden, args, needs, attributes, {})
+    return _fake_backward("experts_backward", *args, **attributes)
 
 
 def fake_experts_backward_adding(
-    grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
+    grad: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
 ) -> tuple[Tensor, ...]:
     """The same."""
-    main = main_gradients.split(attributes)
-    found = _fake_backward("experts_backward_adding", grad, hidden, args, needs, attributes, main)
+    found = _fake_backward("experts_backward_adding", grad, *args, needs=needs, **attributes)
     return main_gradients.all_of(needs, found, grad)
 
 
 def _fake_backward(
-    operator: str,
-    grad: Tensor,
-    hidden: Tensor,
-    args: Sequence[Any],
-    needs: Sequence[bool],
-    attributes: dict[str, Any],
-    main: Mapping[str, Tensor],
+    operator: str, grad: Tensor, hidden: Tensor, *args: Any, needs: Sequence[bool], **attributes: Any
 ) -> Parts:
+    main = main_gradients.split(attributes)
     arguments = Arguments(*args, **attributes).check()
     names = needed(arguments, needs, operator, main)
     arguments.check_backward(grad, hidden)
