@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from moecompile.bodies import bodies_of, copy_graph, text_of
+from moecompile.bodies import text_of
+from moecompile.lifting import nested_nodes, own_graph, say, with_graph
 from moecompile.passes.cached_weights import Lifted, lift_casts
 from moecompile.report import GraphReport
 from moecompile.runtime.weight_copies import COPIES
 
-log = logging.getLogger("moecompile")
+OPTION = "fp8_cache_weights"
 
 SHARDED = (
     "the matrices are cast in every forward: FSDP writes parameters in ways that nobody counts, so that copies would "
@@ -45,16 +45,14 @@ def lift(
         the graph, the inputs of the call that is being compiled with those copies behind them, and what these are of.
     """
     if _sharded(inputs):
-        _say(record, SHARDED)
+        say(record, OPTION, SHARDED)
         return gm, list(inputs), []
-    graph, _ = copy_graph(gm.graph)
-    for node in graph.find_nodes(op="placeholder"):
-        node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
+    graph = own_graph(gm)
     lifted, kept = lift_casts(graph)
     for each in kept:
-        _say(record, f"matrices of {each.module or 'the function'} are cast in every forward: {each.reason}")
-    if any("quantize_weights" in str(node.target) for body in _bodies(gm) for node in body.graph.nodes):
-        _say(record, "inside a checkpointed or another nested region matrices are cast in every forward")
+        say(record, OPTION, f"matrices of {each.module or 'the function'} are cast in every forward: {each.reason}")
+    if any("quantize_weights" in str(node.target) for node in nested_nodes(gm)):
+        say(record, OPTION, "inside a checkpointed or another nested region matrices are cast in every forward")
     if not lifted:
         return gm, list(inputs), []
     made = with_graph(gm, graph)
@@ -84,20 +82,6 @@ def _copies(lifted: Sequence[Lifted], given: Sequence[Any]) -> list[Tensor]:
     ]
 
 
-def _bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    return (body for path, body in bodies_of(gm).items() if path)
-
-
-def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """The same module around another graph, with what Dynamo notes beside it."""
-    made = fx.GraphModule(gm, graph)
-    made.meta.update(gm.meta)
-    for name, value in vars(gm).items():
-        if name not in vars(made):
-            setattr(made, name, value)
-    return made
-
-
 def _sharded(inputs: Sequence[Any]) -> bool:
     """Whether some module of the process is under FSDP2, or some of the inputs under FSDP1."""
     from torch.distributed._composable_state import _module_state_mapping
@@ -105,8 +89,3 @@ def _sharded(inputs: Sequence[Any]) -> bool:
     states = [reference() for reference in _module_state_mapping.values()]
     flattened = any(getattr(each, "_fsdp_flattened", False) for each in inputs)
     return flattened or any(type(state).__name__ == "FSDPState" for state in states)
-
-
-def _say(record: GraphReport, note: str) -> None:
-    log.warning("fp8_cache_weights: %s", note)
-    record.notes.append(f"fp8_cache_weights: {note}")

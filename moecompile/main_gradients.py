@@ -6,7 +6,6 @@ to them whatever it is asked for: so it is refused where sums would be lost, or 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moecompile.bodies import bodies_of, copy_graph, text_of
-from moecompile.cached import with_graph
+from moecompile.bodies import text_of
+from moecompile.lifting import nested_nodes, own_graph, say, with_graph
 from moecompile.passes.main_gradients import OPERATORS, add_main_gradients
 from moecompile.report import GraphReport
 
-log = logging.getLogger("moecompile")
+OPTION = "main_grad"
 
 GIVE = "Before the first call give it one: parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)"
 NESTED = "inside a checkpointed or another nested region gradients of matrices go to parameter.grad"
@@ -61,15 +60,16 @@ def lift(
     if not torch.is_grad_enabled():
         return gm, list(inputs), None
     having = {place: main for place, each in enumerate(inputs) if (main := _main_of(each)) is not None}
-    graph, _ = copy_graph(gm.graph)
-    for node in graph.find_nodes(op="placeholder"):
-        node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
+    graph = own_graph(gm)
     done = add_main_gradients(graph, having)
     for each in done.kept:
-        _say(record, f"a gradient of {each.module or 'the function'} goes to parameter.grad: {each.reason}. {GIVE}")
-    nested = (body for path, body in bodies_of(gm).items() if path)
-    if any(node.target in OPERATORS for body in nested for node in body.graph.nodes):
-        _say(record, NESTED)
+        say(
+            record,
+            OPTION,
+            f"a gradient of {each.module or 'the function'} goes to parameter.grad: {each.reason}. {GIVE}",
+        )
+    if any(node.target in OPERATORS for node in nested_nodes(gm)):
+        say(record, OPTION, NESTED)
     for place in done.inputs:
         _check(done.names[place], having[place], inputs[place])
     lifted = Lifted({place: _layout(having[place]) for place in done.inputs}, done.names)
@@ -195,8 +195,3 @@ def _end(main: Tensor) -> int:
     """Behind its last element in memory."""
     last = sum(stride * (size - 1) for stride, size in zip(main.stride(), main.shape, strict=True))
     return main.data_ptr() + main.element_size() * (last + 1) * (main.numel() > 0)
-
-
-def _say(record: GraphReport, note: str) -> None:
-    log.warning("main_grad: %s", note)
-    record.notes.append(f"main_grad: {note}")

@@ -1,0 +1,45 @@
+"""What the options that give compiled graphs more inputs have in common: a graph of their own, and what users are told.
+
+Dynamo goes on reading its graph after the backend has had it, so that one stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from torch import fx
+
+from moecompile.bodies import bodies_of, copy_graph
+from moecompile.report import GraphReport
+
+log = logging.getLogger("moecompile")
+
+
+def own_graph(gm: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph that may be rewritten."""
+    graph, _ = copy_graph(gm.graph)
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
+    return graph
+
+
+def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """The same module around another graph, with what Dynamo notes beside it."""
+    made = fx.GraphModule(gm, graph)
+    made.meta.update(gm.meta)
+    for name, value in vars(gm).items():
+        if name not in vars(made):
+            setattr(made, name, value)
+    return made
+
+
+def nested_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of the bodies below the main graph, which gets nothing for them."""
+    return (node for path, body in bodies_of(gm).items() if path for node in body.graph.nodes)
+
+
+def say(record: GraphReport, option: str, note: str) -> None:
+    """Warns of what an option does not do, and notes it."""
+    log.warning("%s: %s", option, note)
+    record.notes.append(f"{option}: {note}")
