@@ -215,18 +215,10 @@ def forward(block: Block, name: str, experts: Experts) -> Contender:
 
 
 def step(block: Block, name: str, experts: Experts) -> Contender:
-    """Forward and backward: gradients of tokens, routing weights and the experts' weights, from None."""
+    """Forward and backward: gradients of tokens, routing weights and the experts' weights, from None.
 
-    def call(number: int) -> None:
-        block.forget_gradients()
-        inputs = block.inputs(number)
-        experts(inputs).backward(inputs.cotangent)
-
-    return Contender(name, call, 3 * block.shape.flops, precision(name), kernels_of(name, STEP))
-
-
-def adding_step(block: Block, name: str, experts: Experts) -> Contender:
-    """The same, with main gradients: PyTorch's operators return gradients, which are then added."""
+    Where the block has main gradients, those that PyTorch's operators return are added to them.
+    """
 
     def call(number: int) -> None:
         block.forget_gradients()

@@ -13,7 +13,6 @@ from moecompile.bench_block import (
     Block,
     Experts,
     adding,
-    adding_step,
     entrants,
     forward,
     precision,
@@ -72,7 +71,7 @@ def _measure_adding(setting: Setting, block: Block, inductor: Experts) -> None:
     """A training step whose gradients of matrices are added to main gradients."""
     setting.results.head(f"block  {block.shape.title}  {ADDING}")
     block.give_main_gradients()
-    made = [adding_step(block, *each) for each in adding(block, inductor)]
+    made = [step(block, *each) for each in adding(block, inductor)]
     present = _checked(setting, block, made, f"{block.shape.name} {ADDING}", True)
     times = measure_single(setting.timer, present, setting.rounds)
     _add_speeds(setting, block, "block", ADDING, present, times)
