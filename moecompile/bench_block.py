@@ -166,7 +166,9 @@ def ours_fp8(block: Block, each: bool, recompute: bool = False) -> Experts:
 
 def _main(block: Block) -> dict[str, Any]:
     """What the operators are told of main gradients."""
-    return {f"main_{name}": each for name, each in block.main.items()}
+    from moecompile.runtime.main_gradients import keywords
+
+    return keywords(block.main)
 
 
 def baseline(block: Block, compiled: bool) -> Experts:
