@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from moecompile.runtime import kernels
+from moecompile.runtime import kernels, main_gradients
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.grouped import aligned
-from moecompile.runtime.main_gradients import KEYWORDS
 
 Decompositions = dict[Any, Callable[..., Any]]
 
@@ -54,8 +53,8 @@ def _value(argument: Any) -> Any:
 def _can_be_written_out(node: fx.Node, first: int) -> bool:
     """Whether all products are ones that the CPU's `torch._grouped_mm` takes as they are, and there are rows."""
     args: Any = pytree.tree_map(_value, node.args[first:])
-    given = {name: value for name, value in node.kwargs.items() if name not in ("needs", *KEYWORDS.values())}
-    attributes: Any = {name: _value(value) for name, value in given.items()}
+    attributes: Any = {name: _value(value) for name, value in node.kwargs.items() if name != "needs"}
+    main_gradients.split(attributes)
     arguments = Arguments(*args, **attributes)
     matrices = [weight for weight in (arguments.w_in, arguments.w_up, arguments.w_out) if weight is not None]
     rows = arguments.order.shape[0]
