@@ -161,12 +161,10 @@ struct Producer {
         i32 number = blockIdx.x / CLUSTER, stages = stages_filled_first(arguments), lane = threadIdx.x % 32;
         if (number >= shared.tile_count) return;
         Tile tile = own(Gemm::schedule_of(arguments).find(number), rank);
-        if (lane == 0) shared.tiles[0] = tile;
-        if (SCALED && lane < stages) {
-            MatrixScales scales(arguments, tile);
-            for (i32 part = 0; part < PARTS; part++) shared.b_scales[lane][part] = __ldcg(scales.at(part, lane));
-        }
-        __syncwarp();
+        float held[PARTS];  // of the stage of this lane's number
+        MatrixScales scales(arguments, tile);
+#pragma unroll
+        for (i32 part = 0; SCALED && part < PARTS; part++) held[part] = lane < stages ? __ldcg(scales.at(part, lane)) : 0;
         if (ptx::elect()) {
 #pragma unroll 1
             for (i32 stage = 0; stage < stages; stage++) {
@@ -176,13 +174,17 @@ struct Producer {
         }
         ptx::wait_for_earlier_grids();
         Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
-        if (ptx::elect()) {
 #pragma unroll 1
-            for (i32 stage = 0; stage < stages; stage++) {
+        for (i32 stage = 0; stage < stages; stage++) {  // what is written, whoever tells of it has written
+            float own[PARTS];
+#pragma unroll
+            for (i32 part = 0; SCALED && part < PARTS; part++) own[part] = __shfl_sync(~0u, held[part], stage);
+            if (ptx::elect()) {
+                if (stage == 0) shared.tiles[0] = tile;
+                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = own[part];
                 ptx::barrier_expect(&shared.full[stage], row_bytes(tile));
                 load_rows(shared, arguments, tile, stage * K_TILE, stage, rank);
             }
         }
-        __syncwarp();
     }
 };
