@@ -34,7 +34,7 @@ class Plain:
 
     def template(self, gemm: GroupedGemm) -> str:
         """The C++ type."""
-        return instantiation("Plain", INPUTS[gemm.input], gemm.columns, self.bias, min(gemm.columns // 64, gemm.room))
+        return instantiation("Plain", INPUTS[gemm.input], gemm.columns, self.bias, gemm.boxes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Turned:
 
     def template(self, gemm: GroupedGemm) -> str:
         """The C++ type."""
-        return instantiation("Turned", INPUTS[gemm.input], gemm.columns, min(gemm.columns // 64, gemm.room))
+        return instantiation("Turned", INPUTS[gemm.input], gemm.columns, gemm.boxes)
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,13 @@ class Activated:
 
     def template(self, gemm: GroupedGemm) -> str:
         """The C++ type."""
-        given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", self.save, self.bias)
-        name, value = ("QuantizedActivated", VALUE) if gemm.quantized else ("Activated", INPUTS[gemm.input])
-        return instantiation(name, value, gemm.columns, *given, "weight" in leaves(parse(self.activation)))
+        read = "weight" in leaves(parse(self.activation))
+        given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", self.save, self.bias, read)
+        if gemm.quantized:
+            return instantiation("QuantizedActivated", VALUE, gemm.columns, *given)
+        rounds = gemm.columns // (64 if self.gate_up == "single" else 128)
+        last = 1 if self.save else min(2, rounds, gemm.room)
+        return instantiation("Activated", INPUTS[gemm.input], gemm.columns, *given, last)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class GroupedGemm:
         transposed: whether the matrices are (E, K, N) and not (E, N, K); 16-bit inputs only.
         over_rows: whether the product is that of rows with rows, the gradient of the matrices; 16-bit inputs are
             transposed then, too.
+        overhang: how many rows beyond whole pairs of tiles may go along with the last pair; 0, 32 or 64, of 16 bits and
+            for clusters of two.
         dispatches: whether the rows are tokens', which the kernel dispatches itself.
         epilogue: what becomes of the products.
     """
@@ -150,6 +156,7 @@ class GroupedGemm:
     cluster: int = 1
     transposed: bool = False
     over_rows: bool = False
+    overhang: int = 0
     dispatches: bool = False
     epilogue: Plain | Turned | Added | Activated | ActivationBackward = Plain()
 
@@ -169,7 +176,7 @@ class GroupedGemm:
     @property
     def template(self) -> str:
         """The C++ type."""
-        given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows)
+        given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows, self.overhang)
         feed = (instantiation("Dispatched", self.quantized),) if self.dispatches else ()
         return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self), *feed)
 
@@ -179,9 +186,14 @@ class GroupedGemm:
         return self.input == "float8_e4m3fn"
 
     @property
+    def boxes(self) -> int:
+        """As many of them as there is room for, of a tile's results of 16 bits, and into which these may be divided."""
+        return max(boxes for boxes in (1, 2, 4) if boxes <= min(self.columns // 64, self.room))
+
+    @property
     def room(self) -> int:
         """Boxes of 16 x 64 results for each of eight warps that fit beside the ring, which holds lines of 128 bytes."""
-        return (SHARED_LIMIT - 3072 - self.stages * (128 + self.columns) * 128) // (8 * 2048)
+        return (SHARED_LIMIT - 3072 - self.stages * (128 + self.overhang + self.columns) * 128) // (8 * 2048)
 
 
 def _reads(gate_up: str) -> tuple[str, ...]:

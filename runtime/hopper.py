@@ -27,6 +27,12 @@ OUT_BOX = (16, 64)  # of a result, written at once
 ADDED_BOX, ADDED_TURNED_BOX = (1, 16, 32), (1, 32, 16)  # of float32 that are added at once
 MULTIPROCESSORS = 132
 """Of an H100 or H200 with NVLink; on others tiles are chosen as for these."""
+OVERHANG = {3: 64, 4: 32}
+"""How many rows beyond a pair of tiles may go along with it: so many as a ring of so many stages leaves room for."""
+PAIRS_FROM = 32
+"""Rows of an expert, on average, from which blocks go in pairs: some experts then have more than one tile."""
+FEW_PAIRS = 4 * ROWS
+"""Rows of an expert, on average, up to which it pays that few rows beyond pairs go along (docs/perf.md)."""
 NARROW = 0.56
 """What a tile of 128 columns and few rows costs, where one of 256 costs 1 (docs/perf.md)."""
 
@@ -247,16 +253,18 @@ def choose(
     if dtype == torch.float8_e4m3fn:  # a pair of blocks is faster with few rows, too
         wide = GroupedGemm(name, 256, 4, 2, over_rows=over_rows)
         return wide if n > 128 else replace(wide, columns=128, stages=5, cluster=1)
-    each = rows if over_rows else rows // experts
     if n <= 128 or (not over_rows and _is_sooner_narrow(rows, experts, n)):
         return GroupedGemm(name, 128, 5, 1, transposed, over_rows)
-    length = k // experts if over_rows else k
-    if each < 2 * ROWS:
-        return GroupedGemm(name, 256, 4 if length >= 4096 else 3, 1, transposed, over_rows)
-    # a pair of blocks finds rows for both; where sums are long, pairs that load less ahead stay closer together, and
-    # find in L2 what others have loaded (docs/perf.md)
-    long = length >= 1024 if over_rows else length > 4096
-    return GroupedGemm(name, 256, 3 if long else 4, 2, transposed, over_rows)
+    if over_rows:
+        # where sums are long, pairs that load less ahead stay closer together, and find in L2 what others have loaded
+        length = k // experts
+        if rows < 2 * ROWS:
+            return GroupedGemm(name, 256, 4 if length >= 4096 else 3, 1, transposed, over_rows)
+        return GroupedGemm(name, 256, 3 if length >= 1024 else 4, 2, transposed, over_rows)
+    each = rows // experts
+    stages, cluster = 3 if transposed and each < ROWS else 4, 2 if each >= PAIRS_FROM else 1
+    along = cluster == 2 and each <= FEW_PAIRS
+    return GroupedGemm(name, 256, stages, cluster, transposed, overhang=OVERHANG[stages] if along else 0)
 
 
 def _is_sooner_narrow(rows: int, experts: int, n: int) -> bool:
@@ -278,9 +286,10 @@ def activated_instance(
     experts, k, n = projection.matrices[0].shape
     columns = 256 if save else max(256, n * len(projection.matrices))  # a step's rows are many
     chosen = choose(dtype, rows, experts, columns, k, is_transposed(projection.matrices[0]))
-    if save or chosen.cluster == 2:
-        # what is saved needs room beside the ring; and pairs are faster with three stages here, sometimes by much
-        chosen = replace(chosen, columns=256, stages=3)
+    if save:  # what is saved needs room beside the ring
+        chosen = replace(chosen, columns=256, stages=3, overhang=OVERHANG[3] if chosen.overhang else 0)
+    if chosen.transposed and len(projection.matrices) == 2:
+        chosen = replace(chosen, overhang=0)  # half of the columns of a line across K have no stride
     return replace(chosen, epilogue=Activated(activation, projection.gate_up, save, projection.biases is not None))
 
 
@@ -288,7 +297,7 @@ def backward_instance(
     dtype: torch.dtype, rows: int, w_out: Tensor, gate_up: str, activation: str, scaled: bool
 ) -> GroupedGemm:
     """The kernel of `activation_backward`."""
-    cluster = 2 if rows // w_out.shape[0] >= 2 * ROWS else 1
+    cluster = 2 if rows // w_out.shape[0] >= ROWS else 1
     epilogue = ActivationBackward(activation, gate_up, scaled)
     return GroupedGemm(dtype_name(dtype), 256, 3, cluster, is_transposed(w_out.mT), epilogue=epilogue)
 
@@ -354,7 +363,8 @@ def _launch(
     ]
     kernel = load(instance, a.device.index)
     box = (columns, BOX_ROWS) if instance.over_rows and instance.transposed else (BOX_ROWS, columns)
-    maps = (_mapped(a, box), boxes[0], boxes[-1])
+    along = _mapped(a, (instance.overhang // instance.cluster, columns)) if instance.overhang else bytes(128)
+    maps = (_mapped(a, box), boxes[0], boxes[-1], along)
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
     values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, int(early), *feed, *epilogue)

@@ -24,7 +24,11 @@ ops = torch.ops.moecompile
 
 @dataclass(frozen=True)
 class Block:
-    """One block: sizes, and how it is laid out."""
+    """One block: sizes, and how it is laid out.
+
+    Attributes:
+        counts: if there are any, how many tokens each expert has, which have no other.
+    """
 
     name: str
     tokens: int = 300
@@ -40,9 +44,15 @@ class Block:
     biases: bool = False
     dropped: bool = False
     one_expert: bool = False
+    counts: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     weight_dtype: torch.dtype = torch.bfloat16
     weighted: bool = True
+
+    @classmethod
+    def of_counts(cls, name: str, *counts: int, **given: Any) -> Block:
+        """A block with so many tokens for each expert."""
+        return cls(name, sum(counts), 1, len(counts), counts=counts, **given)
 
     def attributes(self) -> dict[str, Any]:
         return {
@@ -81,6 +91,9 @@ class Block:
     def ids(self) -> Tensor:
         """Experts of each token, uneven; the last one has nobody."""
         torch.manual_seed(1)
+        if self.counts:
+            experts = torch.arange(self.experts).repeat_interleave(torch.tensor(self.counts))
+            return experts[torch.randperm(self.tokens)].unsqueeze(1).cuda()
         scores = torch.rand(self.tokens, self.experts, device="cuda")
         scores[:, 0] += 0.6
         scores[:, -1] = -1

@@ -21,6 +21,7 @@ from moecompile.runtime import hopper_experts, hopper_fp8, hopper_routing
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
     Block("halves", tokens=300, top_k=2, experts=3, weight_dtype=torch.float32, output=CAST),
+    Block.of_counts("pairs", 290, 370, 200, weight_dtype=torch.float32, output=CAST),
     Block("separate, biases", tokens=70, top_k=2, experts=3, gate_up="separate", biases=True, dropped=True),
     Block("single", tokens=70, top_k=2, experts=3, gate_up="single", activation="square(relu(hidden))"),
     Block(

@@ -19,6 +19,8 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 pytestmark = pytest.mark.gpu
 
+ALONG = (257, 544, 320, 321, 256, 300, 0, 530)
+"""Tokens of each expert: so many that most go along with a pair of tiles, and some not."""
 BLOCKS = [
     Block("plain"),
     Block("dropped", dropped=True),
@@ -40,6 +42,31 @@ BLOCKS = [
     Block("no weights", output="out", weighted=False),
     Block("float16", dtype=torch.float16, weight_dtype=torch.float16),
     Block("many experts", tokens=64, experts=70, top_k=6),
+    Block.of_counts("rows that go along", *ALONG),
+    Block.of_counts("rows that go along, long sums", *ALONG, hidden=4112, inner=208, output="out"),
+    Block.of_counts("rows that go along, separate", *ALONG, gate_up="separate", biases=True, hidden=136, inner=200),
+    Block.of_counts(
+        "rows that go along, single",
+        *ALONG,
+        gate_up="single",
+        activation="square(relu(hidden))",
+        biases=True,
+        inner=200,
+    ),
+    Block.of_counts(
+        "rows that go along, gpt-oss",
+        *ALONG,
+        gate_up="interleaved",
+        activation=GPT_OSS,
+        in_transposed=True,
+        out_transposed=True,
+        biases=True,
+        inner=208,
+    ),
+    Block.of_counts(
+        "rows that go along, weight inside", *ALONG, activation="mul(mul(silu(gate), up), weight)", output="out"
+    ),
+    Block.of_counts("rows that go along, float16", *ALONG, dtype=torch.float16, weight_dtype=torch.float16),
     Block("odd tiles", tokens=1500, experts=6, inner=768),
     Block("odd tiles, interleaved", tokens=1500, experts=6, inner=640, hidden=768, gate_up="interleaved"),
     Block("one token", tokens=1, experts=128, top_k=8, inner=768),

@@ -28,13 +28,22 @@ sass.require_compiler()
 SIXTEEN_BITS = ("bfloat16", "float16")
 FP8 = "float8_e4m3fn"
 DIRECTIONS = ("forward", "saved", "backward")
-# (columns, stages, cluster) that `moecompile.runtime.hopper` and `hopper_fp8_gemm` choose from
+# (columns, stages, cluster, overhang) that `moecompile.runtime.hopper` and `hopper_fp8_gemm` choose from
 TILES = {
-    "forward": ((256, 4, 1), (256, 3, 1), (256, 3, 2), (128, 5, 1)),
-    "saved": ((256, 3, 1), (256, 3, 2)),  # a deeper ring leaves no room for the boxes of what is saved
-    "backward": ((256, 3, 1), (256, 3, 2)),
+    "forward": (
+        (256, 4, 1, 0),
+        (256, 3, 1, 0),
+        (256, 4, 2, 0),
+        (256, 4, 2, 32),
+        (256, 3, 2, 0),
+        (256, 3, 2, 64),
+        (128, 5, 1, 0),
+    ),
+    # a deeper ring leaves no room for the boxes of what is saved
+    "saved": ((256, 3, 1, 0), (256, 3, 2, 0), (256, 3, 2, 64)),
+    "backward": ((256, 3, 1, 0), (256, 3, 2, 0)),
 }
-FP8_TILES = {"forward": ((256, 4, 2),), "saved": ((256, 4, 2),), "backward": ((256, 3, 2),)}
+FP8_TILES = {"forward": ((256, 4, 2, 0),), "saved": ((256, 4, 2, 0),), "backward": ((256, 3, 2, 0),)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Swept:
     architecture: str
     precision: str
     direction: str
-    tile: tuple[int, int, int]
+    tile: tuple[int, int, int, int]
     transposed: bool
 
     @property
@@ -60,7 +69,10 @@ class Swept:
             activation = activation.replace("bfloat16", "float16")
         if self.precision == FP8 and gate_up != "single":
             gate_up = "halves"  # as quantised matrices lie
-        gemm = GroupedGemm(self.precision, *self.tile, self.transposed)
+        columns, stages, cluster, overhang = self.tile
+        if self.transposed and gate_up in ("halves", "separate"):
+            overhang = 0
+        gemm = GroupedGemm(self.precision, columns, stages, cluster, self.transposed, overhang=overhang)
         if self.direction == "backward":
             return replace(gemm, epilogue=ActivationBackward(activation, gate_up, surveyed.scaled))
         return replace(gemm, epilogue=Activated(activation, gate_up, self.direction == "saved", surveyed.bias))
@@ -75,7 +87,7 @@ def every() -> Iterator[Swept]:
 
 
 EVERY = tuple(every())
-TENTH = EVERY[::11]  # 11 has no factor in common with the 35 of an architecture
+TENTH = EVERY[::11]  # 11 has no factor in common with the 51 of an architecture
 
 
 @pytest.mark.parametrize(
@@ -119,11 +131,17 @@ def test_a_verdict_is_kept_until_its_kernel_changes(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_tiles_are_those_that_are_chosen(dtype: torch.dtype) -> None:
     """By `activated_instance`, for any sizes."""
-    chosen: dict[bool, set[tuple[int, int, int]]] = {False: set(), True: set()}
-    for rows, experts, k, save in product((1, 100, 5000, 100_000), (1, 8, 128), (0, 128, 4095, 4096), (False, True)):
-        matrices = torch.empty(experts, k, 256, dtype=dtype, device="meta")
-        gemm = hopper.activated_instance(dtype, rows, Projection((matrices, matrices), None, "halves"), "silu(x)", save)
-        chosen[save].add((gemm.columns, gemm.stages, gemm.cluster))
+    chosen: dict[bool, set[tuple[int, int, int, int]]] = {False: set(), True: set()}
+    sizes = product((1, 100, 1000, 4000, 100_000), (1, 8, 128), (0, 128, 4095, 4096))
+    for (rows, experts, k), transposed, save in product(sizes, (False, True), (False, True)):
+        matrices = torch.empty((experts, k, 256) if transposed else (experts, 256, k), dtype=dtype, device="meta")
+        matrices = matrices if transposed else matrices.mT
+        for projection in (
+            Projection((matrices, matrices), None, "halves"),
+            Projection((matrices,), None, "interleaved"),
+        ):
+            gemm = hopper.activated_instance(dtype, rows, projection, "silu(x)", save)
+            chosen[save].add((gemm.columns, gemm.stages, gemm.cluster, gemm.overhang))
     assert chosen == {False: set(TILES["forward"]), True: set(TILES["saved"])}
 
 

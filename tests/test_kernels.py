@@ -28,13 +28,18 @@ from verdicts import judged
 
 sass.require_compiler()
 
-# (columns, stages, clusters) of the tiles that `moecompile.runtime.hopper` chooses from.
+# (columns, stages, clusters) of the tiles that `moecompile.runtime.hopper` chooses from
 TILES = ((256, 4, 1), (256, 4, 2), (256, 3, 1), (256, 3, 2), (128, 5, 1))
 PLAIN = [
     GroupedGemm(dtype, *tile, transposed, over_rows)
     for dtype, tile, (transposed, over_rows) in product(
         ("bfloat16", "float16"), TILES, ((False, False), (True, False), (True, True))
     )
+]
+ALONG = [
+    replace(each, overhang=overhang, epilogue=Plain(bias))
+    for each, overhang, bias in product(PLAIN, (32, 64), (False, True))
+    if (each.stages, overhang) in ((4, 32), (3, 64)) and each.cluster == 2 and not each.over_rows
 ]
 WIDE, NARROW = GroupedGemm("float8_e4m3fn", 256, 4, 2), GroupedGemm("float8_e4m3fn", 128, 5)
 OF_MATRICES: tuple[Plain | Turned, ...] = (Plain(), Turned())
@@ -54,12 +59,21 @@ ACTIVATIONS = (
     (GPT_OSS, "interleaved", True),
     ("square(relu(hidden))", "single", False),
 )
+FIRST = {
+    False: [
+        GroupedGemm("bfloat16", 256, 4, 2, overhang=32),
+        GroupedGemm("bfloat16", 256, 4, 2),
+        GroupedGemm("bfloat16", 256, 4, 1),
+        GroupedGemm("bfloat16", 128, 5, 1),
+    ],
+    True: [GroupedGemm("bfloat16", 256, 3, 2, overhang=64), GroupedGemm("bfloat16", 256, 3, 2)],
+}
+"""Tiles of GEMM1, by whether its rows are saved."""
 ACTIVATED = [
-    GroupedGemm("bfloat16", *tile, transposed, epilogue=Activated(activation, gate_up, save, bias))
-    for tile, transposed, save, (activation, gate_up, bias) in product(
-        ((256, 3, 2), (256, 4, 1), (128, 5, 1)), (False, True), (False, True), ACTIVATIONS
-    )
-    if not save or tile == (256, 3, 2)
+    replace(gemm, transposed=transposed, epilogue=Activated(activation, gate_up, save, bias))
+    for save, transposed, (activation, gate_up, bias) in product((False, True), (False, True), ACTIVATIONS)
+    for gemm in FIRST[save]
+    if not (gemm.overhang and transposed and gate_up in ("halves", "separate"))
 ]
 BACKWARD = [
     GroupedGemm("bfloat16", 256, 3, 2, True, epilogue=ActivationBackward(activation, gate_up))
@@ -112,7 +126,7 @@ WITHOUT_PRODUCTS = [
 
 
 @pytest.mark.parametrize(
-    "instance", [*PLAIN, *SCALED, *ACTIVATED, *QUANTIZED[False]], ids=lambda instance: instance.template
+    "instance", [*PLAIN, *ALONG, *SCALED, *ACTIVATED, *QUANTIZED[False]], ids=lambda instance: instance.template
 )
 def test_machine_code(instance: GroupedGemm) -> None:
     made = judged(instance)
@@ -189,8 +203,21 @@ def test_bulk_copies_of_the_producer_need_no_vote(tmp_path: Path) -> None:
         assert not any(name.startswith("BRA.U.ANY") for name in window), window
 
 
+@pytest.mark.parametrize(
+    "instance",
+    [*ALONG[::3], *(each for each in ACTIVATED if each.overhang), *QUANTIZED_BACKWARD],
+    ids=lambda each: each.template,
+)
+def test_descriptors_of_products_are_those_of_all_lanes(instance: GroupedGemm, tmp_path: Path) -> None:
+    """Computed in each lane they would have to be brought back for every product: up to 10 % slower (docs/perf.md)."""
+    made = sass.machine(instance, tmp_path)
+    names = [name for name, _ in made.operations]
+    for place in (i for i, name in enumerate(names) if name.startswith(("HGMMA", "QGMMA"))):
+        assert "R2UR" not in names[place - 12 : place], names[place - 12 : place]
+
+
 def test_the_source_is_only_the_instantiation() -> None:
-    gemm = "GroupedGemm<wgmma::Bf16, 256, 4, 2, true, false, Plain<wgmma::Bf16, 256, false, 2>>"
+    gemm = "GroupedGemm<wgmma::Bf16, 256, 4, 2, true, false, 0, Plain<wgmma::Bf16, 256, false, 2>>"
     text = source(GroupedGemm("bfloat16", 256, 4, 2, True, False))
     assert text == f'#include "grouped_gemm.cuh"\nMOECOMPILE_KERNEL(moecompile_grouped_gemm, {gemm})\n'
 
@@ -226,8 +253,19 @@ def test_nothing_is_read_before_earlier_grids_are_done(instance: Instance, tmp_p
 
 
 WAITING = [
-    *(PLAIN[0], PLAIN[12], ADDED[0], WIDE, NARROW, ADDED[-1], BACKWARD[0], QUANTIZED_BACKWARD[0], *DISPATCHING),
-    *(ACTIVATED[0], ACTIVATED[-1], ACTIVATED[3], QUANTIZED[False][1], QUANTIZED[True][0], SCALED[1], SCALED[2]),
+    *(
+        PLAIN[0],
+        PLAIN[12],
+        ALONG[0],
+        ADDED[0],
+        WIDE,
+        NARROW,
+        ADDED[-1],
+        BACKWARD[0],
+        QUANTIZED_BACKWARD[0],
+        *DISPATCHING,
+    ),
+    *(ACTIVATED[0], ACTIVATED[-1], ACTIVATED[12], QUANTIZED[False][1], QUANTIZED[True][0], SCALED[1], SCALED[2]),
 ]
 
 

@@ -36,11 +36,11 @@ __device__ __forceinline__ void acquire() {
     __syncwarp();
 }
 
-// A box's values as its tensor will have them: pairs of neighbouring columns.
-template <typename Input>
+// A box's values, or those of its first columns, as its tensor will have them: pairs of neighbouring columns.
+template <typename Input, i32 COUNT = VALUES>
 __device__ __forceinline__ void pack(const float* v, u32* packed) {
 #pragma unroll
-    for (i32 i = 0; i < VALUES / 2; i++) packed[i] = Input::pack(v[2 * i], v[2 * i + 1]);
+    for (i32 i = 0; i < COUNT / 2; i++) packed[i] = Input::pack(v[2 * i], v[2 * i + 1]);
 }
 
 // The i'th sixteen columns of a box.
@@ -49,9 +49,10 @@ __device__ __forceinline__ void put_sixteen(u8* staged, i32 i, u32 a, u32 b, u32
     ptx::store_matrix_x4(ptx::shared_address(staged) + at(lane % 16, i * 2 + lane / 16), a, b, c, d);
 }
 
+template <i32 COUNT = VALUES>
 __device__ __forceinline__ void put(u8* staged, const u32* packed) {
 #pragma unroll
-    for (i32 i = 0; i < 4; i++)
+    for (i32 i = 0; i < COUNT / 8; i++)
         put_sixteen(staged, i, packed[4 * i], packed[4 * i + 1], packed[4 * i + 2], packed[4 * i + 3]);
 }
 
@@ -75,20 +76,26 @@ __device__ __forceinline__ void publish() {
     __syncwarp();
 }
 
+// Writes those rows of a box that may be, or the first EIGHTS columns by eight of them, to the columns from x on, eight and
+// eight APART; by all lanes.
+template <i32 EIGHTS = COLUMNS / 8, i32 APART = 8>
+__device__ __forceinline__ void write(const u8* staged, const Target& target, const Place& place, i32 x, i32 offset = 0) {
+    for (i32 first = 0; first < ROWS * EIGHTS; first += 32) {
+        i32 i = first + i32(threadIdx.x % 32);
+        i32 row = i / EIGHTS, column = x + i % EIGHTS * APART;
+        if (place.row + row < place.end && column < target.columns)
+            *reinterpret_cast<uint4*>(target.rows + i64(offset + place.row + row) * target.pitch + column) =
+                *reinterpret_cast<const uint4*>(staged + at(row, i % EIGHTS));
+    }
+}
+
 // Writes a published box to the columns from x on; `offset` is added to its rows. No early return: the compiler must see
 // that all lanes come out together, or it keeps everything that follows out of uniform registers.
 __device__ __forceinline__ void send_published(const u8* staged, const Target& target, const Place& place, i32 x,
                                                i32 offset = 0) {
     u32 lane = threadIdx.x % 32;
     bool whole = place.whole();
-    if (!whole) {  // rows of the next expert follow: only our own
-        for (i32 i = lane; i < ROWS * 8; i += 32) {
-            i32 row = i / 8, column = x + i % 8 * 8;
-            if (place.row + row < place.end && column < target.columns)
-                *reinterpret_cast<uint4*>(target.rows + i64(offset + place.row + row) * target.pitch + column) =
-                    *reinterpret_cast<const uint4*>(staged + at(row, i % 8));
-        }
-    }
+    if (!whole) write(staged, target, place, x, offset);  // rows of the next expert follow: only our own
     if (lane == 0) {
         if (whole && x < target.columns) ptx::store_2d(&target.map, staged, x, offset + place.row);
         ptx::store_commit();  // an empty group where there was nothing to copy: boxes are waited for by their number
@@ -98,6 +105,15 @@ __device__ __forceinline__ void send_published(const u8* staged, const Target& t
 __device__ __forceinline__ void send(const u8* staged, const Target& target, const Place& place, i32 x, i32 offset = 0) {
     publish();
     send_published(staged, target, place, x, offset);
+}
+
+// Of columns' values, 4 in each lane for 8 of them, those rows that may be written, at once and without a bulk copy.
+template <i32 COUNT, i32 APART>
+__device__ __forceinline__ void write_now(u8* staged, const Target& target, const Place& place, i32 x, const u32* packed) {
+    __syncwarp();
+    put<COUNT>(staged, packed);
+    __syncwarp();
+    write<COUNT / 4, APART>(staged, target, place, x);
 }
 
 }  // namespace box

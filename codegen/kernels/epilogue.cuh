@@ -12,6 +12,10 @@
 //     take(...)         after them, which leaves what will be written in HELD registers
 //     put(...)          writes it, while the next tile's first product is under way
 //
+// and, where it may follow a product of rows that go along (grouped_gemm.cuh),
+//     finish_along(...) 16 rows of the warp and 64 columns, or if paired 32 of each matrix; these are APART, eight from eight.
+//                       It leaves the boxes free.
+//
 // FEATURES are what the model calls columns: a tile of 256 columns holds 128 features with a gate and an up projection.
 #pragma once
 #include "box.cuh"
@@ -27,12 +31,12 @@ struct Spot {
     u32 turn;            // how many tiles the block has finished
 };
 
-// Adds an expert's vector, of that many columns, to a box's values; nothing beyond its end.
-template <typename Input>
+// Adds an expert's vector, of that many columns, to a box's values, or its first ones; nothing beyond its end.
+template <typename Input, i32 COUNT = box::VALUES, i32 APART = 8>
 __device__ __forceinline__ void add_bias(const u16* bias, const Spot& spot, i32 columns, i32 x, float* v) {
 #pragma unroll
-    for (i32 eight = 0; eight < 8; eight++) {
-        i32 column = x + eight * 8 + threadIdx.x % 4 * 2;
+    for (i32 eight = 0; eight < COUNT / 4; eight++) {
+        i32 column = x + eight * APART + threadIdx.x % 4 * 2;
         float low = 0, high = 0;
         if (column < columns)
             Input::unpack(__ldg(reinterpret_cast<const u32*>(bias + i64(spot.expert) * columns + column)), low, high);
@@ -79,6 +83,18 @@ struct Plain {
 #pragma unroll
             for (i32 i = 0; i < BOXES; i++)
                 box::send_published(boxes + i * box::BYTES, arguments.out, spot.place, spot.column + (first + i) * 64, spot.offset);
+        }
+    }
+
+    template <i32 APART>
+    static __device__ __forceinline__ void finish_along(u8* boxes, const Arguments& arguments, const Spot& spot,
+                                                        float (&sums)[32]) {
+        if (uniform(spot.place.row < spot.place.end)) {
+            u32 packed[16];
+            if constexpr (BIAS) add_bias<Input>(arguments.bias, spot, arguments.out.columns, spot.column, sums);
+            box::pack<Input>(sums, packed);
+            box::acquire<0>();
+            box::write_now<32, APART>(boxes, arguments.out, spot.place, spot.column, packed);
         }
     }
 };

@@ -4,11 +4,11 @@
 
 // GEMM1's rows through the activation: out = activation(gate, up), and, with SAVE, the rows themselves for the backward.
 //
-// They are rounded before the activation, as where each of them is a tensor.
-template <typename Input, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED>
+// They are rounded before the activation, as where each of them is a tensor. LAST of each warp's boxes are for `out`.
+template <typename Input, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED, i32 LAST>
 struct Activated {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2;  // boxes of columns for a box of features
-    static constexpr i32 ROUNDS = COLUMNS / 64 / PER_ROUND, SAVED = SAVE ? PER_ROUND : 0, LAST = SAVE || ROUNDS == 1 ? 1 : 2;
+    static constexpr i32 ROUNDS = COLUMNS / 64 / PER_ROUND, SAVED = SAVE ? PER_ROUND : 0;
     static constexpr i32 BOXES = SAVED + LAST, REGISTERS = 216;
     static constexpr bool ADDS = false, PAIRED = LAYOUT == Layout::HALVES;
     static constexpr i32 HELD = SAVE ? 0 : ROUNDS * 16;  // together with the rows that are saved they would be too many
@@ -116,6 +116,40 @@ struct Activated {
         }
     }
 
+    template <i32 APART>
+    static __device__ __forceinline__ void finish_along(u8* boxes, const Arguments& arguments, const Spot& spot,
+                                                        float (&sums)[32]) {
+        constexpr i32 COUNT = PAIRED ? 16 : 32;
+        if (uniform(spot.place.row < spot.place.end)) {
+            Weights weights(arguments, spot);
+            u32 first[16], second[16], a[16];
+            box::acquire<0>();
+            settle_along<COUNT, APART>(boxes, arguments.hidden, arguments.bias, spot, sums, first);
+            if constexpr (PAIRED)
+                settle_along<COUNT, APART>(boxes, arguments.hidden_up, arguments.bias_up, spot, sums + COUNT, second);
+            if constexpr (LAYOUT == Layout::INTERLEAVED) {
+                activate_pairs(first, weights.of, a);
+                __syncwarp();
+                put_fours<8>(boxes, a);
+                __syncwarp();
+                box::write<4>(boxes, arguments.out, spot.place, first_feature(spot));
+            } else {
+#pragma unroll
+                for (i32 i = 0; i < COUNT / 2; i++) a[i] = activate(first[i], second[i], weights.of[i % 2]);
+                box::write_now<COUNT, APART>(boxes, arguments.out, spot.place, spot.column, a);
+            }
+        }
+    }
+
+    // `settle`, for rows that go along.
+    template <i32 COUNT, i32 APART>
+    static __device__ __forceinline__ void settle_along(u8* staged, const Target& target, const u16* bias, const Spot& spot,
+                                                        float* v, u32 (&packed)[16]) {
+        if constexpr (BIAS) add_bias<Input, COUNT, APART>(bias, spot, target.columns, spot.column, v);
+        box::pack<Input, COUNT>(v, packed);
+        if constexpr (SAVE) box::write_now<COUNT, APART>(staged, target, spot.place, spot.column, packed);
+    }
+
     // Two neighbouring features.
     static __device__ __forceinline__ u32 activate(u32 gates, u32 ups, float weight) {
         float gate[2], up[2];
@@ -146,11 +180,12 @@ struct Activated {
         }
     }
 
-    // A box of what `activate_pairs` made, twice.
+    // A box of what `activate_pairs` made, twice; or half a box of what it made once.
+    template <i32 COUNT = 16>
     static __device__ __forceinline__ void put_fours(u8* staged, const u32* a) {
         u32 lane = threadIdx.x % 32, row = lane / 4 + 8 * (lane % 2);
 #pragma unroll
-        for (i32 i = 0; i < 16; i++) {
+        for (i32 i = 0; i < COUNT; i++) {
             u32 column = 4 * i + lane % 4 / 2 * 2;
             *reinterpret_cast<u32*>(staged + box::at(row, column / 8) + column % 8 * 2) = a[i];
         }

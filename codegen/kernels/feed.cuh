@@ -25,8 +25,9 @@ struct Given {
 //
 // However few blocks run at once, tiles get their rows. Take the first row that nobody has written and somebody has taken:
 // who took it is at work, or waits for the tiles of its cluster to come nearer. These wait for rows only; those they wait
-// for lie no further than a band's height and a block ahead of the tile that the slower of the cluster's blocks is at, and
-// that is less than AT_LEAST: so all of them are there, and the tiles go on. Blocks without tiles keep nobody waiting.
+// for lie no further than a band's height, the rows that go along with it, and a block ahead of the tile that the slower of
+// the cluster's blocks is at, and that is less than AT_LEAST: so all of them are there, and the tiles go on. Blocks without
+// tiles keep nobody waiting.
 template <bool SCALED>
 struct Dispatched {
     static constexpr bool BESIDE = true;

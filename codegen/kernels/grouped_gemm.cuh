@@ -22,7 +22,8 @@
 // tensor copies, and two consumer warpgroups (consumer.cuh), each of which multiplies 64 rows of the tile and writes them
 // out on its own. Two blocks of a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of
 // it into both. Where an expert's last row tile has no neighbour, they take it together, with columns of their own, and share
-// its rows.
+// its rows; if it has few rows (OVERHANG), the pair before takes them along, each of the four warpgroups a quarter of its
+// columns of them: most experts of random routing have so few rows beyond whole pairs, or lack so few.
 #pragma once
 #include "consumer.cuh"
 #include "epilogue_activated.cuh"
@@ -34,13 +35,13 @@
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
-template <typename Input_, i32 COLUMNS_, i32 STAGES_, i32 CLUSTER_, bool B_MN_, bool OVER_ROWS_, typename Epilogue_,
+template <typename Input_, i32 COLUMNS_, i32 STAGES_, i32 CLUSTER_, bool B_MN_, bool OVER_ROWS_, i32 OVERHANG_, typename Epilogue_,
           typename Feed_ = Given>
 struct GroupedGemm {
     using Input = Input_;
     using Epilogue = Epilogue_;
     using Feed = Feed_;
-    static constexpr i32 COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_;
+    static constexpr i32 COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_, OVERHANG = OVERHANG_;
     static constexpr bool B_MN = B_MN_, OVER_ROWS = OVER_ROWS_;
     static constexpr i32 CONSUMERS = 2, BOX_ROWS = 64, ROWS = BOX_ROWS * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
     static constexpr i32 BLOCKS = CLUSTER;
@@ -61,12 +62,15 @@ struct GroupedGemm {
     static_assert(!SCALED || COLUMNS % 128 == 0, "a part of an FP8 tile is a scale block wide");
     static_assert(SHARE % 64 == 0, "a line across K holds 64 columns");
     static_assert(CLUSTER == 1 || CLUSTER == CONSUMERS, "blocks that share rows load a warpgroup's each");
+    static_assert(OVERHANG == 0 || CLUSTER == 2 && COLUMNS == 256 && !SCALED && !OVER_ROWS, "pairs take rows along in 16 bits");
+    static_assert(OVERHANG == 0 || !(PAIRED && B_MN), "half of the columns of a line across K have no stride");
+    static_assert(OVERHANG <= BOX_ROWS && OVERHANG / CLUSTER % 8 == 0, "each block of a pair loads whole swizzle atoms of them");
     static_assert(!(OVER_ROWS && Feed::BESIDE), "rows are dispatched for rows times matrices");
     static_assert(!Feed::BESIDE || Feed::AT_LEAST >= 2 * BAND * CLUSTER * ROWS, "or a cluster waits for itself (feed.cuh)");
 
     template <bool over_rows>
     struct ScheduleOf {
-        using Type = RowSchedule<ROWS, WIDTH, CLUSTER>;
+        using Type = RowSchedule<ROWS, WIDTH, CLUSTER, OVERHANG>;
     };
     template <>
     struct ScheduleOf<true> {
@@ -77,6 +81,7 @@ struct GroupedGemm {
     struct Arguments {
         TensorMap a;          // boxes of BOX_ROWS x K_TILE, or of K_TILE x BOX_ROWS if A_MN
         TensorMap b, b_pair;  // of three dimensions; boxes of BOX x K_TILE, of K_TILE x 64 if B_MN; the second is for PAIRED
+        TensorMap overhang;   // a; boxes of OVERHANG / CLUSTER x K_TILE
         TensorMap scales;     // of a, transposed: (K / 128, rows); boxes of 1 x SCALES
         const i32* offsets;
         const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
@@ -87,7 +92,7 @@ struct GroupedGemm {
     };
 
     struct Shared {
-        alignas(1024) u8 a[STAGES][ROWS * LINE];
+        alignas(1024) u8 a[STAGES][(ROWS + OVERHANG) * LINE];
         alignas(1024) u8 b[STAGES][COLUMNS * LINE];
         alignas(1024) u8 boxes[CONSUMERS * 4][Epilogue::BOXES * box::BYTES];  // of each warp
         alignas(128) float a_scales[STAGES][SCALED ? (SCALES + 31) / 32 * 32 : 1];

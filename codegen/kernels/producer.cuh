@@ -15,6 +15,7 @@ struct Producer {
     static constexpr i32 SHARE = Gemm::SHARE, BOX = Gemm::BOX, WIDTH = Gemm::WIDTH, PARTS = Gemm::PARTS, SCALES = Gemm::SCALES;
     static constexpr bool SCALED = Gemm::SCALED, A_MN = Gemm::A_MN, B_MN = Gemm::B_MN, OVER_ROWS = Gemm::OVER_ROWS;
     static constexpr bool PAIRED = Gemm::PAIRED;
+    static constexpr i32 OVERHANG = Gemm::OVERHANG;
 
     // ---- the producer warp: all lanes walk together, one of them copies
 
@@ -28,7 +29,7 @@ struct Producer {
         for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
             Tile tile = own(schedule.find(number), rank);
             if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, tile.row);
-            Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
+            Feed::wait(arguments.feed, tile.row, rows_end(tile), rows);
             fill(shared, arguments, tile, rank, stage, parity, number == i32(blockIdx.x) / CLUSTER ? filled * K_TILE : 0);
         }
         if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, 0x7fffffff);  // the rows left are other blocks'
@@ -82,13 +83,19 @@ struct Producer {
         } while (k < tile.k_end);
     }
 
+    // Before it lie all the rows that a tile needs.
+    static __device__ __forceinline__ i32 rows_end(const Tile& tile) {
+        return OVERHANG > 0 && tile.overhang ? tile.row_end : min(tile.row + ROWS, tile.row_end);
+    }
+
     // Of the last rows only as many warpgroups' as there are.
     static __device__ __forceinline__ i32 boxes_of(const Tile& tile) {
         return A_MN || tile.row_end - tile.row > BOX_ROWS ? CONSUMERS : 1;
     }
 
     static __device__ __forceinline__ u32 row_bytes(const Tile& tile) {
-        return boxes_of(tile) * BOX_ROWS * LINE + (SCALED ? SCALES * sizeof(float) : 0);
+        i32 along = OVERHANG > 0 && tile.overhang ? OVERHANG : 0;
+        return (boxes_of(tile) * BOX_ROWS + along) * LINE + (SCALED ? SCALES * sizeof(float) : 0);
     }
 
     static __device__ __forceinline__ void load_rows(Shared& shared, const Arguments& arguments, const Tile& tile, i32 k,
@@ -104,6 +111,11 @@ struct Producer {
                 ptx::load_2d(to, &arguments.a, full, k, row);
             else if (box == i32(rank))  // blocks with the same rows load one box each, for both
                 ptx::load_2d_multicast(to, &arguments.a, full, k, row, (1 << CLUSTER) - 1);
+        }
+        if (OVERHANG > 0 && tile.overhang) {  // each block loads a part of them, for both
+            i32 first = rank * (OVERHANG / CLUSTER);
+            ptx::load_2d_multicast(shared.a[stage] + (ROWS + first) * LINE, &arguments.overhang, full, k,
+                                   tile.overhang + first, (1 << CLUSTER) - 1);
         }
         if (SCALED) ptx::load_2d(shared.a_scales[stage], &arguments.scales, full, tile.row & ~3, k / 128);
     }
@@ -173,7 +185,7 @@ struct Producer {
             }
         }
         ptx::wait_for_earlier_grids();
-        Feed::wait(arguments.feed, tile.row, min(tile.row + ROWS, tile.row_end), rows);
+        Feed::wait(arguments.feed, tile.row, rows_end(tile), rows);
 #pragma unroll 1
         for (i32 stage = 0; stage < stages; stage++) {  // what is written, whoever tells of it has written
             float own[PARTS];

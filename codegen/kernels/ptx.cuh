@@ -14,6 +14,10 @@ struct __align__(64) TensorMap {  // CUtensorMap, encoded by the host
     u64 opaque[16];
 };
 
+// A value that is the same in all lanes, as one that the compiler knows to be: what follows from it may live in uniform
+// registers, where bulk copies and matrix products want their operands.
+__device__ __forceinline__ i32 uniform(i32 value) { return __reduce_max_sync(~0u, value); }
+
 namespace ptx {
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {

@@ -16,21 +16,10 @@ struct __align__(16) Tile {
     i32 column;            // its first column
     i32 k_begin, k_end;
     i32 split;             // whether a cluster's blocks have the same rows and neighbouring columns
-    i32 unused;
-
-    // What that lane has, in all lanes.
-    __device__ __forceinline__ Tile from(u32 lane) const {
-        return {share(expert, lane), share(row, lane),   share(row_end, lane), share(column, lane),
-                share(k_begin, lane), share(k_end, lane), share(split, lane),   0};
-    }
-    static __device__ __forceinline__ i32 share(i32 value, u32 lane) { return __shfl_sync(~0u, value, lane); }
+    i32 overhang;          // the first of the rows that the cluster takes along, up to row_end; 0 if there are none
 };
 
 constexpr i32 BAND = 8;  // row tiles
-
-// A value that is the same in all lanes, as one that the compiler knows to be: what follows from it may live in uniform
-// registers, where bulk copies and matrix products want their operands.
-__device__ __forceinline__ i32 uniform(i32 value) { return __reduce_max_sync(~0u, value); }
 
 // The local'th tile of an expert with that many row tiles, in tiles.
 __device__ __forceinline__ void in_bands(i32 local, i32 rows, i32 columns, i32& row, i32& column) {
@@ -44,8 +33,9 @@ __device__ __forceinline__ void in_bands(i32 local, i32 rows, i32 columns, i32& 
 // 32 experts at a time; a tile is the one lane's whose expert it falls into.
 //
 // With CLUSTER 2, what has a number is the two tiles of a cluster: two row tiles, or, where an odd one is left, that one
-// with two column tiles.
-template <i32 ROWS, i32 COLUMNS, i32 CLUSTER>
+// with two column tiles. Up to OVERHANG rows beyond an expert's last whole pair have no tile of their own: that pair takes
+// them along.
+template <i32 ROWS, i32 COLUMNS, i32 CLUSTER, i32 OVERHANG>
 struct RowSchedule {
     const i32* offsets;
     i32 experts, k, columns, lane;
@@ -60,10 +50,19 @@ struct RowSchedule {
 
     static_assert(CLUSTER <= 2, "an odd row tile has one neighbour");
 
+    // How many row tiles an expert has.
+    static __device__ __forceinline__ i32 row_tiles(i32 rows) { return (rows - along(rows) + ROWS - 1) / ROWS; }
+
+    // How many of its rows go along.
+    static __device__ __forceinline__ i32 along(i32 rows) {
+        i32 beyond = rows % (CLUSTER * ROWS);
+        return beyond <= OVERHANG && beyond < rows ? beyond : 0;
+    }
+
     // How many numbers an expert has.
     __device__ __forceinline__ i32 tiles(i32 rows) const {
-        i32 row_tiles = (rows + ROWS - 1) / ROWS;
-        return row_tiles / CLUSTER * columns + (row_tiles % CLUSTER ? (columns + 1) / 2 : 0);
+        i32 count = row_tiles(rows);
+        return count / CLUSTER * columns + (count % CLUSTER ? (columns + 1) / 2 : 0);
     }
 
     __device__ __forceinline__ void load() {
@@ -96,10 +95,18 @@ struct RowSchedule {
         i32 holder = __ffs(holders) - 1;
         i32 from = pick(begin, holder), to = pick(end, holder);
         i32 previous = holder ? pick(last, holder - 1) : uniform(before);
-        i32 local = number - previous, groups = (to - from + ROWS - 1) / ROWS / CLUSTER, expert = uniform(first) + holder;
+        i32 local = number - previous, groups = row_tiles(to - from) / CLUSTER, expert = uniform(first) + holder;
         i32 split = local >= groups * columns, row = groups, column = (local - groups * columns) * CLUSTER;
         if (!split) in_bands(local, groups, columns, row, column);
-        return {expert, from + row * CLUSTER * ROWS, to, column * COLUMNS, 0, k, split, 0};
+        if (OVERHANG > 0 && !split) row = turned(row, column, groups);
+        i32 overhang = !split && row == groups - 1 && along(to - from) ? from + groups * CLUSTER * ROWS : 0;
+        return {expert, from + row * CLUSTER * ROWS, to, column * COLUMNS, 0, k, split, overhang};
+    }
+
+    // Pairs that take rows along take longer, and are an expert's last: not every time for the same clusters.
+    static __device__ __forceinline__ i32 turned(i32 row, i32 column, i32 rows) {
+        i32 first = row / BAND * BAND;
+        return first + (row - first + column) % min(BAND, rows - first);
     }
 
     static __device__ __forceinline__ i32 pick(i32 value, i32 lane) { return uniform(__shfl_sync(~0u, value, lane)); }

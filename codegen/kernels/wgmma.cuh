@@ -39,9 +39,11 @@ __device__ __forceinline__ u32 describe(const void* tile, u32 leading) {
     return (ptx::shared_address(tile) & 0x3FFFF) >> 4 | leading >> 4 << 16;
 }
 
+// STRIDE, which is 1024 where rows or steps follow each other, is in bytes too.
+template <u32 STRIDE = 1024>
 __device__ __forceinline__ u64 descriptor(u32 lower) {
-    constexpr u32 STRIDE = 1024 >> 4, SWIZZLE_128 = 1u << 30;
-    return u64(STRIDE | SWIZZLE_128) << 32 | lower;
+    constexpr u32 SWIZZLE_128 = 1u << 30;
+    return u64(STRIDE >> 4 | SWIZZLE_128) << 32 | lower;
 }
 
 struct Bf16 {
@@ -67,6 +69,7 @@ struct Fp8 {  // e4m3 with a scale for each block; its results are bf16
 };
 
 // static void run(float (&sum)[N / 2], u64 a, u64 b, bool accumulate)
+// static void begin(float (&sum)[N / 2], u64 a, u64 b)     the same without adding, in 16 bits: sum need have no registers before
 template <typename Input, int N, bool A_MN = false, bool B_MN = false>
 struct Product;
 
@@ -78,15 +81,17 @@ struct Product;
 #define NAMES_5 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define NAMES_6 "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define NAMES_7 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SUMS_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
-#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+#define SUMS_4(HOW, i) HOW(sum[i]), HOW(sum[i + 1]), HOW(sum[i + 2]), HOW(sum[i + 3])
+#define SUMS_16(HOW, i) SUMS_4(HOW, i), SUMS_4(HOW, i + 4), SUMS_4(HOW, i + 8), SUMS_4(HOW, i + 12)
 
 #define NAMES_OF_64 NAMES_0 ", " NAMES_1
 #define NAMES_OF_128 NAMES_OF_64 ", " NAMES_2 ", " NAMES_3
 #define NAMES_OF_256 NAMES_OF_128 ", " NAMES_4 ", " NAMES_5 ", " NAMES_6 ", " NAMES_7
-#define SUMS_OF_64 SUMS_16(0), SUMS_16(16)
-#define SUMS_OF_128 SUMS_OF_64, SUMS_16(32), SUMS_16(48)
-#define SUMS_OF_256 SUMS_OF_128, SUMS_16(64), SUMS_16(80), SUMS_16(96), SUMS_16(112)
+#define SUMS_OF_64(HOW) SUMS_16(HOW, 0), SUMS_16(HOW, 16)
+#define SUMS_OF_128(HOW) SUMS_OF_64(HOW), SUMS_16(HOW, 32), SUMS_16(HOW, 48)
+#define SUMS_OF_256(HOW) SUMS_OF_128(HOW), SUMS_16(HOW, 64), SUMS_16(HOW, 80), SUMS_16(HOW, 96), SUMS_16(HOW, 112)
+#define READ_AND_WRITTEN(value) "+f"(value)
+#define WRITTEN(value) "=f"(value)
 
 #define MULTIPLY(SHAPE, TYPES, NAMES, A, B, ADD, TAIL)                          \
     "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                        \
@@ -97,7 +102,7 @@ struct Product;
     struct Product<Fp8, N, false, false> {                                                                   \
         static __device__ __forceinline__ void run(float (&sum)[N / 2], u64 a, u64 b, i32 accumulate) {      \
             asm volatile(MULTIPLY("m64n" #N "k32", "e4m3.e4m3", NAMES_OF_##N, A, B, ADD, "1, 1")             \
-                         : SUMS_OF_##N                                                                       \
+                         : SUMS_OF_##N(READ_AND_WRITTEN)                                                     \
                          : "l"(a), "l"(b), "r"(accumulate));                                                 \
         }                                                                                                    \
     };
@@ -108,8 +113,14 @@ struct Product;
         static __device__ __forceinline__ void run(float (&sum)[N / 2], u64 a, u64 b, i32 accumulate) {      \
             asm volatile(                                                                                    \
                 MULTIPLY("m64n" #N "k16", TYPES, NAMES_OF_##N, A, B, ADD, "1, 1, " A_MAJOR ", " B_MAJOR)     \
-                : SUMS_OF_##N                                                                                \
+                : SUMS_OF_##N(READ_AND_WRITTEN)                                                              \
                 : "l"(a), "l"(b), "r"(accumulate), "n"(A_MN), "n"(B_MN));                                    \
+        }                                                                                                    \
+        static __device__ __forceinline__ void begin(float (&sum)[N / 2], u64 a, u64 b) {                    \
+            asm volatile(                                                                                    \
+                MULTIPLY("m64n" #N "k16", TYPES, NAMES_OF_##N, A, B, "0", "1, 1, " ADD ", " A_MAJOR)         \
+                : SUMS_OF_##N(WRITTEN)                                                                       \
+                : "l"(a), "l"(b), "n"(A_MN), "n"(B_MN));                                                     \
         }                                                                                                    \
     };
 
