@@ -1,7 +1,7 @@
 """Grouped GEMMs, and what becomes of their products, as records (`moecompile.codegen.instances`).
 
     GroupedGemm(input="bfloat16", columns=256, stages=4, cluster=2)
-        GroupedGemm<wgmma::Bf16, 256, 4, 2, false, false, Plain<...>> of kernels/grouped_gemm.cuh
+        GroupedGemm<wgmma::Bf16, 256, 4, 2, false, false, 0, Plain<...>> of kernels/grouped_gemm.cuh
 
 An epilogue belongs to a GEMM, whose record decides its type in C++.
 """
@@ -188,6 +188,9 @@ class GroupedGemm:
     @property
     def boxes(self) -> int:
         """As many of them as there is room for, of a tile's results of 16 bits, and into which these may be divided."""
+        if self.room < 1:
+            ring = f"{self.stages} stages of {128 + self.overhang + self.columns} lines"
+            raise ValueError(f"{self.name}: {ring} leave no room for results in {SHARED_LIMIT} bytes of shared memory")
         return max(boxes for boxes in (1, 2, 4) if boxes <= min(self.columns // 64, self.room))
 
     @property

@@ -24,9 +24,9 @@ from moecompile.codegen.instances import RESULTS
 from moecompile.runtime import hopper, hopper_kernels, hopper_routing, hopper_rules
 from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.hopper import Projection
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
+from moecompile.runtime.hopper_tiles import Projection
 
 LARGE = 256 * 2**20
 """Bytes of rows above which they are not made as a whole for the gradients of matrices."""

@@ -23,10 +23,10 @@ from moecompile.codegen.instances import (
     QuantizeRows,
     TransposeRows,
 )
-from moecompile.runtime import hopper, hopper_fp8_gemm, hopper_routing
+from moecompile.runtime import hopper_fp8_gemm, hopper_routing, hopper_tiles
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, weighting
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.hopper import Projection
+from moecompile.runtime.hopper_tiles import Projection
 
 THERE: set[Hashable] = set()
 """What decides which kernels a call needs, of the calls whose kernels have been compiled."""
@@ -54,13 +54,17 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     """Those of `moecompile.runtime.hopper_experts`; to train, of the backward too. w_out is (E, I, H2)."""
     dtype, rows, experts = args.dtypes.row, args.rows, args.num_experts
     name, result = dtype_name(dtype), dtype_name(args.dtypes.result)
-    plain = hopper.choose(dtype, rows, experts, args.out_features, args.intermediate, hopper.is_transposed(w_out))
+    plain = hopper_tiles.choose(
+        dtype, rows, experts, args.out_features, args.intermediate, hopper_tiles.is_transposed(w_out)
+    )
     beside = hopper_routing.is_beside(rows, args.features, dtype.itemsize)
-    first = [hopper.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)]
+    first = [
+        hopper_tiles.activated_instance(dtype, rows, projection, args.activation, save) for save in _saves(args, train)
+    ]
     found: list[Instance] = [
         *([] if beside else [Dispatch()]),
         *(replace(each, dispatches=beside) for each in first),
-        hopper.with_bias(plain, args.b_out is not None),
+        hopper_tiles.with_bias(plain, args.b_out is not None),
         Combine(name, result, args.output),
     ]
     if train:
@@ -68,8 +72,10 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
         k = args.intermediate if args.gate_up == "separate" else args.width
         found += [
             Dispatch(),
-            hopper.backward_instance(dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)),
-            hopper.choose(dtype, rows, experts, args.features, k, hopper.is_transposed(w_in.mT)),
+            hopper_tiles.backward_instance(
+                dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)
+            ),
+            hopper_tiles.choose(dtype, rows, experts, args.features, k, hopper_tiles.is_transposed(w_in.mT)),
             *_of_matrices(args),
             Combine(name, name, "out"),
             *_collecting(args),
@@ -131,7 +137,9 @@ def of_adding_in_fp8(args: Arguments, main: Mapping[str, Tensor]) -> list[Instan
 def _of_matrices(args: Arguments) -> list[GroupedGemm]:
     """Those of the gradients of matrices."""
     dtype, rows, sizes = args.dtypes.row, args.rows, (args.features, args.intermediate, args.width, args.out_features)
-    return [hopper.choose(dtype, m, args.num_experts, n, rows, True, over_rows=True) for m in sizes for n in sizes]
+    return [
+        hopper_tiles.choose(dtype, m, args.num_experts, n, rows, True, over_rows=True) for m in sizes for n in sizes
+    ]
 
 
 def _saves(args: Arguments, train: bool) -> list[bool]:

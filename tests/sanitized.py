@@ -21,7 +21,13 @@ from moecompile.runtime import hopper_experts, hopper_fp8, hopper_routing
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
     Block("halves", tokens=300, top_k=2, experts=3, weight_dtype=torch.float32, output=CAST),
-    Block.of_counts("pairs", 290, 370, 200, weight_dtype=torch.float32, output=CAST),
+    Block.of_counts("pairs", 270, 310, 370, 200, weight_dtype=torch.float32, output=CAST),
+    Block.of_counts(
+        "pairs, gpt-oss", 280, 320, 170, gate_up="interleaved", activation=GPT_OSS, in_transposed=True,
+        out_transposed=True, biases=True, hidden=208, inner=176,
+    ),
+    Block.of_counts("pairs, single", 260, gate_up="single", activation="square(relu(hidden))", biases=True),
+    Block.of_counts("pairs, transposed", 258, 300, in_transposed=True),
     Block("separate, biases", tokens=70, top_k=2, experts=3, gate_up="separate", biases=True, dropped=True),
     Block("single", tokens=70, top_k=2, experts=3, gate_up="single", activation="square(relu(hidden))"),
     Block(

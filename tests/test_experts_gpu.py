@@ -195,3 +195,19 @@ def test_what_no_row_owns_is_not_read() -> None:
     others = torch.arange(block.tokens, device="cuda") != 5
     assert torch.equal(clean.result[others], spoilt.result[others])
     assert torch.equal(clean.gradients["x"][others], spoilt.gradients["x"][others])
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Rows of that many features in all: the last tokens get what they get alone."""
+    block = Block("huge", tokens=300_000, top_k=4, experts=8, hidden=2048, inner=128)
+    assert block.tokens * block.top_k * block.hidden > 2**31
+    last = 2000
+    tensors, ids, cotangent = block.tensors(), block.ids(), torch.randn(block.tokens, 2048, device="cuda").bfloat16()
+    found = run(block, tensors, names=("x", "weights"), ids=ids, cotangent=cotangent)
+    few = {
+        name: each[-last:] if each is not None and name in ("x", "weights") else each for name, each in tensors.items()
+    }
+    alone = run(block, few, names=("x", "weights"), ids=ids[-last:], cotangent=cotangent[-last:])
+    for name, value in alone.all().items():
+        rows = found.all()[name][-last:].double()
+        assert worst_row(rows, value.double()) < 4e-3, name

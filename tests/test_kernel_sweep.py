@@ -18,8 +18,8 @@ import sass
 from moecompile.codegen import cubins
 from moecompile.codegen.gemms import Activated, ActivationBackward, GroupedGemm
 from moecompile.codegen.instances import PadOffsets
-from moecompile.runtime import hopper
-from moecompile.runtime.hopper import Projection
+from moecompile.runtime import hopper_tiles
+from moecompile.runtime.hopper_tiles import Projection
 from surveyed_activations import SURVEY, Surveyed, collected
 from verdicts import judged
 
@@ -140,7 +140,7 @@ def test_the_tiles_are_those_that_are_chosen(dtype: torch.dtype) -> None:
             Projection((matrices, matrices), None, "halves"),
             Projection((matrices,), None, "interleaved"),
         ):
-            gemm = hopper.activated_instance(dtype, rows, projection, "silu(x)", save)
+            gemm = hopper_tiles.activated_instance(dtype, rows, projection, "silu(x)", save)
             chosen[save].add((gemm.columns, gemm.stages, gemm.cluster, gemm.overhang))
     assert chosen == {False: set(TILES["forward"]), True: set(TILES["saved"])}
 

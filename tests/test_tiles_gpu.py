@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moecompile.codegen import cubins
 from moecompile.codegen.gemms import GroupedGemm
-from moecompile.runtime import hopper
-from moecompile.runtime.hopper import Projection
+from moecompile.runtime import hopper, hopper_tiles
+from moecompile.runtime.hopper_tiles import Projection
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -43,14 +43,14 @@ MODELS = {  # hidden, intermediate, experts, top-k
 TOKENS = (64, 1024, 2048, 8192)
 ALL = [
     *(GroupedGemm("bfloat16", 256, stages, cluster) for stages in (4, 3) for cluster in (1, 2)),
-    *(GroupedGemm("bfloat16", 256, stages, 2, overhang=overhang) for stages, overhang in hopper.OVERHANG.items()),
+    *(GroupedGemm("bfloat16", 256, stages, 2, overhang=overhang) for stages, overhang in hopper_tiles.OVERHANG.items()),
     GroupedGemm("bfloat16", 128, 5, 1),
 ]
 THREE = [each for each in ALL if each.stages == 3]
-BOUND, MEAN = 1.12, 1.02
-"""What a rule may cost at worst and on average, as a multiple of the best tile's time; noise is in it."""
+BOUND, MEAN = 1.15, 1.015
+"""What a rule may cost at worst and on average, in times of the best tile: 1.12 and 1.007 when measured, and noise."""
 
-ACTIVATED, BACKWARD = hopper.activated_instance, hopper.backward_instance
+ACTIVATED, BACKWARD = hopper_tiles.activated_instance, hopper_tiles.backward_instance
 """The rules, which the cases replace."""
 
 Call = Callable[[], object]
@@ -104,7 +104,7 @@ def cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
             ("GEMM2", a, w_out.mT, False),
             ("tokens' gradient", of_rows, w_in, True),
         ):
-            rule = hopper.choose(*given, experts, hidden, left.shape[1], transposed)
+            rule = hopper_tiles.choose(*given, experts, hidden, left.shape[1], transposed)
             gemm = partial(hopper.grouped_gemm, left, matrices, offsets, y)
             yield case(f"{title} {name}", ALL, rule, of_tile(gemm))
 

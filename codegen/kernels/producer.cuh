@@ -188,12 +188,12 @@ struct Producer {
         Feed::wait(arguments.feed, tile.row, rows_end(tile), rows);
 #pragma unroll 1
         for (i32 stage = 0; stage < stages; stage++) {  // what is written, whoever tells of it has written
-            float own[PARTS];
+            float of_stage[PARTS];
 #pragma unroll
-            for (i32 part = 0; SCALED && part < PARTS; part++) own[part] = __shfl_sync(~0u, held[part], stage);
+            for (i32 part = 0; SCALED && part < PARTS; part++) of_stage[part] = __shfl_sync(~0u, held[part], stage);
             if (ptx::elect()) {
                 if (stage == 0) shared.tiles[0] = tile;
-                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = own[part];
+                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = of_stage[part];
                 ptx::barrier_expect(&shared.full[stage], row_bytes(tile));
                 load_rows(shared, arguments, tile, stage * K_TILE, stage, rank);
             }
