@@ -1,4 +1,4 @@
-"""The derivatives of `moecompile::experts` and `experts_fp8`, and what they refuse.
+"""The derivatives of `moecompile::experts`, `experts_fp8` and `linear_fp8`, and what they refuse.
 
 That is second derivatives, forward mode and torch.func. Quantised weights are constants: the gradient of the weights
 they were made of comes from `experts_fp8`, which gets those too.
@@ -19,7 +19,7 @@ from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
 Parts = list[Tensor]
 Main = Mapping[str, Tensor]
 ADVICE = "run the model without backend='moecompile' (or with MOECOMPILE_DISABLE=1) for it"
-FP8 = "experts_fp8"
+FP8, LINEAR = "experts_fp8", "linear_fp8"
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 FUNCTIONALIZE = torch._C.DispatchKey.Functionalize
 
@@ -85,6 +85,26 @@ class _ExpertsFp8(torch.autograd.Function):
         parts = iter(_refusing(found, FP8) if torch.is_grad_enabled() else found)
         of_tensors = (next(parts) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
         return None, None, None, *of_tensors
+
+
+class _LinearFp8(torch.autograd.Function):
+    """linear_fp8 with linear_fp8_backward as its derivative; x itself is not kept, only its quantised copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, *quantized: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(weight, values, scales, *quantized)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.moecompile.linear_fp8(x, weight, bias, values, scales, quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, values, scales, *quantized = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        found = torch.ops.moecompile.linear_fp8_backward(grads[0], weight, values, scales, quantized, needs)
+        parts = iter(_refusing(found, LINEAR) if torch.is_grad_enabled() else found)
+        return (*(next(parts) if needed else None for needed in needs), *(None,) * (2 + len(quantized)))
 
 
 def _wanted(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
@@ -172,6 +192,31 @@ def quantize_weights(*args: Any, **attributes: Any) -> Any:
     _differentiates(args, "quantize_weights")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.quantize_weights(*args, **attributes)
+
+
+def quantize(x: Tensor) -> Any:
+    """Quantize above autograd, as quantize_weights is: what it is the quantised copy of gets the gradient."""
+    _differentiates((x,), "quantize")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.quantize(x)
+
+
+def linear_fp8(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Parts
+) -> Tensor:
+    """linear_fp8 above autograd: recorded where something requires grad."""
+    if _differentiates((x, weight, bias), LINEAR):
+        result: Tensor = _LinearFp8.apply(x, weight, bias, values, scales, *quantized)
+        return result
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.linear_fp8(x, weight, bias, values, scales, quantized)
+
+
+def linear_fp8_backward(grad: Tensor, weight: Tensor, *args: Any) -> Parts:
+    """linear_fp8_backward above autograd, as experts_backward is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.moecompile.linear_fp8_backward(grad, weight, *args)
+    return list(_once(grads, (grad, weight), LINEAR))
 
 
 def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:

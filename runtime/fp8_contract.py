@@ -55,22 +55,22 @@ Specs = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """Shape and dtype of each tensor of a record."""
 
 
-def weight_specs(experts: int, width: int, features: int, backward: bool = True) -> Specs:
-    """Of what `quantize_weights` returns for N' = width and K' = features, multiples of 128."""
+def weight_specs(outer: tuple[int, ...], width: int, features: int, backward: bool = True) -> Specs:
+    """Of what `quantize_weights` returns for N' = width and K' = features, multiples of 128, of (*outer, N, K)."""
     down, across = width // BLOCK, features // BLOCK
     return (
-        ((experts, width, features), E4M3),
-        ((experts, down, across), torch.float32),
-        ((experts, features, width) if backward else NOTHING, E4M3),
-        ((experts, across, down) if backward else NOTHING, torch.float32),
+        ((*outer, width, features), E4M3),
+        ((*outer, down, across), torch.float32),
+        ((*outer, features, width) if backward else NOTHING, E4M3),
+        ((*outer, across, down) if backward else NOTHING, torch.float32),
     )
 
 
 def quantized_specs(args: Arguments, backward: bool = True) -> Specs:
     """Of `quantized`, for a call of the experts."""
     width, inner = padded_width(args.intermediate, args.gate_up), pad(args.intermediate)
-    first = weight_specs(args.num_experts, width, pad(args.x.shape[1]), backward)
-    return first + weight_specs(args.num_experts, pad(args.out_features), inner, backward)
+    first = weight_specs((args.num_experts,), width, pad(args.x.shape[1]), backward)
+    return first + weight_specs((args.num_experts,), pad(args.out_features), inner, backward)
 
 
 def saved_specs(args: Arguments) -> Specs:
@@ -89,9 +89,9 @@ def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
     error = functools.partial(_error, "quantize_weights")
     if gate_up not in GATE_UP:
         raise error(ValueError, f"gate_up must be one of {', '.join(GATE_UP)}; got {gate_up!r}")
-    if w.dim() != 3:
-        words = "(experts, out, in) or, transposed, (experts, in, out)"
-        raise error(ValueError, f"w must have shape {words}, got {tuple(w.shape)}")
+    if w.dim() not in (2, 3) or (w.dim() == 2 and gate_up != "single"):
+        words = "(experts, out, in) or, transposed, (experts, in, out), or, of one matrix, these without experts"
+        raise error(ValueError, f"w must have shape {words}, got {tuple(w.shape)}, gate_up={gate_up!r}")
     if (w_up is not None) != (gate_up == "separate"):
         came = "None" if w_up is None else f"shape {tuple(w_up.shape)}"
         raise error(ValueError, f"w_up goes with gate_up='separate' alone; got {came}, gate_up={gate_up!r}")
@@ -102,13 +102,13 @@ def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
         expect_shape("quantize_weights", w_up, "w_up", tuple(w.shape), "that of w")
         if w_up.dtype != w.dtype:
             raise error(TypeError, f"w_up must have the dtype of w, {w.dtype}, got {w_up.dtype}")
-    experts, width, features = (w.mT if transposed else w).shape
+    *outer, width, features = (w.mT if transposed else w).shape
     if gate_up in ("halves", "interleaved"):
         if width % 2:
             words = f"w must have an even number of features for gate_up={gate_up!r}"
             raise error(ValueError, f"{words}, got {width}; is it transposed?")
         width = width // 2
-    return weight_specs(experts, padded_width(width, gate_up), pad(features), backward)
+    return weight_specs(tuple(outer), padded_width(width, gate_up), pad(features), backward)
 
 
 def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = False) -> Quantized:

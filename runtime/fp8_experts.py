@@ -37,6 +37,10 @@ def quantize_weights(
 ) -> Four:
     """Values, scales, and both transposed, these without elements if no backward is to read them."""
     check_weights(w, w_up, gate_up, transposed, backward)
+    if w.dim() == 2:
+        found = quantize_weights(w.unsqueeze(0), transposed=transposed, backward=backward)
+        values, scales, values_t, scales_t = (each.squeeze(0) if each.dim() == 3 else each for each in found)
+        return values, scales, values_t, scales_t
     fused = _hopper(w.device)
     run = fused.quantize_weights if fused is not None and fused.takes_weights(w, w_up) else quantize.quantize_weights
     values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed, backward)

@@ -6,6 +6,9 @@
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
     experts_backward_adding(the same, main gradients) -> all gradients, without elements where they are not needed
     quantize_weights(w, w_up, gate_up, transposed, backward) -> (values, scales, values_t, scales_t)
+    quantize(x) -> (values, scales)
+    linear_fp8(x, weight, bias, values, scales, quantized) -> result
+    linear_fp8_backward(grad, weight, values, scales, quantized, needs) -> the needed gradients of x, weight and bias
     experts_fp8(the arguments of experts, quantized) -> result
     experts_fp8_forward(the same) -> (result, saved)
     experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
@@ -35,6 +38,8 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     quantized: [*quantize_weights(w_in, w_up, gate_up, w_in_transposed), *quantize_weights(w_out, w_out_transposed)],
         e4m3 values and float32 scales of 128x128 blocks, padded (`moecompile.runtime.quantize`). The transposed ones,
         which only the backward reads, have no elements if backward=False
+    of linear_fp8: x (..., K), weight (N, K), bias (N,) or None, of one dtype, bfloat16 or float16; values, scales =
+        quantize(x), a scale for each 1x128; quantized = quantize_weights(weight); result (..., N)
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
@@ -64,6 +69,7 @@ ARGUMENTS = (
 WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
 MAIN = "Tensor? main_w_in=None, Tensor? main_w_out=None, Tensor? main_w_up=None"
 ADDED_TO = "Tensor(a!)? main_w_in=None, Tensor(b!)? main_w_out=None, Tensor(c!)? main_w_up=None"
+LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor scales, Tensor[] quantized"
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
@@ -74,6 +80,10 @@ SCHEMAS = (
     f"experts_backward_adding(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs, {ADDED_TO}) -> {ALL}",
     'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False, bool backward=True) '
     "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
+    "quantize(Tensor x) -> (Tensor values, Tensor scales)",
+    f"linear_fp8({LINEAR}) -> Tensor",
+    "linear_fp8_backward(Tensor grad, Tensor weight, Tensor values, Tensor scales, Tensor[] quantized, bool[] needs) "
+    "-> Tensor[]",
     f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}) -> Tensor",
     f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
     f"experts_fp8_backward(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
@@ -89,6 +99,7 @@ ROOMS = {
         "experts_fp8_backward",
         "experts_fp8_backward_adding",
     ),
+    "linear_fp8": ("quantize", "linear_fp8", "linear_fp8_backward"),
 }
 """The module that computes an operator, and its fake."""
 

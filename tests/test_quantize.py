@@ -201,7 +201,13 @@ def test_packed_parts_come_back():
 
 
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
-    "rank": ((torch.ones(4, 4),), {}, ValueError, r"w must have shape \(experts, out, in\) .* got \(4, 4\)"),
+    "rank": ((torch.ones(4),), {}, ValueError, r"w must have shape \(experts, out, in\) .* got \(4,\)"),
+    "one": (
+        (torch.ones(4, 4),),
+        {"gate_up": "halves"},
+        ValueError,
+        r"w must have shape .* got \(4, 4\), gate_up='halves'",
+    ),
     "layout": ((torch.ones(1, 4, 4),), {"gate_up": "halved"}, ValueError, "gate_up must be one of .*; got 'halved'"),
     "no up": ((torch.ones(1, 4, 4),), {"gate_up": "separate"}, ValueError, "w_up goes with .*'separate'.* got None"),
     "up": ((torch.ones(1, 4, 4),) * 2, {}, ValueError, r"w_up goes with .* got shape \(1, 4, 4\), gate_up='single'"),
@@ -240,6 +246,17 @@ def test_weights_that_are_refused(name: str, fake: bool):
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.no_grad():
         with pytest.raises(kind, match=f"moecompile::quantize_weights: {complaint}"):
             ops.quantize_weights(*args, **attributes)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_matrix_is_one_expert(transposed: bool, backward: bool):
+    w = torch.randn(72, 200)
+    attributes = {"transposed": transposed, "backward": backward}
+    found, expected = ops.quantize_weights(w, **attributes), ops.quantize_weights(w[None], **attributes)
+    for one, experts in zip(found, expected, strict=True):
+        assert torch.equal(one.float(), (experts[0] if experts.dim() == 3 else experts).float())
+        assert one.dim() == 2 or one.numel() == 0
 
 
 def test_values_of_another_dtype_are_refused():

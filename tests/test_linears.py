@@ -1,0 +1,200 @@
+"""Which linear layers would multiply in FP8, and why the others are kept: read off the data of the graph."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from moecompile.passes.detect import detect
+from moecompile.passes.fuse import fuse
+from moecompile.passes.linears import Verdict, verdicts
+from moecompile.pipeline import Piece, _transforms_hidden
+from moecompile.report import GraphReport
+from tiny_sizes import Sizes
+from tiny_transformers import architectures, build_model, known_to_transformers
+
+H, VOCABULARY = 256, 640
+
+
+def judged(model: nn.Module, *inputs: Tensor, **choice: Any) -> list[Verdict]:
+    """Of every graph that Dynamo captures, after the experts have been fused."""
+    found: list[Verdict] = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
+        with _transforms_hidden([Piece(gm)], GraphReport()):
+            detection = detect(gm.graph)
+            fuse(gm.graph, detection.sites, detection.layout)
+            found.extend(verdicts(gm.graph, **choice))
+        gm.recompile()
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(*inputs)
+    return found
+
+
+class Layers(nn.Module):
+    """Layers by name; `forward` is the case's."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, **sizes: tuple[int, int]) -> None:
+        super().__init__()
+        for name, (n, k) in sizes.items():
+            self.add_module(name, nn.Linear(k, n, bias=False, dtype=dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+def reasons(model: nn.Module, *inputs: Tensor, **choice: Any) -> dict[str, str | None]:
+    """Why each layer is kept, by name; None of those that are cast."""
+    found = judged(model, *inputs, **choice)
+    return {verdict.module: None if verdict.cast else verdict.reason for verdict in found}
+
+
+def rows(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(8, H, dtype=dtype)
+
+
+def test_layers_are_cast() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(functional.silu(self.up(x)))
+
+    assert reasons(Model(up=(512, H), down=(H, 512)), rows()) == {"up": None, "down": None}
+
+
+def test_what_feeds_topk_is_kept() -> None:
+    """The layer before it, through whatever; what lies further back only if nobody else has its result."""
+
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.before(x)
+            own = functional.silu(self.first(h))
+            scores = functional.softmax(self.second(own).float(), -1) + 1
+            return scores.topk(2).indices, h * 2
+
+    model = Model(before=(H, H), first=(128, H), second=(64, 128))
+    assert reasons(model, rows()) == {"before": None, "first": "it feeds topk", "second": "it feeds topk"}
+
+
+@pytest.mark.parametrize("choosing", ["sort", "argsort", "argmax"])
+def test_what_feeds_other_choices_is_kept(choosing: str) -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Any:
+            found = getattr(self.scores(x), choosing)(-1)
+            return (found[1] if choosing == "sort" else found), self.other(x)
+
+    assert reasons(Model(scores=(64, H), other=(64, H)), rows()) == {"scores": f"it feeds {choosing}", "other": None}
+
+
+def test_scores_that_somebody_else_reads_too_are_kept() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.router(x)
+            return scores.topk(2).indices, scores.logsumexp(-1)
+
+    assert reasons(Model(router=(64, H)), rows()) == {"router": "it feeds topk"}
+
+
+def test_the_head_is_kept() -> None:
+    class Tied(Layers):
+        def __init__(self) -> None:
+            super().__init__(inner=(H, H), head=(VOCABULARY, H))
+            self.embedding = nn.Embedding(VOCABULARY, H, dtype=torch.bfloat16)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.inner(self.embedding(ids)))
+
+    class Untied(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(H, VOCABULARY, dtype=torch.bfloat16)
+
+    ids = torch.randint(0, VOCABULARY, (2, 8))
+    assert reasons(Tied(), ids) == {"inner": None, "head": "its matrix is an embedding's"}
+    words = f"it has as many output features as an embedding has rows, {VOCABULARY}"
+    assert reasons(Untied(), ids) == {"inner": None, "head": words}
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["returned", "with labels"])
+def test_a_head_without_its_embedding_is_kept(labels: bool) -> None:
+    """A graph break may lie between them: a result much wider than its rows that leaves the graph is in doubt."""
+
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = torch.tanh(self.head(self.wide(x).chunk(4, -1)[0]) / 30).float() * 30
+            return functional.cross_entropy(scores, torch.arange(8)) if labels else scores
+
+    found = reasons(Model(wide=(4 * H, H), head=(2048, H)), rows())
+    assert found["wide"] is None and "leaves the graph" in str(found["head"])
+
+
+def test_what_cannot_be_cast_says_so() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> list[Any]:
+            made = functional.linear(x, self.made.weight * 2)
+            cast = functional.linear(x.float(), self.cast.weight.float())
+            written = torch.einsum("tk,nk->tn", x, self.written.weight)
+            return [self.narrow(self.rank(x)), self.few(x), made, cast.bfloat16(), written]
+
+    model = Model(rank=(96, H), narrow=(H, 96), few=(4, H), made=(H, H), cast=(H, H), written=(H, H))
+    found = [verdict for verdict in judged(model, rows()) if not verdict.cast]
+    assert [verdict.reason for verdict in found] == [
+        "its matrix is made of a parameter before",
+        "it is written as einsum",
+        "96 input features are no multiple of 128",
+        "4 output features are no multiple of 16",
+    ]
+
+
+def test_float32_is_kept() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    found = reasons(Model(torch.float32, layer=(H, H)), rows(torch.float32))
+    assert found == {"layer": "float32: only bfloat16 and float16 are cast"}
+
+
+def test_the_user_has_the_last_word() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.router(x).topk(2).indices, self.q_proj(x), self.k_proj(x)
+
+    model = Model(router=(64, H), q_proj=(H, H), k_proj=(H, H))
+    found = reasons(model, rows(), exclude=["*_proj"], include=["router", "k_proj"])
+    assert found == {"router": None, "q_proj": "fp8_exclude names it", "k_proj": "fp8_exclude names it"}
+
+
+KEPT = re.compile(r"(^|\.)(gate|router(\.\w+)?|wg|lm_head|embed_out|score|shared_expert_gate)$")
+"""How transformers' architectures call what has to be kept: no rule knows these names."""
+
+
+def verdicts_of(name: str) -> list[Verdict]:
+    model = build_model(name, torch.bfloat16, sizes=Sizes(hidden=H, intermediate=128, vocabulary=VOCABULARY))
+    return judged(model, torch.randint(0, 64, (2, 8)))
+
+
+@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "gemma4"))
+def test_models_of_transformers(name: str) -> None:
+    found = verdicts_of(name)
+    assert not [verdict for verdict in found if verdict.cast and KEPT.search(verdict.module)]
+    cast = {verdict.module.rpartition(".")[2] for verdict in found if verdict.cast}
+    assert "o_proj" in cast and any("lm_head" in verdict.module for verdict in found if not verdict.cast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures())
+def test_every_architecture(name: str) -> None:
+    try:
+        found = verdicts_of(name)
+    except ValueError as error:
+        pytest.skip(f"cannot be built with these sizes: {error}")
+    assert found and not [verdict for verdict in found if verdict.cast and KEPT.search(verdict.module)]
