@@ -140,8 +140,13 @@ def _named(linear: Linear, facts: _Facts) -> str | None:
     return "fp8_exclude names it" if _matches(linear, facts.exclude) else None
 
 
+def _known(linear: Linear, facts: _Facts) -> str | None:
+    known = all(isinstance(fake_of(each), torch.Tensor) for each in (linear.node, linear.rows, linear.matrix))
+    return None if known else "it is inside a transform of torch.func"
+
+
 def _dtype(linear: Linear, facts: _Facts) -> str | None:
-    dtypes = {fake_of(each).dtype for each in (linear.rows, linear.matrix)}
+    dtypes = {fake_of(each).dtype for each in (linear.rows, linear.matrix, linear.node)}
     if len(dtypes) == 1 and dtypes <= set(DTYPES):
         return None
     return f"{' and '.join(sorted(map(_short, dtypes)))}: only bfloat16 and float16 are cast"
@@ -179,7 +184,7 @@ def _head(linear: Linear, facts: _Facts) -> str | None:
     return None
 
 
-RULES: tuple[Callable[[Linear, _Facts], str | None], ...] = (_named, _router, _head, _made, _dtype, _sizes)
+RULES: tuple[Callable[[Linear, _Facts], str | None], ...] = (_known, _named, _router, _head, _made, _dtype, _sizes)
 """In this order."""
 
 

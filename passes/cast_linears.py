@@ -1,0 +1,99 @@
+"""Turn linear layers to FP8: casts of rows and matrices as nodes of the graph, and the operator that multiplies these.
+
+Contract
+- `verdicts` of this very graph say which layers (passes/linears.py); the others are left alone.
+- Weights stay what they are, and get their gradients; only what is multiplied is cast.
+- Layers that read the same rows share one cast of them, unless somebody writes into these; matrices likewise.
+
+    values, scales = moecompile.quantize(h)                               # for each of 128 features
+    w_q = moecompile.quantize_weights(W)                                  # values, scales, and both transposed
+    linear(h, W, b)  ->  moecompile.linear_fp8(h, W, b, values, scales, [*w_q])
+
+In inference the transposed copies, which only the backward reads, are not made (backward=False).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.layout import Layout
+from moecompile.passes.linears import Linear, Verdict
+from moecompile.runtime.fp8_contract import Specs, check_weights
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], backward: bool = True) -> int:
+    """Rewrite the graph in place; returns how many layers were cast. The caller recompiles the GraphModule.
+
+    Args:
+        graph: of Dynamo's.
+        verdicts: of this graph as it is.
+        backward: whether it may be differentiated.
+    """
+    casts, count = _Casts(graph, backward), 0
+    for verdict in verdicts:
+        if verdict.cast and verdict.linear is not None:
+            casts.replace(verdict.linear)
+            count += 1
+    return count
+
+
+class _Casts:
+    """The casts that there are already, by what is cast; nothing that is written is in it."""
+
+    def __init__(self, graph: fx.Graph, backward: bool) -> None:
+        self._graph, self._backward = graph, backward
+        self._written = Layout(graph).written
+        self._made: dict[fx.Node, list[fx.Node]] = {}
+
+    def replace(self, linear: Linear) -> None:
+        """Puts the operator in the layer's place."""
+        node = linear.node
+        with self._graph.inserting_before(node):
+            rows = self._cast(node, linear.rows, torch.ops.moecompile.quantize.default, {}, _rows(linear.rows))
+            attributes = {} if self._backward else {"backward": False}
+            specs = check_weights(fake_of(linear.matrix), None, "single", False, self._backward)
+            matrix = self._cast(node, linear.matrix, torch.ops.moecompile.quantize_weights.default, attributes, specs)
+            given = (linear.rows, linear.matrix, linear.bias, *rows, matrix)
+            result = self._call(node, torch.ops.moecompile.linear_fp8.default, given, {})
+        result.meta[_key(node)] = node.meta[_key(node)]
+        node.replace_all_uses_with(result)
+        self._graph.erase_node(node)
+
+    def _cast(
+        self, node: fx.Node, given: fx.Node, target: Any, attributes: dict[str, Any], specs: Specs
+    ) -> list[fx.Node]:
+        """The results of a cast, made in front of the node unless it is there."""
+        if given in self._made:
+            return self._made[given]
+        cast, like = self._call(node, target, (given,), attributes), fake_of(given)
+        cast.meta[_key(node)] = values = tuple(empty_fake(like, *spec) for spec in specs)
+        parts = [self._call(node, operator.getitem, (cast, number), {}) for number in range(len(values))]
+        for part, value in zip(parts, values, strict=True):
+            part.meta[_key(node)] = value
+        if given not in self._written:
+            self._made[given] = parts
+        return parts
+
+    def _call(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        made = self._graph.call_function(target, args, kwargs)
+        made.meta.update({name: node.meta[name] for name in _PROVENANCE if name in node.meta})
+        return made
+
+
+def _rows(node: fx.Node) -> Specs:
+    """Of what `quantize` returns for it."""
+    shape = tuple(fake_of(node).shape)
+    return (shape, E4M3), ((*shape[:-1], blocks_in(shape[-1], BLOCK)), torch.float32)
+
+
+def _key(node: fx.Node) -> str:
+    return "example_value" if "example_value" in node.meta else "val"

@@ -1,0 +1,144 @@
+"""Linear layers in FP8 in the graph: what is cast once, what each time, and what a whole model then computes."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
+from moecompile.lowering import eager
+from moecompile.passes.cast_linears import cast_linears
+from moecompile.passes.linears import verdicts
+from test_linears import VOCABULARY, H, Layers, rows
+
+# An operand is off by 0.027 of its norm; these results have passed up to three layers.
+BOUND = 0.08
+
+
+def compiled(model: nn.Module, seen: list[fx.GraphModule], backward: bool = True, **settings: Any) -> Any:
+    """The model with every layer cast that may be, through AOTAutograd."""
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        cast_linears(gm.graph, verdicts(gm.graph), backward)
+        gm.graph.lint()
+        gm.recompile()
+        seen.append(gm)
+        return eager(gm, inputs, seen=lambda kind, graph: None)
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, fullgraph=True, **settings)
+
+
+def counted(seen: list[fx.GraphModule]) -> Counter[str]:
+    (gm,) = seen
+    named = (str(node.target).removesuffix(".default") for node in gm.graph.nodes if node.op == "call_function")
+    return Counter(name.removeprefix("moecompile.") for name in named if name.startswith("moecompile."))
+
+
+class Attention(Layers):
+    """Three layers of the same rows, one of others, a head; residual."""
+
+    def __init__(self) -> None:
+        super().__init__(q=(H, H), k=(128, H), v=(128, H), o=(H, 128), head=(VOCABULARY, H))
+        self.embedding = nn.Embedding(VOCABULARY, H, dtype=torch.bfloat16)
+        self.norm = nn.RMSNorm(H, dtype=torch.bfloat16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embedding(ids)
+        x = self.norm(h)
+        q, k, v = self.q(x)[..., :128], self.k(x), self.v(x)
+        return self.head(h + self.o(functional.scaled_dot_product_attention(q, k, v)))
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_rows_that_several_layers_read_are_cast_once() -> None:
+    torch.manual_seed(0)
+    model, seen = Attention(), list[fx.GraphModule]()
+    reference = copy.deepcopy(model)
+    ids = torch.randint(0, VOCABULARY, (2, 40))
+    found, expected = compiled(model, seen)(ids), reference(ids)
+    assert counted(seen) == {"quantize": 2, "quantize_weights": 4, "linear_fp8": 4}
+    grad = torch.randn_like(expected)
+    found.backward(grad)
+    expected.backward(grad)
+    assert 1e-3 < relative(found, expected) < BOUND
+    for (name, ours), right in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None and right.grad is not None and ours.grad.dtype == right.grad.dtype
+        assert relative(ours.grad, right.grad) < 2 * BOUND, name
+
+
+def test_rows_that_are_written_in_between_are_cast_again() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = x * 2
+            first = self.a(h)
+            h.mul_(3)
+            return first, self.b(h)
+
+    model, seen, x = Model(a=(H, H), b=(H, H)), list[fx.GraphModule](), rows()
+    with torch.no_grad():
+        found, expected = compiled(model, seen)(x), model(x)
+    assert counted(seen)["quantize"] == 2
+    assert all(relative(ours, right) < BOUND for ours, right in zip(found, expected, strict=True))
+
+
+def test_a_layer_that_is_used_twice_is_cast_once() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(functional.silu(self.a(x)))
+
+    model, seen = Model(a=(H, H)), list[fx.GraphModule]()
+    with torch.no_grad():
+        compiled(model, seen)(rows())
+    assert counted(seen) == {"quantize": 2, "quantize_weights": 1, "linear_fp8": 2}
+
+
+def test_inference_makes_no_transposed_copies() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    model, trained, seen = Model(a=(H, H)), list[fx.GraphModule](), list[fx.GraphModule]()
+    x = rows()
+    with torch.no_grad():
+        alone = compiled(model, seen, backward=False)(x)
+    (cast,) = seen[0].graph.find_nodes(op="call_function", target=torch.ops.moecompile.quantize_weights.default)
+    assert cast.kwargs == {"backward": False}
+    assert torch.equal(alone, compiled(model, trained)(x).detach())
+
+
+@pytest.mark.parametrize("frozen", ["weight", "x"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x)
+
+    model, x = Model(a=(H, H)), rows()
+    model.requires_grad_(frozen != "weight")
+    x.requires_grad_(frozen != "x")
+    compiled(model, [])(x).sum().backward()
+    assert (model.a.weight.grad is None) == (frozen == "weight") and (x.grad is None) == (frozen == "x")
+
+
+def test_symbolic_numbers_of_tokens() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(functional.silu(self.a(x)))
+
+    model, seen = Model(a=(512, H), b=(H, 512)), list[fx.GraphModule]()
+    fast = compiled(model, seen, dynamic=True)
+    for tokens in (9, 17, 40):
+        x = torch.randn(2, tokens, H, dtype=torch.bfloat16)
+        result = fast(x)
+        result.sum().backward()
+        assert relative(result, model(x)) < BOUND
+    assert len(seen) == 1
