@@ -30,17 +30,26 @@ log = logging.getLogger("moecompile")
 LIMIT = 512 * 2**20
 """Bytes that the folder may hold."""
 
+NOWHERE = Path(os.devnull) / "moecompile, for there is no home"
+_WRITING = ".writing-"
 _CHECKSUM = hashlib.sha256().digest_size
 _memory: dict[Instance, bytes] = {}
 _building = threading.Lock()
 
 
 def cache_directory() -> Path:
-    """Where moecompile keeps what it may reuse; not created by this call."""
+    """Where moecompile keeps what it may reuse; not created by this call.
+
+    Where that is a home that cannot be found, as in some containers, it is a place where nothing can be kept: every
+    process does without. (A folder among the temporary ones could be somebody else's.)
+    """
     chosen = os.environ.get("MOECOMPILE_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moecompile"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moecompile"
+    except RuntimeError:  # a home that cannot be found
+        return NOWHERE
 
 
 def folder() -> Path:
@@ -116,6 +125,8 @@ def clear() -> int:
     files = list(_files())
     for file, _ in files:
         file.unlink(missing_ok=True)
+    for left in folder().glob(f"{_WRITING}*"):  # by a process that was killed, or that is about to try in vain
+        left.unlink(missing_ok=True)
     return len(files)
 
 
@@ -145,7 +156,7 @@ def _from_disk(instance: Instance) -> bytes | None:
     except OSError:
         return None
     checksum, machine_code = content[:_CHECKSUM], content[_CHECKSUM:]
-    if hashlib.sha256(machine_code).digest() != checksum:
+    if not machine_code or hashlib.sha256(machine_code).digest() != checksum:
         log.warning("%s is damaged and is compiled again", file)
         return None
     with contextlib.suppress(OSError):
@@ -167,7 +178,7 @@ def _build(instance: Instance) -> bytes:
 
 def _write(file: Path, machine_code: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=_WRITING)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(hashlib.sha256(machine_code).digest() + machine_code)
@@ -180,7 +191,8 @@ def _write(file: Path, machine_code: bytes) -> None:
 def _files() -> Iterator[tuple[Path, os.stat_result]]:
     for file in folder().glob("*.cubin"):
         with contextlib.suppress(FileNotFoundError):  # another process may be pruning
-            yield file, file.stat()
+            if file.is_file():
+                yield file, file.stat()
 
 
 def _prune() -> None:

@@ -315,8 +315,8 @@ def _is_cut(call: Call, state: Interpretation) -> bool:
 
 def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, ...] | None:
     rule = state.rules.get(call.name)
-    if rule is None:
-        return None
+    if rule is None or (fake_of(call.node) is None and not writes(call.node, call)):
+        return None  # inside a transform of torch.func there are no example values
     try:
         if call.name == "cast" and _keeps_all(call, state):
             return state.value(call["input"])

@@ -52,18 +52,42 @@ class _Experts(torch.autograd.Function):
         return (None, None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
 
 
+class _Trace(torch.autograd.Function):
+    """Nothing, made of a tensor: stands for it where it is not kept, so that who differentiates again comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+def _trace(x: Tensor) -> Tensor | None:
+    if not x.requires_grad:
+        return None
+    found: Tensor = _Trace.apply(x)
+    return found
+
+
 class _ExpertsFp8(torch.autograd.Function):
     """experts_fp8_forward with experts_fp8_backward as its derivative; of x only the quantised copy is kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, attributes: dict[str, Any], main: Main, quantized: Parts, *tensors: Tensor | None
+        ctx: Any,
+        attributes: dict[str, Any],
+        main: Main,
+        quantized: Parts,
+        trace: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.moecompile.experts_fp8_forward(*tensors, **attributes, quantized=quantized)
         result, saved = found
         ctx.attributes, ctx.main, ctx.split = attributes, main, (len(saved), len(saved) + len(quantized))
-        ctx.save_for_backward(*saved, *quantized, *tensors[1:])
+        ctx.save_for_backward(*saved, *quantized, trace, *tensors[1:])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return result, *saved
@@ -75,16 +99,15 @@ class _ExpertsFp8(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         first, second = ctx.split
         kept = ctx.saved_tensors
-        saved, quantized, tensors = list(kept[:first]), list(kept[first:second]), kept[second:]
-        wanted, main = _wanted(ctx.needs_input_grad[3:], ctx.main)
+        saved, quantized, (trace, *tensors) = list(kept[:first]), list(kept[first:second]), kept[second:]
+        wanted, main = _wanted(ctx.needs_input_grad[4:], ctx.main)
         needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
         operator = ops.experts_fp8_backward_adding if main else ops.experts_fp8_backward
         keywords = {"quantized": quantized, "needs": needs, **main_gradients.keywords(main)}
         found = [*_needed(operator(grad, saved, *tensors, **ctx.attributes, **keywords), needs, main)]
-        # x, which may be all that requires grad, is no argument of the backward
-        parts = iter(_refusing(found, FP8) if torch.is_grad_enabled() else found)
+        parts = iter(_refusing(found, FP8, (grad, trace, *tensors)) if torch.is_grad_enabled() else found)
         of_tensors = (next(parts) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
-        return None, None, None, *of_tensors
+        return None, None, None, None, *of_tensors
 
 
 class _LinearFp8(torch.autograd.Function):
@@ -92,19 +115,26 @@ class _LinearFp8(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, *quantized: Tensor
+        ctx: Any,
+        trace: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        scales: Tensor,
+        *quantized: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weight, values, scales, *quantized)
+        ctx.save_for_backward(trace, weight, values, scales, *quantized)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.moecompile.linear_fp8(x, weight, bias, values, scales, quantized)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, values, scales, *quantized = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        trace, weight, values, scales, *quantized = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
         found = torch.ops.moecompile.linear_fp8_backward(grads[0], weight, values, scales, quantized, needs)
-        parts = iter(_refusing(found, LINEAR) if torch.is_grad_enabled() else found)
-        return (*(next(parts) if needed else None for needed in needs), *(None,) * (2 + len(quantized)))
+        parts = iter(_refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
+        return (None, *(next(parts) if needed else None for needed in needs), *(None,) * (2 + len(quantized)))
 
 
 def _wanted(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
@@ -206,7 +236,7 @@ def linear_fp8(
 ) -> Tensor:
     """linear_fp8 above autograd: recorded where something requires grad."""
     if _differentiates((x, weight, bias), LINEAR):
-        result: Tensor = _LinearFp8.apply(x, weight, bias, values, scales, *quantized)
+        result: Tensor = _LinearFp8.apply(_trace(x), x, weight, bias, values, scales, *quantized)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.linear_fp8(x, weight, bias, values, scales, quantized)
@@ -239,7 +269,9 @@ def experts_fp8(*args: Any, quantized: Parts, **attributes: Any) -> Tensor:
 def _recorded_fp8(
     attributes: dict[str, Any], main: Main, quantized: Parts, args: Sequence[Tensor | None]
 ) -> tuple[Tensor, Parts]:
-    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, *args, *kernels.ABSENT[len(args) :])
+    x, absent = args[0], kernels.ABSENT[len(args) :]
+    assert x is not None
+    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, _trace(x), *args, *absent)
     return result, saved
 
 
@@ -259,17 +291,28 @@ def experts_fp8_backward_adding(grad: Tensor, saved: Parts, *args: Any, **attrib
 
 def _once(grads: Sequence[Tensor], args: Sequence[Tensor | None], operator: str = "experts") -> Sequence[Tensor]:
     """The gradients of these arguments, which refuse to be differentiated again."""
-    return _refusing(grads, operator) if _differentiates(args, operator) else grads
+    return _refusing(grads, operator, args) if _differentiates(args, operator) else grads
 
 
-def _refusing(grads: Sequence[Tensor], operator: str) -> Parts:
-    """The gradients, as tensors that have a derivative, which is an error."""
+class _Refused(torch.autograd.Function):
+    """The first tensors as they are, made of all that are given, by what nobody can differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple(each.detach() for each in tensors[:count] if each is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(ctx.message)
+
+
+def _refusing(grads: Sequence[Tensor], operator: str, args: Sequence[Tensor | None]) -> Parts:
+    """The gradients, as tensors whose derivative by any of these arguments, or by whatever else, is an error."""
     if not grads:
         return []
     message = f"moecompile::{operator} has no second derivative; {ADVICE}"
-    refuse = torch._C._functions.DelayedError(message.encode(), len(grads))
-    marked = refuse(*(grad.detach().requires_grad_() for grad in grads))
-    return list(marked) if isinstance(marked, tuple) else [marked]
+    return list(_Refused.apply(message, len(grads), *(grad.detach().requires_grad_() for grad in grads), *args))
 
 
 def batched(*args: Any, **attributes: Any) -> Any:

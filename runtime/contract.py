@@ -187,13 +187,27 @@ class Arguments:
             if getattr(self, name).dtype != torch.int32:
                 raise _error(TypeError, f"{name} must be int32 as `plan` gives it, got {getattr(self, name).dtype}")
         _ = self.dtypes
+        self._check_devices({name: getattr(self, name) for name in TENSORS})
         return self
 
     def check_backward(self, grad: Tensor, hidden: Tensor) -> None:
-        """Raises ValueError unless the result's gradient and the saved rows fit these arguments."""
+        """Raises ValueError or TypeError unless the result's gradient and the saved rows fit these arguments."""
         _expect(grad, "grad", (self.x.shape[0], self.out_features), "(tokens, features)")
         words = "(no rows, features) with recompute" if self.recompute else "(tokens * experts per token, features)"
         _expect(hidden, "hidden", (self.saved_rows, self.width), words)
+        if not grad.is_floating_point():
+            raise _error(TypeError, f"grad must be floating-point, got {grad.dtype}; cast it first")
+        if hidden.dtype != self.dtypes.hidden:
+            words = f"hidden must be {self.dtypes.hidden}, as experts_forward gave it, got {hidden.dtype}"
+            raise _error(TypeError, f"{words}; pass that")
+        self._check_devices({"grad": grad, "hidden": hidden})
+
+    def _check_devices(self, tensors: dict[str, Tensor | None]) -> None:
+        device = self.w_in.device
+        for name, tensor in tensors.items():
+            if tensor is None or tensor.device == device or (name == "x" and tensor.is_meta):  # which has no values
+                continue
+            raise _error(ValueError, f"{name} must be on w_in's device, {device}, got {tensor.device}; move it")
 
     def _check_attributes(self) -> None:
         if self.gate_up not in GATE_UP:

@@ -199,3 +199,17 @@ def test_places_beside_a_capacity_that_depends_on_the_tokens(name: str) -> None:
 
     detection = detect(captured(Beside(), (torch.randn(T, H),), dynamic=True).gm.graph)
     assert not detection.sites
+
+
+def test_a_reshape_inside_a_transform_of_what_is_outside_is_left_alone() -> None:
+    """Within torch.func's transforms nodes have no example values."""
+    import moecompile  # noqa: F401
+
+    def run(x: Tensor, a: Tensor) -> Tensor:
+        w = x.relu()
+        return torch.func.grad(lambda z: (z * w.reshape(-1, 8)).sum() + (z @ a).sum())(x)
+
+    x, a = torch.randn(6, 8), torch.randn(8, 8)
+    torch._dynamo.reset()
+    fast = torch.compile(run, backend="moecompile", options={"lowering": "eager"})
+    torch.testing.assert_close(fast(x, a), run(x, a))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -210,3 +211,29 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "~/own")
     assert cubins.cache_directory() == tmp_path / "own"
     assert not (tmp_path / "own").exists()
+
+
+def test_without_a_home_every_process_compiles_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "~nobody-of-that-name/cache")
+    monkeypatch.setattr(cubins, "_memory", {})
+    assert cubins.cubin(SMALL)
+    assert [message for message in caplog.messages if "no home/kernels" in message and "compiles its own" in message]
+    assert cubins.usage() == (0, 0) and cubins.clear() == 0
+
+
+def test_what_was_left_half_written_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(tmp_path))
+    folder = cubins.folder()
+    (folder / "a folder.cubin").mkdir(parents=True)
+    (folder / ".writing-abc").write_bytes(b"half")
+    assert cubins.usage() == (0, 0) and cubins.clear() == 0
+    assert [file.name for file in folder.iterdir()] == ["a folder.cubin"]
+
+
+def test_an_empty_file_is_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(tmp_path))
+    cubins.folder().mkdir(parents=True)
+    cubins.path(SMALL).write_bytes(hashlib.sha256(b"").digest())
+    assert not cubins._is_there(SMALL)

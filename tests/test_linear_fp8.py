@@ -173,6 +173,8 @@ def test_what_has_no_derivative_says_so() -> None:
     x, weight, bias = given(5)
     (of_x,) = torch.autograd.grad(linear(x, weight, bias).sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match="linear_fp8 has no second derivative"):
-        of_x.sum().backward()
+        of_x.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_fp8 has no second derivative"):
+        torch.autograd.grad(of_x.square().sum(), x)
     with pytest.raises(NotImplementedError, match=r"torch\.func transforms"):
         torch.func.grad(lambda x: linear(x, weight.detach(), None).sum())(x.detach())

@@ -123,6 +123,10 @@ def test_backward_names_what_is_wrong():
         backward(out[:4], hidden, [True] + [False] * 7)
     with pytest.raises(ValueError, match=r"hidden must have shape .*\(16, 20\), got \(16, 10\)"):
         backward(out, hidden[:, :10], [True] + [False] * 7)
+    with pytest.raises(TypeError, match=r"hidden must be .*, as experts_forward gave it, got torch\.float16"):
+        backward(out, hidden.half(), [True] + [False] * 7)
+    with pytest.raises(TypeError, match=r"grad must be floating-point, got torch\.int64; cast it first"):
+        backward(out.long(), hidden, [True] + [False] * 7)
 
 
 def test_second_derivatives_are_refused_when_they_are_taken():
@@ -130,8 +134,21 @@ def test_second_derivatives_are_refused_when_they_are_taken():
     (grad,) = torch.autograd.grad(case.run().sum(), case.given["x"], create_graph=True)
     plain = torch.autograd.grad(case.run().sum(), case.given["x"])[0]
     assert torch.equal(grad, plain)
-    with pytest.raises(RuntimeError, match="moecompile::experts has no second derivative; run the model without"):
-        grad.sum().backward()
+    words = "moecompile::experts has no second derivative; run the model without"
+    with pytest.raises(RuntimeError, match=words):
+        grad.sum().backward(retain_graph=True)
+    for leaf in (case.given["x"], case.given["w_in"]):  # also where only the way to a single leaf is gone
+        with pytest.raises(RuntimeError, match=words):
+            torch.autograd.grad(grad.square().sum(), leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match=words):
+            grad.sum().backward(inputs=[leaf], retain_graph=True)
+
+
+def test_tensors_of_two_devices_are_refused():
+    case = make_case(routing("random", 8, 2, 3), 3)
+    case.tensors["w_out"] = case.given["w_out"].to("meta")
+    with pytest.raises(ValueError, match="w_out must be on w_in's device, cpu, got meta; move it"):
+        case.run()
 
 
 def test_transforms_are_refused():
