@@ -30,7 +30,12 @@ def invalidate(model: nn.Module | None = None) -> None:
 
     Args:
         model: whose parameters; of all models if None.
+
+    Raises:
+        TypeError: it is no module.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"moecompile.invalidate: expected a module, or nothing for all models, got {model!r}")
     COPIES.forget(None if model is None else model.parameters())
 
 

@@ -20,6 +20,7 @@ from moecompile.report import GraphReport
 
 OPTION = "main_grad"
 
+GIVEN = "torch.zeros_like(parameter, dtype=torch.float32)"
 GIVE = "Before the first call give it one: parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)"
 NESTED = "inside a checkpointed or another nested region gradients of matrices go to parameter.grad"
 AGAIN = "call torch._dynamo.reset() and compile the model again"
@@ -180,11 +181,13 @@ def _main_of(given: Any) -> Tensor | None:
 
 def _check(name: str, main: Tensor, parameter: Tensor) -> None:
     if main.dtype != torch.float32:
-        raise TypeError(f"moecompile: the main_grad of {name} must be float32, got {main.dtype}")
+        words = f"must be float32, got {main.dtype}; give it one of {GIVEN}"
+        raise TypeError(f"moecompile: the main_grad of {name} {words}")
     for what in ("shape", "device"):
         was, is_now = getattr(parameter, what), getattr(main, what)
         if was != is_now:
-            raise ValueError(f"moecompile: the main_grad of {name} must have its {what}, {was}, got {is_now}")
+            words = f"must have its {what}, {was}, got {is_now}; give it one of {GIVEN}"
+            raise ValueError(f"moecompile: the main_grad of {name} {words}")
 
 
 def _layout(main: Tensor) -> Hashable:

@@ -212,8 +212,9 @@ def disabled_passes(options: Options) -> frozenset[str]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name that is nearest, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    lowered = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    return f" Did you mean {lowered[near[0]]!r}?" if near else ""
 
 
 def _unknown_option(name: str, value: Any) -> str:

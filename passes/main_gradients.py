@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.precision import Kept
-from moecompile.passes.provenance import module_of
+from moecompile.passes.provenance import input_name, module_of
 from moecompile.runtime.main_gradients import KEYWORDS
 
 OPERATORS = (torch.ops.moecompile.experts.default, torch.ops.moecompile.experts_fp8.default)
@@ -59,10 +59,10 @@ def add_main_gradients(graph: fx.Graph, having: Mapping[int, Tensor]) -> Added:
             for name, matrix in _matrices(node).items():
                 place = places.get(matrix)
                 if place is not None:
-                    done.names[place] = matrix.name.rstrip("_")
+                    done.names[place] = input_name(matrix)
                 if place is None or place not in having:
                     why = "is no parameter that the graph is given" if place is None else "has no main_grad"
-                    done.kept.append(Kept(module_of(node), f"{name} ({matrix.name}) {why}"))
+                    done.kept.append(Kept(module_of(node), f"{name} ({input_name(matrix)}) {why}"))
                     continue
                 if place not in done.inputs:
                     last = next(reversed(done.inputs.values()), inputs[-1])

@@ -234,6 +234,8 @@ class Arguments:
             raise _error(ValueError, f"w_up goes with gate_up='separate' alone; got {came}, gate_up={self.gate_up!r}")
         (tokens, features), experts, inner = self.x.shape, self.num_experts, self.intermediate
         top_k = self.slots.shape[1]
+        if experts == 0:
+            raise _error(ValueError, f"w_in must hold the matrices of an expert at least, got {tuple(self.w_in.shape)}")
         first = inner if self.gate_up in ("separate", "single") else self.width
         _expect(self.slots, "slots", (tokens, top_k), "(tokens, experts per token)")
         _expect(self.order, "order", (tokens * top_k,), "(tokens * experts per token,)")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime.contract import Arguments
+from moecompile.runtime.contract import TENSORS, Arguments
 from moecompile.runtime.once import warn_once
 
 MATRICES = ("w_in", "w_out", "w_up")
@@ -47,6 +47,15 @@ def check(args: Arguments, main: Mapping[str, Tensor], operator: str) -> None:
             raise ValueError(f"{words} must have a place in memory for each element, got strides {strides}: clone it")
         if each.device != matrix.device:
             raise ValueError(f"{words} must be on the device of {name}, {matrix.device}, got {each.device}")
+        for argument in TENSORS:
+            other = getattr(args, argument)
+            if other is not None and _begin_together(each, other):
+                raise ValueError(f"{words} is the memory of {argument}, which a backward would overwrite: clone it")
+
+
+def _begin_together(one: Tensor, other: Tensor) -> bool:
+    same = one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    return same and one.storage_offset() == other.storage_offset()
 
 
 def _is_apart(main: Tensor) -> bool:

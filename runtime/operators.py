@@ -44,7 +44,8 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
     main_w_in, main_w_up, main_w_out: float32, of the shapes of w_in, w_up and w_out, or None. In backward a matrix's
-        gradient is added to its main gradient, and the matrix itself gets none
+        gradient is added to its main gradient, and the matrix itself gets none: by every backward that runs, whatever
+        it was asked for (the backend's option `main_grad` refuses those that nobody means so)
 
 `input`, `activation` and `output` are expressions (`moecompile.codegen.expression`) of the leaves x; gate and up, or
 hidden; out; and, in each, weight. In FP8 x, the experts' weights and biases have one dtype, bfloat16 or float16, the

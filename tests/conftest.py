@@ -98,7 +98,9 @@ def _forget() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.name == "test_every_golden_is_used")
     collected = {item.path.name for item in items}
-    missing = {path.name for path in Path(__file__).parent.glob("test_*.py")} - collected
+    files = Path(__file__).parent.glob("test_*.py")
+    # those for GPUs skip themselves as a whole where there is none, and compare no goldens
+    missing = {path.name for path in files if not path.stem.endswith("_gpu")} - collected
     if missing:
         config.stash[_PARTIAL] = f"{len(missing)} test files were not collected"
     elif any("::" in argument for argument in config.args):

@@ -411,3 +411,8 @@ def test_fsdp_gets_no_copies(made: list[int], tmp_path: Any) -> None:
 def test_what_does_not_go_together(options: dict[str, Any], mode: str | None, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         moecompile.Options.parse(mode, options)
+
+
+def test_only_models_are_invalidated() -> None:
+    with pytest.raises(TypeError, match="expected a module, or nothing for all models, got 3"):
+        moecompile.invalidate(3)  # type: ignore[arg-type]

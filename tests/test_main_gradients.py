@@ -124,6 +124,13 @@ def test_the_main_gradient_of_nothing_is_refused() -> None:
         Call(fp8=False)({"w_up": torch.zeros(EXPERTS, INNER, FEATURES)})
 
 
+def test_memory_of_an_argument_is_no_main_gradient() -> None:
+    call = Call(fp8=False)
+    call.matrices = {name: matrix.detach().float().requires_grad_() for name, matrix in call.matrices.items()}
+    with pytest.raises(ValueError, match="main_w_out is the memory of w_out, which a backward would overwrite: clone"):
+        call({"w_out": call.matrices["w_out"].detach()}, call.x.detach().float())
+
+
 @both
 def test_compiled_graphs_add_in_place(fp8: bool) -> None:
     """What is added to comes into the graph, and is written where it lies."""

@@ -144,6 +144,13 @@ def test_second_derivatives_are_refused_when_they_are_taken():
             grad.sum().backward(inputs=[leaf], retain_graph=True)
 
 
+def test_no_experts_are_refused():
+    _, offsets, slots, order = torch.ops.moecompile.plan(torch.full((8, 2), -1), 3)
+    given = (torch.randn(8, 4), torch.rand(8, 2), offsets[:0], slots, order, torch.empty(0, 4, 4), torch.empty(0, 4, 4))
+    with pytest.raises(ValueError, match="w_in must hold the matrices of an expert at least"):
+        torch.ops.moecompile.experts(*given, activation="relu(hidden)", gate_up="single")
+
+
 def test_tensors_of_two_devices_are_refused():
     case = make_case(routing("random", 8, 2, 3), 3)
     case.tensors["w_out"] = case.given["w_out"].to("meta")

@@ -223,3 +223,8 @@ def test_variables_that_begin_like_ours_and_are_none(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MOECOMPILE_CACHE_DIR", "/somewhere")
     (said,) = unknown_variables().values()
     assert said.startswith("MOECOMPILE_DISABLED is set, and is no variable of moecompile's. Did you mean 'MOECOMPILE_")
+
+
+def test_a_choice_in_capitals_is_recognised() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'fp8'"):
+        Options(precision="FP8")  # type: ignore[arg-type]
