@@ -12,7 +12,10 @@ expert (DeepSeek-V3, section 3.3). Here operands are dequantised and multiplied 
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -59,11 +62,15 @@ def linear_fp8(
 ) -> Tensor:
     """The result (..., N) in x's dtype."""
     _check(x, weight, bias, values, scales, quantized)
+    shape = (*x.shape[:-1], weight.shape[0])
     with exact(x):
+        fused = _hopper(x.device)
+        if fused is not None and fused.takes(weight, values, quantized):
+            return fused.forward(weight, bias, _rows(values), _rows(scales), quantized).view(shape)
         matrix = dequantize(quantized[0], quantized[1], SQUARE)[: weight.shape[0]]
         product = _rows(dequantize(values, scales, ALONG_FEATURES)) @ matrix.mT
         product = product if bias is None else product + bias.to(torch.float32)
-        return product.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return product.to(x.dtype).view(shape)
 
 
 def fake_linear_fp8(
@@ -87,6 +94,10 @@ def linear_fp8_backward(
     of_y, dtype = _rows(grad.to(weight.dtype)), weight.dtype
     found: list[Tensor] = []
     with exact(grad):
+        fused = _hopper(grad.device)
+        if fused is not None and fused.takes(weight, values, quantized):
+            found = fused.backward(of_y.contiguous(), weight, _rows(values), _rows(scales), quantized, needs)
+            return [found[0].view(values.shape), *found[1:]] if needs[0] else found
         of_x, of_weight, of_bias = needs
         g = quantizer.quantize(of_y, ALONG_FEATURES)
         if of_x:
@@ -114,6 +125,16 @@ def fake_linear_fp8_backward(
     _check_backward(grad, weight, values, scales, quantized)
     shapes = (tuple(values.shape), tuple(weight.shape), (weight.shape[0],))
     return [weight.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+@functools.cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """The module of the fused kernels, if the device runs them."""
+    if device.type != "cuda":
+        return None
+    from moecompile.runtime import hopper
+
+    return importlib.import_module("moecompile.runtime.hopper_linear") if hopper.serves(device) else None
 
 
 def _one(x: Tensor) -> tuple[Tensor, Tensor]:

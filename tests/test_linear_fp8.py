@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import fake_gpu
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
+from moecompile.runtime import hopper_linear, linear_fp8
 from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
 
 ops = torch.ops.moecompile
@@ -178,3 +180,24 @@ def test_what_has_no_derivative_says_so() -> None:
         torch.autograd.grad(of_x.square().sum(), x)
     with pytest.raises(NotImplementedError, match=r"torch\.func transforms"):
         torch.func.grad(lambda x: linear(x, weight.detach(), None).sum())(x.detach())
+
+
+def test_on_hopper_it_is_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched, by a driver that launches nothing."""
+    x, weight, bias = given(2, 70)
+    with fake_gpu.installed(monkeypatch) as gpu:
+        monkeypatch.setattr(linear_fp8, "_hopper", lambda device: hopper_linear)
+        result = linear(x, weight, bias)
+        assert result.shape == (2, 70, 48)
+        names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
+        assert names == ["quantize_weights", "grouped_gemm"]
+        found = torch.autograd.grad(result, [each for each in (x, weight, bias) if each is not None], result)
+        assert [each.shape for each in found] == [(2, 70, 256), (48, 256), (48,)]
+        names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
+        assert names == [
+            "quantize_rows",
+            "grouped_gemm",
+            "pad_offsets",
+            *["transpose_rows"] * 2,
+            "grouped_gemm_over_rows",
+        ]
