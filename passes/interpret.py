@@ -315,8 +315,8 @@ def _is_cut(call: Call, state: Interpretation) -> bool:
 
 def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, ...] | None:
     rule = state.rules.get(call.name)
-    if rule is None or (fake_of(call.node) is None and not writes(call.node, call)):
-        return None  # inside a transform of torch.func there are no example values
+    if rule is None or _is_hidden(call):
+        return None
     try:
         if call.name == "cast" and _keeps_all(call, state):
             return state.value(call["input"])
@@ -333,6 +333,16 @@ def _outcome(call: Call, state: Interpretation) -> Value | tuple[Value | None, .
         if any(is_routed(state.values.get(argument)) for argument in call.node.all_input_nodes):
             state.refusals[call.node] = str(reason)
         return None
+
+
+def _is_hidden(call: Call) -> bool:
+    """Whether a tensor is made that has no example value: inside a transform of torch.func there are none.
+
+    (Dynamo leaves none either on the numbers that it takes out of a tensor for `tolist`.)
+    """
+    if fake_of(call.node) is not None or writes(call.node, call) or call.name == "getitem":
+        return False
+    return any(isinstance(fake_of(argument), torch.Tensor) for argument in call.node.all_input_nodes)
 
 
 def _keeps_all(call: Call, state: Interpretation) -> bool:
