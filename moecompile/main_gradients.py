@@ -21,7 +21,7 @@ from moecompile.report import GraphReport
 OPTION = "main_grad"
 
 GIVEN = "torch.zeros_like(parameter, dtype=torch.float32)"
-GIVE = "Before the first call give it one: parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)"
+GIVE = f"Before the first call give it one: parameter.main_grad = {GIVEN}"
 NESTED = "inside a checkpointed or another nested region gradients of matrices go to parameter.grad"
 AGAIN = "call torch._dynamo.reset() and compile the model again"
 HOOKS = (

@@ -14,20 +14,18 @@ In inference the transposed copies, which only the backward reads, are not made 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.layout import Layout
 from moecompile.passes.linears import Linear, Verdict
+from moecompile.passes.precision import call_for, cast_for, key_of
 from moecompile.runtime.fp8_contract import Specs, check_weights
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
-
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], backward: bool = True) -> int:
@@ -63,8 +61,8 @@ class _Casts:
             specs = check_weights(fake_of(linear.matrix), None, "single", False, self._backward)
             matrix = self._cast(node, linear.matrix, torch.ops.moecompile.quantize_weights.default, attributes, specs)
             given = (linear.rows, linear.matrix, linear.bias, *rows, matrix)
-            result = self._call(node, torch.ops.moecompile.linear_fp8.default, given, {})
-        result.meta[_key(node)] = node.meta[_key(node)]
+            result = call_for(node, torch.ops.moecompile.linear_fp8.default, given, {})
+        result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
 
@@ -74,26 +72,13 @@ class _Casts:
         """The results of a cast, made in front of the node unless it is there."""
         if given in self._made:
             return self._made[given]
-        cast, like = self._call(node, target, (given,), attributes), fake_of(given)
-        cast.meta[_key(node)] = values = tuple(empty_fake(like, *spec) for spec in specs)
-        parts = [self._call(node, operator.getitem, (cast, number), {}) for number in range(len(values))]
-        for part, value in zip(parts, values, strict=True):
-            part.meta[_key(node)] = value
+        parts = cast_for(node, target, (given,), attributes, specs)
         if given not in self._written:
             self._made[given] = parts
         return parts
-
-    def _call(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        made = self._graph.call_function(target, args, kwargs)
-        made.meta.update({name: node.meta[name] for name in _PROVENANCE if name in node.meta})
-        return made
 
 
 def _rows(node: fx.Node) -> Specs:
     """Of what `quantize` returns for it."""
     shape = tuple(fake_of(node).shape)
     return (shape, E4M3), ((*shape[:-1], blocks_in(shape[-1], BLOCK)), torch.float32)
-
-
-def _key(node: fx.Node) -> str:
-    return "example_value" if "example_value" in node.meta else "val"

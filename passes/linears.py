@@ -26,16 +26,15 @@ from torch import fx, nn
 
 from moecompile.passes.aliases import Aliases, fake_of
 from moecompile.passes.calls import bind
+from moecompile.passes.main_gradients import OPERATORS
 from moecompile.passes.provenance import module_of
+from moecompile.runtime.fp8_contract import GEMM_DTYPES
+from moecompile.runtime.linear_fp8 import LINE
+from moecompile.runtime.quantize import BLOCK
 
-DTYPES = (torch.bfloat16, torch.float16)
-"""What is cast to FP8; float32 models are in it for their precision."""
-BLOCK, LINE = 128, 16
-"""Columns with one scale; columns of a result that products of FP8 are made of (torch._scaled_mm)."""
 WIDE = 4
 """How much wider than its input a result is that leaves the graph as scores of a vocabulary; no other layer does."""
 
-EXPERTS = (torch.ops.moecompile.experts.default, torch.ops.moecompile.experts_fp8.default)
 CHOOSING = ("topk", "sort", "argsort", "argmax")
 PRODUCTS = ("matmul", "mm", "addmm", "bmm", "baddbmm", "einsum")
 PLAIN = (
@@ -147,7 +146,7 @@ def _known(linear: Linear, facts: _Facts) -> str | None:
 
 def _dtype(linear: Linear, facts: _Facts) -> str | None:
     dtypes = {fake_of(each).dtype for each in (linear.rows, linear.matrix, linear.node)}
-    if len(dtypes) == 1 and dtypes <= set(DTYPES):
+    if len(dtypes) == 1 and dtypes <= set(GEMM_DTYPES):
         return None
     return f"{' and '.join(sorted(map(_short, dtypes)))}: only bfloat16 and float16 are cast"
 
@@ -194,7 +193,7 @@ RULES: tuple[Callable[[Linear, _Facts], str | None], ...] = (_known, _named, _ro
 def _routing(graph: fx.Graph, linears: set[fx.Node]) -> dict[fx.Node, str]:
     """The layers that choose experts, or anything else, and what."""
     found: dict[fx.Node, str] = {}
-    for target in EXPERTS:
+    for target in OPERATORS:
         for node in graph.find_nodes(op="call_function", target=target):
             x, weights, offsets = node.args[:3]
             plan = offsets.args[0] if isinstance(offsets, fx.Node) and offsets.args else None

@@ -61,7 +61,6 @@ class _Experts:
 
     def __init__(self, graph: fx.Graph, node: fx.Node, backward: bool) -> None:
         self._graph, self._node, self._backward = graph, node, backward
-        self._key = "example_value" if "example_value" in node.meta else "val"
         args: Any = fx.node.map_arg(node.args, fake_of)
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
         self.taken = Arguments(*args, **kwargs)
@@ -77,22 +76,37 @@ class _Experts:
             cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)
             cast_out = self._cast((node.args[6],), {"transposed": taken.w_out_transposed}, of_out)
             keywords = {**node.kwargs, "quantized": [*cast_in, *cast_out]}
-            result = self._call(torch.ops.moecompile.experts_fp8.default, node.args, keywords)
-        result.meta[self._key] = node.meta[self._key]
+            result = call_for(node, torch.ops.moecompile.experts_fp8.default, node.args, keywords)
+        result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
 
     def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
         """The four results of quantising one of the matrices."""
         attributes |= {} if self._backward else {"backward": False}
-        cast = self._call(torch.ops.moecompile.quantize_weights.default, given, attributes)
-        cast.meta[self._key] = values = tuple(empty_fake(self.taken.w_in, *spec) for spec in specs)
-        parts = [self._call(operator.getitem, (cast, number), {}) for number in range(len(values))]
-        for part, value in zip(parts, values, strict=True):
-            part.meta[self._key] = value
-        return parts
+        return cast_for(self._node, torch.ops.moecompile.quantize_weights.default, given, attributes, specs)
 
-    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        node = self._graph.call_function(target, args, kwargs)
-        node.meta.update({name: self._node.meta[name] for name in _PROVENANCE if name in self._node.meta})
-        return node
+
+def cast_for(
+    node: fx.Node, target: Any, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]
+) -> list[fx.Node]:
+    """The results, of these shapes and dtypes, of a cast that a node's replacement reads."""
+    key, like = key_of(node), fake_of(given[0])
+    cast = call_for(node, target, given, attributes)
+    cast.meta[key] = values = tuple(empty_fake(like, *spec) for spec in specs)
+    parts = [call_for(node, operator.getitem, (cast, number), {}) for number in range(len(values))]
+    for part, value in zip(parts, values, strict=True):
+        part.meta[key] = value
+    return parts
+
+
+def call_for(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A call at the graph's place of insertion, which says that it comes from where the node does."""
+    made = node.graph.call_function(target, args, kwargs)
+    made.meta.update({name: node.meta[name] for name in _PROVENANCE if name in node.meta})
+    return made
+
+
+def key_of(node: fx.Node) -> str:
+    """Where the node has its example value."""
+    return "example_value" if "example_value" in node.meta else "val"

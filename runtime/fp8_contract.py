@@ -135,7 +135,9 @@ def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = Fal
         raise error(TypeError, f"{words}; pass out_dtype or cast the routing weights")
     there = backward or any(tensor.shape != NOTHING for tensor in [*quantized][2::4])
     hint = _QUANTIZED + "; a backward needs copies of backward=True" * backward
-    return Quantized(*_checked("quantized", Quantized._fields, quantized, quantized_specs(args, there), hint))
+    return Quantized(
+        *checked("experts_fp8", "quantized", Quantized._fields, quantized, quantized_specs(args, there), hint)
+    )
 
 
 def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor]) -> Saved:
@@ -144,17 +146,17 @@ def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor]) -
     if grad.dtype not in DTYPES:
         words = f"grad must be bfloat16, float16 or float32, got {grad.dtype}; cast it first"
         raise _error("experts_fp8_backward", TypeError, words)
-    return Saved(*_checked("saved", Saved._fields, saved, saved_specs(args), _SAVED))
+    return Saved(*checked("experts_fp8", "saved", Saved._fields, saved, saved_specs(args), _SAVED))
 
 
 _QUANTIZED = "pass [*quantize_weights(w_in, w_up, ...), *quantize_weights(w_out, ...)] with the layouts of this call"
 _SAVED = "pass what experts_fp8_forward returned for the same arguments"
 
 
-def _checked(
-    record: str, names: tuple[str, ...], tensors: Sequence[Tensor], specs: Specs, hint: str
+def checked(
+    operator: str, record: str, names: tuple[str, ...], tensors: Sequence[Tensor], specs: Specs, hint: str
 ) -> Sequence[Tensor]:
-    operator = "experts_fp8"
+    """The tensors of a record; raises ValueError or TypeError unless they have these shapes and dtypes."""
     if len(tensors) != len(names):
         words = f"{record} must hold {len(names)} tensors ({', '.join(names)}), got {len(tensors)}; {hint}"
         raise _error(operator, ValueError, words)

@@ -23,7 +23,7 @@ from torch import Tensor
 from moecompile.runtime import quantize as quantizer
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import expect_shape
-from moecompile.runtime.fp8_contract import GEMM_DTYPES, weight_specs
+from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, checked, weight_specs
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
     ALONG_TOKENS,
@@ -181,15 +181,9 @@ def _check_weight(weight: Tensor, quantized: Sequence[Tensor], operator: str, ba
     if weight.dtype not in GEMM_DTYPES:
         raise TypeError(f"moecompile::{operator}: weight must be bfloat16 or float16, got {weight.dtype}; cast it")
     hint = "pass what quantize_weights(weight) returned" + ", with backward=True" * backward
-    if len(quantized) != len(NAMES):
-        words = f"quantized must hold {len(NAMES)} tensors ({', '.join(NAMES)}), got {len(quantized)}; {hint}"
-        raise ValueError(f"moecompile::{operator}: {words}")
-    there = backward or quantized[2].numel() > 0
+    there = backward or any(tensor.shape != NOTHING for tensor in quantized[2:])
     specs = weight_specs((), pad(weight.shape[0]), weight.shape[1], there)
-    for name, tensor, (shape, dtype) in zip(NAMES, quantized, specs, strict=True):
-        expect_shape(operator, tensor, f"{name} of quantized", shape, "by weight", hint)
-        if tensor.dtype != dtype:
-            raise TypeError(f"moecompile::{operator}: {name} of quantized must be {dtype}, got {tensor.dtype}; {hint}")
+    checked(operator, "quantized", NAMES, quantized, specs, hint)
 
 
 def _check_backward(grad: Tensor, weight: Tensor, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]) -> None:
