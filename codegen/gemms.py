@@ -147,6 +147,7 @@ class GroupedGemm:
         overhang: how many rows beyond whole pairs of tiles may go along with the last pair; 0, 32 or 64, of 16 bits and
             for clusters of two.
         dispatches: whether the rows are tokens', which the kernel dispatches itself.
+        whole: whether all rows are of one group, and the host knows how many they are.
         epilogue: what becomes of the products.
     """
 
@@ -158,6 +159,7 @@ class GroupedGemm:
     over_rows: bool = False
     overhang: int = 0
     dispatches: bool = False
+    whole: bool = False
     epilogue: Plain | Turned | Added | Activated | ActivationBackward = Plain()
 
     header: ClassVar[str] = "grouped_gemm.cuh"
@@ -166,7 +168,8 @@ class GroupedGemm:
     def name(self) -> str:
         """What profilers call it."""
         over_rows, dispatching = "_over_rows" * self.over_rows, "_dispatching" * self.dispatches
-        return f"moecompile_grouped_gemm{over_rows}{self.epilogue.suffix}{dispatching}"
+        kind = "gemm" if self.whole else "grouped_gemm"
+        return f"moecompile_{kind}{over_rows}{self.epilogue.suffix}{dispatching}"
 
     @property
     def definitions(self) -> str:
@@ -177,7 +180,7 @@ class GroupedGemm:
     def template(self) -> str:
         """The C++ type."""
         given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows, self.overhang)
-        feed = (instantiation("Dispatched", self.quantized),) if self.dispatches else ()
+        feed = (instantiation("Dispatched", self.quantized),) if self.dispatches else ("Whole",) * self.whole
         return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self), *feed)
 
     @property

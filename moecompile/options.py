@@ -18,7 +18,7 @@ from typing import Any, Literal
 PASSES: dict[str, str] = {
     "detect": "finds the mixture-of-experts blocks; without it nothing else has anything to do",
     "fuse": "replaces each block found by moecompile's operators; without it blocks are only reported",
-    "precision": "casts the experts' matrices to FP8 where the option `precision` asks for it",
+    "precision": "casts linear layers and experts to FP8 where the option `precision` asks for it",
 }
 
 
@@ -71,12 +71,22 @@ class Options:
     )
     precision: Literal["model", "fp8"] = _option(
         "model",
-        "what the experts multiply: numbers of the model's own precision, or FP8 by DeepSeek-V3's recipe "
-        '("fp8", bfloat16 and float16 models; everything else stays as it is)',
+        "what linear layers and experts multiply: numbers of the model's own precision, or FP8 by DeepSeek-V3's recipe "
+        '("fp8", bfloat16 and float16 models; embeddings, head, routers, norms and attention itself stay as they are)',
     )
+    fp8_exclude: tuple[str, ...] = _option(
+        (), "patterns (`*`, `?`) of paths of modules that stay in the model's precision, with all that is inside them"
+    )
+    fp8_include: tuple[str, ...] = _option(
+        (),
+        "patterns of paths of modules that are cast although they would be kept, if they can be; what `fp8_exclude` "
+        "names is kept all the same",
+    )
+    fp8_keep_first_layers: int = _option(0, "how many of the first layers of each list of layers are kept")
+    fp8_keep_last_layers: int = _option(0, "how many of the last ones, as far as a graph holds them")
     fp8_cache_weights: bool = _option(
         False,
-        "the FP8 copies of the experts' matrices are kept until the parameters change, not made in every forward; "
+        "the FP8 copies of matrices are kept until the parameters change, not made in every forward; "
         "changes through `.data` need `moecompile.invalidate(model)`; not with CUDA graphs",
     )
     recompute: bool = _option(
@@ -114,22 +124,31 @@ class Options:
 
     def __post_init__(self) -> None:
         # Mappings, lists and generators are taken, and kept in the one form that compares and hashes by value.
-        object.__setattr__(self, "disable", _names("disable", self.disable))
+        for name in ("disable", "fp8_exclude", "fp8_include"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         object.__setattr__(self, "inductor", _pairs("inductor", self.inductor))
         annotations = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             _check(field.name, annotations[field.name], getattr(self, field.name))
         _check_passes(self.disable, "the option `disable`")
-        if self.fp8_cache_weights and self.precision != "fp8":
-            raise ValueError(
-                f"moecompile: option `fp8_cache_weights` keeps FP8 copies, which precision={self.precision!r} does not "
-                "make. Add precision='fp8', or leave it out."
-            )
+        self._check_fp8()
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
                 f"moecompile: options for Inductor ({', '.join(dict(self.inductor))}) came together with "
                 f"lowering={self.lowering!r}, which would drop them. Leave one of the two out."
             )
+
+    def _check_fp8(self) -> None:
+        """Raises ValueError for options of FP8 without FP8, and for numbers of layers below 0."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("fp8_") and value != field.default and self.precision != "fp8":
+                raise ValueError(
+                    f"moecompile: option `{field.name}` is about FP8, which precision={self.precision!r} does not "
+                    "use. Add precision='fp8', or leave it out."
+                )
+            if field.name.endswith("_layers") and value < 0:
+                raise ValueError(f"moecompile: option `{field.name}`: expected 0 or more, got {value}.")
 
     @classmethod
     def parse(cls, mode: str | None, options: Mapping[str, Any] | Options | None) -> Options:

@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 
 from moecompile.bodies import bodies_of, text_of
 from moecompile.options import Options
+from moecompile.passes.casts import Cast
 from moecompile.passes.detect import detect
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
-from moecompile.passes.precision import quantize_experts
+from moecompile.passes.precision import Exclusions, cast
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
@@ -44,6 +45,7 @@ class Piece:
 
     Attributes:
         differentiable: whether somebody may call its backward.
+        casts: what was cast to FP8, and what was kept.
         changed: whether some pass rewrote it.
         notes: what users should know, for the report.
     """
@@ -52,6 +54,7 @@ class Piece:
     sites: tuple[Site, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     layout: Layout | None = None
+    casts: tuple[Cast, ...] = ()
     differentiable: bool = True
     changed: bool = False
     notes: list[str] = field(default_factory=list)
@@ -71,21 +74,26 @@ def fuse_sites(piece: Piece, _: Options) -> None:
     piece.changed |= fuse(piece.module.graph, piece.sites, piece.layout) > 0
 
 
-def cast_experts(piece: Piece, _: Options) -> None:
-    """Turns the experts to FP8."""
-    kept = quantize_experts(piece.module.graph, backward=piece.differentiable)
-    piece.changed = True
-    for each in kept:
-        note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
-        log.warning("%s", note)
-        piece.notes.append(note)
+def cast_to_fp8(piece: Piece, options: Options) -> None:
+    """Turns linear layers and experts to FP8."""
+    exclusions = Exclusions(
+        options.fp8_exclude, options.fp8_include, options.fp8_keep_first_layers, options.fp8_keep_last_layers
+    )
+    table = cast(piece.module.graph, exclusions, backward=piece.differentiable)
+    piece.changed, piece.casts = True, table.rows
+    for each in table.rows:
+        if each.kind == "experts" and not each.cast and each.refused:
+            note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
+            log.warning("%s", note)
+            piece.notes.append(note)
+    piece.notes += [f"the pattern {pattern!r} names no module of this graph" for pattern in table.unused]
 
 
 # In the order in which they run, under the names of `moecompile.options.PASSES`, where each is described.
 PASSES: dict[str, Callable[[Piece, Options], None]] = {
     "detect": detect_sites,
     "fuse": fuse_sites,
-    "precision": cast_experts,
+    "precision": cast_to_fp8,
 }
 
 
@@ -115,6 +123,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     record.notes += [note for piece in pieces for note in piece.notes]
     record.sites = tuple(map(without_graph, sites))
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
+    record.casts = tuple(row for piece in pieces for row in piece.casts)
     record.after = text_of(gm)
     return sites
 

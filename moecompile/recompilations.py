@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from moecompile.passes.casts import Cast
     from moecompile.passes.site import NearMiss, Site
     from moecompile.report import GraphReport
 
-Entry = TypeVar("Entry", bound="Site | NearMiss")
+Entry = TypeVar("Entry", bound="Site | NearMiss | Cast")
 
 
 def starts_over(graph: GraphReport, graphs: Sequence[GraphReport]) -> bool:
@@ -35,13 +36,18 @@ def _frame_number(compile_id: str) -> int:
 
 
 def once(graphs: Iterable[GraphReport], entries_of: Callable[[GraphReport], Iterable[Entry]]) -> list[Entry]:
-    """The blocks or near misses of graphs, those of recompilations of a frame not again: the same code and module."""
+    """The blocks, near misses or casts of graphs, those of recompilations of a frame not again: same code, module."""
     once: dict[Hashable, Entry] = {}
     for graph in graphs:
         frame = graph.compile_id.partition("/")[0] or graph.index
         numbers: Counter[Hashable] = Counter()
         for entry in entries_of(graph):
-            place = (frame, entry.module, entry.source, entry.form)
+            place = (frame, entry.module, *_kind_of(entry))
             once[(*place, numbers[place])] = entry
             numbers[place] += 1
     return list(once.values())
+
+
+def _kind_of(entry: Any) -> tuple[str, ...]:
+    """What tells entries of one module apart."""
+    return tuple(str(getattr(entry, name, "")) for name in ("source", "form", "kind", "shape"))

@@ -28,6 +28,7 @@ from moecompile import recompilations
 if TYPE_CHECKING:
     from torch import fx
 
+    from moecompile.passes.casts import Cast
     from moecompile.passes.site import NearMiss, Site
 
 JSON_VERSION = 1
@@ -93,6 +94,7 @@ class GraphReport:
         compile_id: Dynamo's, ``frame/recompilation``.
         sites: what was rewritten (or, with the pass ``fuse`` disabled, only found).
         near_misses: what looked like an MoE block and was left alone.
+        casts: what multiplies in FP8 and what was kept, with ``precision="fp8"``.
         passes: in the order in which they ran.
         before: the graph as text (`moecompile.passes.printer`) as it came.
         after: the graph as text after all passes.
@@ -114,6 +116,7 @@ class GraphReport:
     compile_id: str = ""
     sites: tuple[Site, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
+    casts: tuple[Cast, ...] = ()
     passes: list[PassRecord] = field(default_factory=list)
     before: str = ""
     after: str = ""
@@ -198,6 +201,11 @@ class Report:
     def refused(self) -> tuple[NearMiss, ...]:
         """The near misses, each once, as `blocks` does it."""
         return tuple(recompilations.once(self.current, lambda graph: graph.near_misses))
+
+    @property
+    def casts(self) -> tuple[Cast, ...]:
+        """What multiplies in FP8 and what was kept, each once, as `blocks` does it."""
+        return tuple(recompilations.once(self.current, lambda graph: graph.casts))
 
     @property
     def current(self) -> tuple[GraphReport, ...]:

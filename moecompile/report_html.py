@@ -19,11 +19,15 @@ import torch
 from moecompile.graph_diff import Row, diff_rows
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report
 from moecompile.report_text import (
+    CAST_COLUMNS,
     LEGEND,
     SITE_COLUMNS,
+    cast_cells,
+    cast_summary,
     changed_operations,
     counted,
     graph_title,
+    like_casts,
     like_misses,
     like_sites,
     merged_paths,
@@ -38,7 +42,14 @@ _CHIPS_SHOWN = 12
 
 def render(report: Report) -> str:
     """The page as text; `Report.html` writes it to a file."""
-    sections = [_tiles(report), _sites(report), _near_misses(report), _graph_breaks(report), _graphs(report)]
+    sections = [
+        _tiles(report),
+        _sites(report),
+        _casts(report),
+        _near_misses(report),
+        _graph_breaks(report),
+        _graphs(report),
+    ]
     head, *rest = sections
     return f"""<!doctype html>
 <html lang="en">
@@ -122,6 +133,23 @@ def _more(header: str, group: Sequence[Any]) -> str:
     if header == "activation" and (details := site_details(group[0])):
         return f'<br><span class="soft">{escape(details)}</span>'
     return ""
+
+
+def _casts(report: Report) -> str:
+    rows = []
+    for group in like_casts(report.casts):
+        modules, kind, shape, precision, reason = cast_cells(group)
+        many = f' <span class="chip">{len(group)}</span>' if len(group) > 1 else ""
+        chip = f'<span class="chip {"good" if group[0].cast else ""}">{precision}</span>'
+        cells = (f'<td class="code">{escape(modules)}{many}</td>', f"<td>{kind}</td>", f'<td class="code">{shape}</td>')
+        text = " ".join([*(row.module for row in group), kind, shape, precision, reason])
+        line = f"{''.join(cells)}<td>{chip}</td><td>{escape(reason)}</td>"
+        rows.append(f'<tr data-text="{escape(text.lower())}">{line}</tr>')
+    if not rows:
+        return ""
+    headers = "".join(f"<th>{name}</th>" for name in CAST_COLUMNS)
+    table = f"<table><thead><tr>{headers}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<h2>FP8<small>{cast_summary(report.casts)}</small></h2><div class="card wide">{table}</div>'
 
 
 def _near_misses(report: Report) -> str:

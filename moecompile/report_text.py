@@ -13,10 +13,12 @@ from moecompile.graph_diff import unified
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report, public_fields
 
 if TYPE_CHECKING:
+    from moecompile.passes.casts import Cast
     from moecompile.passes.site import NearMiss, Site
 
 Entry = TypeVar("Entry")
 SITE_COLUMNS = ("module", "form", "E", "K", "H", "I", "dtype", "activation", "source")
+CAST_COLUMNS = ("module", "kind", "shape", "", "why")
 LEGEND = "E experts, K of them for each token, H hidden size, I intermediate size"
 _CHANGES_SHOWN = 5
 _LONG_ACTIVATION = 24
@@ -30,7 +32,12 @@ def render(report: Report, *, graphs: Literal["diff", "full", False] = False, wi
     forgotten = len(report.graphs) - len(report.current)
     before = f", {forgotten} of them before torch._dynamo.reset()" if forgotten else ""
     lines = [summary(report), f"torch {torch.__version__}, {counted(len(report.graphs), 'captured graph')}{before}"]
-    lines += _sites(report, columns) + _near_misses(report, columns) + _graph_breaks(report, columns)
+    lines += (
+        _sites(report, columns)
+        + _casts(report, columns)
+        + _near_misses(report, columns)
+        + _graph_breaks(report, columns)
+    )
     for graph in report.graphs:
         lines += ["", *_graph(graph, columns)]
         if graphs:
@@ -75,6 +82,25 @@ def like_sites(sites: Iterable[Site]) -> list[list[Site]]:
 def like_misses(near_misses: Iterable[NearMiss]) -> list[list[NearMiss]]:
     """Near misses of the same form, for the same reason, at the same line, together."""
     return _grouped(near_misses, lambda miss: (miss.form, miss.reason, miss.node, miss.source, miss.cure))
+
+
+def like_casts(casts: Iterable[Cast]) -> list[list[Cast]]:
+    """Rows that differ in nothing but the numbers in their modules' paths, together; what is cast first."""
+    ordered = sorted(casts, key=lambda row: not row.cast)
+    return _grouped(ordered, lambda row: (*_without_numbers(row.module), row.kind, row.shape, row.cast, row.reason))
+
+
+def cast_cells(group: Sequence[Cast]) -> tuple[str, ...]:
+    """The cells of `CAST_COLUMNS` for rows that differ in their module's numbers only."""
+    row = group[0]
+    shape = " x ".join(map(str, row.shape))
+    return merged_paths([each.module for each in group]), row.kind, shape, "cast" if row.cast else "kept", row.reason
+
+
+def cast_summary(casts: Sequence[Cast]) -> str:
+    """How many are cast and how many kept."""
+    cast = sum(row.cast for row in casts)
+    return f"{cast} cast, {len(casts) - cast} kept"
 
 
 def site_cells(group: Sequence[Site]) -> tuple[str, ...]:
@@ -159,6 +185,13 @@ def _sites(report: Report, width: int) -> list[str]:
         return []
     title = "MoE blocks rewritten" if rewritten(report) else "MoE blocks found, not rewritten (pass fuse disabled)"
     return ["", title, *_table(("#", *SITE_COLUMNS), rows, width), f"  {LEGEND}"]
+
+
+def _casts(report: Report, width: int) -> list[str]:
+    if not report.casts:
+        return []
+    rows = [((str(len(group)), *cast_cells(group)), "") for group in like_casts(report.casts)]
+    return ["", f"FP8: {cast_summary(report.casts)}", *_table(("#", *CAST_COLUMNS), rows, width)]
 
 
 def _near_misses(report: Report, width: int) -> list[str]:
@@ -265,6 +298,10 @@ def _grouped(entries: Iterable[Entry], key: Callable[[Entry], Hashable]) -> list
     for entry in entries:
         groups.setdefault(key(entry), []).append(entry)
     return list(groups.values())
+
+
+def _without_numbers(path: str) -> tuple[str, ...]:
+    return tuple("" if part.isdigit() else part for part in path.split("."))
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

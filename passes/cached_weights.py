@@ -1,7 +1,7 @@
 """Take the casts of parameters out of a graph: what they give comes in, made once until the parameters change.
 
 Contract
-- On entry matrices are cast by `moecompile::quantize_weights` (passes/precision.py).
+- On entry matrices are cast by `moecompile::quantize_weights` (passes/cast_experts.py, passes/cast_linears.py).
 - A cast is taken out if its matrices are parameters that the graph gets as inputs and does not write. Others stay, with
   the reason.
 - Inputs that there were keep their places; the new ones follow, four for each cast that is taken out, in their order.
@@ -19,8 +19,8 @@ import torch
 from torch import fx, nn
 
 from moecompile.passes.aliases import fake_of
+from moecompile.passes.casts import Kept
 from moecompile.passes.layout import Layout
-from moecompile.passes.precision import Kept
 from moecompile.passes.provenance import module_of
 
 RESULTS = ("values", "scales", "values_t", "scales_t")

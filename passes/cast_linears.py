@@ -21,9 +21,9 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
+from moecompile.passes.casts import call_for, cast_for, key_of
 from moecompile.passes.layout import Layout
 from moecompile.passes.linears import Linear, Verdict
-from moecompile.passes.precision import call_for, cast_for, key_of
 from moecompile.runtime.fp8_contract import Specs, check_weights
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from moecompile.runtime import kernels, main_gradients
+from moecompile.runtime import kernels, linear_fp8, main_gradients
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.grouped import aligned
 
@@ -32,22 +33,32 @@ Decompositions = dict[Any, Callable[..., Any]]
 
 def decompose(graph: fx.Graph, decompositions: Decompositions) -> int:
     """Writes out every operator of the graph that can be; `decompositions` are those Inductor asks for."""
-    operators: dict[Any, tuple[Callable[..., Any], int]] = {
-        torch.ops.moecompile.experts.default: (kernels.experts, 0),
-        torch.ops.moecompile.experts_forward.default: (kernels.experts_forward, 0),
-        torch.ops.moecompile.experts_backward.default: (kernels.experts_backward, 2),
+    operators: dict[Any, tuple[Callable[..., Any], Callable[[fx.Node], bool]]] = {
+        torch.ops.moecompile.experts.default: (kernels.experts, partial(_can_be_written_out, first=0)),
+        torch.ops.moecompile.experts_forward.default: (kernels.experts_forward, partial(_can_be_written_out, first=0)),
+        torch.ops.moecompile.experts_backward.default: (
+            kernels.experts_backward,
+            partial(_can_be_written_out, first=2),
+        ),
+        torch.ops.moecompile.quantize.default: (linear_fp8.quantize_in_torch, _is_plain),
     }
     count = 0
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in operators:
-            function, first = operators[node.target]
-            if _can_be_written_out(node, first):
+            function, can_be_written_out = operators[node.target]
+            if can_be_written_out(node):
                 count += _write_out(graph, node, function, decompositions)
     return count
 
 
 def _value(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether there are rows, of a number of features that is known."""
+    x = _value(node.args[0])
+    return isinstance(x.shape[-1], int) and (not isinstance(x.numel(), int) or x.numel() > 0)
 
 
 def _can_be_written_out(node: fx.Node, first: int) -> bool:

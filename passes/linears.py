@@ -16,16 +16,16 @@ normalisation and the products of activations in attention, of which the last tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from moecompile.passes.aliases import Aliases, fake_of
 from moecompile.passes.calls import bind
+from moecompile.passes.exclusions import NO_WISHES, Wishes
 from moecompile.passes.main_gradients import OPERATORS
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.fp8_contract import GEMM_DTYPES
@@ -82,16 +82,20 @@ class Verdict:
     reason: str
     linear: Linear | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def kind(self) -> Literal["linear", "other"]:
+        """Whether it is one."""
+        return "linear" if self.linear is not None else "other"
 
-def verdicts(graph: fx.Graph, exclude: Collection[str] = (), include: Collection[str] = ()) -> list[Verdict]:
+
+def verdicts(graph: fx.Graph, wishes: Wishes = NO_WISHES) -> list[Verdict]:
     """A verdict for each linear layer, in program order.
 
     Args:
         graph: of Dynamo's.
-        exclude: patterns of module paths (`fnmatch`) whose layers are kept.
-        include: patterns of those that are cast whatever they are for, if they can be.
+        wishes: the user's, for this graph.
     """
-    facts = _Facts.of(graph, exclude, include)
+    facts = _Facts.of(graph, wishes)
     found = []
     for node in graph.nodes:
         call = bind(node) if node.op.startswith("call") else None
@@ -117,26 +121,25 @@ class _Facts:
         scores: layers whose results leave the graph.
     """
 
-    exclude: Collection[str]
-    include: Collection[str]
+    wishes: Wishes
     routing: dict[fx.Node, str]
     embeddings: list[fx.Node]
     scores: set[fx.Node]
     aliases: Aliases
 
     @classmethod
-    def of(cls, graph: fx.Graph, exclude: Collection[str], include: Collection[str]) -> _Facts:
+    def of(cls, graph: fx.Graph, wishes: Wishes) -> _Facts:
         calls = {node: call for node in graph.nodes if node.op.startswith("call") and (call := bind(node)) is not None}
         embeddings = [call["weight"] for call in calls.values() if call.name == "embedding"]
         linears = {node for node, call in calls.items() if call.name == "linear"}
-        return cls(exclude, include, _routing(graph, linears), embeddings, _scores(graph, linears), Aliases(graph))
+        return cls(wishes, _routing(graph, linears), embeddings, _scores(graph, linears), Aliases(graph))
 
 
 # ---- the rules: why a layer is kept, or None if the rule does not speak of it
 
 
 def _named(linear: Linear, facts: _Facts) -> str | None:
-    return "fp8_exclude names it" if _matches(linear, facts.exclude) else None
+    return facts.wishes.excluded(module_of(linear.node))
 
 
 def _known(linear: Linear, facts: _Facts) -> str | None:
@@ -167,11 +170,11 @@ def _sizes(linear: Linear, facts: _Facts) -> str | None:
 
 
 def _router(linear: Linear, facts: _Facts) -> str | None:
-    return None if _matches(linear, facts.include) else facts.routing.get(linear.node)
+    return None if facts.wishes.included(module_of(linear.node)) else facts.routing.get(linear.node)
 
 
 def _head(linear: Linear, facts: _Facts) -> str | None:
-    if _matches(linear, facts.include):
+    if facts.wishes.included(module_of(linear.node)):
         return None
     n, k = _shape(linear.matrix)
     if any(facts.aliases.share(linear.matrix, each) for each in facts.embeddings):
@@ -199,7 +202,7 @@ def _routing(graph: fx.Graph, linears: set[fx.Node]) -> dict[fx.Node, str]:
             plan = offsets.args[0] if isinstance(offsets, fx.Node) and offsets.args else None
             chosen = [each for each in (weights, plan) if isinstance(each, fx.Node)]
             for each in (_ancestors(chosen) - _ancestors([x])) & linears:
-                found.setdefault(each, f"it chooses the experts of {module_of(node) or 'the function'}")
+                found.setdefault(each, "it chooses experts")
     for node in graph.nodes:
         if (call := bind(node) if node.op.startswith("call") else None) is not None and call.name in CHOOSING:
             for each in _feeding(node, linears):
@@ -281,10 +284,6 @@ def _given_factor(node: fx.Node) -> fx.Node | None:
 
 def _shape(matrix: fx.Node) -> tuple[Any, ...]:
     return tuple(fake_of(matrix).shape)
-
-
-def _matches(linear: Linear, patterns: Collection[str]) -> bool:
-    return any(fnmatchcase(module_of(linear.node), pattern) for pattern in patterns)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """Give the experts main gradients: float32 tensors, from outside the graph, that gradients of matrices are added to.
 
 Contract
-- On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/precision.py).
+- On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/cast_experts.py).
 - A matrix gets one if it is a parameter that the graph gets as an input, and that has one. Others keep their gradients,
   and are returned with the reason.
 - Inputs that there were keep their places; the new ones follow, one for each such parameter, in their order.
@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.precision import Kept
+from moecompile.passes.casts import Kept
 from moecompile.passes.provenance import input_name, module_of
 from moecompile.runtime.main_gradients import KEYWORDS
 

@@ -1,112 +1,71 @@
-"""Turn the experts to FP8: casts of their matrices as nodes of the graph, and the operator that multiplies these.
+"""Turn a model to FP8: its linear layers and its experts, but for those that are kept.
 
 Contract
-- On entry the experts are `moecompile::experts` (passes/fuse.py).
-- Weights stay what they are, and get their gradients; only what is multiplied is cast.
-- Experts that the FP8 operator does not take stay in their precision, and are returned with the reason.
+- On entry the experts are `moecompile::experts` (passes/fuse.py); everything else is as the model wrote it.
+- First every layer gets its verdict (passes/linears.py), then the graph is changed (passes/cast_experts.py,
+  passes/cast_linears.py): what a layer is for does not depend on what has been cast.
+- What the user wants (passes/exclusions.py) decides, as far as a layer can be cast at all.
 
-    in_  = moecompile.quantize_weights(w_in, w_up, gate_up=..., transposed=...)    # values, scales, and both transposed
-    out  = moecompile.quantize_weights(w_out, transposed=...)
-    result = moecompile.experts_fp8(<as before>, quantized=[*in_, *out])
-
-Tokens, activations and gradients are cast inside the operator, with a scale for each 128 features; matrices have one
-for each 128 x 128 (DeepSeek-V3, section 3.3). In inference the transposed copies, which only the backward reads, are
-not made (backward=False).
+The recipe is DeepSeek-V3's (technical report, section 3.3): e4m3; activations and gradients with a scale for each
+1x128, weights for each 128x128; sums in float32. Embeddings, head, routers, norms and attention itself stay as they are.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
-from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.cast_experts import cast_experts
+from moecompile.passes.cast_linears import cast_linears
+from moecompile.passes.casts import Cast
+from moecompile.passes.exclusions import wishes
+from moecompile.passes.linears import verdicts
 from moecompile.passes.provenance import module_of
-from moecompile.runtime.contract import Arguments
-from moecompile.runtime.fp8_contract import check_fp8, check_weights
-
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Experts that stay in their precision: the module they are in, and why."""
+class Exclusions:
+    """What the user asked for, whatever the graph.
 
-    module: str
-    reason: str
+    Attributes:
+        exclude: patterns of module paths that are kept.
+        include: patterns of module paths that are cast whatever they are for, if they can be.
+        first_layers: how many layers are kept from the first on.
+        last_layers: how many are kept up to the last.
+    """
+
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    first_layers: int = 0
+    last_layers: int = 0
 
 
-def quantize_experts(graph: fx.Graph, backward: bool = True) -> list[Kept]:
-    """Rewrite the graph in place; returns what was kept. The caller recompiles the GraphModule.
+@dataclass(frozen=True)
+class Table:
+    """What became of a graph.
+
+    Attributes:
+        rows: one for each linear layer and each block of experts.
+        unused: the user's patterns that name no module of this graph.
+    """
+
+    rows: tuple[Cast, ...]
+    unused: tuple[str, ...]
+
+
+def cast(graph: fx.Graph, exclusions: Exclusions, backward: bool = True) -> Table:
+    """Rewrite the graph in place. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
-        backward: whether the graph may be differentiated.
+        exclusions: the user's.
+        backward: whether the graph may be differentiated; if not, copies that only a backward reads are not made.
     """
-    kept = []
-    for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
-        try:
-            _Experts(graph, node, backward).quantize()
-        except (TypeError, ValueError) as refused:
-            kept.append(Kept(module_of(node), str(refused)))
-    return kept
-
-
-class _Experts:
-    """One call of the experts. `taken` are its arguments' example values; nothing changes before they are checked."""
-
-    def __init__(self, graph: fx.Graph, node: fx.Node, backward: bool) -> None:
-        self._graph, self._node, self._backward = graph, node, backward
-        args: Any = fx.node.map_arg(node.args, fake_of)
-        kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
-        self.taken = Arguments(*args, **kwargs)
-
-    def quantize(self) -> None:
-        """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
-        node, taken = self._node, self.taken
-        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, self._backward)
-        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed, self._backward)
-        check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
-        with self._graph.inserting_before(node):
-            given = (node.args[5], node.kwargs.get("w_up"))
-            cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)
-            cast_out = self._cast((node.args[6],), {"transposed": taken.w_out_transposed}, of_out)
-            keywords = {**node.kwargs, "quantized": [*cast_in, *cast_out]}
-            result = call_for(node, torch.ops.moecompile.experts_fp8.default, node.args, keywords)
-        result.meta[key_of(node)] = node.meta[key_of(node)]
-        node.replace_all_uses_with(result)
-        self._graph.erase_node(node)
-
-    def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
-        """The four results of quantising one of the matrices."""
-        attributes |= {} if self._backward else {"backward": False}
-        return cast_for(self._node, torch.ops.moecompile.quantize_weights.default, given, attributes, specs)
-
-
-def cast_for(
-    node: fx.Node, target: Any, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]
-) -> list[fx.Node]:
-    """The results, of these shapes and dtypes, of a cast that a node's replacement reads."""
-    key, like = key_of(node), fake_of(given[0])
-    cast = call_for(node, target, given, attributes)
-    cast.meta[key] = values = tuple(empty_fake(like, *spec) for spec in specs)
-    parts = [call_for(node, operator.getitem, (cast, number), {}) for number in range(len(values))]
-    for part, value in zip(parts, values, strict=True):
-        part.meta[key] = value
-    return parts
-
-
-def call_for(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """A call at the graph's place of insertion, which says that it comes from where the node does."""
-    made = node.graph.call_function(target, args, kwargs)
-    made.meta.update({name: node.meta[name] for name in _PROVENANCE if name in node.meta})
-    return made
-
-
-def key_of(node: fx.Node) -> str:
-    """Where the node has its example value."""
-    return "example_value" if "example_value" in node.meta else "val"
+    modules = {module_of(node) for node in graph.nodes if node.op.startswith("call")} - {""}
+    chosen = wishes(modules, exclusions.exclude, exclusions.include, exclusions.first_layers, exclusions.last_layers)
+    found = verdicts(graph, chosen)
+    of_experts = cast_experts(graph, chosen.excluded, backward)
+    cast_linears(graph, found, backward)
+    of_layers = [Cast(each.module, each.kind, each.shape, each.cast, each.reason) for each in found]
+    return Table((*of_experts, *of_layers), tuple(chosen.unused(modules)))

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from moecompile.runtime import fp8_experts, kernels, main_gradients
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
+from moecompile.runtime.linear_fp8 import check_copies_for_backward, check_linear
 
 Parts = list[Tensor]
 Main = Mapping[str, Tensor]
@@ -111,7 +112,10 @@ class _ExpertsFp8(torch.autograd.Function):
 
 
 class _LinearFp8(torch.autograd.Function):
-    """linear_fp8 with linear_fp8_backward as its derivative; x itself is not kept, only its quantised copy."""
+    """scaled_mm with its derivative, three products more; of x the quantised copy is kept, of weight the transposed.
+
+    See `moecompile.runtime.linear_fp8` for the formulas.
+    """
 
     @staticmethod
     def forward(
@@ -124,17 +128,30 @@ class _LinearFp8(torch.autograd.Function):
         scales: Tensor,
         *quantized: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(trace, weight, values, scales, *quantized)
+        check_copies_for_backward(quantized)
+        ctx.save_for_backward(trace, weight, values, scales, *quantized[2:])
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.moecompile.linear_fp8(x, weight, bias, values, scales, quantized)
+            return _product(weight, bias, values, scales, quantized)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        trace, weight, values, scales, *quantized = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:4]
-        found = torch.ops.moecompile.linear_fp8_backward(grads[0], weight, values, scales, quantized, needs)
+        trace, weight, values, scales, *turned = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[1:4]
+        (features, inner), ops, found = weight.shape, torch.ops.moecompile, list[Tensor]()
+        with torch._C._AutoDispatchBelowAutograd():
+            grad = grads[0].to(weight.dtype)
+            g = ops.quantize(grad) if of_x or of_weight else ()
+            if of_x:
+                found.append(ops.scaled_mm(*g, *turned, out_features=inner, dtype=weight.dtype))
+            if of_weight:
+                g_t = ops.along_tokens(*g, scale_block="1x128")
+                x_t = ops.along_tokens(values, scales, scale_block="128x128")
+                found.append(ops.scaled_mm(*g_t, *x_t, out_features=inner, dtype=weight.dtype))
+            if of_bias:
+                found.append(grad.reshape(-1, features).sum(0, dtype=torch.float32).to(weight.dtype))
         parts = iter(_refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
-        return (None, *(next(parts) if needed else None for needed in needs), *(None,) * (2 + len(quantized)))
+        needed = (next(parts) if needed else None for needed in (of_x, of_weight, of_bias))
+        return (None, *needed, *(None,) * (4 + len(turned)))
 
 
 def _wanted(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
@@ -231,22 +248,40 @@ def quantize(x: Tensor) -> Any:
         return torch.ops.moecompile.quantize(x)
 
 
+def along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> Any:
+    """along_tokens above autograd: of numbers that nothing differentiates."""
+    _differentiates((values, scales), "along_tokens")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.along_tokens(values, scales, scale_block=scale_block)
+
+
+def scaled_mm(*args: Any, **attributes: Any) -> Tensor:
+    """scaled_mm above autograd: of numbers that nothing differentiates; `linear_fp8` is what has a derivative."""
+    if _differentiates(args, "scaled_mm"):
+        raise NotImplementedError("moecompile::scaled_mm has no derivative; moecompile::linear_fp8 has one")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.scaled_mm(*args, **attributes)
+
+
 def linear_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Parts
 ) -> Tensor:
-    """linear_fp8 above autograd: recorded where something requires grad."""
+    """linear_fp8 above autograd: recorded where something requires grad; below it is scaled_mm, as graphs show it."""
+    check_linear(x, weight, bias, values, scales, quantized)
     if _differentiates((x, weight, bias), LINEAR):
         result: Tensor = _LinearFp8.apply(_trace(x), x, weight, bias, values, scales, *quantized)
         return result
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.linear_fp8(x, weight, bias, values, scales, quantized)
+        return _product(weight, bias, values, scales, quantized)
 
 
-def linear_fp8_backward(grad: Tensor, weight: Tensor, *args: Any) -> Parts:
-    """linear_fp8_backward above autograd, as experts_backward is."""
-    with torch._C._AutoDispatchBelowAutograd():
-        grads = torch.ops.moecompile.linear_fp8_backward(grad, weight, *args)
-    return list(_once(grads, (grad, weight), LINEAR))
+def _product(
+    weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
+) -> Tensor:
+    found: Tensor = torch.ops.moecompile.scaled_mm(
+        values, scales, *quantized[:2], bias, out_features=weight.shape[0], dtype=weight.dtype
+    )
+    return found
 
 
 def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:

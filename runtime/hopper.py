@@ -247,7 +247,7 @@ def _launch(
     instance: GroupedGemm,
     a: Tensor,
     matrices: tuple[Tensor, ...],
-    offsets: Tensor,
+    offsets: Tensor | None,
     sizes: tuple[int, int, int],
     epilogue: tuple[Value, ...],
     scales: bytes | Mapped | None = None,

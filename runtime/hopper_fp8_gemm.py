@@ -30,14 +30,14 @@ TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
 
 
 def product(
-    a: QuantizedRows, b: Matrices, offsets: Tensor, out: Tensor, bias: Tensor | None = None, early: bool = False
+    a: QuantizedRows, b: Matrices, offsets: Tensor | None, out: Tensor, bias: Tensor | None = None, early: bool = False
 ) -> Tensor:
     """out[r, :] = a[r, :] @ b[e(r)].T + bias[e(r)].
 
     Args:
         a: (R, K).
         b: (E, N, K) of whole blocks; N may be more than the columns of `out`.
-        offsets: (E,) int32: expert e has the rows from offsets[e - 1] to offsets[e].
+        offsets: (E,) int32: expert e has the rows from offsets[e - 1] to offsets[e]. None if one expert has all rows.
         out: (R, columns) bfloat16, contiguous; rows beyond offsets[-1] are left as they are.
         bias: (E, columns) bfloat16, contiguous, or None.
         early: as of `moecompile.runtime.hopper.grouped_gemm`.
@@ -46,11 +46,10 @@ def product(
         out.
     """
     n = out.shape[1]
-    instance = product_instance(n, bias is not None)
-    sizes = (b.values.shape[0], a.values.shape[1], n)
-    _launch(
-        instance, a.values, (b.values.mT,), offsets, sizes, (_written(out), bias), _scales(a), b.scales, early=early
-    )
+    instance = product_instance(n, bias is not None, whole=offsets is None)
+    sizes, feed = (b.values.shape[0], a.values.shape[1], n), (a.values.shape[0] if offsets is None else 0,)
+    written, matrices = (_written(out), bias), (b.values.mT,)
+    _launch(instance, a.values, matrices, offsets, sizes, written, _scales(a), b.scales, feed=feed, early=early)
     return out
 
 
@@ -204,9 +203,9 @@ def add_instance(n: int, turned: bool) -> GroupedGemm:
     return replace(choose(E4M3, 0, 1, n, 0, over_rows=True), epilogue=Added(turned))
 
 
-def product_instance(n: int, bias: bool) -> GroupedGemm:
-    """The kernel of `product`, for so many columns."""
-    return replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias))
+def product_instance(n: int, bias: bool, whole: bool = False) -> GroupedGemm:
+    """The kernel of `product`, for so many columns; whole: whether one expert has all rows."""
+    return replace(choose(E4M3, 0, 1, n, 0), epilogue=Plain(bias), whole=whole)
 
 
 def activated_instance(

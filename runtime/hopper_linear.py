@@ -1,72 +1,106 @@
-"""A linear layer in FP8 on a Hopper GPU: the grouped GEMMs of the experts, for one expert that has every token.
+"""The pieces of a linear layer in FP8 on a Hopper GPU: the grouped GEMMs of the experts, for one group of rows.
 
-    y = x8 @ w8.T + bias                  g8 = quantise(grad), of_x = g8 @ w8
-    of_weight = (g8 transposed, requantised along tokens) @ (x8 transposed, shifted to scales for 128 x 128).T
+    quantize(x)                       a scale for each 1x128
+    along_tokens(values, scales)      token-major copies for the gradient of the weight
+    scaled_mm(a, b)                   a @ b.T
 
-What these kernels do not take (`takes`) runs in PyTorch's operators (`moecompile.runtime.linear_fp8`).
+Where a product has too few tiles to keep the GPU busy, cuBLASLt's with the same scales, which has smaller tiles, is
+sooner done (docs/perf.md): `fills`. What these do not take (`takes`, `takes_rows`) runs in PyTorch's operators
+(`moecompile.runtime.linear_fp8`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import ScalingType
 
 from moecompile.runtime import hopper_fp8_gemm, hopper_quantize
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
+from moecompile.runtime.hopper_tiles import MULTIPROCESSORS, ROWS
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
+
+COLUMNS = 256  # of a tile
+FULL = 0.86
+"""Share of the tiles' rounds that must be filled: cuBLASLt's products are 5 to 8 % slower in full rounds, and lose less
+in those that are not (docs/perf.md)."""
+PITCH = 4
+"""Rows of transposed scales begin at a multiple of so many, as bulk copies need it."""
 
 
-def takes(weight: Tensor, values: Tensor, quantized: Sequence[Tensor]) -> bool:
-    """Whether the kernels compute it: bfloat16, a token at least, copies in whole lines of 16 bytes."""
-    tensors = (values, *(each for each in quantized if each.numel()))
-    whole = all(each.is_contiguous() and each.data_ptr() % 16 == 0 for each in tensors)
-    return weight.dtype == torch.bfloat16 and values.numel() > 0 and whole
+def takes(*values: Tensor) -> bool:
+    """Whether the kernels read these e4m3 numbers: a token at least, whole lines of 16 bytes."""
+    return all(
+        each.is_contiguous() and each.numel() > 0 and each.data_ptr() % 16 == 0 and each.shape[-1] % 16 == 0
+        for each in values
+    )
 
 
-def forward(weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]) -> Tensor:
-    """The result (T, N) for values (T, K) and scales (T, K / 128)."""
-    out = weight.new_empty(values.shape[0], weight.shape[0])
-    biases = None if bias is None else bias.unsqueeze(0).contiguous()
-    return hopper_fp8_gemm.product(
-        _rows(values, scales), _matrix(*quantized[:2]), _end(values), out, biases
-    )  # fmt: skip
+def takes_rows(x: Tensor) -> bool:
+    """Whether `quantize` reads these: 16 bits, a token at least, whole lines of 16 bytes."""
+    return x.dtype in (torch.bfloat16, torch.float16) and takes(x)
 
 
-def backward(
-    grad: Tensor, weight: Tensor, values: Tensor, scales: Tensor, quantized: Sequence[Tensor], needs: Sequence[bool]
-) -> list[Tensor]:
-    """The needed gradients of x (T, K), weight and bias, for the result's gradient (T, N), contiguous bfloat16."""
-    of_x, of_weight, of_bias = needs
-    tokens, found = torch.arange(grad.shape[0], dtype=torch.int32, device=grad.device), list[Tensor]()
-    rows = QuantizedRows.empty(grad, *grad.shape)
-    if of_x or of_weight:
-        hopper_quantize.quantize_rows(grad, tokens.unsqueeze(1), rows, None)
-    if of_x:
-        out = grad.new_empty(values.shape)
-        found.append(hopper_fp8_gemm.product(rows, _matrix(*quantized[2:]), _end(values), out))
-    if of_weight:
-        end = _end(values)
-        ends = hopper_quantize.pad_offsets(end)
-        along = hopper_quantize.transpose_rows(rows.values, rows.scales, tokens, end, ends, top_k=None, per_column=True)
-        x = hopper_quantize.transpose_rows(values, scales.contiguous(), tokens, end, ends, top_k=1, per_column=False)
-        found.append(hopper_fp8_gemm.outer(along, x, ends, weight.unsqueeze(0), transposed=False).squeeze(0))
-    if of_bias:
-        found.append(grad.sum(0, dtype=torch.float32).to(weight.dtype))
-    return found
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (T, K) and transposed scales (ceil(K / 128), T) of x (T, K)."""
+    rows = QuantizedRows(torch.empty_like(x, dtype=E4M3), x.new_empty(_blocks(x), x.shape[0], dtype=torch.float32))
+    hopper_quantize.quantize_rows(x, None, rows, None)
+    return rows.values, rows.scales
 
 
-def _rows(values: Tensor, scales: Tensor) -> QuantizedRows:
-    """Tokens as rows: their scales transposed."""
-    rows = QuantizedRows(values, QuantizedRows.empty(values, *values.shape).scales)
-    rows.scales[:, : values.shape[0]].copy_(scales.t())
-    return rows
+def along_tokens(values: Tensor, scales: Tensor, *, per_feature: bool) -> tuple[Tensor, Tensor]:
+    """The token-major copy (F, P) of (T, F), with scales (F, P / 128), or of 128 features (ceil(F / 128), P / 128)."""
+    turned = hopper_quantize.transpose_rows(values, _by_block(scales, 1), per_column=per_feature)
+    return turned.values, turned.scales.t() if per_feature else turned.scales
 
 
-def _matrix(values: Tensor, scales: Tensor) -> Matrices:
-    return Matrices(values.unsqueeze(0), scales.unsqueeze(0))
+def scaled_mm(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """a (T, F) @ b (N', K').T + bias, of which the first `out_features` columns are, in bfloat16."""
+    if not fills(a.shape[0], out_features) and _is_torchs(a, a_scales, b, bias):
+        across = torch.nn.functional.pad(b_scales, (0, -b_scales.shape[1] % PITCH))
+        return torch.nn.functional.scaled_mm(
+            a,
+            b[:out_features].t(),
+            a_scales,
+            ScalingType.BlockWise1x128,
+            across.t(),
+            ScalingType.BlockWise128x128,
+            output_dtype=torch.bfloat16,
+        )
+    rows = QuantizedRows(a, _by_block(a_scales, PITCH))
+    matrix = Matrices(b.unsqueeze(0), b_scales.contiguous().unsqueeze(0))
+    out = a.new_empty(a.shape[0], out_features, dtype=torch.bfloat16)
+    biases = None if bias is None else bias.contiguous().unsqueeze(0)
+    return hopper_fp8_gemm.product(rows, matrix, None, out, biases)
 
 
-def _end(values: Tensor) -> Tensor:
-    """The end of the one expert's rows."""
-    return torch.full((1,), values.shape[0], dtype=torch.int32, device=values.device)
+def fills(rows: int, columns: int) -> bool:
+    """Whether a product's tiles keep nearly all multiprocessors busy in nearly all of their rounds."""
+    tiles = math.ceil(rows / ROWS) * math.ceil(columns / COLUMNS)
+    rounds = math.ceil(tiles / MULTIPROCESSORS)
+    return rows * columns >= FULL * rounds * MULTIPROCESSORS * ROWS * COLUMNS
+
+
+def _is_torchs(a: Tensor, a_scales: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether PyTorch's product takes it: no padding along K, and rows whose scales lie as it wants them."""
+    rows = a.shape[0]
+    return bias is None and a.shape[1] == b.shape[1] and rows % 16 == 0 and a_scales.stride() == (1, rows)
+
+
+def _by_block(scales: Tensor, pitch: int) -> Tensor:
+    """Scales (T, blocks) as (blocks, T), contiguous along T, lines at a multiple of `pitch`; a copy if need be."""
+    turned = scales.t()
+    whole = turned.stride(1) == 1 and turned.stride(0) % pitch == 0 and turned.data_ptr() % (4 * pitch) == 0
+    if whole and turned.stride(0) >= turned.shape[1]:
+        return turned
+    blocks, rows = turned.shape
+    made = turned.new_empty(blocks, -(-rows // pitch) * pitch)[:, :rows]
+    return made.copy_(turned)
+
+
+def _blocks(x: Tensor) -> int:
+    return blocks_in(x.shape[1], BLOCK)

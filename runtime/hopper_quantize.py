@@ -120,12 +120,14 @@ def _halves(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> l
     return [w] if w_up is None else [w, w_up]
 
 
-def quantize_rows(x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None) -> None:
+def quantize_rows(
+    x: Tensor, slots: Tensor | None, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None
+) -> None:
     """rows[slots[t, k], :] = x[t, :] for every k, quantised 1 x 128; and the tokens themselves.
 
     Args:
         x: (T, H), bfloat16 or float16, contiguous; H is a multiple of 16.
-        slots: (T, K) int32, contiguous; nothing is written where it is -1.
+        slots: (T, K) int32, contiguous; nothing is written where it is -1. None if tokens are rows.
         rows: (R, H), written; None if nobody wants them.
         tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written; None if nobody wants them.
     """
@@ -135,7 +137,8 @@ def quantize_rows(x: Tensor, slots: Tensor, rows: QuantizedRows | None, tokens: 
     pitch = row_scales.shape[1] if row_scales is not None else 0
     warps = x.shape[0] * -(-x.shape[1] // 1024)
     blocks = max(1, min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors))
-    Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *slots.shape, x.shape[1], pitch)).run()
+    sizes = (x.shape[0], 1 if slots is None else slots.shape[1], x.shape[1], pitch)
+    Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *sizes)).run()
 
 
 def pad_offsets(offsets: Tensor) -> Tensor:
@@ -149,11 +152,11 @@ def pad_offsets(offsets: Tensor) -> Tensor:
 def transpose_rows(
     values: Tensor,
     scales: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    ends: Tensor,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
+    ends: Tensor | None = None,
     *,
-    top_k: int | None,
+    top_k: int | None = None,
     per_column: bool,
     features: int | None = None,
     interleaved: bool = False,
@@ -163,9 +166,9 @@ def transpose_rows(
     Args:
         values: (R, F) e4m3, or the tokens (T, F), contiguous; F is a multiple of 16.
         scales: of 1 x 128: (blocks, pitch) of rows, (T, blocks) of tokens.
-        order: (R,) int32, the assignment of a row.
-        offsets: (E,) int32.
-        ends: of `pad_offsets`.
+        order: (R,) int32, the assignment of a row; None if rows are in their place.
+        offsets: (E,) int32; None if one expert has all rows.
+        ends: of `pad_offsets`; likewise.
         top_k: experts of a token, where `values` are tokens; None where they are rows.
         per_column: whether each column gets a scale of its own for 128 rows (gradients) or 128 columns share it.
         features: of each half where the columns are one or two halves padded to whole blocks; None if there is nothing
@@ -176,8 +179,9 @@ def transpose_rows(
         values (F, P), without what pads F, for the P rows that all experts may fill, those beyond the last end not
         written; scales (P / 128, F), or (ceil(F / 128), P / 128) if not `per_column`.
     """
-    columns, experts = values.shape[1], offsets.shape[0]
-    row_blocks = max(1, (order.shape[0] + (BLOCK - 1) * experts) // BLOCK)
+    columns, experts = values.shape[1], 1 if offsets is None else offsets.shape[0]
+    rows = values.shape[0] if order is None else order.shape[0]
+    row_blocks = max(1, (rows + (BLOCK - 1) * experts) // BLOCK)
     half, kept = (columns, columns) if features is None else (pad(features), features)
     lines = columns // half * kept
     step, second = (2, 1) if interleaved else (1, kept)
@@ -188,7 +192,7 @@ def transpose_rows(
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
     arguments = (
         values, scales, order, offsets, ends, out, out_scales, *strides,
-        experts, top_k or 1, columns, row_blocks, out_scales.shape[1], half, kept, step, second,
+        experts, rows, top_k or 1, columns, row_blocks, out_scales.shape[1], half, kept, step, second,
     )  # fmt: skip
     Launch(kernel, row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments).run()
     return QuantizedRows(out, out_scales)

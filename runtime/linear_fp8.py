@@ -1,21 +1,25 @@
-"""A linear layer in FP8, below autograd: what the operators accept, torch kernels and fake kernels.
+"""A linear layer in FP8 and the pieces it is made of, below autograd: contracts, torch kernels and fake kernels.
 
-    x_q = quantize(x), w_q = quantize_weights(weight)       y = x_q @ w_q.T + bias, rounded
+    x_q = quantize(x), w_q = quantize_weights(weight)       y = scaled_mm(x_q, w_q, bias)
 
-    g   = quantize(grad)                                    of_x = g @ w_q, rounded
-    of_weight = g'.T @ x', rounded                          of_bias = sum of grad over tokens, in float32, rounded
+    g    = quantize(grad)                                   of_x = scaled_mm(g, w_q transposed)
+    g_t  = along_tokens(g, "1x128")
+    x_t  = along_tokens(x_q, "128x128")                     of_weight = scaled_mm(g_t, x_t)
 
-where g' is g quantised once more with scales for 128 tokens, and x' is x_q shifted to one scale for 128 x 128: these
-products contract along tokens, cut into blocks of 128. It is the recipe of `moecompile.runtime.fp8_reference` for one
-expert (DeepSeek-V3, section 3.3). Here operands are dequantised and multiplied in float32.
+The gradient of the weight contracts along tokens, and FP8 products along memory: so its operands are token-major
+copies, filled up with zeros to whole blocks of 128 tokens. g is quantised once more, with a scale for 128 tokens; x_q
+is shifted to one scale for 128x128. It is the recipe of `moecompile.runtime.fp8_reference` for one expert (DeepSeek-V3,
+section 3.3). Here operands are dequantised and multiplied in float32; on Hopper `moecompile.runtime.hopper_linear`
+computes what it takes.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +30,6 @@ from moecompile.runtime.contract import expect_shape
 from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, checked, weight_specs
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
-    ALONG_TOKENS,
     BLOCK,
     DTYPES,
     E4M3,
@@ -37,94 +40,129 @@ from moecompile.runtime.quantize import (
     requantize_along_tokens,
     to_square_blocks,
 )
+from moecompile.runtime.remembered import CALLS
 
 LINE = 16
 """Output features come in whole lines of 16 bytes."""
+SCALE_BLOCKS = ("1x128", "128x128")
+"""What a scale of a token-major copy is for: of a feature and 128 tokens, or of 128 features and 128 tokens."""
 NAMES = ("values", "scales", "values_t", "scales_t")
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values (..., K) and float32 scales (..., ceil(K / 128)) of x (..., K), a scale for each 1x128."""
+    """e4m3 values (..., K) and float32 scales (..., ceil(K / 128)) of x (..., K), a scale for each 1x128.
+
+    Scales are transposed in memory, those of a block of features together, as products read them.
+    """
     _check_quantize(x)
-    with exact(x):
-        return quantizer.quantize(x, ALONG_FEATURES) if x.dim() > 1 else _one(x)
+
+    def run(fused: ModuleType | None) -> list[Tensor]:
+        if fused is None or not fused.takes_rows(x):
+            return list(quantize_in_torch(x))
+        values, scales = fused.quantize(_rows(x))
+        return [values.view(x.shape), _spread(scales, x)]
+
+    values, scales = _remembered("quantize", (x,), {}, run)
+    return values, scales
+
+
+def quantize_in_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in PyTorch's operators, as Inductor fuses them with what made x (passes/decompose.py)."""
+    values, scales = quantizer.quantize(_rows(x), ALONG_FEATURES)
+    return values.view(x.shape), _spread(_laid_out(scales.t()), x)
 
 
 def fake_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of the values and the scales."""
+    """Shapes, dtypes and strides of the values and the scales."""
     _check_quantize(x)
-    scales = x.new_empty((*x.shape[:-1], blocks_in(x.shape[-1], BLOCK)), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=E4M3), scales
+    scales = x.new_empty((blocks_in(x.shape[-1], BLOCK), *x.shape[:-1]), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=E4M3), scales.movedim(0, -1)
+
+
+def along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> tuple[Tensor, Tensor]:
+    """Quantised tokens (..., F), token-major (F, P), and their scales (F, P / 128) or (ceil(F / 128), P / 128)."""
+    _check_along_tokens(values, scales, scale_block)
+
+    def run(fused: ModuleType | None) -> list[Tensor]:
+        rows, their_scales = _rows(values), _rows(scales)
+        if fused is not None and fused.takes(rows):
+            return list(fused.along_tokens(rows, their_scales, per_feature=scale_block == "1x128"))
+        cast = requantize_along_tokens if scale_block == "1x128" else to_square_blocks
+        turned, turned_scales = cast(rows, their_scales)
+        filled = torch.nn.functional.pad(turned.view(torch.uint8), (0, 0, 0, pad(rows.shape[0]) - rows.shape[0]))
+        kept = turned_scales.t() if scale_block == "1x128" else _laid_out(turned_scales.t())
+        return [filled.t().contiguous().view(E4M3), kept]
+
+    copy, copy_scales = _remembered("along_tokens", (values, scales), {"scale_block": scale_block}, run)
+    return copy, copy_scales
+
+
+def fake_along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> tuple[Tensor, Tensor]:
+    """Shapes, dtypes and strides of the copy."""
+    _check_along_tokens(values, scales, scale_block)
+    features, blocks = values.shape[-1], blocks_in(_count(values), BLOCK)
+    copy = values.new_empty((features, blocks * BLOCK))
+    if scale_block == "1x128":
+        return copy, scales.new_empty((blocks, features)).t()
+    return copy, scales.new_empty((blocks_in(features, BLOCK), blocks))
+
+
+def scaled_mm(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """a (..., F) times b (N', K') transposed, of which the first `out_features` columns are: (..., out_features)."""
+    given, attributes = (a, a_scales, b, b_scales, bias), {"out_features": out_features, "dtype": dtype}
+
+    def run(fused: ModuleType | None) -> list[Tensor]:
+        _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype)
+        shape = (*a.shape[:-1], out_features)
+        if fused is not None and dtype == torch.bfloat16 and fused.takes(_rows(a), b):
+            return [fused.scaled_mm(_rows(a), _rows(a_scales), b, b_scales, bias, out_features).view(shape)]
+        matrix = dequantize(b, b_scales, SQUARE)[:out_features, : a.shape[-1]]
+        product = dequantize(_rows(a), _rows(a_scales), ALONG_FEATURES) @ matrix.mT
+        product = product if bias is None else product + bias.to(torch.float32)
+        return [product.to(dtype).view(shape)]
+
+    return _remembered("scaled_mm", given, attributes, run)[0]
+
+
+def fake_scaled_mm(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Shape and dtype of the product."""
+    _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype)
+    return a.new_empty((*a.shape[:-1], out_features), dtype=dtype)
 
 
 def linear_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
 ) -> Tensor:
     """The result (..., N) in x's dtype."""
-    _check(x, weight, bias, values, scales, quantized)
-    shape = (*x.shape[:-1], weight.shape[0])
-    with exact(x):
-        fused = _hopper(x.device)
-        if fused is not None and fused.takes(weight, values, quantized):
-            return fused.forward(weight, bias, _rows(values), _rows(scales), quantized).view(shape)
-        matrix = dequantize(quantized[0], quantized[1], SQUARE)[: weight.shape[0]]
-        product = _rows(dequantize(values, scales, ALONG_FEATURES)) @ matrix.mT
-        product = product if bias is None else product + bias.to(torch.float32)
-        return product.to(x.dtype).view(shape)
+    check_linear(x, weight, bias, values, scales, quantized)
+    matrix, matrix_scales = quantized[:2]
+    return scaled_mm(values, scales, matrix, matrix_scales, bias, out_features=weight.shape[0], dtype=weight.dtype)
 
 
 def fake_linear_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
 ) -> Tensor:
     """Shape and dtype of the result."""
-    _check(x, weight, bias, values, scales, quantized)
+    check_linear(x, weight, bias, values, scales, quantized)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def linear_fp8_backward(
-    grad: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    quantized: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """The needed gradients of x, weight and bias, for the result's gradient (..., N)."""
-    _check_backward(grad, weight, values, scales, quantized)
-    of_y, dtype = _rows(grad.to(weight.dtype)), weight.dtype
-    found: list[Tensor] = []
-    with exact(grad):
-        fused = _hopper(grad.device)
-        if fused is not None and fused.takes(weight, values, quantized):
-            found = fused.backward(of_y.contiguous(), weight, _rows(values), _rows(scales), quantized, needs)
-            return [found[0].view(values.shape), *found[1:]] if needs[0] else found
-        of_x, of_weight, of_bias = needs
-        g = quantizer.quantize(of_y, ALONG_FEATURES)
-        if of_x:
-            matrix = dequantize(quantized[2], quantized[3], SQUARE)[:, : weight.shape[0]]
-            product = dequantize(*g, ALONG_FEATURES) @ matrix.mT
-            found.append(product.to(dtype).view(values.shape))
-        if of_weight:
-            along = dequantize(*requantize_along_tokens(*g), ALONG_TOKENS)
-            x = dequantize(*to_square_blocks(_rows(values), _rows(scales)), SQUARE)
-            found.append((along.mT @ x).to(dtype))
-        if of_bias:
-            found.append(of_y.to(torch.float32).sum(0).to(dtype))
-    return found
-
-
-def fake_linear_fp8_backward(
-    grad: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    quantized: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """Shapes and dtypes of the needed gradients."""
-    _check_backward(grad, weight, values, scales, quantized)
-    shapes = (tuple(values.shape), tuple(weight.shape), (weight.shape[0],))
-    return [weight.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
 
 
 @functools.cache
@@ -137,14 +175,42 @@ def _hopper(device: torch.device) -> ModuleType | None:
     return importlib.import_module("moecompile.runtime.hopper_linear") if hopper.serves(device) else None
 
 
-def _one(x: Tensor) -> tuple[Tensor, Tensor]:
-    values, scales = quantizer.quantize(x.unsqueeze(0), ALONG_FEATURES)
-    return values.squeeze(0), scales.squeeze(0)
+def _remembered(
+    operator: str,
+    tensors: Sequence[Tensor | None],
+    attributes: Mapping[str, Any],
+    run: Callable[[ModuleType | None], list[Tensor]],
+) -> list[Tensor]:
+    """What a call makes; on a GPU with fused kernels it is recorded for others like it."""
+    given = next(tensor for tensor in tensors if tensor is not None)
+    fused = _hopper(given.device)
+    if fused is not None and (known := CALLS.again(operator, tensors, attributes)) is not None:
+        return known
+    with exact(given):
+        return run(None) if fused is None else CALLS.first(operator, tensors, attributes, lambda: run(fused))
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., F) as (T, F)."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _spread(scales: Tensor, x: Tensor) -> Tensor:
+    """Scales (blocks, T) as those (..., blocks) of x."""
+    return scales.view(scales.shape[0], *x.shape[:-1]).movedim(0, -1)
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Contiguous, dimensions of size 1 included, which PyTorch's `contiguous` leaves as they are."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _count(values: Tensor) -> int:
+    """T of (..., F)."""
+    count = 1
+    for size in values.shape[:-1]:
+        count *= size
+    return count
 
 
 def _check_quantize(x: Tensor) -> None:
@@ -155,11 +221,54 @@ def _check_quantize(x: Tensor) -> None:
         raise TypeError(f"moecompile::quantize: {words}")
 
 
-def _check(
+def _check_along_tokens(values: Tensor, scales: Tensor, scale_block: str) -> None:
+    operator = "along_tokens"
+    if scale_block not in SCALE_BLOCKS:
+        raise ValueError(
+            f"moecompile::{operator}: scale_block must be one of {', '.join(SCALE_BLOCKS)}; got {scale_block!r}"
+        )
+    _check_rows(operator, "values", values, "scales", scales)
+
+
+def _check_rows(operator: str, name: str, values: Tensor, scales_name: str, scales: Tensor) -> None:
+    """Raises ValueError or TypeError unless these are what `quantize` gives."""
+    if values.dim() == 0:
+        raise ValueError(f"moecompile::{operator}: {name} must have a last dimension of features, got a scalar")
+    expect_shape(operator, scales, scales_name, (*values.shape[:-1], blocks_in(values.shape[-1], BLOCK)), f"by {name}")
+    for each, tensor, dtype in ((name, values, E4M3), (scales_name, scales, torch.float32)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"moecompile::{operator}: {each} must be {dtype}, got {tensor.dtype}; quantize makes it")
+
+
+def _check_scaled_mm(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    dtype: torch.dtype,
+) -> None:
+    operator = "scaled_mm"
+    _check_rows(operator, "a", a, "a_scales", a_scales)
+    if dtype not in GEMM_DTYPES:
+        raise TypeError(f"moecompile::{operator}: dtype must be bfloat16 or float16, got {dtype}")
+    expect_shape(operator, b, "b", (pad(out_features), pad(a.shape[-1])), "by out_features and a, in whole blocks")
+    expect_shape(operator, b_scales, "b_scales", (b.shape[0] // BLOCK, b.shape[1] // BLOCK), "by b")
+    for name, tensor, kind in (("b", b, E4M3), ("b_scales", b_scales, torch.float32), ("bias", bias, dtype)):
+        if tensor is not None and tensor.dtype != kind:
+            raise TypeError(f"moecompile::{operator}: {name} must be {kind}, got {tensor.dtype}")
+    if bias is not None:
+        expect_shape(operator, bias, "bias", (out_features,), "by out_features")
+
+
+def check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
 ) -> None:
-    _check_weight(weight, quantized, "linear_fp8", backward=False)
-    (n, k), operator = weight.shape, "linear_fp8"
+    """Raises ValueError or TypeError unless the arguments of `linear_fp8` are of one layer."""
+    operator = "linear_fp8"
+    _check_weight(weight, quantized, operator)
+    n, k = weight.shape
     for name, tensor, shape, dtype in (
         ("x", x, (*x.shape[:-1], k), weight.dtype),
         ("values", values, tuple(x.shape), E4M3),
@@ -173,25 +282,22 @@ def _check(
             raise TypeError(f"moecompile::{operator}: {name} must be {dtype}, got {tensor.dtype}; cast it")
 
 
-def _check_weight(weight: Tensor, quantized: Sequence[Tensor], operator: str, backward: bool) -> None:
+def _check_weight(weight: Tensor, quantized: Sequence[Tensor], operator: str) -> None:
     """Raises ValueError or TypeError unless the matrix can be multiplied in FP8, and its copies are its copies."""
     if weight.dim() != 2 or weight.shape[1] % BLOCK or weight.shape[0] % LINE:
         words = f"(N, K), N a multiple of {LINE} and K of {BLOCK}, got {tuple(weight.shape)}"
         raise ValueError(f"moecompile::{operator}: weight must have shape {words}; keep this layer in its precision")
     if weight.dtype not in GEMM_DTYPES:
         raise TypeError(f"moecompile::{operator}: weight must be bfloat16 or float16, got {weight.dtype}; cast it")
-    hint = "pass what quantize_weights(weight) returned" + ", with backward=True" * backward
-    there = backward or any(tensor.shape != NOTHING for tensor in quantized[2:])
+    there = any(tensor.shape != NOTHING for tensor in quantized[2:])
     specs = weight_specs((), pad(weight.shape[0]), weight.shape[1], there)
-    checked(operator, "quantized", NAMES, quantized, specs, hint)
+    checked(operator, "quantized", NAMES, quantized, specs, "pass what quantize_weights(weight) returned")
 
 
-def _check_backward(grad: Tensor, weight: Tensor, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]) -> None:
-    operator = "linear_fp8_backward"
-    _check_weight(weight, quantized, operator, backward=True)
-    outer, (n, k) = tuple(values.shape[:-1]), weight.shape
-    expect_shape(operator, grad, "grad", (*outer, n), "by values and weight")
-    expect_shape(operator, values, "values", (*outer, k), "by weight")
-    expect_shape(operator, scales, "scales", (*outer, k // BLOCK), "by values")
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"moecompile::{operator}: grad must be bfloat16, float16 or float32, got {grad.dtype}; cast it")
+def check_copies_for_backward(quantized: Sequence[Tensor]) -> None:
+    """Raises ValueError unless the transposed copies of a weight are there."""
+    if any(tensor.shape == NOTHING for tensor in quantized[2:]):
+        raise ValueError(
+            "moecompile::linear_fp8: a gradient needs transposed copies of the weight; pass what "
+            "quantize_weights(weight, backward=True) returned"
+        )

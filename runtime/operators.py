@@ -7,8 +7,9 @@
     experts_backward_adding(the same, main gradients) -> all gradients, without elements where they are not needed
     quantize_weights(w, w_up, gate_up, transposed, backward) -> (values, scales, values_t, scales_t)
     quantize(x) -> (values, scales)
+    along_tokens(values, scales, scale_block) -> (values, scales)
+    scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype) -> result
     linear_fp8(x, weight, bias, values, scales, quantized) -> result
-    linear_fp8_backward(grad, weight, values, scales, quantized, needs) -> the needed gradients of x, weight and bias
     experts_fp8(the arguments of experts, quantized) -> result
     experts_fp8_forward(the same) -> (result, saved)
     experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
@@ -17,6 +18,8 @@
 `experts` differentiates through `experts_forward` and `experts_backward`, so that AOTAutograd's graphs hold `experts`
 in inference and the other two in training; `experts_fp8` likewise. Its products are of FP8 operands, its gradients
 those of x, of the biases and of the master weights w_in, w_up and w_out, which it multiplies by nothing itself.
+`linear_fp8` is `scaled_mm` with a derivative made of `quantize`, `along_tokens` and `scaled_mm`: these are what
+AOTAutograd's graphs hold.
 
 Shapes, for T tokens of H features, K experts a token, E experts of inner size I, results of H2 features:
 
@@ -40,6 +43,10 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
         which only the backward reads, have no elements if backward=False
     of linear_fp8: x (..., K), weight (N, K), bias (N,) or None, of one dtype, bfloat16 or float16; values, scales =
         quantize(x), a scale for each 1x128; quantized = quantize_weights(weight); result (..., N)
+    of along_tokens: values, scales of `quantize`, (..., F) for T tokens; scale_block "1x128" or "128x128"; results
+        token-major: values (F, P), P tokens in whole blocks of 128, and scales (F, P / 128) or (ceil(F / 128), P / 128)
+    of scaled_mm: a, a_scales of `quantize` or of `along_tokens` with "1x128", (..., F); b (N', F') and b_scales
+        (N' / 128, F' / 128) in whole blocks; bias (N,); out_features N; result (..., N) of dtype
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
@@ -82,9 +89,10 @@ SCHEMAS = (
     'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False, bool backward=True) '
     "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
     "quantize(Tensor x) -> (Tensor values, Tensor scales)",
+    "along_tokens(Tensor values, Tensor scales, *, str scale_block) -> (Tensor values, Tensor scales)",
+    "scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias=None, *, SymInt out_features, "
+    "ScalarType dtype) -> Tensor",
     f"linear_fp8({LINEAR}) -> Tensor",
-    "linear_fp8_backward(Tensor grad, Tensor weight, Tensor values, Tensor scales, Tensor[] quantized, bool[] needs) "
-    "-> Tensor[]",
     f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}) -> Tensor",
     f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
     f"experts_fp8_backward(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
@@ -100,7 +108,7 @@ ROOMS = {
         "experts_fp8_backward",
         "experts_fp8_backward_adding",
     ),
-    "linear_fp8": ("quantize", "linear_fp8", "linear_fp8_backward"),
+    "linear_fp8": ("quantize", "along_tokens", "scaled_mm", "linear_fp8"),
 }
 """The module that computes an operator, and its fake."""
 

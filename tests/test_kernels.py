@@ -45,7 +45,10 @@ WIDE, NARROW = GroupedGemm("float8_e4m3fn", 256, 4, 2), GroupedGemm("float8_e4m3
 OF_MATRICES: tuple[Plain | Turned, ...] = (Plain(), Turned())
 SCALED = [
     replace(WIDE, cluster=1),
-    *(replace(gemm, epilogue=Plain(bias)) for gemm, bias in product((WIDE, NARROW), (False, True))),
+    *(
+        replace(gemm, whole=whole, epilogue=Plain(bias))
+        for gemm, bias, whole in product((WIDE, NARROW), (False, True), (False, True))
+    ),
     *(replace(gemm, over_rows=True, epilogue=epilogue) for gemm, epilogue in product((WIDE, NARROW), OF_MATRICES)),
 ]
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import ScalingType
 
 import fake_gpu
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile.runtime import hopper_linear, linear_fp8
-from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
+from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize, quantize
 
 ops = torch.ops.moecompile
 
@@ -135,8 +136,50 @@ def test_operators_are_well_formed() -> None:
     copies = list(ops.quantize_weights(weight))
     torch.library.opcheck(ops.quantize.default, (x.detach(),))
     torch.library.opcheck(ops.linear_fp8.default, (x, weight, bias, *ops.quantize(x), copies), test_utils=CHECKS)
-    given_back = (torch.randn(5, 48).bfloat16(), weight.detach(), *ops.quantize(x.detach()), copies, [True] * 3)
-    torch.library.opcheck(ops.linear_fp8_backward.default, given_back, test_utils=CHECKS)
+    values, scales = ops.quantize(x.detach())
+    product = (values, scales, *copies[:2], bias.detach() if bias is not None else None)
+    torch.library.opcheck(
+        ops.scaled_mm.default, product, {"out_features": 48, "dtype": torch.bfloat16}, test_utils=CHECKS
+    )
+    for scale_block in linear_fp8.SCALE_BLOCKS:
+        torch.library.opcheck(
+            ops.along_tokens.default, (values, scales), {"scale_block": scale_block}, test_utils=CHECKS
+        )
+
+
+@pytest.mark.parametrize("outer", [(), (1,), (3, 43), (128,), (300,)], ids=str)
+def test_scales_lie_as_the_fakes_say(outer: tuple[int, ...]) -> None:
+    x = torch.randn(*outer, 272).bfloat16()
+    real, fake = [*ops.quantize(x)], [*linear_fp8.fake_quantize(x)]
+    for scale_block in linear_fp8.SCALE_BLOCKS if outer else ():
+        real += ops.along_tokens(real[0], real[1], scale_block=scale_block)
+        fake += linear_fp8.fake_along_tokens(fake[0], fake[1], scale_block=scale_block)
+    for ours, theirs in zip(real, fake, strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+    assert real[1].movedim(-1, 0).is_contiguous()
+
+
+def test_token_major_copies() -> None:
+    """What they stand for is what the rows stand for, but for the new scales' rounding; what fills up is zero."""
+    x = torch.randn(300, 256).bfloat16() * torch.logspace(-8, 8, 300, base=2)[:, None].bfloat16()
+    values, scales = ops.quantize(x)
+    rows = dequantize(values, scales, ALONG_FEATURES)
+    copy, copy_scales = ops.along_tokens(values, scales, scale_block="1x128")
+    assert not copy[:, 300:].float().any()
+    assert torch.equal(dequantize(copy, copy_scales, ALONG_FEATURES)[:, :300].t(), _again(rows))
+    copy, copy_scales = ops.along_tokens(values, scales, scale_block="128x128")
+    assert not copy[:, 300:].float().any()
+    found = dequantize(copy, copy_scales, SQUARE)[:, :300].t()
+    # exact, but where a token is so much quieter than its neighbours that it falls below e4m3's smallest number
+    assert float((found - rows).abs().max() / rows.abs().max()) < 2**-9
+    loud = rows.abs() > rows.abs().amax() * 2**-6
+    assert torch.equal(found[loud], rows[loud])
+
+
+def _again(rows: Tensor) -> Tensor:
+    """Rows quantised with a scale for a column of 128 rows."""
+    values, scales = quantize(rows.t().contiguous(), ALONG_FEATURES)
+    return dequantize(values, scales, ALONG_FEATURES).t()
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -163,8 +206,21 @@ def test_bad_arguments_are_refused() -> None:
     assert torch.equal(
         call(x, weight, bias, values, scales, forward_only), call(x, weight, bias, values, scales, copies)
     )
-    with pytest.raises(ValueError, match=r"values_t of quantized must have shape .*backward=True"):
-        ops.linear_fp8_backward(x[:, :48], weight, values, scales, forward_only, [True, False, False])
+    with pytest.raises(ValueError, match=r"a gradient needs transposed copies .*backward=True"):
+        call(x, weight.clone().requires_grad_(), bias, values, scales, forward_only)
+    with pytest.raises(ValueError, match="scale_block must be one of 1x128, 128x128; got '128x1'"):
+        ops.along_tokens(values, scales, scale_block="128x1")
+    with pytest.raises(TypeError, match=r"values must be torch\.float8_e4m3fn, got torch\.bfloat16; quantize makes it"):
+        ops.along_tokens(x, scales, scale_block="1x128")
+    sizes = {"out_features": 48, "dtype": torch.bfloat16}
+    with pytest.raises(ValueError, match="b must have shape by out_features and a, in whole blocks"):
+        ops.scaled_mm(values, scales, copies[0][:48], copies[1], **sizes)
+    with pytest.raises(ValueError, match="a_scales must have shape by a"):
+        ops.scaled_mm(values, scales.t(), *copies[:2], **sizes)
+    with pytest.raises(TypeError, match=r"bias must be torch\.bfloat16, got torch\.float32"):
+        ops.scaled_mm(values, scales, *copies[:2], bias.float(), **sizes)
+    with pytest.raises(TypeError, match=r"dtype must be bfloat16 or float16, got torch\.float32"):
+        ops.scaled_mm(values, scales, *copies[:2], out_features=48, dtype=torch.float32)
     with pytest.raises(TypeError, match="quantize: x must be bfloat16, float16 or float32"):
         ops.quantize(torch.ones(2, 128, dtype=torch.int32))
     with pytest.raises(ValueError, match="got a scalar"):
@@ -182,22 +238,52 @@ def test_what_has_no_derivative_says_so() -> None:
         torch.func.grad(lambda x: linear(x, weight.detach(), None).sum())(x.detach())
 
 
-def test_on_hopper_it_is_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_hopper_it_is_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is launched, by a driver that launches nothing."""
     x, weight, bias = given(2, 70)
     with fake_gpu.installed(monkeypatch) as gpu:
         monkeypatch.setattr(linear_fp8, "_hopper", lambda device: hopper_linear)
+        monkeypatch.setattr(hopper_linear, "fills", lambda rows, columns: True)
         result = linear(x, weight, bias)
         assert result.shape == (2, 70, 48)
         names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
-        assert names == ["quantize_weights", "grouped_gemm"]
+        assert names == ["quantize_rows", "quantize_weights", "gemm"]
         found = torch.autograd.grad(result, [each for each in (x, weight, bias) if each is not None], result)
         assert [each.shape for each in found] == [(2, 70, 256), (48, 256), (48,)]
         names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
         assert names == [
-            "quantize_rows",
-            "grouped_gemm",
-            "pad_offsets",
+            *("quantize_rows", "gemm"),
             *["transpose_rows"] * 2,
-            "grouped_gemm_over_rows",
+            "gemm",
         ]
+
+
+def test_products_of_few_tiles_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLASLt has smaller tiles: sizes of layers of DeepSeek-V3 and Qwen3, 8192 tokens, as measured (docs/perf.md)."""
+    full = [(8192, 1536), (8192, 2048), (8192, 4096), (8192, 7168), (7168, 18432), (4096, 2048), (2048, 4096)]
+    few = [(8192, 576), (576, 7168), (512, 2048), (2048, 7168), (7168, 2048), (1, 7168)]
+    assert all(hopper_linear.fills(*each) for each in full)
+    assert not any(hopper_linear.fills(*each) for each in few)
+    asked = []
+
+    def product(a: Tensor, b: Tensor, *scales: Tensor | ScalingType, output_dtype: torch.dtype) -> Tensor:
+        asked.append((tuple(a.shape), tuple(b.shape), [x.stride() for x in scales if isinstance(x, Tensor)]))
+        return a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", product)
+    x, weight, bias = given(144)
+    with fake_gpu.installed(monkeypatch) as gpu:
+        monkeypatch.setattr(linear_fp8, "_hopper", lambda device: hopper_linear)
+        result = linear(x, weight, None)
+        torch.autograd.grad(result, [x, weight], result)
+        # scales of tokens transposed, those of blocks in lines of four
+        assert asked == [
+            ((144, 256), (256, 48), [(1, 144), (1, 4)]),
+            ((48, 256), (256, 256), [(1, 48), (1, 4)]),
+        ]
+        names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
+        assert names.count("gemm") == 1, "48 features of the result are no whole block for the rows' gradient"
+        asked.clear()
+        linear(x, weight, bias)
+        linear(x[:, :].detach()[:9], weight, None)
+        assert not asked, "a bias, or scales of nine tokens, which are no whole lines"

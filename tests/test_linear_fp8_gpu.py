@@ -37,7 +37,7 @@ def test_it_is_what_is_emulated(
     def run() -> list[Tensor]:
         copies = list(ops.quantize_weights(weight))
         values, scales = ops.quantize(x)
-        assert hopper_linear.takes(weight, values, copies)
+        assert hopper_linear.takes_rows(x) and hopper_linear.takes(values.view(-1, k), copies[0])
         result = ops.linear_fp8(x, weight, b, values, scales, copies)
         return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from moecompile.passes.detect import detect
+from moecompile.passes.exclusions import Wishes
 from moecompile.passes.fuse import fuse
 from moecompile.passes.linears import Verdict, verdicts
 from moecompile.pipeline import Piece, _transforms_hidden
@@ -29,7 +30,7 @@ def judged(model: nn.Module, *inputs: Tensor, **choice: Any) -> list[Verdict]:
         with _transforms_hidden([Piece(gm)], GraphReport()):
             detection = detect(gm.graph)
             fuse(gm.graph, detection.sites, detection.layout)
-            found.extend(verdicts(gm.graph, **choice))
+            found.extend(verdicts(gm.graph, Wishes(**choice)))
         gm.recompile()
         return gm.forward
 
@@ -169,7 +170,7 @@ def test_the_user_has_the_last_word() -> None:
             return self.router(x).topk(2).indices, self.q_proj(x), self.k_proj(x)
 
     model = Model(router=(64, H), q_proj=(H, H), k_proj=(H, H))
-    found = reasons(model, rows(), exclude=["*_proj"], include=["router", "k_proj"])
+    found = reasons(model, rows(), exclude=("*_proj",), include=("router", "k_proj"))
     assert found == {"router": None, "q_proj": "fp8_exclude names it", "k_proj": "fp8_exclude names it"}
 
 

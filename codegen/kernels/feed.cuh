@@ -8,10 +8,21 @@
 
 // They were there before the launch.
 struct Given {
-    static constexpr bool BESIDE = false;
+    static constexpr bool BESIDE = false, WHOLE = false;
     static constexpr i32 AT_LEAST = 1 << 30;  // no row is too far ahead
     struct Arguments {
         i32 unused;
+    };
+    static __device__ __forceinline__ void run(const Arguments&, i32, i32, i32*) {}
+    static __device__ __forceinline__ void wait(const Arguments&, i32, i32, i32) {}
+};
+
+// So were these, and all are of one group: how many there are, the host knows.
+struct Whole {
+    static constexpr bool BESIDE = false, WHOLE = true;
+    static constexpr i32 AT_LEAST = 1 << 30;
+    struct Arguments {
+        i32 rows;
     };
     static __device__ __forceinline__ void run(const Arguments&, i32, i32, i32*) {}
     static __device__ __forceinline__ void wait(const Arguments&, i32, i32, i32) {}
@@ -30,7 +41,7 @@ struct Given {
 // tiles keep nobody waiting.
 template <bool SCALED>
 struct Dispatched {
-    static constexpr bool BESIDE = true;
+    static constexpr bool BESIDE = true, WHOLE = false;
     static constexpr i32 UNIT = 2, BLOCK = 64;  // rows that a warp takes at once, and that are counted together
     static constexpr i32 PIECES = 3;            // of 16 bytes, of a row, in a lane's hands
     static constexpr i32 WAVES = 3, AT_LEAST = 4096;  // rows ahead of the tiles: those of so many waves, and so many more

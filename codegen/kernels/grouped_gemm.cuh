@@ -13,7 +13,8 @@
 //
 // What is written, and of what more than the sums it is made, is the epilogue's matter (epilogue.cuh).
 //
-//     offsets      (E,) int32: the end of each expert's rows, on the device; nobody else knows how many there are
+//     offsets      (E,) int32: the end of each expert's rows, on the device; nobody else knows how many there are. Of one
+//                  group that has all rows (Whole) they are not asked for
 //
 // Rows need not be there when the kernel begins: it may dispatch them itself (feed.cuh), by the three warps beside the
 // producer's, of which one may fill the ring for the first time before.
@@ -65,25 +66,29 @@ struct GroupedGemm {
     static_assert(OVERHANG == 0 || CLUSTER == 2 && COLUMNS == 256 && !SCALED && !OVER_ROWS, "pairs take rows along in 16 bits");
     static_assert(OVERHANG == 0 || !(PAIRED && B_MN), "half of the columns of a line across K have no stride");
     static_assert(OVERHANG <= BOX_ROWS && OVERHANG / CLUSTER % 8 == 0, "each block of a pair loads whole swizzle atoms of them");
-    static_assert(!(OVER_ROWS && Feed::BESIDE), "rows are dispatched for rows times matrices");
+    static_assert(!(OVER_ROWS && (Feed::BESIDE || Feed::WHOLE)), "rows are dispatched, or one group, for rows times matrices");
     static_assert(!Feed::BESIDE || Feed::AT_LEAST >= 2 * BAND * CLUSTER * ROWS, "or a cluster waits for itself (feed.cuh)");
 
-    template <bool over_rows>
+    template <bool over_rows, bool whole>
     struct ScheduleOf {
         using Type = RowSchedule<ROWS, WIDTH, CLUSTER, OVERHANG>;
     };
     template <>
-    struct ScheduleOf<true> {
+    struct ScheduleOf<true, false> {
         using Type = MatrixSchedule<ROWS * CLUSTER, WIDTH>;
     };
-    using Schedule = typename ScheduleOf<OVER_ROWS>::Type;
+    template <>
+    struct ScheduleOf<false, true> {
+        using Type = WholeSchedule<ROWS, WIDTH, CLUSTER>;
+    };
+    using Schedule = typename ScheduleOf<OVER_ROWS, Feed::WHOLE>::Type;
 
     struct Arguments {
         TensorMap a;          // boxes of BOX_ROWS x K_TILE, or of K_TILE x BOX_ROWS if A_MN
         TensorMap b, b_pair;  // of three dimensions; boxes of BOX x K_TILE, of K_TILE x 64 if B_MN; the second is for PAIRED
         TensorMap overhang;   // a; boxes of OVERHANG / CLUSTER x K_TILE
         TensorMap scales;     // of a, transposed: (K / 128, rows); boxes of 1 x SCALES
-        const i32* offsets;
+        const i32* offsets;     // null if all rows are of one group
         const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
         i32 early;  // whether offsets, b and its scales were there before the grid before this one began
@@ -105,7 +110,10 @@ struct GroupedGemm {
     };
 
     static __device__ __forceinline__ Schedule schedule_of(const Arguments& arguments) {
-        return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n);
+        if constexpr (Feed::WHOLE)
+            return Schedule(arguments.feed.rows, arguments.a_columns, arguments.n);
+        else
+            return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n);
     }
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {

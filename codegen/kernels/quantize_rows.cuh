@@ -14,7 +14,7 @@ struct QuantizeRows {
     static constexpr i32 THREADS = 256, BLOCKS = 1, OWN = 16, PIECES = 2;  // columns of a lane at once, and how often
     struct Arguments {
         const u16* x;         // (tokens, columns)
-        const i32* slots;     // (tokens, top_k); -1 for an assignment without an expert
+        const i32* slots;     // (tokens, top_k); -1 for an assignment without an expert. Null if tokens are rows
         u8* rows;             // (rows, columns); null if they are not wanted
         float* row_scales;    // (blocks, pitch)
         u8* values;           // (tokens, columns); null if they are not wanted
@@ -40,7 +40,7 @@ struct QuantizeRows {
             if (arguments.values)
                 write(arguments, arguments.values, token, arguments.scales + token * blocks, 1, first, values, scales);
             for (i32 k = 0; arguments.rows && k < arguments.top_k; k++) {
-                i32 slot = __ldg(arguments.slots + i64(token) * arguments.top_k + k);
+                i32 slot = arguments.slots ? __ldg(arguments.slots + i64(token) * arguments.top_k + k) : token;
                 if (slot < 0) continue;
                 write(arguments, arguments.rows, slot, arguments.row_scales + slot, arguments.pitch, first, values, scales);
             }

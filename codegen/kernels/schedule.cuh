@@ -112,6 +112,28 @@ struct RowSchedule {
     static __device__ __forceinline__ i32 pick(i32 value, i32 lane) { return uniform(__shfl_sync(~0u, value, lane)); }
 };
 
+// The result is (rows, n), all rows are of one group, and every tile is summed over all of K. Clusters as above.
+template <i32 ROWS, i32 COLUMNS, i32 CLUSTER>
+struct WholeSchedule {
+    i32 rows, k, columns;
+
+    __device__ __forceinline__ WholeSchedule(i32 rows, i32 k, i32 n)
+        : rows(rows), k(k), columns((n + COLUMNS - 1) / COLUMNS) {}
+
+    __device__ __forceinline__ i32 row_tiles() const { return (rows + ROWS - 1) / ROWS; }
+
+    __device__ __forceinline__ i32 count() {
+        return row_tiles() / CLUSTER * columns + (row_tiles() % CLUSTER ? (columns + 1) / 2 : 0);
+    }
+
+    __device__ __forceinline__ Tile find(i32 number) {
+        i32 groups = row_tiles() / CLUSTER, split = number >= groups * columns;
+        i32 row = groups, column = (number - groups * columns) * CLUSTER;
+        if (!split) in_bands(number, groups, columns, row, column);
+        return {0, row * CLUSTER * ROWS, rows, column * COLUMNS, 0, k, split, 0};
+    }
+};
+
 // The result is (E, m, n), and each expert's is summed over its rows.
 template <i32 ROWS, i32 COLUMNS>
 struct MatrixSchedule {

@@ -55,11 +55,11 @@ struct TransposeRows {
         const u8* values;     // (rows or tokens, columns)
         const float* scales;  // of a row or token and a block of columns, by the strides below
         const i32* order;     // (rows,): the assignment of a row
-        const i32 *offsets, *padded;  // (E,)
+        const i32 *offsets, *padded;  // (E,); null of one expert that has all rows
         u8* out;              // (features, padded rows)
         float* out_scales;    // PER_COLUMN: (blocks of rows, scale_pitch); otherwise (blocks of columns, blocks of rows)
         i32 scale_row, scale_block;
-        i32 experts, top_k, columns, row_blocks, scale_pitch;
+        i32 experts, rows, top_k, columns, row_blocks, scale_pitch;
         // Halves of the columns, `half` each (all columns if there is one), begin with that many features; those of the first
         // half are lines 0, step, 2 step, ... of the result, and those of the second begin with line `second`.
         i32 half, features, step, second;
@@ -75,16 +75,14 @@ struct TransposeRows {
         ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        i32 row_block = blockIdx.x % arguments.row_blocks, lane = threadIdx.x % 32, expert = -1;
-        for (i32 first = 0; first < arguments.experts && expert < 0; first += 32) {
-            i32 own = first + lane;
-            u32 later = __ballot_sync(~0u, own < arguments.experts && row_block * fp8::BLOCK < __ldg(arguments.padded + own));
-            if (later) expert = first + __ffs(later) - 1;
+        i32 row_block = blockIdx.x % arguments.row_blocks, begin = row_block * fp8::BLOCK, end = arguments.rows;
+        if (arguments.offsets) {
+            i32 expert = expert_of(arguments, row_block);
+            if (expert < 0) return;  // behind all experts' blocks
+            begin -= expert ? __ldg(arguments.padded + expert - 1) - __ldg(arguments.offsets + expert - 1) : 0;
+            end = __ldg(arguments.offsets + expert);
         }
-        if (expert < 0) return;  // behind all experts' blocks
-        i32 skipped = row_block * fp8::BLOCK - (expert ? __ldg(arguments.padded + expert - 1) : 0);
-        i32 begin = (expert ? __ldg(arguments.offsets + expert - 1) : 0) + skipped;
-        i32 count = min(fp8::BLOCK, __ldg(arguments.offsets + expert) - begin);
+        i32 count = min(fp8::BLOCK, end - begin);
         i64 sources[4];  // the rows or tokens of this thread's sixteens of columns; -1 where there is none
 #pragma unroll
         for (i32 i = 0; i < 4; i++) sources[i] = source(arguments, begin, count, threadIdx.x / 8 + 32 * i);
@@ -103,6 +101,16 @@ struct TransposeRows {
             fp8::write_transposed(shared.turned, arguments.out + lines.first * pitch + row_block * fp8::BLOCK,
                                   arguments.step * pitch, lines.count);
         }
+    }
+
+    // Whose rows a block holds; -1 if nobody's.
+    static __device__ __forceinline__ i32 expert_of(const Arguments& arguments, i32 row_block) {
+        for (i32 first = 0; first < arguments.experts; first += 32) {
+            i32 own = first + threadIdx.x % 32;
+            u32 later = __ballot_sync(~0u, own < arguments.experts && row_block * fp8::BLOCK < __ldg(arguments.padded + own));
+            if (later) return first + __ffs(later) - 1;
+        }
+        return -1;
     }
 
     // Where a block's columns become lines.

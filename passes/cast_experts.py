@@ -1,0 +1,82 @@
+"""Turn the experts to FP8: casts of their matrices as nodes of the graph, and the operator that multiplies these.
+
+Contract
+- On entry the experts are `moecompile::experts` (passes/fuse.py).
+- Weights stay what they are, and get their gradients; only what is multiplied is cast.
+- Experts that the FP8 operator does not take stay in their precision, and are returned with the reason.
+
+    in_  = moecompile.quantize_weights(w_in, w_up, gate_up=..., transposed=...)    # values, scales, and both transposed
+    out  = moecompile.quantize_weights(w_out, transposed=...)
+    result = moecompile.experts_fp8(<as before>, quantized=[*in_, *out])
+
+Tokens, activations and gradients are cast inside the operator, with a scale for each 128 features; matrices have one
+for each 128 x 128 (DeepSeek-V3, section 3.3). In inference the transposed copies, which only the backward reads, are
+not made (backward=False).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.casts import Cast, call_for, cast_for, key_of
+from moecompile.passes.provenance import module_of
+from moecompile.runtime.contract import Arguments
+from moecompile.runtime.fp8_contract import check_fp8, check_weights
+
+
+def cast_experts(graph: fx.Graph, excluded: Callable[[str], str | None], backward: bool = True) -> list[Cast]:
+    """Rewrite the graph in place; returns a row for each block of experts. The caller recompiles the GraphModule.
+
+    Args:
+        graph: of Dynamo's.
+        excluded: why the experts of that module are kept, if the user wants them kept.
+        backward: whether the graph may be differentiated.
+    """
+    rows = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
+        experts, module = _Experts(graph, node, backward), module_of(node)
+        reason, refused = excluded(module), False
+        try:
+            if reason is None:
+                experts.quantize()
+        except (TypeError, ValueError) as error:
+            reason, refused = str(error), True
+        shape = tuple(experts.taken.w_in.shape)
+        rows.append(Cast(module, "experts", shape, reason is None, reason or "experts", refused))
+    return rows
+
+
+class _Experts:
+    """One call of the experts. `taken` are its arguments' example values; nothing changes before they are checked."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, backward: bool) -> None:
+        self._graph, self._node, self._backward = graph, node, backward
+        args: Any = fx.node.map_arg(node.args, fake_of)
+        kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
+        self.taken = Arguments(*args, **kwargs)
+
+    def quantize(self) -> None:
+        """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
+        node, taken = self._node, self.taken
+        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, self._backward)
+        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed, self._backward)
+        check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
+        with self._graph.inserting_before(node):
+            given = (node.args[5], node.kwargs.get("w_up"))
+            cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)
+            cast_out = self._cast((node.args[6],), {"transposed": taken.w_out_transposed}, of_out)
+            keywords = {**node.kwargs, "quantized": [*cast_in, *cast_out]}
+            result = call_for(node, torch.ops.moecompile.experts_fp8.default, node.args, keywords)
+        result.meta[key_of(node)] = node.meta[key_of(node)]
+        node.replace_all_uses_with(result)
+        self._graph.erase_node(node)
+
+    def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
+        """The four results of quantising one of the matrices."""
+        attributes |= {} if self._backward else {"backward": False}
+        return cast_for(self._node, torch.ops.moecompile.quantize_weights.default, given, attributes, specs)

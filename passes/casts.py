@@ -1,0 +1,68 @@
+"""What the passes that cast have in common: casts as nodes of the graph, and rows of the table of what is cast."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx
+
+from moecompile.passes.aliases import empty_fake, fake_of
+
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A row of the table: a linear layer or a block of experts, and whether it multiplies in FP8.
+
+    Attributes:
+        module: path of the module that computes it; empty for the function itself.
+        kind: "linear", "experts", or "other", a product with a parameter that is neither.
+        shape: of the matrix: (N, K), or (E, N, K) of the experts' first.
+        cast: whether it multiplies in FP8.
+        reason: why, in words.
+        refused: whether it was to be cast and could not be.
+    """
+
+    module: str
+    kind: Literal["linear", "experts", "other"]
+    shape: tuple[Any, ...]
+    cast: bool
+    reason: str
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a pass left as it was: the module it is in, and why."""
+
+    module: str
+    reason: str
+
+
+def cast_for(
+    node: fx.Node, target: Any, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]
+) -> list[fx.Node]:
+    """The results, of these shapes and dtypes, of a cast that a node's replacement reads."""
+    key, like = key_of(node), fake_of(given[0])
+    cast = call_for(node, target, given, attributes)
+    cast.meta[key] = values = tuple(empty_fake(like, *spec) for spec in specs)
+    parts = [call_for(node, operator.getitem, (cast, number), {}) for number in range(len(values))]
+    for part, value in zip(parts, values, strict=True):
+        part.meta[key] = value
+    return parts
+
+
+def call_for(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """A call at the graph's place of insertion, which says that it comes from where the node does."""
+    made = node.graph.call_function(target, args, kwargs)
+    made.meta.update({name: node.meta[name] for name in _PROVENANCE if name in node.meta})
+    return made
+
+
+def key_of(node: fx.Node) -> str:
+    """Where the node has its example value."""
+    return "example_value" if "example_value" in node.meta else "val"
