@@ -147,6 +147,26 @@ class QuantizeWeights:
 
 
 @dataclass(frozen=True)
+class QuantizeGradient:
+    """A gradient in e4m3, rows with a scale for each 128 columns, and token-major with one for a column and 128 rows.
+
+    Attributes:
+        input: dtype of the gradient.
+    """
+
+    input: str
+
+    header: ClassVar[str] = "quantize_gradient.cuh"
+    name: ClassVar[str] = "moecompile_quantize_gradient"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("QuantizeGradient", INPUTS[self.input])
+
+
+@dataclass(frozen=True)
 class PadOffsets:
     """The end of each expert's rows where they are filled up to whole scale blocks."""
 

@@ -7,7 +7,7 @@ Contract
 - What the user wants (passes/exclusions.py) decides, as far as a layer can be cast at all.
 
 The recipe is DeepSeek-V3's (technical report, section 3.3): e4m3; activations and gradients with a scale for each
-1x128, weights for each 128x128; sums in float32. Embeddings, head, routers, norms and attention itself stay as they are.
+1x128, weights for each 128x128; sums in float32. Embeddings, head, routers, norms, attention itself stay as they are.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from moecompile.runtime import fp8_experts, kernels, main_gradients
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
+from moecompile.runtime.fp8_contract import kept_copies
 from moecompile.runtime.linear_fp8 import check_copies_for_backward, check_linear
 
 Parts = list[Tensor]
@@ -87,8 +88,9 @@ class _ExpertsFp8(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.moecompile.experts_fp8_forward(*tensors, **attributes, quantized=quantized)
         result, saved = found
-        ctx.attributes, ctx.main, ctx.split = attributes, main, (len(saved), len(saved) + len(quantized))
-        ctx.save_for_backward(*saved, *quantized, trace, *tensors[1:])
+        copies = kept_copies(quantized, attributes.get("recompute", False))
+        ctx.attributes, ctx.main, ctx.split = attributes, main, (len(saved), len(saved) + len(copies))
+        ctx.save_for_backward(*saved, *copies, trace, *tensors[1:])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return result, *saved
@@ -140,13 +142,12 @@ class _LinearFp8(torch.autograd.Function):
         (features, inner), ops, found = weight.shape, torch.ops.moecompile, list[Tensor]()
         with torch._C._AutoDispatchBelowAutograd():
             grad = grads[0].to(weight.dtype)
-            g = ops.quantize(grad) if of_x or of_weight else ()
+            g = ops.quantize_gradient(grad) if of_weight else ops.quantize(grad) if of_x else ()
             if of_x:
-                found.append(ops.scaled_mm(*g, *turned, out_features=inner, dtype=weight.dtype))
+                found.append(ops.scaled_mm(*g[:2], *turned, out_features=inner, dtype=weight.dtype))
             if of_weight:
-                g_t = ops.along_tokens(*g, scale_block="1x128")
                 x_t = ops.along_tokens(values, scales, scale_block="128x128")
-                found.append(ops.scaled_mm(*g_t, *x_t, out_features=inner, dtype=weight.dtype))
+                found.append(ops.scaled_mm(*g[2:], *x_t, out_features=inner, dtype=weight.dtype))
             if of_bias:
                 found.append(grad.reshape(-1, features).sum(0, dtype=torch.float32).to(weight.dtype))
         parts = iter(_refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
@@ -246,6 +247,13 @@ def quantize(x: Tensor) -> Any:
     _differentiates((x,), "quantize")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.quantize(x)
+
+
+def quantize_gradient(grad: Tensor) -> Any:
+    """quantize_gradient above autograd: gradients of gradients are refused where they would come from."""
+    _differentiates((grad,), "quantize_gradient")
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moecompile.quantize_gradient(grad)
 
 
 def along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> Any:

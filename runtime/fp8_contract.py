@@ -55,22 +55,27 @@ Specs = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """Shape and dtype of each tensor of a record."""
 
 
-def weight_specs(outer: tuple[int, ...], width: int, features: int, backward: bool = True) -> Specs:
-    """Of what `quantize_weights` returns for N' = width and K' = features, multiples of 128, of (*outer, N, K)."""
+def weight_specs(
+    outer: tuple[int, ...], width: int, features: int, backward: bool = True, forward: bool = True
+) -> Specs:
+    """Of what `quantize_weights` returns for N' = width and K' = features, multiples of 128, of (*outer, N, K).
+
+    Of copies that only a `backward` or only a `forward` reads there may be none.
+    """
     down, across = width // BLOCK, features // BLOCK
     return (
-        ((*outer, width, features), E4M3),
-        ((*outer, down, across), torch.float32),
+        ((*outer, width, features) if forward else NOTHING, E4M3),
+        ((*outer, down, across) if forward else NOTHING, torch.float32),
         ((*outer, features, width) if backward else NOTHING, E4M3),
         ((*outer, across, down) if backward else NOTHING, torch.float32),
     )
 
 
-def quantized_specs(args: Arguments, backward: bool = True) -> Specs:
-    """Of `quantized`, for a call of the experts."""
+def quantized_specs(args: Arguments, backward: bool = True, forward_in: bool = True, forward_out: bool = True) -> Specs:
+    """Of `quantized`, for a call of the experts; whether there are copies for backward, and forward of each matrix."""
     width, inner = padded_width(args.intermediate, args.gate_up), pad(args.intermediate)
-    first = weight_specs((args.num_experts,), width, pad(args.x.shape[1]), backward)
-    return first + weight_specs((args.num_experts,), pad(args.out_features), inner, backward)
+    first = weight_specs((args.num_experts,), width, pad(args.x.shape[1]), backward, forward_in)
+    return first + weight_specs((args.num_experts,), pad(args.out_features), inner, backward, forward_out)
 
 
 def saved_specs(args: Arguments) -> Specs:
@@ -111,10 +116,10 @@ def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool
     return weight_specs(tuple(outer), padded_width(width, gate_up), pad(features), backward)
 
 
-def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = False) -> Quantized:
+def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = False, kept: bool = False) -> Quantized:
     """The record of `quantized`; raises ValueError or TypeError unless the experts run in FP8 with these arguments.
 
-    With `backward`, what only that reads has to be there.
+    With `backward`, what only that reads has to be there. With `kept` it is what a backward gets (`kept_copies`).
     """
     args.check()
     error, dtype = functools.partial(_error, "experts_fp8"), args.dtypes.row
@@ -134,10 +139,17 @@ def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = Fal
         words = f"the result must be bfloat16, float16 or float32, got {args.dtypes.result}"
         raise error(TypeError, f"{words}; pass out_dtype or cast the routing weights")
     there = backward or any(tensor.shape != NOTHING for tensor in [*quantized][2::4])
+    first, second = (not kept or any(each.shape != NOTHING for each in [*quantized][place::8]) for place in (0, 4))
+    specs = quantized_specs(args, there, first or args.recompute, second)
     hint = _QUANTIZED + "; a backward needs copies of backward=True" * backward
-    return Quantized(
-        *checked("experts_fp8", "quantized", Quantized._fields, quantized, quantized_specs(args, there), hint)
-    )
+    return Quantized(*checked("experts_fp8", "quantized", Quantized._fields, quantized, specs, hint))
+
+
+def kept_copies(quantized: Sequence[Tensor], recompute: bool) -> list[Tensor]:
+    """Of `quantized`, what the backward reads: the others without elements, so that nobody holds them until then."""
+    in_, in_scales, *turned_in = quantized[:4]
+    first = [in_, in_scales] if recompute else [each.new_empty(0) for each in (in_, in_scales)]
+    return [*first, *turned_in, *(each.new_empty(0) for each in quantized[4:6]), *quantized[6:]]
 
 
 def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor]) -> Saved:

@@ -139,7 +139,7 @@ def _backward(
     if known is not None:
         return known
     arguments = Arguments.without_x(*args, **attributes)
-    copies = check_fp8(arguments, quantized, backward=True)
+    copies = check_fp8(arguments, quantized, backward=True, kept=True)
     names = needed(arguments, needs, operator, main)
     kept = check_fp8_backward(arguments, grad, saved)
     main_gradients.check(arguments, main, operator)
@@ -181,7 +181,7 @@ def _fake_backward(
 ) -> Parts:
     main = main_gradients.split(attributes)
     arguments = Arguments.without_x(*args, **attributes)
-    check_fp8(arguments, quantized, backward=True)
+    check_fp8(arguments, quantized, backward=True, kept=True)
     names = needed(arguments, needs, operator, main)
     check_fp8_backward(arguments, grad, saved)
     main_gradients.check(arguments, main, operator)

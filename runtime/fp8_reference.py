@@ -120,7 +120,8 @@ class _Backward:
 
     def _of_x(self) -> Tensor:
         of_product = dequantize(*self.of_hidden_q, ALONG_FEATURES)
-        of_rows = self.rows.linear(of_product, _w_in(self.args, self.quantized), True)
+        turned = dequantize(self.quantized.w_in_t, self.quantized.w_in_t_scales, SQUARE)  # (E, H', N')
+        of_rows = self.rows.linear(of_product, turned[:, : self.args.x.shape[1]], False)
         dtype = self.args.dtypes.row
         # as float32 again, because the CPU's embedding_bag rounds sums of bfloat16 half away from zero
         rounded = of_rows.to(dtype).to(torch.float32)
@@ -190,7 +191,8 @@ class _Backward:
     def of_a(self) -> Tensor:
         """Gradient of the activation (R, I) before the routing weight scales it, float32."""
         of_y = dequantize(*self.of_result_q, ALONG_FEATURES)
-        return self.rows.linear(of_y, _w_out(self.args, self.quantized), True)
+        turned = dequantize(self.quantized.w_out_t, self.quantized.w_out_t_scales, SQUARE)  # (E, I', H2')
+        return self.rows.linear(of_y, turned[:, : self.args.intermediate, : self.args.out_features], False)
 
     @cached_property
     def activation(self) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:

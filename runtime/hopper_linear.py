@@ -1,6 +1,7 @@
 """The pieces of a linear layer in FP8 on a Hopper GPU: the grouped GEMMs of the experts, for one group of rows.
 
     quantize(x)                       a scale for each 1x128
+    quantize_gradient(grad)           the same, and its token-major copy, at once
     along_tokens(values, scales)      token-major copies for the gradient of the weight
     scaled_mm(a, b)                   a @ b.T
 
@@ -48,6 +49,12 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = QuantizedRows(torch.empty_like(x, dtype=E4M3), x.new_empty(_blocks(x), x.shape[0], dtype=torch.float32))
     hopper_quantize.quantize_rows(x, None, rows, None)
     return rows.values, rows.scales
+
+
+def quantize_gradient(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values (T, N) and transposed scales (ceil(N / 128), T) of grad (T, N), and of the token-major copy likewise."""
+    rows, turned = hopper_quantize.quantize_gradient(grad)
+    return rows.values, rows.scales, turned.values, turned.scales
 
 
 def along_tokens(values: Tensor, scales: Tensor, *, per_feature: bool) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import PadOffsets, QuantizeRows, QuantizeWeights, TransposeRows
+from moecompile.codegen.instances import PadOffsets, QuantizeGradient, QuantizeRows, QuantizeWeights, TransposeRows
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.launch import Launch, Value, load
@@ -139,6 +139,29 @@ def quantize_rows(
     blocks = max(1, min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors))
     sizes = (x.shape[0], 1 if slots is None else slots.shape[1], x.shape[1], pitch)
     Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *sizes)).run()
+
+
+def quantize_gradient(x: Tensor) -> tuple[QuantizedRows, QuantizedRows]:
+    """The rows of x quantised 1 x 128, and these as columns, with a scale for each column and 128 rows.
+
+    Args:
+        x: (T, N), bfloat16 or float16, contiguous; N is a multiple of 16 and T at least 1.
+
+    Returns:
+        values (T, N), scales (ceil(N / 128), T); and values (N, P), for P rows in whole blocks of 128, those beyond T
+        zero, with scales (P / 128, N).
+    """
+    (count, columns), row_blocks = x.shape, blocks_in(x.shape[0], BLOCK)
+
+    def room(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    rows = QuantizedRows(torch.empty_like(x, dtype=E4M3), room(blocks_in(columns, BLOCK), count))
+    turned = QuantizedRows(x.new_empty(columns, row_blocks * BLOCK, dtype=E4M3), room(row_blocks, columns))
+    kernel = load(QuantizeGradient(dtype_name(x.dtype)), x.device.index)
+    written = (rows.values, rows.scales, turned.values, turned.scales)
+    Launch(kernel, row_blocks * rows.scales.shape[0], (x, *written, count, columns, row_blocks)).run()
+    return rows, turned
 
 
 def pad_offsets(offsets: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
     x_q = quantize(x), w_q = quantize_weights(weight)       y = scaled_mm(x_q, w_q, bias)
 
-    g    = quantize(grad)                                   of_x = scaled_mm(g, w_q transposed)
-    g_t  = along_tokens(g, "1x128")
-    x_t  = along_tokens(x_q, "128x128")                     of_weight = scaled_mm(g_t, x_t)
+    g, g_t = quantize_gradient(grad)                        of_x = scaled_mm(g, w_q transposed)
+    x_t = along_tokens(x_q, "128x128")                     of_weight = scaled_mm(g_t, x_t)
 
 The gradient of the weight contracts along tokens, and FP8 products along memory: so its operands are token-major
 copies, filled up with zeros to whole blocks of 128 tokens. g is quantised once more, with a scale for 128 tokens; x_q
@@ -79,22 +78,48 @@ def fake_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=E4M3), scales.movedim(0, -1)
 
 
+def quantize_gradient(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize` gives for grad (..., N), and what `along_tokens` gives for that with "1x128"."""
+    _check_quantize(grad, "quantize_gradient")
+
+    def run(fused: ModuleType | None) -> list[Tensor]:
+        if fused is not None and fused.takes_rows(grad):
+            values, scales, copy, copy_scales = fused.quantize_gradient(_rows(grad))
+            return [values.view(grad.shape), _spread(scales, grad), copy, copy_scales.t()]
+        values, scales = quantize_in_torch(grad)
+        return [values, scales, *_along_tokens_in_torch(values, scales, "1x128")]
+
+    values, scales, copy, copy_scales = _remembered("quantize_gradient", (grad,), {}, run)
+    return values, scales, copy, copy_scales
+
+
+def fake_quantize_gradient(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes, dtypes and strides of both."""
+    _check_quantize(grad, "quantize_gradient")
+    values, scales = fake_quantize(grad)
+    return values, scales, *fake_along_tokens(values, scales, scale_block="1x128")
+
+
 def along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> tuple[Tensor, Tensor]:
     """Quantised tokens (..., F), token-major (F, P), and their scales (F, P / 128) or (ceil(F / 128), P / 128)."""
     _check_along_tokens(values, scales, scale_block)
 
     def run(fused: ModuleType | None) -> list[Tensor]:
-        rows, their_scales = _rows(values), _rows(scales)
-        if fused is not None and fused.takes(rows):
-            return list(fused.along_tokens(rows, their_scales, per_feature=scale_block == "1x128"))
-        cast = requantize_along_tokens if scale_block == "1x128" else to_square_blocks
-        turned, turned_scales = cast(rows, their_scales)
-        filled = torch.nn.functional.pad(turned.view(torch.uint8), (0, 0, 0, pad(rows.shape[0]) - rows.shape[0]))
-        kept = turned_scales.t() if scale_block == "1x128" else _laid_out(turned_scales.t())
-        return [filled.t().contiguous().view(E4M3), kept]
+        if fused is not None and fused.takes(_rows(values)):
+            return list(fused.along_tokens(_rows(values), _rows(scales), per_feature=scale_block == "1x128"))
+        return _along_tokens_in_torch(values, scales, scale_block)
 
     copy, copy_scales = _remembered("along_tokens", (values, scales), {"scale_block": scale_block}, run)
     return copy, copy_scales
+
+
+def _along_tokens_in_torch(values: Tensor, scales: Tensor, scale_block: str) -> list[Tensor]:
+    rows = _rows(values)
+    cast = requantize_along_tokens if scale_block == "1x128" else to_square_blocks
+    turned, turned_scales = cast(rows, _rows(scales))
+    filled = torch.nn.functional.pad(turned.view(torch.uint8), (0, 0, 0, pad(rows.shape[0]) - rows.shape[0]))
+    kept = turned_scales.t() if scale_block == "1x128" else _laid_out(turned_scales.t())
+    return [filled.t().contiguous().view(E4M3), kept]
 
 
 def fake_along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> tuple[Tensor, Tensor]:
@@ -165,6 +190,11 @@ def fake_linear_fp8(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the operators run kernels of ours there."""
+    return _hopper(device) is not None
+
+
 @functools.cache
 def _hopper(device: torch.device) -> ModuleType | None:
     """The module of the fused kernels, if the device runs them."""
@@ -213,12 +243,12 @@ def _count(values: Tensor) -> int:
     return count
 
 
-def _check_quantize(x: Tensor) -> None:
+def _check_quantize(x: Tensor, operator: str = "quantize") -> None:
     if x.dim() == 0:
-        raise ValueError("moecompile::quantize: x must have a last dimension of features, got a scalar")
+        raise ValueError(f"moecompile::{operator}: x must have a last dimension of features, got a scalar")
     if x.dtype not in DTYPES:
         words = f"x must be bfloat16, float16 or float32, got {x.dtype}; cast it first"
-        raise TypeError(f"moecompile::quantize: {words}")
+        raise TypeError(f"moecompile::{operator}: {words}")
 
 
 def _check_along_tokens(values: Tensor, scales: Tensor, scale_block: str) -> None:

@@ -7,6 +7,7 @@
     experts_backward_adding(the same, main gradients) -> all gradients, without elements where they are not needed
     quantize_weights(w, w_up, gate_up, transposed, backward) -> (values, scales, values_t, scales_t)
     quantize(x) -> (values, scales)
+    quantize_gradient(grad) -> (values, scales, values_t, scales_t)
     along_tokens(values, scales, scale_block) -> (values, scales)
     scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype) -> result
     linear_fp8(x, weight, bias, values, scales, quantized) -> result
@@ -18,8 +19,8 @@
 `experts` differentiates through `experts_forward` and `experts_backward`, so that AOTAutograd's graphs hold `experts`
 in inference and the other two in training; `experts_fp8` likewise. Its products are of FP8 operands, its gradients
 those of x, of the biases and of the master weights w_in, w_up and w_out, which it multiplies by nothing itself.
-`linear_fp8` is `scaled_mm` with a derivative made of `quantize`, `along_tokens` and `scaled_mm`: these are what
-AOTAutograd's graphs hold.
+`linear_fp8` is `scaled_mm`, with a derivative made of `quantize_gradient`, `along_tokens` and `scaled_mm`; these are
+what AOTAutograd's graphs hold.
 
 Shapes, for T tokens of H features, K experts a token, E experts of inner size I, results of H2 features:
 
@@ -40,11 +41,13 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     needs: bools for (x, weights, w_in, w_out, w_up, b_in, b_up, b_out)
     quantized: [*quantize_weights(w_in, w_up, gate_up, w_in_transposed), *quantize_weights(w_out, w_out_transposed)],
         e4m3 values and float32 scales of 128x128 blocks, padded (`moecompile.runtime.quantize`). The transposed ones,
-        which only the backward reads, have no elements if backward=False
+        which only the backward reads, have no elements if backward=False. The backward needs these, and the first two
+        with recompute; others may have no elements there
     of linear_fp8: x (..., K), weight (N, K), bias (N,) or None, of one dtype, bfloat16 or float16; values, scales =
         quantize(x), a scale for each 1x128; quantized = quantize_weights(weight); result (..., N)
     of along_tokens: values, scales of `quantize`, (..., F) for T tokens; scale_block "1x128" or "128x128"; results
         token-major: values (F, P), P tokens in whole blocks of 128, and scales (F, P / 128) or (ceil(F / 128), P / 128)
+    of quantize_gradient: what `quantize` gives, and of that what `along_tokens` gives with "1x128"
     of scaled_mm: a, a_scales of `quantize` or of `along_tokens` with "1x128", (..., F); b (N', F') and b_scales
         (N' / 128, F' / 128) in whole blocks; bias (N,); out_features N; result (..., N) of dtype
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
@@ -89,6 +92,7 @@ SCHEMAS = (
     'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False, bool backward=True) '
     "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
     "quantize(Tensor x) -> (Tensor values, Tensor scales)",
+    "quantize_gradient(Tensor grad) -> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
     "along_tokens(Tensor values, Tensor scales, *, str scale_block) -> (Tensor values, Tensor scales)",
     "scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias=None, *, SymInt out_features, "
     "ScalarType dtype) -> Tensor",
@@ -108,7 +112,7 @@ ROOMS = {
         "experts_fp8_backward",
         "experts_fp8_backward_adding",
     ),
-    "linear_fp8": ("quantize", "along_tokens", "scaled_mm", "linear_fp8"),
+    "linear_fp8": ("quantize", "quantize_gradient", "along_tokens", "scaled_mm", "linear_fp8"),
 }
 """The module that computes an operator, and its fake."""
 

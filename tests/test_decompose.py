@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
 
 import moecompile
 from dense_experts import FORMS, GATED, RELU_SQUARED, SWIGLU, Case, make_case, routing
 from moecompile.passes.decompose import decompose
+from moecompile.runtime import linear_fp8
 from zoo_case import arguments, make
 from zoo_forms import case
 
@@ -38,8 +42,6 @@ class WrittenOut(Case):
         self.counts = []
 
         def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            from functorch.compile import make_boxed_func
-
             self.counts.append(decompose(gm.graph, {}))
             gm.graph.lint()
             gm.recompile()
@@ -107,3 +109,60 @@ def test_inductor_gets_them_written_out() -> None:
     torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
     (graph,) = moecompile.last_report().graphs
     assert "moecompile.experts_forward" in (graph.forward or ""), "the report shows the operators"
+
+
+def cast_with_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, scales = torch.ops.moecompile.quantize(x * 2)
+    return values, scales
+
+
+@pytest.mark.parametrize("shape", [(300, 384), (2, 9, 256), (7, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_cast_is_fused_and_has_the_same_bits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(*shape).to(dtype)
+    rows = x.view(-1, shape[-1])
+    rows[0, 0], rows[1, 3], rows[2, 5] = float("nan"), float("inf"), -float("inf")
+    rows[3], rows[4], rows[5] = 0, 1e-38, 3e38
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        def inner(graph: fx.GraphModule, inner_inputs: Sequence[Any], **settings: Any) -> Any:
+            assert decompose(graph.graph, select_decomp_table()) == 1
+            graph.recompile()
+            graphs.append(graph)
+            return compile_fx_inner(graph, inner_inputs, **settings)
+
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches={"force_disable_caches": True})
+
+    torch._dynamo.reset()
+    found = torch.compile(cast_with_bits, backend=backend, dynamic=False)(x)
+    expected = cast_with_bits(x)
+    assert not graphs[0].graph.find_nodes(op="call_function", target=torch.ops.moecompile.quantize.default)
+    assert [each.stride() for each in found] == [each.stride() for each in expected]
+    assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(found[1], expected[1])
+
+
+def test_where_a_kernel_casts_only_what_is_computed_in_place_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that come in, that another product made, or that lie elsewhere are better cast by the kernel."""
+    ops = torch.ops.moecompile
+
+    def casts(x: Tensor, w: Tensor) -> list[Tensor]:
+        turned = (x + 1).view(2, 4, 128).transpose(0, 1).reshape(8, 128)
+        every = (torch.nn.functional.silu(x).view(-1, 128), x, x @ w, turned)
+        return [each for rows in every for each in ops.quantize(rows)]
+
+    kept: list[int] = []
+
+    def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        kept.append(decompose(gm.graph, {}))
+        gm.recompile()
+        return make_boxed_func(gm.forward)
+
+    x, w = torch.randn(8, 128), torch.randn(128, 128)
+    for kernels, count in ((True, 1), (False, 4)):
+        monkeypatch.setattr(linear_fp8, "has_kernels", lambda device, kernels=kernels: kernels)
+        torch._dynamo.reset()
+        found = torch.compile(casts, backend=aot_autograd(fw_compiler=compiler))(x, w)
+        assert kept.pop() == count
+        assert all(map(torch.equal, [each.float() for each in found], [each.float() for each in casts(x, w)]))

@@ -19,6 +19,7 @@ from moecompile.codegen.instances import (
     Instance,
     PadOffsets,
     Plan,
+    QuantizeGradient,
     QuantizeRows,
     QuantizeWeights,
     TransposeRows,
@@ -96,6 +97,7 @@ QUANTIZED_BACKWARD = [
 ]
 QUANTISING = [
     *map(QuantizeRows, ("bfloat16", "float16")),
+    *map(QuantizeGradient, ("bfloat16", "float16")),
     *(QuantizeWeights(dtype, pairs) for dtype, pairs in product(("bfloat16", "float16"), (False, True))),
     *(TransposeRows(gathered, per_column) for gathered, per_column in product((False, True), (False, True))),
 ]
@@ -171,10 +173,10 @@ def test_no_local_memory(instance: Instance) -> None:
 
 @pytest.mark.parametrize("instance", QUANTISING, ids=lambda instance: instance.template)
 def test_quantising_kernels_move_sixteen_bytes(instance: Instance, tmp_path: Path) -> None:
-    """At once; scales, slots and assignments go by four. Matrices as they lie are written by eight."""
+    """At once; scales, slots and assignments go by four. Matrices and gradients as they lie are written by eight."""
     made = sass.machine(instance, tmp_path)
     loads, stores = ({bytes_of(name) for name in made.names(kind)} for kind in ("LDG", "STG"))
-    weights = isinstance(instance, QuantizeWeights)
+    weights = isinstance(instance, QuantizeWeights | QuantizeGradient)
     assert loads == ({16} if weights else {4, 16}), loads
     assert stores == ({4, 8, 16} if weights else {4, 16}), stores
 

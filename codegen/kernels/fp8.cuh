@@ -137,4 +137,56 @@ __device__ __forceinline__ void write_transposed(const u8* tile, u8* to, i64 pit
     }
 }
 
+// Of a tile of rows, this thread's four columns in its i-th of sixteen rows.
+__device__ __forceinline__ u32 word_of(const u8* tile, i32 i) {
+    return *reinterpret_cast<const u32*>(tile + (threadIdx.x / 32 * 16 + i) * BLOCK + threadIdx.x % 32 * 4);
+}
+
+// Quantises a tile of rows, each with a scale, once more, with a scale for each column, into the transposed tile. `shared` has
+// both tiles, the rows' scales, and room for the largest number that each warp finds in a column.
+//
+// `scales` become those of columns 4 lane to 4 lane + 3, in every warp.
+template <typename Shared>
+__device__ __forceinline__ void requantize_columns(Shared& shared, Scale (&scales)[4]) {
+    i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    auto values = [&](i32 i, float (&v)[4]) {
+        u32 found = word_of(shared.tile, i);
+        float scale = shared.scales[warp * 16 + i];
+        ptx::unpack_e4m3(found & 0xffff, v[0], v[1]);
+        ptx::unpack_e4m3(found >> 16, v[2], v[3]);
+#pragma unroll
+        for (i32 j = 0; j < 4; j++) v[j] *= scale;
+    };
+    float most[4] = {};
+#pragma unroll
+    for (i32 i = 0; i < 16; i++) {
+        float v[4];
+        values(i, v);
+#pragma unroll
+        for (i32 j = 0; j < 4; j++) most[j] = fmaxf(most[j], fabsf(v[j]));
+    }
+    *reinterpret_cast<float4*>(&shared.most[warp][4 * lane]) = make_float4(most[0], most[1], most[2], most[3]);
+    __syncthreads();
+#pragma unroll
+    for (i32 j = 0; j < 4; j++) most[j] = 0;
+#pragma unroll
+    for (i32 other = 0; other < TILE_THREADS / 32; other++) {
+        float4 theirs = *reinterpret_cast<const float4*>(&shared.most[other][4 * lane]);
+        most[0] = fmaxf(most[0], theirs.x), most[1] = fmaxf(most[1], theirs.y);
+        most[2] = fmaxf(most[2], theirs.z), most[3] = fmaxf(most[3], theirs.w);
+    }
+#pragma unroll
+    for (i32 j = 0; j < 4; j++) scales[j] = scale_of(most[j]);
+    u32 words[16];
+#pragma unroll
+    for (i32 i = 0; i < 16; i++) {
+        float v[4];
+        values(i, v);
+        u16 low = ptx::pack_e4m3(v[0] * scales[0].inverse, v[1] * scales[1].inverse);
+        u16 high = ptx::pack_e4m3(v[2] * scales[2].inverse, v[3] * scales[3].inverse);
+        words[i] = low | u32(high) << 16;
+    }
+    put_transposed(shared.turned, words);
+}
+
 }  // namespace fp8

@@ -114,8 +114,7 @@ struct QuantizeWeights {
     static __device__ __forceinline__ void turn(Shared& shared) {
         u32 words[16];
 #pragma unroll
-        for (i32 i = 0; i < 16; i++)
-            words[i] = *reinterpret_cast<const u32*>(shared.tile + (threadIdx.x / 32 * 16 + i) * fp8::BLOCK + threadIdx.x % 32 * 4);
+        for (i32 i = 0; i < 16; i++) words[i] = fp8::word_of(shared.tile, i);
         fp8::put_transposed(shared.turned, words);
     }
 };

@@ -145,12 +145,6 @@ struct TransposeRows {
         for (i32 i = 0; i < 4; i++) reinterpret_cast<uint4*>(shared.tile)[threadIdx.x + THREADS * i] = found[i];
     }
 
-    // This thread's four columns, in sixteen rows.
-    static __device__ __forceinline__ u32 word(const Shared& shared, i32 i) {
-        i32 row = threadIdx.x / 32 * 16 + i;
-        return *reinterpret_cast<const u32*>(shared.tile + row * fp8::BLOCK + threadIdx.x % 32 * 4);
-    }
-
     static __device__ __forceinline__ void shift(Shared& shared, const Arguments& arguments, i32 row_block, i32 block, i32 count) {
         i32 lane = threadIdx.x % 32;
         float most = 0;
@@ -162,7 +156,7 @@ struct TransposeRows {
         for (i32 i = 0; i < 16; i++) {
             // at most 1; below 2^-24, which fp16 does not have, nothing is left of e4m3 either
             float ratio = shared.scales[threadIdx.x / 32 * 16 + i] * inverse;
-            u32 found = word(shared, i), factor = ptx::pack_fp16(ratio, ratio);
+            u32 found = fp8::word_of(shared.tile, i), factor = ptx::pack_fp16(ratio, ratio);
             u16 low = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found & 0xffff), factor));
             u16 high = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found >> 16), factor));
             words[i] = low | u32(high) << 16;
@@ -175,51 +169,13 @@ struct TransposeRows {
     static __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 
     static __device__ __forceinline__ void requantize(Shared& shared, const Arguments& arguments, i32 row_block, i32 block) {
-        i32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        float most[4] = {};
-#pragma unroll
-        for (i32 i = 0; i < 16; i++) {
-            float v[4];
-            values(shared, i, v);
-#pragma unroll
-            for (i32 j = 0; j < 4; j++) most[j] = fmaxf(most[j], fabsf(v[j]));
-        }
-        *reinterpret_cast<float4*>(&shared.most[warp][4 * lane]) = make_float4(most[0], most[1], most[2], most[3]);
-        __syncthreads();
         fp8::Scale scales[4];
-#pragma unroll
-        for (i32 j = 0; j < 4; j++) most[j] = 0;
-#pragma unroll
-        for (i32 other = 0; other < WARPS; other++) {
-            float4 theirs = *reinterpret_cast<const float4*>(&shared.most[other][4 * lane]);
-            most[0] = fmaxf(most[0], theirs.x), most[1] = fmaxf(most[1], theirs.y);
-            most[2] = fmaxf(most[2], theirs.z), most[3] = fmaxf(most[3], theirs.w);
-        }
-#pragma unroll
-        for (i32 j = 0; j < 4; j++) scales[j] = fp8::scale_of(most[j]);
-        u32 words[16];
-#pragma unroll
-        for (i32 i = 0; i < 16; i++) {
-            float v[4];
-            values(shared, i, v);
-            u16 low = ptx::pack_e4m3(v[0] * scales[0].inverse, v[1] * scales[1].inverse);
-            u16 high = ptx::pack_e4m3(v[2] * scales[2].inverse, v[3] * scales[3].inverse);
-            words[i] = low | u32(high) << 16;
-        }
-        fp8::put_transposed(shared.turned, words);
+        fp8::requantize_columns(shared, scales);
         Lines lines(arguments, block);
         float* out = arguments.out_scales + i64(row_block) * arguments.scale_pitch + lines.first;
+        i32 column = threadIdx.x % 32 * 4;
 #pragma unroll
         for (i32 j = 0; j < 4; j++)
-            if (warp == 0 && 4 * lane + j < lines.count) out[(4 * lane + j) * arguments.step] = scales[j].value;
-    }
-
-    static __device__ __forceinline__ void values(const Shared& shared, i32 i, float (&v)[4]) {
-        u32 found = word(shared, i);
-        float scale = shared.scales[threadIdx.x / 32 * 16 + i];
-        ptx::unpack_e4m3(found & 0xffff, v[0], v[1]);
-        ptx::unpack_e4m3(found >> 16, v[2], v[3]);
-#pragma unroll
-        for (i32 j = 0; j < 4; j++) v[j] *= scale;
+            if (threadIdx.x < 32 && column + j < lines.count) out[(column + j) * arguments.step] = scales[j].value;
     }
 };
