@@ -69,24 +69,26 @@ def _value(argument: Any) -> Any:
 
 
 def _is_worth_fusing(node: fx.Node) -> bool:
-    """Whether a cast of rows is better fused: always, but where our own kernel does it and nothing would be fused.
+    """Whether a cast of rows is better fused: always, but where our own kernel does it and little would be fused.
 
-    Inductor's code for a cast by itself, or of rows that are gathered from another layout, takes twice the time of it.
-    On CPUs (torch 2.13) its code for blocks that are cut off is wrong: rows are whole blocks.
+    Rows that others read, too, are written anyway; of those that are gathered from another layout Inductor's cast takes
+    twice the time of the kernel's (docs/perf.md). On CPUs (torch 2.13) its code for blocks that are cut off is wrong:
+    rows are whole blocks.
     """
     x = _value(node.args[0])
     features = x.shape[-1]
     whole = isinstance(features, int) and features % BLOCK == 0 and not (isinstance(x.numel(), int) and x.numel() == 0)
-    return whole and (not linear_fp8.has_kernels(x.device) or is_computed_in_place(node.args[0]))
+    return whole and (not linear_fp8.has_kernels(x.device) or is_computed_for(node))
 
 
-def is_computed_in_place(node: Any) -> bool:
-    """Whether rows are the result of arithmetic on their elements, maybe rounded and seen in another shape."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _SEEN_THROUGH:
+def is_computed_for(cast: fx.Node) -> bool:
+    """Whether a cast's rows are computed in their places, maybe rounded and seen in another shape, and for it alone."""
+    node: Any = cast.args[0]
+    while isinstance(node, fx.Node) and len(node.users) == 1 and node.target in _SEEN_THROUGH:
         node = node.args[0]
     if not isinstance(node, fx.Node) or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return torch.Tag.pointwise in node.target.tags and node.target not in _COPIES
+    return len(node.users) == 1 and torch.Tag.pointwise in node.target.tags and node.target not in _COPIES
 
 
 def _can_be_written_out(node: fx.Node, first: int) -> bool:

@@ -46,7 +46,7 @@ def takes_rows(x: Tensor) -> bool:
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Values (T, K) and transposed scales (ceil(K / 128), T) of x (T, K)."""
-    rows = QuantizedRows(torch.empty_like(x, dtype=E4M3), x.new_empty(_blocks(x), x.shape[0], dtype=torch.float32))
+    rows = QuantizedRows(x.new_empty(x.shape, dtype=E4M3), x.new_empty(_blocks(x), x.shape[0], dtype=torch.float32))
     hopper_quantize.quantize_rows(x, None, rows, None)
     return rows.values, rows.scales
 

@@ -156,7 +156,7 @@ def quantize_gradient(x: Tensor) -> tuple[QuantizedRows, QuantizedRows]:
     def room(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    rows = QuantizedRows(torch.empty_like(x, dtype=E4M3), room(blocks_in(columns, BLOCK), count))
+    rows = QuantizedRows(x.new_empty(x.shape, dtype=E4M3), room(blocks_in(columns, BLOCK), count))
     turned = QuantizedRows(x.new_empty(columns, row_blocks * BLOCK, dtype=E4M3), room(row_blocks, columns))
     kernel = load(QuantizeGradient(dtype_name(x.dtype)), x.device.index)
     written = (rows.values, rows.scales, turned.values, turned.scales)

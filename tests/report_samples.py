@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moecompile.passes.casts import Cast
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report
 
@@ -44,6 +45,14 @@ MISS = NearMiss(
 )
 
 
+CASTS = (
+    *(Cast(f"model.layers.{layer}.mlp.experts", "experts", (8, 64, 64), True, "experts") for layer in (0, 1, 2, 4)),
+    *(Cast(f"model.layers.{layer}.self_attn.q_proj", "linear", (64, 64), True, "a linear layer") for layer in range(5)),
+    *(Cast(f"model.layers.{layer}.mlp.gate", "linear", (8, 64), False, "it chooses experts") for layer in range(5)),
+    Cast("lm_head", "other", ("s0", 64), False, "it is written as <einsum>"),
+)
+
+
 def full_report() -> Report:
     """One of everything."""
     graph = GraphReport(
@@ -52,6 +61,7 @@ def full_report() -> Report:
         compile_id="0/0",
         sites=(*(site(f"model.layers.{layer}.mlp.experts") for layer in (0, 1, 2, 4)), UNUSUAL),
         near_misses=(MISS,),
+        casts=CASTS,
         passes=[
             PassRecord("detect", 3.25),
             PassRecord("fuse", 1.0, {"grouped_mm": (8, 0), "moecompile.experts": (0, 4), "sort": (4, 0)}),

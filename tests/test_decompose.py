@@ -143,14 +143,15 @@ def test_a_cast_is_fused_and_has_the_same_bits(shape: tuple[int, ...], dtype: to
     assert torch.equal(found[0].view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(found[1], expected[1])
 
 
-def test_where_a_kernel_casts_only_what_is_computed_in_place_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that come in, that another product made, or that lie elsewhere are better cast by the kernel."""
+def test_where_a_kernel_casts_only_what_is_computed_for_it_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that come in, that a product made, that lie elsewhere, or that others read are better cast by the kernel."""
     ops = torch.ops.moecompile
 
     def casts(x: Tensor, w: Tensor) -> list[Tensor]:
         turned = (x + 1).view(2, 4, 128).transpose(0, 1).reshape(8, 128)
-        every = (torch.nn.functional.silu(x).view(-1, 128), x, x @ w, turned)
-        return [each for rows in every for each in ops.quantize(rows)]
+        read = torch.tanh(x)
+        every = (torch.nn.functional.silu(x).view(-1, 128), x, x @ w, turned, read)
+        return [read, *(each for rows in every for each in ops.quantize(rows))]
 
     kept: list[int] = []
 
@@ -160,7 +161,7 @@ def test_where_a_kernel_casts_only_what_is_computed_in_place_is_fused(monkeypatc
         return make_boxed_func(gm.forward)
 
     x, w = torch.randn(8, 128), torch.randn(128, 128)
-    for kernels, count in ((True, 1), (False, 4)):
+    for kernels, count in ((True, 1), (False, 5)):
         monkeypatch.setattr(linear_fp8, "has_kernels", lambda device, kernels=kernels: kernels)
         torch._dynamo.reset()
         found = torch.compile(casts, backend=aot_autograd(fw_compiler=compiler))(x, w)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from moecompile.passes.fuse import fuse
 from moecompile.passes.linears import Verdict, verdicts
 from moecompile.pipeline import Piece, _transforms_hidden
 from moecompile.report import GraphReport
-from tiny_sizes import Sizes
-from tiny_transformers import architectures, build_model, known_to_transformers
 
 H, VOCABULARY = 256, 640
 
@@ -28,9 +25,7 @@ def judged(model: nn.Module, *inputs: Tensor, **choice: Any) -> list[Verdict]:
 
     def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
         with _transforms_hidden([Piece(gm)], GraphReport()):
-            detection = detect(gm.graph)
-            fuse(gm.graph, detection.sites, detection.layout)
-            found.extend(verdicts(gm.graph, Wishes(**choice)))
+            found.extend(fused(gm, **choice))
         gm.recompile()
         return gm.forward
 
@@ -38,6 +33,13 @@ def judged(model: nn.Module, *inputs: Tensor, **choice: Any) -> list[Verdict]:
     with torch.no_grad():
         torch.compile(model, backend=backend)(*inputs)
     return found
+
+
+def fused(gm: fx.GraphModule, **choice: Any) -> list[Verdict]:
+    """Fuses the graph's experts; the verdicts then."""
+    detection = detect(gm.graph)
+    fuse(gm.graph, detection.sites, detection.layout)
+    return verdicts(gm.graph, Wishes(**choice))
 
 
 class Layers(nn.Module):
@@ -172,30 +174,3 @@ def test_the_user_has_the_last_word() -> None:
     model = Model(router=(64, H), q_proj=(H, H), k_proj=(H, H))
     found = reasons(model, rows(), exclude=("*_proj",), include=("router", "k_proj"))
     assert found == {"router": None, "q_proj": "fp8_exclude names it", "k_proj": "fp8_exclude names it"}
-
-
-KEPT = re.compile(r"(^|\.)(gate|router(\.\w+)?|wg|lm_head|embed_out|score|shared_expert_gate)$")
-"""How transformers' architectures call what has to be kept: no rule knows these names."""
-
-
-def verdicts_of(name: str) -> list[Verdict]:
-    model = build_model(name, torch.bfloat16, sizes=Sizes(hidden=H, intermediate=128, vocabulary=VOCABULARY))
-    return judged(model, torch.randint(0, 64, (2, 8)))
-
-
-@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "gemma4"))
-def test_models_of_transformers(name: str) -> None:
-    found = verdicts_of(name)
-    assert not [verdict for verdict in found if verdict.cast and KEPT.search(verdict.module)]
-    cast = {verdict.module.rpartition(".")[2] for verdict in found if verdict.cast}
-    assert "o_proj" in cast and any("lm_head" in verdict.module for verdict in found if not verdict.cast)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", architectures())
-def test_every_architecture(name: str) -> None:
-    try:
-        found = verdicts_of(name)
-    except ValueError as error:
-        pytest.skip(f"cannot be built with these sizes: {error}")
-    assert found and not [verdict for verdict in found if verdict.cast and KEPT.search(verdict.module)]

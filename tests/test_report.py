@@ -86,8 +86,8 @@ def test_json_is_stable():
     assert set(data) == {"version", "torch", "graphs", "graph_breaks"}
     graph = data["graphs"][0]
     assert set(graph) == {
-        "index", "name", "module", "compile_id", "sites", "near_misses", "passes", "before", "after", "forward",
-        "backward", "cached", "verify", "notes", "ended_by",
+        "index", "name", "module", "compile_id", "sites", "near_misses", "casts", "passes", "before", "after",
+        "forward", "backward", "cached", "verify", "notes", "ended_by",
     }  # fmt: skip
     assert graph["sites"][0] == {
         "form": "grouped_mm", "tokens": "s0", "top_k": "2", "num_experts": 8, "hidden": 64, "intermediate": 32,

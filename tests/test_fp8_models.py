@@ -1,0 +1,339 @@
+"""Whole models with `precision="fp8"`: what is cast and what is kept, what they then compute, what the report says."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import moecompile
+from moecompile.passes.casts import Cast
+from moecompile.passes.exclusions import Wishes, layer_of, wishes
+from moecompile.passes.linears import Verdict
+from moecompile.passes.precision import Exclusions, cast
+from moecompile.pipeline import Piece, _transforms_hidden
+from moecompile.report import GraphReport, Report
+from test_linears import VOCABULARY, H, fused
+from test_precision import relative
+from tiny_sizes import Sizes
+from tiny_transformers import architectures, build_model, known_to_transformers
+
+ops = torch.ops.moecompile
+SIZES = Sizes(hidden=H, intermediate=128, vocabulary=VOCABULARY)
+KEPT = re.compile(r"(^|\.)(gate|router(\.\w+)?|wg|lm_head|embed_out|score|shared_expert_gate)$")
+"""How transformers' architectures call what has to be kept: no rule knows these names."""
+SHARP = re.compile(r"self_attn\.(q_|k_|kv_a)")
+"""What makes attention of random weights sharp."""
+MODELS = known_to_transformers("qwen3_moe", "deepseek_v3")
+# Operands are off by 0.027 of their norm. One layer, whose attention is not sharper than in trained models, adds up six
+# or so, gradients twice as many; where nothing but the order of sums differs, bfloat16's noise is left.
+LOGITS, GRADIENT, NOISE = 0.1, 0.2, 0.02
+
+
+def model_of(name: str, **sizes: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = build_model(name, torch.bfloat16, sizes=Sizes(**{**vars(SIZES), **sizes})).train()
+    with torch.no_grad():
+        for parameter in (each for path, each in model.named_parameters() if SHARP.search(path)):
+            parameter.mul_(0.5)
+    return model, torch.randint(0, 64, (2, 24))
+
+
+def run(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    result = model(input_ids=ids, labels=ids)
+    result.loss.backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return result.logits.detach(), found
+
+
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    moecompile.reset()
+    torch._dynamo.reset()
+    model.compile(backend="moecompile", options={"precision": "fp8", "lowering": "eager", **options}, fullgraph=True)
+    return model
+
+
+def kept(report: Report) -> dict[str, str]:
+    return {row.module: row.reason for row in report.casts if not row.cast}
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step(name: str, lowering: str) -> None:
+    model, ids = model_of(name, layers=1)
+    expected, of_expected = run(copy.deepcopy(model), ids)
+    found, of_found = run(compiled(model, lowering=lowering), ids)
+    assert 1e-3 < relative(found, expected) < LOGITS
+    assert of_found.keys() == of_expected.keys()
+    errors = {each: relative(of_found[each], gradient) for each, gradient in of_expected.items()}
+    assert max(errors.values()) < GRADIENT, errors
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and graph.backward is not None
+    assert "moecompile.scaled_mm" in graph.forward and "linear_fp8" not in graph.forward
+    assert "moecompile.quantize_gradient" in graph.backward and "moecompile.along_tokens" in graph.backward
+
+
+class ByHand(nn.Module):
+    """What a cast layer is to compute, written out: operands rounded to e4m3 block by block, products in float32."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = rounded(x.reshape(-1, 1, x.shape[-1] // 128, 128)).reshape(x.shape)
+        n, k = self.layer.weight.shape
+        filled = nn.functional.pad(self.layer.weight.float(), (0, 0, 0, -n % 128))
+        matrix = rounded(filled.view(-1, 128, k // 128, 128)).reshape(-1, k)[:n]
+        return (rows @ matrix.t()).to(x.dtype)
+
+
+def rounded(blocks: Tensor) -> Tensor:
+    """Blocks (R, rows, F, columns), each with the smallest power of two that brings it below 448."""
+    blocks = blocks.float()
+    scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-30) / 448)))
+    return (blocks / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cast_layers_compute_what_the_recipe_says(name: str) -> None:
+    model, ids = model_of(name, layers=1)
+    by_hand = copy.deepcopy(model)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        found = compiled(model, fp8_exclude=("*.experts",))(input_ids=ids).logits
+        layers = [row.module for row in moecompile.last_report().casts if row.cast]
+        for path in layers:
+            owner, _, attribute = path.rpartition(".")
+            setattr(by_hand.get_submodule(owner), attribute, ByHand(by_hand.get_submodule(path)))
+        expected = by_hand(input_ids=ids).logits
+    assert len(layers) >= 4
+    assert relative(found, expected) < NOISE < relative(found, plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden(name: str, golden) -> None:
+    """A layer's graph as captured, rewritten and cast, and the table."""
+    model, ids = model_of(name, layers=1)
+    compiled(model)(input_ids=ids)
+    report = moecompile.last_report()
+    (graph,) = report.graphs
+    text = re.sub(r"  # .*", "", graph.after)  # lines of another package's sources move
+    golden(f"fp8_{name}", text)
+    table = report.text(width=110)
+    golden(f"fp8_{name}_table", table[table.index("FP8:") : table.index("Graph 0")].rstrip())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_several_products_read_are_turned_once(name: str) -> None:
+    model, ids = model_of(name, layers=1)
+    run(compiled(model), ids)
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and graph.backward is not None
+    rows = graph.forward.count("= moecompile.quantize(")
+    layers = sum(row.cast and row.kind == "linear" for row in moecompile.last_report().casts)
+    both = graph.forward + graph.backward
+    assert both.count("= moecompile.along_tokens(") == rows < layers
+    assert graph.backward.count("= moecompile.quantize_gradient(") == layers
+    assert both.count("= moecompile.scaled_mm(") == 3 * layers
+
+
+def test_the_backward_holds_no_copies_that_it_does_not_read() -> None:
+    """Of matrices, e4m3, only those that it multiplies by; of the experts' too."""
+    model, ids = model_of("qwen3_moe", layers=1)
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    compiled(model)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    matrices = {id(each): each for each in held if each.dtype == torch.float8_e4m3fn and ids.numel() not in each.shape}
+    sizes = sorted(
+        tuple(each.shape) for each in matrices.values() if 48 not in each.shape and each.shape[:2] != (2, 24)
+    )
+    config: Any = model.config
+    experts, inner = config.num_experts, config.moe_intermediate_size
+    wanted = [(experts, H, 2 * inner), (experts, inner, H)]
+    assert [each for each in sizes if len(each) == 3 and each[0] == experts] == sorted(wanted)
+    assert sum(len(each) == 2 and each[0] > 96 for each in sizes) == 4, sizes
+
+
+class Plain(nn.Module):
+    """Three layers of two projections, and a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(H, H, False), "down": nn.Linear(H, H, False)}) for _ in range(3)
+        )
+        self.router = nn.Linear(H, 16, False)
+        self.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            up, down = layer.children()
+            x = x + down(nn.functional.silu(up(x)))
+        return x, self.router(x).topk(2).indices
+
+
+def cast_in(**options: Any) -> set[str]:
+    with torch.no_grad():
+        compiled(Plain(), **options)(torch.randn(8, H).bfloat16())
+    return {row.module for row in moecompile.last_report().casts if row.cast}
+
+
+ALL = {f"layers.{number}.{name}" for number in range(3) for name in ("up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({}, set()),
+        ({"fp8_exclude": ("layers.1",)}, {"layers.1.up", "layers.1.down"}),
+        ({"fp8_exclude": ("*.down",)}, {f"layers.{number}.down" for number in range(3)}),
+        ({"fp8_exclude": ("layers.[02].u?",)}, {"layers.0.up", "layers.2.up"}),
+        ({"fp8_keep_first_layers": 1}, {"layers.0.up", "layers.0.down"}),
+        ({"fp8_keep_last_layers": 2}, ALL - {"layers.0.up", "layers.0.down"}),
+        ({"fp8_keep_first_layers": 2, "fp8_keep_last_layers": 2}, ALL),
+        ({"fp8_keep_last_layers": 9, "fp8_include": ("layers.2.up",)}, ALL - {"layers.2.up"}),
+        ({"fp8_exclude": ("layers",), "fp8_include": ("layers.2",)}, ALL),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_the_user_wants(options: dict[str, Any], left_out: set[str]) -> None:
+    assert cast_in(**options) == ALL - left_out
+
+
+def test_the_user_can_have_a_router_cast() -> None:
+    assert cast_in(fp8_include=("router",)) == ALL | {"router"}
+
+
+def test_reasons_name_what_keeps() -> None:
+    cast_in(fp8_exclude=("layers.1.down",), fp8_keep_first_layers=1)
+    assert kept(moecompile.last_report()) == {
+        "layers.0.up": "layer 0 is one of the first or last of layers",
+        "layers.0.down": "layer 0 is one of the first or last of layers",
+        "layers.1.down": "fp8_exclude names it",
+        "router": "it feeds topk",
+    }
+
+
+def test_patterns_that_name_nothing_are_noted() -> None:
+    cast_in(fp8_exclude=("layer.*", "layers.0"), fp8_include=("routers",))
+    notes = moecompile.last_report().graphs[0].notes
+    assert [note for note in notes if "pattern" in note] == [
+        "the pattern 'layer.*' names no module of this graph",
+        "the pattern 'routers' names no module of this graph",
+    ]
+
+
+def test_experts_can_be_kept() -> None:
+    (name,) = (each for each in ("qwen3_moe",) if each)
+    model, ids = model_of(name)
+    with torch.no_grad():
+        compiled(model, fp8_exclude=("*.layers.0.mlp",), fp8_keep_last_layers=1)(input_ids=ids)
+    report = moecompile.last_report()
+    experts = [row for row in report.casts if row.kind == "experts"]
+    assert [row.cast for row in experts] == [False, False]
+    assert experts[0].reason == "fp8_exclude names it" and "layer 1 is one of" in experts[1].reason
+    assert not any("stay in their precision" in note for note in report.graphs[0].notes), "nobody is surprised"
+    assert "moecompile.experts(" in report.graphs[0].after and "experts_fp8" not in report.graphs[0].after
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("model.layers.3.mlp.experts.7.w1", ("model.layers", 3)),
+        ("0.weight", ("", 0)),
+        ("lm_head", ("", None)),
+        ("visual.blocks.12", ("visual.blocks", 12)),
+    ],
+)
+def test_layers_are_counted_by_the_outermost_number(module: str, layer: tuple[str, int | None]) -> None:
+    assert layer_of(module) == layer
+
+
+def test_lists_of_layers_have_ends_of_their_own() -> None:
+    modules = [f"{tower}.{number}.proj" for tower, count in (("visual", 2), ("text", 4)) for number in range(count)]
+    found = wishes(modules, (), (), 0, 1)
+    assert [module for module in modules if found.excluded(module)] == ["visual.1.proj", "text.3.proj"]
+    assert Wishes().excluded("text.3.proj") is None and wishes([], (), (), 3, 3).edges == {}
+
+
+# ---- every architecture of transformers: what a cast feeds, and what it lies on
+
+
+class SizesRefused(Exception):
+    """An architecture does not take these sizes."""
+
+
+def graphs_of(name: str) -> list[tuple[fx.GraphModule, tuple[Cast, ...], list[Verdict]]]:
+    """Each captured graph after the cast, the table, and the verdicts that were to be followed."""
+    found = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
+        with _transforms_hidden([Piece(gm)], GraphReport()):
+            wanted = fused(gm)
+            table = cast(gm.graph, Exclusions())
+        gm.graph.lint()
+        found.append((gm, table.rows, wanted))
+        gm.recompile()
+        return gm.forward
+
+    try:
+        model = build_model(name, torch.bfloat16, sizes=SIZES)
+    except ValueError as refused:
+        raise SizesRefused(str(refused)) from refused
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(torch.randint(0, 64, (2, 8)))
+    return found
+
+
+def check(name: str) -> None:
+    for gm, table, wanted in graphs_of(name):
+        layers = gm.graph.find_nodes(op="call_function", target=ops.linear_fp8.default)
+        experts = gm.graph.find_nodes(op="call_function", target=ops.experts_fp8.default)
+        assert (
+            len(layers) == sum(verdict.cast for verdict in wanted) == sum(r.cast and r.kind == "linear" for r in table)
+        )
+        for quantize in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
+            for part in quantize.users:
+                assert part.users and all(user in layers and part in user.args[3:5] for user in part.users)
+        for quantize in gm.graph.find_nodes(op="call_function", target=ops.quantize_weights.default):
+            for part in quantize.users:
+                assert all(user in layers or user in experts for user in part.users)
+        assert not [row for row in table if row.cast and KEPT.search(row.module)]
+        assert (
+            any(row.cast for row in table if row.module.endswith(("o_proj", "q_proj", "qkv_proj", "Wqkv")))
+            or not layers
+        )
+        others = {node.target for node in gm.graph.nodes if node.op == "call_function"} - {
+            ops.linear_fp8.default, ops.experts_fp8.default, ops.quantize.default, ops.quantize_weights.default,
+        }  # fmt: skip
+        for node in gm.graph.nodes:
+            if node.target in others and node.op == "call_function" and "getitem" not in str(node.target):
+                given = [each.meta.get("example_value") for each in node.all_input_nodes]
+                kinds = {each.dtype for each in given if isinstance(each, Tensor)}
+                assert torch.float8_e4m3fn not in kinds, f"{node} reads what was cast"
+
+
+@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "gemma4"))
+def test_casts_feed_products_alone(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", architectures())
+def test_casts_of_every_architecture(name: str) -> None:
+    try:
+        check(name)
+    except SizesRefused as refused:
+        pytest.skip(f"cannot be built with these sizes: {refused}")
