@@ -1,4 +1,4 @@
-"""`python -m moecompile bench experts`: moecompile's kernels and what a user would otherwise have, in one process.
+"""`python -m moecompile bench experts|model`: moecompile and what a user would otherwise have, in one process.
 
 Everything that is compared is measured in turns, on random data and random routing: whole blocks of experts, forward
 and forward+backward, against PyTorch's grouped GEMM, eager and under Inductor; a few tokens, as in decoding; the
@@ -25,15 +25,17 @@ from typing import Any
 import torch
 
 import moecompile
-from moecompile import bench_experts, bench_gemm, bench_model
+from moecompile import bench_experts, bench_gemm, bench_layers, bench_model
 from moecompile.bench_cases import (
     BLOCKS,
     DECODE,
     DECODE_TOKENS,
+    LAYERS,
     MODELS,
     PRODUCTS,
     QUICK,
     QUICK_TOKENS,
+    SEQUENCE,
     TINY,
     TINY_PRODUCTS,
     Product,
@@ -77,9 +79,17 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["experts"], help="what is measured: the experts of one GPU")
     parser.add_argument(
-        "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"sections, of {','.join(SECTIONS)}"
+        "what", choices=["experts", "model"], help="the experts of one GPU, or whole decoder layers in FP8"
+    )
+    parser.add_argument(
+        "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"experts: sections, of {','.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--layers", type=_positives, default=LAYERS, metavar="N,N", help=f"model: layers (default: {_joined(LAYERS)})"
+    )
+    parser.add_argument(
+        "--sequence", type=_positive, metavar="N", help=f"model: tokens of a sequence (default: {SEQUENCE})"
     )
     parser.add_argument(
         "--shapes", type=_split, default=(), metavar="NAMES", help=f"sizes, of {','.join(_names('cuda'))}"
@@ -101,6 +111,14 @@ def _sections(text: str) -> tuple[str, ...]:
     if not sections or not set(sections) <= set(SECTIONS):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
     return sections
+
+
+def _positives(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive, _split(text)))
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _positive(text: str) -> int:
@@ -137,7 +155,8 @@ def _run(chosen: argparse.Namespace) -> int:
     ceilings = bench_gemm.measure_ceilings(timer, chosen.device, rounds, results)
     setting = Setting(chosen.device, timer, rounds, ceilings, results, chosen.profile)
     seconds: dict[str, float] = {"ceilings": time.perf_counter() - started}
-    for name, measure in _measurements(chosen, setting):
+    measurements = _of_layers(chosen, setting) if chosen.what == "model" else _measurements(chosen, setting)
+    for name, measure in measurements:
         begun = time.perf_counter()
         try:
             measure()
@@ -184,6 +203,18 @@ def _measurements(chosen: argparse.Namespace, setting: Setting) -> list[tuple[st
         ],
     }
     return [each for section in chosen.only for each in found[section]]
+
+
+def _of_layers(chosen: argparse.Namespace, setting: Setting) -> list[tuple[str, Callable[[], None]]]:
+    """The same for whole layers."""
+    *_, models = _cases(chosen.device)
+    sequence = chosen.sequence or min(SEQUENCE, models[0].tokens)
+    return [
+        (f"model {shape.name} x{layers}", partial(bench_layers.measure_layers, setting, shape, layers, sequence))
+        for layers in chosen.layers
+        for shape in models
+        if not chosen.shapes or shape.name in chosen.shapes
+    ]
 
 
 def _cases(device: str) -> tuple[Sequence[Shape], Sequence[Shape], Sequence[Product], Sequence[Shape]]:

@@ -166,5 +166,16 @@ SPEED_TARGETS: dict[tuple[str, str, str], Target] = {
     **_model("deepseek"),
 }
 """By case, what is measured and contender: how many times as fast as the other it is to be, in the same run."""
+LAYERS, SEQUENCE = (1, 4), 1024
+"""Of `bench model`: how many decoder layers, and tokens of a sequence. Attention, which nobody changes, grows with the
+latter: with sequences of 4096 it is half of DeepSeek-V3's step (docs/perf.md)."""
+CASTS, HELD, MOST_CASTS = "casts of rows and gradients", "held for the backward", 0.08
+LAYER_TARGETS: dict[tuple[str, str, str], Target] = {
+    **_block("deepseek", FORWARD, fp8=1.5),
+    **_block("deepseek", STEP, quantising=1.35),
+    **_block("qwen3", FORWARD, fp8=1.3),
+    **_block("qwen3", STEP, quantising=1.2),
+}
+"""The same of whole layers: a forward with matrices that were cast before, a step that casts them."""
 MEMORY_TARGETS = {("deepseek", name): Target(1.0, INDUCTOR) for name in (OURS, FP8, FP8_EACH)}
 """A training step's peak beyond the gradients is to be no larger than the other's."""

@@ -26,7 +26,7 @@ def kernels(setting: Setting, contender: Contender, section: str, case: str, wha
     Returns:
         the first SHOWN of them, then one for all others.
     """
-    found = _averages(setting, contender)
+    found = averages(setting, contender)
     found.sort(key=lambda each: -each[2])
     total = sum(milliseconds for _, _, milliseconds in found) or 1.0
     rest = found[SHOWN:]
@@ -46,7 +46,7 @@ def own_kernels(setting: Setting, contender: Contender) -> tuple[float, float]:
     Raises:
         NotOursError: none ran, or not as many in each call.
     """
-    own = [each for each in _averages(setting, contender) if each[0].startswith(PREFIX)]
+    own = [each for each in averages(setting, contender) if each[0].startswith(PREFIX)]
     if not own:
         raise NotOursError("the profiler saw none of moecompile's kernels")
     count = sum(each[1] for each in own)
@@ -55,7 +55,7 @@ def own_kernels(setting: Setting, contender: Contender) -> tuple[float, float]:
     return count, sum(each[2] for each in own)
 
 
-def _averages(setting: Setting, contender: Contender) -> list[tuple[str, float, float]]:
+def averages(setting: Setting, contender: Contender) -> list[tuple[str, float, float]]:
     """Each kernel of a call, on the CPU each operator: its name, how often it runs, and its milliseconds in all."""
     on_gpu = setting.device == "cuda"
     setting.timer.synchronize()

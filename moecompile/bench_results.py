@@ -129,6 +129,7 @@ class Memory:
         held: quantised copies of the weights that were held before.
         ratios: see `section`.
         target: see `section`.
+        kind: in print, what `peak` is.
     """
 
     section: str
@@ -141,6 +142,7 @@ class Memory:
     held: int = 0
     ratios: Mapping[str, float] = field(default_factory=dict)
     target: Target | None = None
+    kind: str = "peak"
 
     @property
     def over(self) -> int:
@@ -156,7 +158,9 @@ class Memory:
         """The row in print."""
         copies = f" + quantised weights {self.copies / GIB:.2f}" if self.copies else ""
         held = f", beside quantised weights of {self.held / GIB:.2f} GiB" if self.held else ""
-        peak = f"peak {self.peak / GIB:6.2f} GiB = gradients {self.gradients / GIB:.2f}{copies} + {self.over / GIB:.2f}"
+        gradients = f"gradients {self.gradients / GIB:.2f}" if self.gradients else ""
+        parts = f"{gradients}{copies} + {self.over / GIB:.2f}".removeprefix(" + ")
+        peak = f"{self.kind} {self.peak / GIB:6.2f} GiB = {parts}"
         return f"  {self.contender:<26} {peak}{held}  {self.verdict}".rstrip()
 
     def as_dict(self) -> dict[str, Any]:
@@ -166,7 +170,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel costs in a call: how often it runs and how long that takes."""
+    """What one kernel, or one kind of kernels, costs in a call: how often it runs and how long that takes.
+
+    `most` is the largest share of the call that it may have, if there is such a target.
+    """
 
     section: str
     case: str
@@ -176,14 +183,23 @@ class Kernel:
     count: float
     milliseconds: float
     share: float
+    most: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is met, in words; empty without one."""
+        if self.most is None:
+            return ""
+        return f"target at most {self.most:.0%}: {'met' if self.share <= self.most else 'MISSED'}"
 
     def line(self) -> str:
         """The row in print."""
-        return f"    {self.milliseconds:9.4f} ms {self.share:5.1%} {self.count:5.1f} x  {self.kernel[:100]}"
+        words = f"{self.kernel[:100]}  {self.verdict}".rstrip()
+        return f"    {self.milliseconds:9.4f} ms {self.share:5.1%} {self.count:5.1f} x  {words}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"kind": "kernel", **dataclasses.asdict(self)}
+        return {"kind": "kernel", **dataclasses.asdict(self), "verdict": self.verdict}
 
 
 Row = Speed | Memory | Kernel
@@ -243,7 +259,7 @@ class Results:
 
     def verdicts(self) -> tuple[int, int]:
         """How many rows have met their target, and how many have one."""
-        found = [row.verdict for row in self.rows if not isinstance(row, Kernel) and row.verdict]
+        found = [row.verdict for row in self.rows if row.verdict]
         return sum(words.endswith(": met") for words in found), len(found)
 
     def _write(self) -> None:

@@ -270,10 +270,6 @@ def test_lists_of_layers_have_ends_of_their_own() -> None:
 # ---- every architecture of transformers: what a cast feeds, and what it lies on
 
 
-class SizesRefused(Exception):
-    """An architecture does not take these sizes."""
-
-
 def graphs_of(name: str) -> list[tuple[fx.GraphModule, tuple[Cast, ...], list[Verdict]]]:
     """Each captured graph after the cast, the table, and the verdicts that were to be followed."""
     found = []
@@ -287,10 +283,7 @@ def graphs_of(name: str) -> list[tuple[fx.GraphModule, tuple[Cast, ...], list[Ve
         gm.recompile()
         return gm.forward
 
-    try:
-        model = build_model(name, torch.bfloat16, sizes=SIZES)
-    except ValueError as refused:
-        raise SizesRefused(str(refused)) from refused
+    model = build_model(name, torch.bfloat16, sizes=SIZES)
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model, backend=backend)(torch.randint(0, 64, (2, 8)))
@@ -335,5 +328,5 @@ def test_casts_feed_products_alone(name: str) -> None:
 def test_casts_of_every_architecture(name: str) -> None:
     try:
         check(name)
-    except SizesRefused as refused:
+    except ValueError as refused:  # by the model itself; an error of the backend is another one
         pytest.skip(f"cannot be built with these sizes: {refused}")

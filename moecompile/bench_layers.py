@@ -1,0 +1,196 @@
+"""`python -m moecompile bench model`: whole decoder layers of transformers under torch.compile, forward and step.
+
+    torch.compile(layers, backend="moecompile", options={"precision": "fp8"})     torch.compile(layers)
+
+moecompile's in bfloat16 and in FP8, the matrices cast before (`fp8_cache_weights`) or in every forward, against
+Inductor's in bfloat16: time, what is held for the backward, and where the time of a training step goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moecompile
+from moecompile.bench_block import precision
+from moecompile.bench_cases import (
+    CASTS,
+    FORWARD,
+    FP8,
+    FP8_EACH,
+    HELD,
+    INDUCTOR,
+    LAYER_TARGETS,
+    MOST_CASTS,
+    OURS,
+    STEP,
+    Shape,
+)
+from moecompile.bench_modules import missing
+from moecompile.bench_profile import averages
+from moecompile.bench_proof import EMULATED, NotOursError, compare, kernels_of, prove
+from moecompile.bench_results import Kernel, Memory, Setting, Speed, Target, ratios
+from moecompile.bench_stacks import Stack
+from moecompile.bench_timing import Contender, Statistics, measure_single
+from moecompile.passes.casts import Cast
+from moecompile.runtime.quantize import pad
+
+BOUNDS = {"bf16": 0.1, "fp8": 0.3}
+"""How far results may be from Inductor's, relative: a token whose experts nearly tie may get another one."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    FP8: {"precision": "fp8", "fp8_cache_weights": True},
+    FP8_EACH: {"precision": "fp8"},
+}
+"""Of moecompile, by contender."""
+KINDS = (
+    ("attention", ("sdpa", "flash", "fmha", "convert_dq", "dot_do_o")),
+    ("quantising the weights", ("moecompile_quantize_weights",)),
+    (CASTS, ("moecompile_quantize", "moecompile_transpose", "moecompile_pad", "quantize", "along_tokens", "scaled_mm")),
+    ("products", ("moecompile_gemm", "moecompile_grouped_gemm", "nvjet", "gemm", "cutlass", "Grouped", "13device_k")),
+)
+"""What a kernel is for, by a part of its name; the first that fits. Inductor names a kernel after the operators in it:
+one that casts and does something else counts as a cast."""
+REST = "the rest"
+
+
+def measure_layers(setting: Setting, shape: Shape, layers: int, sequence: int) -> None:
+    """So many layers, forward and forward+backward."""
+    if reason := missing():
+        setting.results.head(f"model  {shape.title}")
+        setting.results.add(Speed("model", shape.name, FORWARD, OURS, note=reason))
+        return
+    torch._dynamo.reset()
+    moecompile.reset()
+    stack = Stack.of(shape, layers, sequence, setting.device)
+    runs = {INDUCTOR: _compiled(stack)} | {name: _compiled(stack, options) for name, options in OPTIONS.items()}
+    for what, make in ((FORWARD, _forward), (STEP, _step)):
+        setting.results.head(f"model  {stack.title}  {what}")
+        present = _checked(setting, stack, [make(stack, *each) for each in runs.items()], what)
+        _add_speeds(setting, stack, what, measure_single(setting.timer, present, setting.rounds))
+        if what == STEP:
+            if setting.device == "cuda":
+                _add_memory(setting, stack, {each.name: runs[each.name] for each in present})
+            _add_kinds(setting, stack, [each for each in present if each.name in (INDUCTOR, FP8_EACH)])
+        stack.forget_gradients()
+
+
+def _compiled(stack: Stack, options: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
+    ours: dict[str, Any] = {} if options is None else {"backend": "moecompile", "options": options}
+    return torch.compile(stack.module, fullgraph=True, dynamic=False, **ours)
+
+
+def _forward(stack: Stack, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
+    """Inference."""
+
+    def call(_: int) -> Tensor:
+        with torch.no_grad():
+            return run(stack.x)
+
+    return Contender(name, call, 0.0, precision(name), kernels_of(name, FORWARD))
+
+
+def _step(stack: Stack, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
+    """Forward and backward: gradients of the rows and of all weights, from None."""
+
+    def call(_: int) -> None:
+        stack.forget_gradients()
+        run(stack.x).backward(stack.cotangent)
+
+    return Contender(name, call, 0.0, precision(name), kernels_of(name, STEP))
+
+
+def _checked(setting: Setting, stack: Stack, contenders: Sequence[Contender], what: str) -> list[Contender]:
+    """Those that compute what Inductor's layers compute, ours with our kernels; the others are noted as failures."""
+    (other,) = (contender for contender in contenders if contender.name == INDUCTOR)
+    expected, right = _outcome(stack, other), []
+    for contender in contenders:
+        try:
+            if contender.name != INDUCTOR:
+                compare(_outcome(stack, contender), expected, BOUNDS[contender.precision])
+                if not moecompile.last_report().graphs[-1].sites:
+                    raise NotOursError("moecompile found no experts in the layers")
+            prove(contender, range(1), setting.device)
+            right.append(contender)
+        except Exception as error:  # the others are measured all the same
+            setting.results.fail(f"model {stack.case} {what}, {contender.name}", error)
+    return right
+
+
+def _outcome(stack: Stack, contender: Contender) -> dict[str, Tensor]:
+    """The result, or the gradient of the rows, which all others have passed through."""
+    result = contender.call(0)
+    if isinstance(result, Tensor):
+        return {"result": result}
+    found = {"x": stack.gradients()["x"]}
+    stack.forget_gradients()
+    return found
+
+
+def _add_speeds(setting: Setting, stack: Stack, what: str, times: Mapping[str, Statistics]) -> None:
+    for name, own in times.items():
+        others = {INDUCTOR: 1 / times[INDUCTOR].median} if INDUCTOR in times else {}
+        faster = ratios(1 / own.median, others) if name in OPTIONS else {}
+        target = LAYER_TARGETS.get((stack.shape.name, what, name))
+        note = EMULATED if setting.device == "cpu" and name in OPTIONS else ""
+        setting.results.add(Speed("model", stack.case, what, name, own, ratios=faster, target=target, note=note))
+
+
+def _add_memory(setting: Setting, stack: Stack, runs: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """What a forward leaves to be held for its backward, without gradients and without FP8 copies of the matrices."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, run in runs.items():
+        stack.forget_gradients()
+        run(stack.x).backward(stack.cotangent)  # workspaces and kept copies are there then
+        stack.forget_gradients()
+        setting.timer.synchronize()
+        before = torch.cuda.memory_allocated()
+        result = run(stack.x)
+        setting.timer.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        result.backward(stack.cotangent)
+        del result
+        found[name] = held, copied(stack.module, moecompile.last_report().casts) if name == FP8_EACH else 0
+    for name, (held, copies) in found.items():
+        others = {INDUCTOR: 1 / found[INDUCTOR][0]} if INDUCTOR in found else {}
+        smaller = ratios(1 / max(held - copies, 1), others) if name in OPTIONS else {}
+        target = Target(1.0, INDUCTOR) if name in (FP8, FP8_EACH) else None
+        setting.results.add(
+            Memory("model", stack.case, HELD, name, held, 0, copies, ratios=smaller, target=target, kind="held")
+        )
+
+
+def copied(module: nn.Module, casts: Sequence[Cast]) -> int:
+    """Bytes of the FP8 copies that a training step holds for its backward, of what is cast: the transposed ones."""
+    total = 0
+    for row in casts:
+        if not row.cast:
+            continue
+        for parameter in module.get_submodule(row.module).parameters(recurse=row.kind == "experts"):
+            if parameter.dim() >= 2:
+                *outer, n, k = parameter.shape
+                total += torch.Size(outer).numel() * pad(n) * pad(k)
+    return total
+
+
+def _add_kinds(setting: Setting, stack: Stack, contenders: Sequence[Contender]) -> None:
+    """Where the time of a step goes."""
+    for contender in contenders:
+        setting.results.head(f"    where the step of {contender.name} goes")
+        found = dict.fromkeys((*(kind for kind, _ in KINDS), REST), (0.0, 0.0))
+        for name, count, milliseconds in averages(setting, contender):
+            kind = kind_of(name)
+            found[kind] = found[kind][0] + count, found[kind][1] + milliseconds
+        total = sum(milliseconds for _, milliseconds in found.values()) or 1.0
+        for kind, (count, milliseconds) in found.items():
+            judged = setting.device == "cuda" and kind == CASTS and contender.name == FP8_EACH
+            row = ("model", stack.case, STEP, contender.name, kind, count, milliseconds, milliseconds / total)
+            setting.results.add(Kernel(*row, most=MOST_CASTS if judged else None))
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel is for."""
+    return next((kind for kind, parts in KINDS if any(part in kernel for part in parts)), REST)
