@@ -159,7 +159,7 @@ def _add_memory(setting: Setting, stack: Stack, runs: Mapping[str, Callable[[Ten
         smaller = ratios(1 / max(held - copies, 1), others) if name in OPTIONS else {}
         target = Target(1.0, INDUCTOR) if name in (FP8, FP8_EACH) else None
         setting.results.add(
-            Memory("model", stack.case, HELD, name, held, 0, copies, ratios=smaller, target=target, kind="held")
+            Memory("model", stack.case, HELD, name, held, 0, copies, ratios=smaller, target=target, label="held")
         )
 
 

@@ -129,7 +129,7 @@ class Memory:
         held: quantised copies of the weights that were held before.
         ratios: see `section`.
         target: see `section`.
-        kind: in print, what `peak` is.
+        label: in print, what `peak` is.
     """
 
     section: str
@@ -142,7 +142,7 @@ class Memory:
     held: int = 0
     ratios: Mapping[str, float] = field(default_factory=dict)
     target: Target | None = None
-    kind: str = "peak"
+    label: str = "peak"
 
     @property
     def over(self) -> int:
@@ -160,7 +160,7 @@ class Memory:
         held = f", beside quantised weights of {self.held / GIB:.2f} GiB" if self.held else ""
         gradients = f"gradients {self.gradients / GIB:.2f}" if self.gradients else ""
         parts = f"{gradients}{copies} + {self.over / GIB:.2f}".removeprefix(" + ")
-        peak = f"{self.kind} {self.peak / GIB:6.2f} GiB = {parts}"
+        peak = f"{self.label} {self.peak / GIB:6.2f} GiB = {parts}"
         return f"  {self.contender:<26} {peak}{held}  {self.verdict}".rstrip()
 
     def as_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Contract
 - On entry matrices are cast by `moecompile::quantize_weights` (passes/cast_experts.py, passes/cast_linears.py).
 - A cast is taken out if its matrices are parameters that the graph gets as inputs and does not write. Others stay, with
   the reason.
+- Experts are told that somebody holds the copies of their first matrices.
 - Inputs that there were keep their places; the new ones follow, four for each cast that is taken out, in their order.
 
     in_ = moecompile.quantize_weights(w_in, gate_up="halves")
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -91,7 +93,12 @@ def _inputs(graph: fx.Graph, cast: fx.Node, name: str, number: int, last: fx.Nod
 
 
 def _replace(graph: fx.Graph, cast: fx.Node, inputs: list[fx.Node]) -> None:
-    for part, result in zip(_parts(cast), inputs, strict=True):
+    first, *_ = parts = _parts(cast)
+    for user in list(first.users):
+        copies: Any = user.kwargs.get("quantized")
+        if user.target is torch.ops.moecompile.experts_fp8.default and first is copies[0]:
+            user.update_kwarg("held", True)
+    for part, result in zip(parts, inputs, strict=True):
         part.replace_all_uses_with(result)
         graph.erase_node(part)
     graph.erase_node(cast)

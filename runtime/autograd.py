@@ -82,14 +82,17 @@ class _ExpertsFp8(torch.autograd.Function):
         attributes: dict[str, Any],
         main: Main,
         quantized: Parts,
+        held: bool,
         trace: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.moecompile.experts_fp8_forward(*tensors, **attributes, quantized=quantized)
         result, saved = found
-        copies = kept_copies(quantized, attributes.get("recompute", False))
+        again = attributes.get("recompute", False)
+        copies = kept_copies(quantized, first=again and held)
         ctx.attributes, ctx.main, ctx.split = attributes, main, (len(saved), len(saved) + len(copies))
+        ctx.quantises = again and not held
         ctx.save_for_backward(*saved, *copies, trace, *tensors[1:])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -103,14 +106,26 @@ class _ExpertsFp8(torch.autograd.Function):
         first, second = ctx.split
         kept = ctx.saved_tensors
         saved, quantized, (trace, *tensors) = list(kept[:first]), list(kept[first:second]), kept[second:]
-        wanted, main = _wanted(ctx.needs_input_grad[4:], ctx.main)
+        wanted, main = _wanted(ctx.needs_input_grad[5:], ctx.main)
         needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
+        if ctx.quantises:
+            quantized[:2] = _of_gemm1(tensors, ctx.attributes)
         operator = ops.experts_fp8_backward_adding if main else ops.experts_fp8_backward
         keywords = {"quantized": quantized, "needs": needs, **main_gradients.keywords(main)}
         found = [*_needed(operator(grad, saved, *tensors, **ctx.attributes, **keywords), needs, main)]
         parts = iter(_refusing(found, FP8, (grad, trace, *tensors)) if torch.is_grad_enabled() else found)
         of_tensors = (next(parts) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
-        return None, None, None, None, *of_tensors
+        return None, None, None, None, None, *of_tensors
+
+
+def _of_gemm1(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """GEMM1's matrices, quantised as they lie, of the saved tensors."""
+    given = dict(zip(TENSORS[1:], tensors, strict=True))
+    layout = {"gate_up": attributes["gate_up"], "transposed": attributes.get("w_in_transposed", False)}
+    with torch._C._AutoDispatchBelowAutograd():
+        found = torch.ops.moecompile.quantize_weights(given["w_in"], given["w_up"], **layout, backward=False)
+    values, scales, *_ = found
+    return values, scales
 
 
 class _LinearFp8(torch.autograd.Function):
@@ -295,26 +310,26 @@ def _product(
 def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:
     """experts_fp8_forward above autograd: recorded where something requires grad."""
     if _differentiates(args, FP8):
-        return _recorded_fp8(attributes, {}, quantized, args)
+        return _recorded_fp8(attributes, {}, quantized, False, args)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.moecompile.experts_fp8_forward(*args, **attributes, quantized=quantized)
 
 
-def experts_fp8(*args: Any, quantized: Parts, **attributes: Any) -> Tensor:
+def experts_fp8(*args: Any, quantized: Parts, held: bool = False, **attributes: Any) -> Tensor:
     """experts_fp8 above autograd: becomes experts_fp8_forward where something requires grad."""
     if _differentiates(args, FP8):
-        return _recorded_fp8(attributes, _main(args, attributes, FP8), quantized, args)[0]
+        return _recorded_fp8(attributes, _main(args, attributes, FP8), quantized, held, args)[0]
     with torch._C._AutoDispatchBelowAutograd():
         run = fp8_experts.experts_fp8 if _are_plain((*args, *quantized)) else torch.ops.moecompile.experts_fp8
         return run(*args, **attributes, quantized=quantized)
 
 
 def _recorded_fp8(
-    attributes: dict[str, Any], main: Main, quantized: Parts, args: Sequence[Tensor | None]
+    attributes: dict[str, Any], main: Main, quantized: Parts, held: bool, args: Sequence[Tensor | None]
 ) -> tuple[Tensor, Parts]:
     x, absent = args[0], kernels.ABSENT[len(args) :]
     assert x is not None
-    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, _trace(x), *args, *absent)
+    result, *saved = _ExpertsFp8.apply(attributes, main, quantized, held, _trace(x), *args, *absent)
     return result, saved
 
 

@@ -145,11 +145,14 @@ def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = Fal
     return Quantized(*checked("experts_fp8", "quantized", Quantized._fields, quantized, specs, hint))
 
 
-def kept_copies(quantized: Sequence[Tensor], recompute: bool) -> list[Tensor]:
-    """Of `quantized`, what the backward reads: the others without elements, so that nobody holds them until then."""
+def kept_copies(quantized: Sequence[Tensor], first: bool) -> list[Tensor]:
+    """Of `quantized`, what the backward reads: the others without elements, so that nobody holds them until then.
+
+    With `first`, GEMM1's matrices as they lie are among it.
+    """
     in_, in_scales, *turned_in = quantized[:4]
-    first = [in_, in_scales] if recompute else [each.new_empty(0) for each in (in_, in_scales)]
-    return [*first, *turned_in, *(each.new_empty(0) for each in quantized[4:6]), *quantized[6:]]
+    of_in = [in_, in_scales] if first else [each.new_empty(0) for each in (in_, in_scales)]
+    return [*of_in, *turned_in, *(each.new_empty(0) for each in quantized[4:6]), *quantized[6:]]
 
 
 def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor]) -> Saved:

@@ -58,6 +58,7 @@ def fake_quantize_weights(
 def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
     """The result alone, for inference."""
     main_gradients.split(attributes)  # which nothing is added to
+    attributes.pop("held", None)  # what only a backward asks for
     x: Tensor = args[0]
     fused, given = _hopper(x.device), _given(args, quantized)
     if fused is not None:  # what is remembered has been checked
@@ -77,6 +78,7 @@ def experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> T
 def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> Tensor:
     """Shape and dtype of the result."""
     main = main_gradients.split(attributes)
+    attributes.pop("held", None)
     arguments = Arguments(*args, **attributes)
     main_gradients.check(arguments, main, "experts_fp8")
     check_fp8(arguments, quantized)

@@ -53,6 +53,7 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
+    held: whether somebody keeps `quantized` beyond the call. If not, a backward with recompute makes w_in's anew
     main_w_in, main_w_up, main_w_out: float32, of the shapes of w_in, w_up and w_out, or None. In backward a matrix's
         gradient is added to its main gradient, and the matrix itself gets none: by every backward that runs, whatever
         it was asked for (the backend's option `main_grad` refuses those that nobody means so)
@@ -97,7 +98,7 @@ SCHEMAS = (
     "scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias=None, *, SymInt out_features, "
     "ScalarType dtype) -> Tensor",
     f"linear_fp8({LINEAR}) -> Tensor",
-    f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}) -> Tensor",
+    f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}, bool held=False) -> Tensor",
     f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
     f"experts_fp8_backward(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
     f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs, "

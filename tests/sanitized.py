@@ -3,6 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitized.py
     compute-sanitizer --tool racecheck python tests/sanitized.py bf16
     compute-sanitizer --tool racecheck python tests/sanitized.py fp8
+    compute-sanitizer --tool racecheck python tests/sanitized.py linear
 
 (PyTorch's allocator puts tensors side by side into large pieces of memory, of which memcheck sees the ends alone.)
 """
@@ -16,7 +17,7 @@ import torch
 
 from gpu_blocks import GPT_OSS, Block, main_of, run
 from moecompile import bench_proof
-from moecompile.runtime import hopper_experts, hopper_fp8, hopper_routing
+from moecompile.runtime import hopper_experts, hopper_fp8, hopper_linear, hopper_routing
 
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
@@ -37,10 +38,32 @@ BLOCKS = (
 )  # fmt: skip
 
 
+LAYERS = ((300, 272, 384), (1, 16, 128), (128, 128, 256), (258, 528, 1024))
+"""Tokens, features out and in of linear layers: parts of tiles and of scale blocks, whole ones, an odd row tile."""
+
+
+def layers() -> None:
+    """Forward and backward of each linear layer, with a bias and without one, in kernels of ours alone."""
+    hopper_linear.FULL = 0.0
+    ops = torch.ops.moecompile
+    for (tokens, n, k), biased in itertools.product(LAYERS, (False, True)):
+        torch.manual_seed(0)
+        x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16().requires_grad_()
+        bias = torch.randn(n, device="cuda", dtype=torch.bfloat16, requires_grad=True) if biased else None
+        result = ops.linear_fp8(x, weight, bias, *ops.quantize(x), list(ops.quantize_weights(weight)))
+        result.backward(torch.randn_like(result))
+        assert x.grad is not None and weight.grad is not None
+        assert all(each.isfinite().all() for each in (result, x.grad, weight.grad))
+
+
 def main(precisions: list[str]) -> None:
     """Forward and backward of each block in each precision: rows saved or not, dispatched or not; main ones."""
     with bench_proof.launched() as names:
         for precision in precisions:
+            if precision == "linear":
+                layers()
+                continue
             for block in BLOCKS:
                 tensors = block.tensors()
                 record, fp8 = block.record(tensors), precision == "fp8"
@@ -58,4 +81,4 @@ def main(precisions: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["bf16", "fp8"])
+    main(sys.argv[1:] or ["bf16", "fp8", "linear"])

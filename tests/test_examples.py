@@ -55,16 +55,17 @@ def check_training_step(printed: str) -> None:
         assert abs(ours - eager) < 2e-3
 
 
-def check_fp8_experts(printed: str) -> None:
+def check_fp8_training(printed: str) -> None:
     assert "1 MoE block rewritten (2 graphs: 1 recompilation), no near misses, no graph breaks" in printed
-    assert "FP8 copies of 2 matrices are kept between calls" in printed
+    assert "FP8: 2 cast, 2 kept" in printed and "FP8 copies of 3 matrices are kept between calls" in printed
+    assert re.search(r"experts\.router +linear +8 x 128 +kept +it chooses experts", printed)
     losses = [(float(wide), float(fp8)) for wide, fp8 in re.findall(r"\n +\d +(\d\.\d+) +(\d\.\d+)", printed)]
     assert len(losses) == 10 and all(last < first - 0.5 for first, last in zip(losses[0], losses[-1], strict=True))
     assert 0 < max(abs(wide - fp8) for wide, fp8 in losses) < 0.05
 
 
 CHECKS = {
-    "fp8_experts": check_fp8_experts,
+    "fp8_training": check_fp8_training,
     "own_moe": check_own_moe,
     "transformers_model": check_transformers_model,
     "training_step": check_training_step,
