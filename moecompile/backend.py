@@ -42,7 +42,7 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import advice, cached, lowering, main_gradients, pipeline, report, verify
+    from moecompile import advice, cached, comparison, lowering, main_gradients, pipeline, report, verify
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
@@ -57,11 +57,13 @@ def moecompile(
         return lowering.lower(gm, example_inputs, chosen, record, name)
 
     # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse. On request, the
-    #    rewritten blocks are compared with the original ones, and the original graph is used where they differ.
+    #    rewritten blocks are compared with the original ones, and the original graph is used where they differ; and
+    #    layers in FP8 with what they were, to see what that costs.
     untouched = verify.Untouched(gm) if chosen.verify else None
-    sites = pipeline.run_passes(gm, chosen, record)
+    sites, uncast = pipeline.run_passes(gm, chosen, record)
     if untouched:
         verify.verify(untouched, sites, example_inputs, record)
+    comparison.compare(gm, uncast, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
     # 4. On request, more comes in from outside: what the weights' gradients are added to, and the weights' FP8 copies,

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from moecompile.bodies import copy_tree
+from moecompile.passes.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -182,3 +183,23 @@ def _forget_frames(backend: Callable[..., Any]) -> None:
         code = reference()
         if code is not None and all(entry.backend is backend for entry in _debug_get_cache_entry_list(code)):
             reset_code(code)
+
+
+def safe_inputs(graph: fx.Graph, inputs: Sequence[Any]) -> list[Any]:
+    """The inputs to run a graph on: sizes as numbers, tensors without gradients, copies where the graph may write.
+
+    Parameters that the graph does not write into are not copied; anything else is.
+    """
+    layout = Layout(graph)
+    written = {
+        alias for targets in layout.writers.values() for target in targets for alias in layout.aliases.of(target)
+    }
+    safe = []
+    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if isinstance(value, Tensor):
+            safe.append(
+                value.detach() if isinstance(value, nn.Parameter) and node not in written else value.detach().clone()
+            )
+        else:
+            safe.append(value.node.hint if isinstance(value, torch.SymInt) else value)
+    return safe

@@ -84,6 +84,11 @@ class Options:
     )
     fp8_keep_first_layers: int = _option(0, "how many of the first layers of each list of layers are kept")
     fp8_keep_last_layers: int = _option(0, "how many of the last ones, as far as a graph holds them")
+    fp8_compare: Literal["first_call"] | None = _option(
+        None,
+        "compares every layer in FP8 with the same in the model's own precision, and the experts that tokens choose, "
+        "at the first call: the report has a table; what runs does not depend on it",
+    )
     fp8_cache_weights: bool = _option(
         False,
         "the FP8 copies of matrices are kept until the parameters change, not made in every forward; "

@@ -19,7 +19,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from moecompile.bodies import bodies_of, text_of
+from moecompile.bodies import bodies_of, copy_graph, text_of
+from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
 from moecompile.passes.casts import Cast
 from moecompile.passes.detect import detect
@@ -46,6 +47,7 @@ class Piece:
     Attributes:
         differentiable: whether somebody may call its backward.
         casts: what was cast to FP8, and what was kept.
+        uncast: the body as it was before that, where it is to be compared.
         changed: whether some pass rewrote it.
         notes: what users should know, for the report.
     """
@@ -55,6 +57,7 @@ class Piece:
     near_misses: tuple[NearMiss, ...] = ()
     layout: Layout | None = None
     casts: tuple[Cast, ...] = ()
+    uncast: Uncast | None = None
     differentiable: bool = True
     changed: bool = False
     notes: list[str] = field(default_factory=list)
@@ -79,8 +82,14 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
     exclusions = Exclusions(
         options.fp8_exclude, options.fp8_include, options.fp8_keep_first_layers, options.fp8_keep_last_layers
     )
-    table = cast(piece.module.graph, exclusions, backward=piece.differentiable)
+    graph = piece.module.graph
+    uncast, places = copy_graph(graph) if options.fp8_compare else (None, {})
+    table = cast(graph, exclusions, backward=piece.differentiable)
     piece.changed, piece.casts = True, table.rows
+    if uncast is not None:
+        layers = tuple(Layer(row, places[before], after) for row, before, after in table.replaced)
+        plans = graph.find_nodes(op="call_function", target=torch.ops.moecompile.plan.default)
+        piece.uncast = Uncast(piece.module, uncast, layers, tuple((places[plan], plan) for plan in plans))
     for each in table.rows:
         if each.kind == "experts" and not each.cast and each.refused:
             note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
@@ -97,11 +106,14 @@ PASSES: dict[str, Callable[[Piece, Options], None]] = {
 }
 
 
-def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tuple[Site, ...]:
+def run_passes(
+    gm: fx.GraphModule, options: Options, record: GraphReport
+) -> tuple[tuple[Site, ...], tuple[Uncast, ...]]:
     """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after.
 
     Returns:
-        the sites with their graph nodes, which the record's sites are without: it lives as long as the process.
+        the sites with their graph nodes, which the record's sites are without: it lives as long as the process; and the
+        bodies before their casts, where these are to be compared.
     """
     modules = bodies_of(gm).values()
     differentiable = torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in modules)
@@ -125,7 +137,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> tup
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.casts = tuple(row for piece in pieces for row in piece.casts)
     record.after = text_of(gm)
-    return sites
+    return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

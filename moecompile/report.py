@@ -83,6 +83,25 @@ class GraphBreak:
         return cls(first_line, places[-1] if places else "", moe, cure, tuple(places))
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What FP8 does to a layer, or to a choice of experts, of one call (``fp8_compare``).
+
+    Attributes:
+        module: path of the module.
+        kind: "linear", "experts" or "choice of experts".
+        alone: signal to noise in decibels of the layer's result, from the rows of the model's own precision.
+        in_model: the same with all layers in FP8.
+        agreement: the share of experts that tokens choose in both.
+    """
+
+    module: str
+    kind: str
+    alone: float | None = None
+    in_model: float | None = None
+    agreement: float | None = None
+
+
 @dataclass
 class GraphReport:
     """One captured graph: what was found in it, what was done to it. Filled in while it is compiled.
@@ -102,6 +121,7 @@ class GraphReport:
         backward: AOTAutograd's backward graph as text, once it is there.
         cached: "hit" or "miss" of the compilation caches; None if not known.
         verify: results of ``verify="first_call"``, one line each.
+        compared: results of ``fp8_compare="first_call"``.
         notes: anything else the user should know, one line each.
         ended_by: the graph break at which the captured graph ends, if any.
         around: frames around the captured graph that Dynamo gave up.
@@ -124,6 +144,7 @@ class GraphReport:
     backward: str | None = None
     cached: str | None = None
     verify: list[str] = field(default_factory=list)
+    compared: tuple[Compared, ...] = ()
     notes: list[str] = field(default_factory=list)
     ended_by: GraphBreak | None = None
     around: tuple[GraphBreak, ...] = field(default=(), repr=False)

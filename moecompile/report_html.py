@@ -20,11 +20,13 @@ from moecompile.graph_diff import Row, diff_rows
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report
 from moecompile.report_text import (
     CAST_COLUMNS,
+    COMPARED_COLUMNS,
     LEGEND,
     SITE_COLUMNS,
     cast_cells,
     cast_summary,
     changed_operations,
+    compared_cells,
     counted,
     graph_title,
     like_casts,
@@ -34,6 +36,7 @@ from moecompile.report_text import (
     rewritten,
     site_cells,
     site_details,
+    worst_first,
 )
 
 _NUMBERS = frozenset("EKHI")
@@ -205,14 +208,27 @@ def _graph(graph: GraphReport, place: int, is_open: bool) -> str:
     passes = "".join(_pass(record, slowest) for record in graph.passes)
     if passes:
         passes = f'<table class="passes"><tr><th>pass</th><th>time</th><th>operations</th></tr>{passes}</table>'
+    compared = _compared(graph)
     remarks = [*(f"verified: {line}" for line in graph.verify), *graph.notes]
     notes = f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in remarks)}</ul>' if remarks else ""
     tabs = "".join(f'<button type="button" data-view="{view}">{label}</button>' for view, label in _views(graph))
     return (
         f'<details class="card graph" data-graph="{place}"{" open" * is_open}>'
         f"<summary><b>Graph {place}</b> <span>{escape(graph_title(graph))}</span> {chips}</summary>"
-        f'{passes}{notes}<div class="tabs">{tabs}</div><div class="pane"></div></details>'
+        f'{passes}{compared}{notes}<div class="tabs">{tabs}</div><div class="pane"></div></details>'
     )
+
+
+def _compared(graph: GraphReport) -> str:
+    if not graph.compared:
+        return ""
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in compared_cells(each))}</tr>"
+        for each in worst_first(graph.compared)
+    )
+    headers = "".join(f"<th>{name}</th>" for name in COMPARED_COLUMNS)
+    title = "FP8 against the model's own precision, one call"
+    return f'<h3>{title}</h3><table class="passes"><tr>{headers}</tr>{rows}</table>'
 
 
 def _views(graph: GraphReport) -> list[tuple[str, str]]:

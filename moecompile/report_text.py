@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from moecompile.graph_diff import unified
-from moecompile.report import GraphBreak, GraphReport, PassRecord, Report, public_fields
+from moecompile.report import Compared, GraphBreak, GraphReport, PassRecord, Report, public_fields
 
 if TYPE_CHECKING:
     from moecompile.passes.casts import Cast
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Entry = TypeVar("Entry")
 SITE_COLUMNS = ("module", "form", "E", "K", "H", "I", "dtype", "activation", "source")
+COMPARED_COLUMNS = ("module", "kind", "alone", "in the model", "same experts")
 CAST_COLUMNS = ("module", "kind", "shape", "", "why")
 LEGEND = "E experts, K of them for each token, H hidden size, I intermediate size"
 _CHANGES_SHOWN = 5
@@ -227,10 +229,31 @@ def _graph(graph: GraphReport, width: int) -> list[str]:
     lines += _table(("pass", "ms", "operations"), rows, width) if rows else []
     if graph.cached:
         lines += _labelled("cache", graph.cached, width)
+    lines += _compared(graph, width)
     for label, texts in (("verify", graph.verify), ("note", graph.notes)):
         for text in texts:
             lines += _labelled(label, text, width)
     return lines
+
+
+def _compared(graph: GraphReport, width: int) -> list[str]:
+    """FP8 against the model's own precision, worst layers first."""
+    if not graph.compared:
+        return []
+    rows = [(compared_cells(each), "") for each in worst_first(graph.compared)]
+    return ["  FP8 against the model's own precision, one call", *_table(COMPARED_COLUMNS, rows, width)]
+
+
+def worst_first(compared: Iterable[Compared]) -> list[Compared]:
+    """Choices of experts, then layers by their signal to noise."""
+    return sorted(compared, key=lambda each: -math.inf if each.alone is None else each.alone)
+
+
+def compared_cells(each: Compared) -> tuple[str, ...]:
+    """The cells of `COMPARED_COLUMNS`."""
+    decibels = ("" if value is None else f"{value:.1f} dB" for value in (each.alone, each.in_model))
+    share = "" if each.agreement is None else f"{each.agreement:.2%}"
+    return each.module or "(no module)", each.kind, *decibels, share
 
 
 def _changes(record: PassRecord) -> str:

@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from moecompile import ranks
 from moecompile.advice import WARNED
 from moecompile.bodies import bodies_of, copy_graph
-from moecompile.capture import gpus_in_use
+from moecompile.capture import gpus_in_use, safe_inputs
 from moecompile.extract import Cut, cut, moved
 from moecompile.passes.forms import FORMS
-from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import tensor_of
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport
@@ -101,7 +100,7 @@ class Untouched:
                             watched.call_function(observe, (number, *reads))
                 module.graph = watched
             with torch.no_grad(), torch.random.fork_rng(gpus_in_use()):
-                self._gm(*_safe_inputs(self._kept[self._gm][0], inputs))
+                self._gm(*safe_inputs(self._kept[self._gm][0], inputs))
         finally:
             for module, graph in rewritten.items():
                 module.graph = graph
@@ -233,23 +232,3 @@ def _bounds(graph: fx.Graph) -> tuple[float, float]:
     if on_gpu and torch.get_float32_matmul_precision() != "highest":
         bounds.append(TENSOR_FLOAT)
     return max(bounds)
-
-
-def _safe_inputs(graph: fx.Graph, inputs: Sequence[Any]) -> list[Any]:
-    """The inputs to run a graph on: sizes as numbers, tensors without gradients, copies where the graph may write.
-
-    Parameters that the graph does not write into are not copied; anything else is.
-    """
-    layout = Layout(graph)
-    written = {
-        alias for targets in layout.writers.values() for target in targets for alias in layout.aliases.of(target)
-    }
-    safe = []
-    for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
-        if isinstance(value, Tensor):
-            safe.append(
-                value.detach() if isinstance(value, nn.Parameter) and node not in written else value.detach().clone()
-            )
-        else:
-            safe.append(value.node.hint if isinstance(value, torch.SymInt) else value)
-    return safe

@@ -23,31 +23,36 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
-from moecompile.passes.casts import Cast, call_for, cast_for, key_of
+from moecompile.passes.casts import Cast, Replaced, call_for, cast_for, key_of
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import check_fp8, check_weights
 
 
-def cast_experts(graph: fx.Graph, excluded: Callable[[str], str | None], backward: bool = True) -> list[Cast]:
-    """Rewrite the graph in place; returns a row for each block of experts. The caller recompiles the GraphModule.
+def cast_experts(
+    graph: fx.Graph, excluded: Callable[[str], str | None], backward: bool = True
+) -> list[tuple[Cast, Replaced | None]]:
+    """Rewrite the graph in place. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
         excluded: why the experts of that module are kept, if the user wants them kept.
         backward: whether the graph may be differentiated.
+
+    Returns:
+        for each block of experts its row, and the node that computed it and the one in its place; None if it is kept.
     """
-    rows = []
+    rows: list[tuple[Cast, Replaced | None]] = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
         experts, module = _Experts(graph, node, backward), module_of(node)
-        reason, refused = excluded(module), False
+        reason, refused, replaced = excluded(module), False, None
         try:
             if reason is None:
-                experts.quantize()
+                replaced = experts.quantize()
         except (TypeError, ValueError) as error:
             reason, refused = str(error), True
         shape = tuple(experts.taken.w_in.shape)
-        rows.append(Cast(module, "experts", shape, reason is None, reason or "experts", refused))
+        rows.append((Cast(module, "experts", shape, reason is None, reason or "experts", refused), replaced))
     return rows
 
 
@@ -60,7 +65,7 @@ class _Experts:
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
         self.taken = Arguments(*args, **kwargs)
 
-    def quantize(self) -> None:
+    def quantize(self) -> Replaced:
         """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
         node, taken = self._node, self.taken
         of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, self._backward)
@@ -75,6 +80,7 @@ class _Experts:
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
+        return node, result
 
     def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
         """The four results of quantising one of the matrices."""

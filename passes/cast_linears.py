@@ -21,27 +21,26 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import call_for, cast_for, key_of
+from moecompile.passes.casts import Replaced, call_for, cast_for, key_of
 from moecompile.passes.layout import Layout
 from moecompile.passes.linears import Linear, Verdict
 from moecompile.runtime.fp8_contract import Specs, check_weights
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
 
 
-def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], backward: bool = True) -> int:
-    """Rewrite the graph in place; returns how many layers were cast. The caller recompiles the GraphModule.
+def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], backward: bool = True) -> list[Replaced | None]:
+    """Rewrite the graph in place. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
         verdicts: of this graph as it is.
         backward: whether it may be differentiated.
+
+    Returns:
+        for each verdict the node that computed the layer and the one in its place; None of a layer that is kept.
     """
-    casts, count = _Casts(graph, backward), 0
-    for verdict in verdicts:
-        if verdict.cast and verdict.linear is not None:
-            casts.replace(verdict.linear)
-            count += 1
-    return count
+    casts = _Casts(graph, backward)
+    return [casts.replace(each.linear) if each.cast and each.linear is not None else None for each in verdicts]
 
 
 class _Casts:
@@ -52,7 +51,7 @@ class _Casts:
         self._written = Layout(graph).written
         self._made: dict[fx.Node, list[fx.Node]] = {}
 
-    def replace(self, linear: Linear) -> None:
+    def replace(self, linear: Linear) -> Replaced:
         """Puts the operator in the layer's place."""
         node = linear.node
         with self._graph.inserting_before(node):
@@ -65,6 +64,7 @@ class _Casts:
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
+        return node, result
 
     def _cast(
         self, node: fx.Node, given: fx.Node, target: Any, attributes: dict[str, Any], specs: Specs

@@ -35,6 +35,10 @@ class Cast:
     refused: bool = False
 
 
+Replaced = tuple[fx.Node, fx.Node]
+"""A node that is no longer in the graph, and the one in its place."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """What a pass left as it was: the module it is in, and why."""

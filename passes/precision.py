@@ -48,10 +48,12 @@ class Table:
     Attributes:
         rows: one for each linear layer and each block of experts.
         unused: the user's patterns that name no module of this graph.
+        replaced: what is cast, with the node that computed it and the node in its place.
     """
 
     rows: tuple[Cast, ...]
     unused: tuple[str, ...]
+    replaced: tuple[tuple[Cast, fx.Node, fx.Node], ...] = ()
 
 
 def cast(graph: fx.Graph, exclusions: Exclusions, backward: bool = True) -> Table:
@@ -65,7 +67,9 @@ def cast(graph: fx.Graph, exclusions: Exclusions, backward: bool = True) -> Tabl
     modules = {module_of(node) for node in graph.nodes if node.op.startswith("call")} - {""}
     chosen = wishes(modules, exclusions.exclude, exclusions.include, exclusions.first_layers, exclusions.last_layers)
     found = verdicts(graph, chosen)
-    of_experts = cast_experts(graph, chosen.excluded, backward)
-    cast_linears(graph, found, backward)
-    of_layers = [Cast(each.module, each.kind, each.shape, each.cast, each.reason) for each in found]
-    return Table((*of_experts, *of_layers), tuple(chosen.unused(modules)))
+    experts = cast_experts(graph, chosen.excluded, backward)
+    layers = cast_linears(graph, found, backward)
+    rows = [Cast(each.module, each.kind, each.shape, each.cast, each.reason) for each in found]
+    every = [*experts, *zip(rows, layers, strict=True)]
+    replaced = [(row, *nodes) for row, nodes in every if nodes is not None]
+    return Table(tuple(row for row, _ in every), tuple(chosen.unused(modules)), tuple(replaced))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moecompile.passes.casts import Cast
 from moecompile.passes.site import NearMiss, Site
-from moecompile.report import GraphBreak, GraphReport, PassRecord, Report
+from moecompile.report import Compared, GraphBreak, GraphReport, PassRecord, Report
 
 BEFORE = """\
 %0 = input layers.0.mlp.gate_up_proj  : bf16[8, 64, 64]
@@ -53,6 +53,13 @@ CASTS = (
 )
 
 
+COMPARED = (
+    Compared("model.layers.0.mlp.experts", "experts", alone=23.94, in_model=22.8),
+    Compared("model.layers.0.self_attn.q_proj", "linear", alone=28.5, in_model=28.5),
+    Compared("model.layers.0.mlp.<experts>", "choice of experts", agreement=0.98765),
+)
+
+
 def full_report() -> Report:
     """One of everything."""
     graph = GraphReport(
@@ -70,6 +77,7 @@ def full_report() -> Report:
         after=AFTER,
         forward="...\n%0 = moecompile.experts_forward(x=...)\nreturn %0",
         cached="miss",
+        compared=COMPARED,
         verify=["model.layers.0.mlp.experts: equal, worst relative error 3.1e-07"],
         notes=["a note with </script> in it"],
     )

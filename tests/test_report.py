@@ -87,7 +87,7 @@ def test_json_is_stable():
     graph = data["graphs"][0]
     assert set(graph) == {
         "index", "name", "module", "compile_id", "sites", "near_misses", "casts", "passes", "before", "after",
-        "forward", "backward", "cached", "verify", "notes", "ended_by",
+        "forward", "backward", "cached", "verify", "compared", "notes", "ended_by",
     }  # fmt: skip
     assert graph["sites"][0] == {
         "form": "grouped_mm", "tokens": "s0", "top_k": "2", "num_experts": 8, "hidden": 64, "intermediate": 32,

@@ -1,0 +1,218 @@
+"""`fp8_compare="first_call"`: what FP8 does to each layer and to the choice of experts, on the call being compiled.
+
+    keep the graph as it is before its casts
+    run it without gradients; for each layer that is cast, of sampled rows:
+        alone       the layer in FP8 on these very rows, against its own result
+    run the graph with its casts; for each of these layers:
+        in model    its result against the first run's, errors of all layers before it included
+    of every block of experts: how many choices of the sampled tokens are the same in both runs
+
+Both run on copies of what the graph writes into, and put the random generators back. Signal to noise is in decibels,
+10 log10(|y|^2 / |y' - y|^2): an error of 10 % is 20 dB.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moecompile.bodies import copy_graph
+from moecompile.capture import gpus_in_use, safe_inputs
+from moecompile.passes.casts import Cast
+from moecompile.passes.provenance import module_of
+from moecompile.report import Compared, GraphReport
+
+log = logging.getLogger("moecompile")
+
+ROWS = 256
+"""Sampled of a result, evenly."""
+Observe = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A cast layer in both graphs: the node that the cast replaced, in the copy of before, and the one in its place."""
+
+    row: Cast
+    before: fx.Node
+    after: fx.Node
+
+
+@dataclass(frozen=True)
+class Uncast:
+    """One body of a captured graph as it was before its casts.
+
+    Attributes:
+        module: holds the graph with casts.
+        graph: without.
+        layers: what was cast.
+        plans: the layouts of rows by expert, in both graphs.
+    """
+
+    module: fx.GraphModule
+    graph: fx.Graph
+    layers: tuple[Layer, ...]
+    plans: tuple[tuple[fx.Node, fx.Node], ...]
+
+
+@dataclass
+class _Seen:
+    """What both runs have shown, by number of the layer, or of the plan."""
+
+    results: dict[int, Tensor] = field(default_factory=dict)
+    alone: dict[int, float] = field(default_factory=dict)
+    in_model: dict[int, float] = field(default_factory=dict)
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+    agreement: dict[int, float] = field(default_factory=dict)
+
+
+def compare(gm: fx.GraphModule, uncast: Sequence[Uncast], example_inputs: Sequence[Any], record: GraphReport) -> None:
+    """Fills `record.compared`, or notes why nothing was compared.
+
+    Args:
+        gm: a graph of Dynamo's after all passes.
+        uncast: its bodies before their casts.
+        example_inputs: the inputs of the call being compiled.
+        record: the graph's.
+    """
+    layers = [layer for each in uncast for layer in each.layers]
+    plans = [plan for each in uncast for plan in each.plans]
+    if not layers:
+        return
+    if any(isinstance(value, torch._subclasses.FakeTensor) for value in example_inputs):
+        record.notes.append("not compared with its own precision: torch compiles this graph on fake inputs")
+        return
+    seen, before, after = _Seen(), dict[fx.Node, tuple[Any, ...]](), dict[fx.Node, tuple[Any, ...]]()
+    for number, layer in enumerate(layers):
+        alone = _linear_alone if layer.row.kind == "linear" else _experts_alone
+        before[layer.before] = (_first(seen, number, alone), layer.before.args, dict(layer.before.kwargs))
+        after[layer.after] = (_second(seen, number),)
+    for number, (first, second) in enumerate(plans):
+        before[first] = (_chosen(seen, number), first.args[0])
+        after[second] = (_agreeing(seen, number), second.args[0])
+    graphs = {each.module: each.module.graph for each in uncast}
+    try:
+        _run(gm, {each.module: each.graph for each in uncast}, before, example_inputs)
+        _run(gm, graphs, after, example_inputs)
+    except Exception as error:  # what is compiled does not depend on it
+        record.notes.append(f"not compared with its own precision: {type(error).__name__}: {error}")
+        log.warning("moecompile: %s was %s", record.name, record.notes[-1])
+        return
+    finally:
+        for module, graph in graphs.items():
+            module.graph = graph
+    of_layers = [
+        Compared(layer.row.module, layer.row.kind, alone=seen.alone[number], in_model=seen.in_model.get(number))
+        for number, layer in enumerate(layers)
+        if number in seen.alone
+    ]
+    of_plans = [
+        Compared(module_of(plans[number][1]), "choice of experts", agreement=share)
+        for number, share in seen.agreement.items()
+    ]
+    record.compared = (*of_layers, *of_plans)
+
+
+def _run(
+    gm: fx.GraphModule,
+    graphs: dict[fx.GraphModule, fx.Graph],
+    watched: dict[fx.Node, tuple[Any, ...]],
+    inputs: Sequence[Any],
+) -> None:
+    """Runs the captured graph with these graphs in its modules; who watches a node is called with its result first."""
+    main = graphs[gm]
+    for module, graph in graphs.items():
+        shown, places = copy_graph(graph)
+        for node, (observe, *arguments) in watched.items():
+            if node in places:
+                with shown.inserting_after(places[node]):
+                    given = fx.node.map_arg(tuple(arguments), places.__getitem__)
+                    shown.call_function(observe, (places[node], *given))
+        module.graph = shown
+    with torch.no_grad(), torch.random.fork_rng(gpus_in_use()):
+        gm(*safe_inputs(main, inputs))
+
+
+def _first(seen: _Seen, number: int, alone: Callable[..., Tensor]) -> Observe:
+    """Notes a layer's result in its own precision, and how far FP8 is from it on the same rows."""
+
+    def observe(result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.results[number] = sampled(result).clone()
+        seen.alone[number] = decibels(alone(*args, **kwargs), seen.results[number])
+
+    return observe
+
+
+def _second(seen: _Seen, number: int) -> Observe:
+    """Notes how far the same layer's result in the graph with casts is from that."""
+
+    def observe(result: Tensor) -> None:
+        seen.in_model[number] = decibels(sampled(result), seen.results.pop(number))
+
+    return observe
+
+
+def _chosen(seen: _Seen, number: int) -> Observe:
+    def observe(_: Any, ids: Tensor) -> None:
+        seen.chosen[number] = sampled(ids).clone()
+
+    return observe
+
+
+def _agreeing(seen: _Seen, number: int) -> Observe:
+    """Notes how many of a token's experts it had in the first run, too, on average."""
+
+    def observe(_: Any, ids: Tensor) -> None:
+        first, second = seen.chosen.pop(number), sampled(ids)
+        if first.numel():
+            same = (second.unsqueeze(-1) == first.unsqueeze(-2)).any(-1)
+            seen.agreement[number] = float(same.double().mean())
+
+    return observe
+
+
+def _linear_alone(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer's result in FP8, of sampled rows."""
+    ops, rows = torch.ops.moecompile, sampled(input)
+    copies = list(ops.quantize_weights(weight, backward=False))
+    result: Tensor = ops.linear_fp8(rows, weight, bias, *ops.quantize(rows), copies)
+    return result
+
+
+def _experts_alone(
+    x: Tensor, weights: Tensor | None, offsets: Tensor, slots: Tensor, _: Tensor, *matrices: Tensor, **attributes: Any
+) -> Tensor:
+    """The experts' result in FP8, of sampled tokens with the experts that they have."""
+    ops, keywords = torch.ops.moecompile, dict(attributes)
+    w_in, w_out, *_others = matrices
+    experts = torch.searchsorted(offsets, sampled(slots).contiguous(), right=True)
+    _, *plan = ops.plan(torch.where(sampled(slots) < 0, -1, experts), offsets.shape[0])
+    layouts = (keywords.get("w_in_transposed", False), keywords.get("w_out_transposed", False))
+    of_in = ops.quantize_weights(
+        w_in, keywords.get("w_up"), gate_up=keywords["gate_up"], transposed=layouts[0], backward=False
+    )
+    of_out = ops.quantize_weights(w_out, transposed=layouts[1], backward=False)
+    chosen = None if weights is None else sampled(weights)
+    result: Tensor = ops.experts_fp8(sampled(x), chosen, *plan, *matrices, **keywords, quantized=[*of_in, *of_out])
+    return result
+
+
+def sampled(rows: Tensor) -> Tensor:
+    """Of (..., F) at most ROWS rows (R, F), evenly."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    return rows[:: max(1, -(-rows.shape[0] // ROWS))]
+
+
+def decibels(found: Tensor, expected: Tensor) -> float:
+    """Signal to noise; infinite where nothing differs, NaN where something is not finite or there is no signal."""
+    signal = float(expected.double().square().sum())
+    noise = float((found.double() - expected.double()).square().sum())
+    if not math.isfinite(noise) or not math.isfinite(signal) or signal == 0:
+        return math.nan
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
