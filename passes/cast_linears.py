@@ -4,6 +4,7 @@ Contract
 - `verdicts` of this very graph say which layers (passes/linears.py); the others are left alone.
 - Weights stay what they are, and get their gradients; only what is multiplied is cast.
 - Layers that read the same rows share one cast of them, unless somebody writes into these; matrices likewise.
+- Under autocast, what a layer would have been given in its result's dtype is converted first, as autocast does it.
 
     values, scales = moecompile.quantize(h)                               # for each of 128 features
     w_q = moecompile.quantize_weights(W)                                  # values, scales, and both transposed
@@ -50,21 +51,36 @@ class _Casts:
         self._graph, self._backward = graph, backward
         self._written = Layout(graph).written
         self._made: dict[fx.Node, list[fx.Node]] = {}
+        self._converted: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def replace(self, linear: Linear) -> Replaced:
         """Puts the operator in the layer's place."""
-        node = linear.node
+        node, ops = linear.node, torch.ops.moecompile
         with self._graph.inserting_before(node):
-            rows = self._cast(node, linear.rows, torch.ops.moecompile.quantize.default, {}, _rows(linear.rows))
+            rows, matrix = self._in_dtype(node, linear.rows), self._in_dtype(node, linear.matrix)
+            bias = None if linear.bias is None else self._in_dtype(node, linear.bias)
+            of_rows = self._cast(node, rows, ops.quantize.default, {}, _rows(rows))
             attributes = {} if self._backward else {"backward": False}
-            specs = check_weights(fake_of(linear.matrix), None, "single", False, self._backward)
-            matrix = self._cast(node, linear.matrix, torch.ops.moecompile.quantize_weights.default, attributes, specs)
-            given = (linear.rows, linear.matrix, linear.bias, *rows, matrix)
-            result = call_for(node, torch.ops.moecompile.linear_fp8.default, given, {})
+            specs = check_weights(fake_of(matrix), None, "single", False, self._backward)
+            of_matrix = self._cast(node, matrix, ops.quantize_weights.default, attributes, specs)
+            result = call_for(node, ops.linear_fp8.default, (rows, matrix, bias, *of_rows, of_matrix), {})
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
         return node, result
+
+    def _in_dtype(self, node: fx.Node, given: fx.Node) -> fx.Node:
+        """An operand in the dtype of the layer's result, which only autocast lets be another one."""
+        fake, dtype = fake_of(given), fake_of(node).dtype
+        if fake.dtype == dtype:
+            return given
+        if (given, dtype) in self._converted:
+            return self._converted[given, dtype]
+        made = call_for(node, torch.Tensor.to, (given, dtype), {})
+        made.meta[key_of(node)] = fake.to(dtype)
+        if given not in self._written:
+            self._converted[given, dtype] = made
+        return made
 
     def _cast(
         self, node: fx.Node, given: fx.Node, target: Any, attributes: dict[str, Any], specs: Specs

@@ -30,7 +30,7 @@ from moecompile.passes.main_gradients import OPERATORS
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.fp8_contract import GEMM_DTYPES
 from moecompile.runtime.linear_fp8 import LINE
-from moecompile.runtime.quantize import BLOCK
+from moecompile.runtime.quantize import BLOCK, DTYPES
 
 WIDE = 4
 """How much wider than its input a result is that leaves the graph as scores of a vocabulary; no other layer does."""
@@ -149,9 +149,9 @@ def _known(linear: Linear, facts: _Facts) -> str | None:
 
 def _dtype(linear: Linear, facts: _Facts) -> str | None:
     dtypes = {fake_of(each).dtype for each in (linear.rows, linear.matrix, linear.node)}
-    if len(dtypes) == 1 and dtypes <= set(GEMM_DTYPES):
+    if fake_of(linear.node).dtype in GEMM_DTYPES and dtypes <= set(DTYPES):  # several: autocast converts the operands
         return None
-    return f"{' and '.join(sorted(map(_short, dtypes)))}: only bfloat16 and float16 are cast"
+    return f"{' and '.join(sorted(map(_short, dtypes)))}: only products in bfloat16 and float16 are cast"
 
 
 def _made(linear: Linear, facts: _Facts) -> str | None:

@@ -129,6 +129,36 @@ def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
     assert (model.a.weight.grad is None) == (frozen == "weight") and (x.grad is None) == (frozen == "x")
 
 
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_autocast_of_float32_weights(where: str) -> None:
+    """As many train: what autocast would convert is converted, cast once, and gradients are float32."""
+
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "around":
+                return self.b(functional.silu(self.a(x))) + self.c(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.b(functional.silu(self.a(x))) + self.c(x)
+
+    torch.manual_seed(0)
+    model, seen = Model(torch.float32, a=(512, H), b=(H, 512), c=(H, H)), list[fx.GraphModule]()
+    model.a.bias = nn.Parameter(torch.randn(512))
+    reference, x = copy.deepcopy(model), torch.randn(40, H, requires_grad=True)
+    mine = x.detach().clone().requires_grad_()
+    fast = compiled(model, seen)
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        found, expected = fast(mine), reference(x)
+    assert counted(seen) == {"quantize": 2, "quantize_weights": 3, "linear_fp8": 3}
+    assert found.dtype == expected.dtype == torch.bfloat16 and 1e-3 < relative(found, expected) < BOUND
+    grad = torch.randn_like(expected)
+    found.backward(grad)
+    expected.backward(grad)
+    assert mine.grad is not None and x.grad is not None and relative(mine.grad, x.grad) < 2 * BOUND
+    for (name, ours), right in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None and right.grad is not None and ours.grad.dtype == torch.float32, name
+        assert relative(ours.grad, right.grad) < 2 * BOUND, name
+
+
 def test_symbolic_numbers_of_tokens() -> None:
     class Model(Layers):
         def forward(self, x: Tensor) -> Tensor:

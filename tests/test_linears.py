@@ -163,7 +163,7 @@ def test_float32_is_kept() -> None:
             return self.layer(x)
 
     found = reasons(Model(torch.float32, layer=(H, H)), rows(torch.float32))
-    assert found == {"layer": "float32: only bfloat16 and float16 are cast"}
+    assert found == {"layer": "float32: only products in bfloat16 and float16 are cast"}
 
 
 def test_the_user_has_the_last_word() -> None:
