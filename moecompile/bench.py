@@ -57,6 +57,10 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         the exit status: 0 if everything was measured, 1 if something failed, 2 if nothing can be measured here.
     """
+    if argv[:1] == ["accuracy"]:
+        from moecompile import bench_accuracy
+
+        return bench_accuracy.main(argv[1:])
     parser = _parser()
     chosen = parser.parse_args(argv)
     names = _names(chosen.device)
@@ -80,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "what", choices=["experts", "model"], help="the experts of one GPU, or whole decoder layers in FP8"
+        "what",
+        choices=["experts", "model", "accuracy"],
+        help="the experts of one GPU, whole decoder layers in FP8, or how well FP8 learns (bench accuracy --help)",
     )
     parser.add_argument(
         "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"experts: sections, of {','.join(SECTIONS)}"

@@ -119,14 +119,14 @@ ROOMS = {
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
-    """The function of that module, imported when it is first called: `import moecompile` only registers."""
-    found: Callable[..., Any] | None = None
+    """The function of that module, which is imported when it is first called: `import moecompile` only registers."""
+    found: Any = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal found
         if found is None:
-            found = getattr(importlib.import_module(f"moecompile.runtime.{module}"), function)
-        return found(*args, **kwargs)
+            found = importlib.import_module(f"moecompile.runtime.{module}")
+        return getattr(found, function)(*args, **kwargs)
 
     return call
 

@@ -1,0 +1,119 @@
+"""Recipes of FP8 that are known to be worse, to see whether a training run can tell: one for each `with wrong(name)`.
+
+They replace how rows, gradients and matrices of linear layers are cast; the products are the same, and experts, whose
+rows are cast inside of their kernels, keep the right recipe but for their matrices. Compiled code does not know of it:
+what is compiled inside must not be kept beyond (`force_disable_caches`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from moecompile.passes import decompose
+from moecompile.runtime import fp8_experts, linear_fp8
+from moecompile.runtime.quantize import (
+    BLOCK,
+    E4M3,
+    SMALLEST_SCALE,
+    SQUARE,
+    blocks_in,
+    dequantize,
+    pad,
+    quantize,
+)
+
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+PER_TENSOR, SQUARE_GRADIENTS, ROUTER = "one scale a tensor", "gradients 128x128", "router in FP8"
+
+
+def per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values and the one scale, the smallest power of two that brings the largest number to 448 or less."""
+    largest = x.abs().max().float().clamp(min=SMALLEST_SCALE)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / 448)))
+    return (x.float() / scale).clamp(-448, 448).to(E4M3), scale
+
+
+def _rows_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+    values, scale = per_tensor(x)
+    return values, _filled(x, scale)
+
+
+def _gradient_per_tensor(grad: Tensor) -> Four:
+    values, scale = per_tensor(grad)
+    rows = values.reshape(-1, values.shape[-1])
+    turned = _token_major(rows)
+    return (
+        values,
+        _filled(grad, scale),
+        turned,
+        scale.expand(turned.shape[1] // BLOCK, turned.shape[0]).contiguous().t(),
+    )
+
+
+def _gradient_in_squares(grad: Tensor) -> Four:
+    rows = grad.reshape(-1, grad.shape[-1])
+    values, scales = quantize(rows, SQUARE)
+    of_rows = scales.repeat_interleave(BLOCK, 0)[: rows.shape[0]].t().contiguous()
+    of_features = scales.repeat_interleave(BLOCK, 1)[:, : rows.shape[1]].contiguous()
+    spread = of_rows.view(of_rows.shape[0], *grad.shape[:-1]).movedim(0, -1)
+    return values.view(grad.shape), spread, _token_major(values), of_features.t()
+
+
+def _filled(x: Tensor, scale: Tensor) -> Tensor:
+    """The scale for each 1x128 of x, laid out as `moecompile::quantize` does it."""
+    return scale.expand(blocks_in(x.shape[-1], BLOCK), *x.shape[:-1]).contiguous().movedim(0, -1)
+
+
+def _token_major(values: Tensor) -> Tensor:
+    """Rows (T, F) as (F, P), filled up with zeros."""
+    filled = torch.nn.functional.pad(values.view(torch.uint8), (0, 0, 0, pad(values.shape[0]) - values.shape[0]))
+    return filled.t().contiguous().view(E4M3)
+
+
+def _matrices_per_tensor(right: Callable[..., Four]) -> Callable[..., Four]:
+    """Copies as the right ones lie, with one scale for all blocks of them."""
+
+    def cast(*args: Any, **attributes: Any) -> Four:
+        found = right(*args, **attributes)
+        made: list[Tensor] = []
+        for values, scales in (found[:2], found[2:]):
+            if not values.numel():
+                made += [values, scales]
+                continue
+            again, scale = per_tensor(dequantize(values, scales, SQUARE))
+            made += [again, scale.expand_as(scales).contiguous()]
+        values, scales, values_t, scales_t = made
+        return values, scales, values_t, scales_t
+
+    return cast
+
+
+@contextlib.contextmanager
+def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
+    """Within, layers are cast by that recipe; the options that the backend needs besides. None: by the right one."""
+    with contextlib.ExitStack() as stack:
+
+        def replace(module: Any, attribute: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(module, attribute, value))
+
+        if name in (PER_TENSOR, SQUARE_GRADIENTS):
+            replace(linear_fp8, "_remembered", _anew)
+            replace(decompose, "_is_worth_fusing", lambda node: False)
+        if name == PER_TENSOR:
+            replace(linear_fp8, "quantize", _rows_per_tensor)
+            replace(linear_fp8, "quantize_gradient", _gradient_per_tensor)
+            replace(fp8_experts, "quantize_weights", _matrices_per_tensor(fp8_experts.quantize_weights))
+        if name == SQUARE_GRADIENTS:
+            replace(linear_fp8, "quantize_gradient", _gradient_in_squares)
+        yield {"fp8_include": ("*.gate",)} if name == ROUTER else {}
+
+
+def _anew(operator: str, tensors: Any, attributes: Any, run: Callable[..., list[Tensor]]) -> list[Tensor]:
+    """Nothing of the right recipe is remembered, nor anything of this one."""
+    return run(linear_fp8._hopper(next(each for each in tensors if each is not None).device))

@@ -1,0 +1,95 @@
+"""The accuracy bench: recipes that are wrong as they say, what is printed and drawn, and that it runs."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
+from moecompile import bench_accuracy
+from moecompile.bench_curves import draw
+from moecompile.bench_recipes import PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
+from moecompile.commands import main
+from moecompile.runtime import linear_fp8
+from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
+
+ops = torch.ops.moecompile
+
+
+@pytest.mark.parametrize("name", [PER_TENSOR, SQUARE_GRADIENTS])
+def test_wrong_recipes_give_what_the_right_one_gives_in_other_scales(name: str) -> None:
+    torch.manual_seed(0)
+    grad = torch.randn(2, 90, 272).bfloat16() * torch.logspace(-6, 0, 272).bfloat16()
+    right = ops.quantize_gradient(grad)
+    with wrong(name):
+        found = ops.quantize_gradient(grad)
+        copies = ops.quantize_weights(grad.view(180, 272))
+        rows = ops.quantize(grad)
+    for ours, theirs in zip(found, right, strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+    values, scales, turned, turned_scales = found
+    loud = grad.abs() > grad.abs().max() / 64
+    for stands in (
+        dequantize(values.view(180, 272), scales.reshape(180, 3), ALONG_FEATURES),
+        dequantize(turned, turned_scales, ALONG_FEATURES)[:, :180].t(),
+    ):
+        error = (stands.view(grad.shape) - grad.float()).abs() / grad.float().abs()
+        assert float(error[loud].max()) < 1 / 15
+    of_rows = scales.reshape(180, 3)
+    assert torch.equal(of_rows[:128], of_rows[:1].expand(128, 3)) and len(right[1].unique()) > 6
+    if name == PER_TENSOR:
+        assert len(copies[1].unique()) == 1 and len(rows[1].unique()) == 1
+        assert torch.equal(dequantize(copies[0], copies[1], SQUARE), dequantize(copies[2], copies[3], SQUARE).t())
+    assert all(
+        map(torch.equal, [each.float() for each in ops.quantize_gradient(grad)], [each.float() for each in right])
+    )
+
+
+def test_nothing_stays_wrong() -> None:
+    before = linear_fp8.quantize
+    with wrong(PER_TENSOR) as options:
+        assert linear_fp8.quantize is not before and options == {}
+    with wrong(ROUTER) as options:
+        assert linear_fp8.quantize is before and options == {"fp8_include": ("*.gate",)}
+    with wrong(None) as options:
+        assert linear_fp8.quantize is before and options == {}
+
+
+def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = [[4.0] * 9 + [2.0], [4.0] * 9 + [2.01]]
+    good, bad, worse = ([[0.0] * 9 + [run[-1] * factor] for run in wide] for factor in (1.001, 1.004, 1.02))
+    told = {"bfloat16": wide, "FP8": good, PER_TENSOR: worse, ROUTER: worse}
+    assert bench_accuracy.judge(told) == 0
+    printed = capsys.readouterr().out
+    assert "bfloat16 differs by 0.50% from seed to seed" in printed and f"worse: {PER_TENSOR}, {ROUTER}" in printed
+    assert bench_accuracy.judge({**told, ROUTER: bad}) == 1, "less than seeds differ by tells nothing"
+    assert bench_accuracy.judge({**told, "FP8": bad}) == 1
+    assert bench_accuracy.judge({"bfloat16": wide, "FP8": good}) == 0
+    nan = [[float("nan")] * 10] * 2
+    assert bench_accuracy.judge({**told, ROUTER: nan}) == 0, "what diverges is told"
+
+
+def test_the_picture() -> None:
+    losses = {"bfloat16": [[5.0 - step / 100 for step in range(400)]] * 3, "a <b>": [[4.0] * 400, [3.0] * 400]}
+    root = ElementTree.fromstring(draw(losses))
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert "bfloat16" in words and "a <b>" in words and "400" in words
+    assert sum(element.tag.endswith("polyline") for element in root.iter()) == 2
+
+
+def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    given = ["bench", "accuracy", "--device", "cpu", "--seeds", "1", "--recipes", ROUTER]
+    status = main([*given, "--json", str(tmp_path / "losses.json"), "--svg", str(tmp_path / "losses.svg")])
+    printed = capsys.readouterr().out
+    losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
+    assert losses.keys() == {"bfloat16", "FP8", ROUTER} and all(
+        len(run) == 10 for runs in losses.values() for run in runs
+    )
+    assert losses["bfloat16"][0][-1] < losses["bfloat16"][0][0] - 0.3 and losses["FP8"] != losses["bfloat16"]
+    assert (
+        (tmp_path / "losses.svg").read_text().startswith("<svg") and status in (0, 1) and "told to be worse" in printed
+    )
