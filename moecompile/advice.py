@@ -190,6 +190,7 @@ def warn_if_nothing_matched(
     A model is what `callers.caller` can tell: the outermost module that was called, or the compiled function. The rule:
 
     - no warning for a model of which another graph was rewritten before, or for which a warning went out;
+    - none for a graph of which layers were cast to FP8;
     - none with the pass `detect` disabled: nothing was looked for;
     - none that repeats another in all but the model: the same function, the same obstacle;
     - a graph that shows an obstacle is warned about at once, and so is a whole model without any block. A part of a
@@ -204,7 +205,9 @@ def warn_if_nothing_matched(
     Returns:
         `compiled`, or a callable that does the same.
     """
-    if record.sites or not any(each.name == "detect" for each in record.passes):
+    if record.sites or any(row.cast for row in record.casts):
+        return compiled
+    if not any(each.name == "detect" for each in record.passes):
         return compiled
     if obstacle or not (record.graph_breaks or callers.caller().nested):
         _warn(record, obstacle)

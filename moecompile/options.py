@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 # The passes over the captured graph, in the order in which they run; `Options.disable` takes these names.
 PASSES: dict[str, str] = {
-    "detect": "finds the mixture-of-experts blocks; without it nothing else has anything to do",
+    "detect": "finds the mixture-of-experts blocks; without it none is rewritten",
     "fuse": "replaces each block found by moecompile's operators; without it blocks are only reported",
     "precision": "casts linear layers and experts to FP8 where the option `precision` asks for it",
 }
@@ -75,11 +75,13 @@ class Options:
         '("fp8", bfloat16 and float16 models; embeddings, head, routers, norms and attention itself stay as they are)',
     )
     fp8_exclude: tuple[str, ...] = _option(
-        (), "patterns (`*`, `?`) of paths of modules that stay in the model's precision, with all that is inside them"
+        (),
+        "patterns (`*`, `?`, `[...]`, numbers as in `layers.[0-11]`) of paths of modules that stay in the model's "
+        "precision, with all that is inside them",
     )
     fp8_include: tuple[str, ...] = _option(
         (),
-        "patterns of paths of modules that are cast although they would be kept, if they can be; what `fp8_exclude` "
+        "the same of modules that are cast although they would be kept, if they can be; what `fp8_exclude` "
         "names is kept all the same",
     )
     fp8_keep_first_layers: int = _option(0, "how many of the first layers of each list of layers are kept")

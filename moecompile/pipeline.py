@@ -24,9 +24,10 @@ from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
 from moecompile.passes.casts import Cast
 from moecompile.passes.detect import detect
+from moecompile.passes.exclusions import Exclusions
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
-from moecompile.passes.precision import Exclusions, cast
+from moecompile.passes.precision import Whole, cast
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
@@ -45,6 +46,7 @@ class Piece:
     """One body of the captured graph, and what is known of it so far.
 
     Attributes:
+        whole: what is known of all bodies, where the pass `precision` runs.
         differentiable: whether somebody may call its backward.
         casts: what was cast to FP8, and what was kept.
         uncast: the body as it was before that, where it is to be compared.
@@ -58,6 +60,7 @@ class Piece:
     layout: Layout | None = None
     casts: tuple[Cast, ...] = ()
     uncast: Uncast | None = None
+    whole: Whole | None = None
     differentiable: bool = True
     changed: bool = False
     notes: list[str] = field(default_factory=list)
@@ -79,12 +82,9 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 
 def cast_to_fp8(piece: Piece, options: Options) -> None:
     """Turns linear layers and experts to FP8."""
-    exclusions = Exclusions(
-        options.fp8_exclude, options.fp8_include, options.fp8_keep_first_layers, options.fp8_keep_last_layers
-    )
-    graph = piece.module.graph
+    graph, whole = piece.module.graph, piece.whole or Whole.of([piece.module.graph])
     uncast, places = copy_graph(graph) if options.fp8_compare else (None, {})
-    table = cast(graph, exclusions, backward=piece.differentiable)
+    table = cast(graph, _exclusions(options), whole, backward=piece.differentiable)
     piece.changed, piece.casts = True, table.rows
     if uncast is not None:
         layers = tuple(Layer(row, places[before], after) for row, before, after in table.replaced)
@@ -95,7 +95,12 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
             note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
             log.warning("%s", note)
             piece.notes.append(note)
-    piece.notes += [f"the pattern {pattern!r} names no module of this graph" for pattern in table.unused]
+
+
+def _exclusions(options: Options) -> Exclusions:
+    return Exclusions(
+        options.fp8_exclude, options.fp8_include, options.fp8_keep_first_layers, options.fp8_keep_last_layers
+    )
 
 
 # In the order in which they run, under the names of `moecompile.options.PASSES`, where each is described.
@@ -120,6 +125,7 @@ def run_passes(
     pieces = [Piece(module, differentiable=differentiable) for module in modules]
     record.before = text_of(gm)
     with _transforms_hidden(pieces, record), without_collections():
+        _look_at_all(pieces, options, record)
         for number, (name, run) in enumerate(PASSES.items(), start=1):
             if name == "precision" and options.precision == "model":
                 continue
@@ -136,8 +142,27 @@ def run_passes(
     record.sites = tuple(map(without_graph, sites))
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.casts = tuple(row for piece in pieces for row in piece.casts)
+    _say_if_nothing_is_cast(record)
     record.after = text_of(gm)
     return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
+
+
+def _say_if_nothing_is_cast(record: GraphReport) -> None:
+    if record.casts and not any(row.cast for row in record.casts):
+        reasons = "; ".join(dict.fromkeys(row.reason for row in record.casts))
+        record.notes.append(f"nothing of it is cast to FP8: {reasons}")
+        log.warning("%s: %s", record.name or "a graph", record.notes[-1])
+
+
+def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> None:
+    """What the pass `precision` has to know of all bodies; notes the user's patterns that name nothing."""
+    if options.precision == "model" or "precision" in options.disable:
+        return
+    whole = Whole.of(piece.module.graph for piece in pieces)
+    for piece in pieces:
+        piece.whole = whole
+    unused = _exclusions(options).unused(whole.modules)
+    record.notes += [f"the pattern {pattern!r} names no module of this graph" for pattern in unused]
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

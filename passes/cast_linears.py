@@ -45,13 +45,17 @@ def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], backward: bool = 
 
 
 class _Casts:
-    """The casts that there are already, by what is cast; nothing that is written is in it."""
+    """The casts that there are already, by what is cast; nothing that is written is in it.
+
+    Layers are known as they were before any was cast: what an operand is now, and whether it is written, is looked up.
+    """
 
     def __init__(self, graph: fx.Graph, backward: bool) -> None:
         self._graph, self._backward = graph, backward
         self._written = Layout(graph).written
-        self._made: dict[fx.Node, list[fx.Node]] = {}
+        self._made: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
         self._converted: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self._now: dict[fx.Node, fx.Node] = {}
 
     def replace(self, linear: Linear) -> Replaced:
         """Puts the operator in the layer's place."""
@@ -59,38 +63,41 @@ class _Casts:
         with self._graph.inserting_before(node):
             rows, matrix = self._in_dtype(node, linear.rows), self._in_dtype(node, linear.matrix)
             bias = None if linear.bias is None else self._in_dtype(node, linear.bias)
-            of_rows = self._cast(node, rows, ops.quantize.default, {}, _rows(rows))
+            of_rows = self._cast(node, linear.rows, rows, ops.quantize.default, {}, _rows(rows))
             attributes = {} if self._backward else {"backward": False}
             specs = check_weights(fake_of(matrix), None, "single", False, self._backward)
-            of_matrix = self._cast(node, matrix, ops.quantize_weights.default, attributes, specs)
+            of_matrix = self._cast(node, linear.matrix, matrix, ops.quantize_weights.default, attributes, specs)
             result = call_for(node, ops.linear_fp8.default, (rows, matrix, bias, *of_rows, of_matrix), {})
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
+        self._now[node] = result
         return node, result
 
     def _in_dtype(self, node: fx.Node, given: fx.Node) -> fx.Node:
-        """An operand in the dtype of the layer's result, which only autocast lets be another one."""
-        fake, dtype = fake_of(given), fake_of(node).dtype
+        """An operand as it is now, in the dtype of the layer's result, which only autocast lets be another one."""
+        operand = self._now.get(given, given)
+        fake, dtype = fake_of(operand), fake_of(node).dtype
         if fake.dtype == dtype:
-            return given
+            return operand
         if (given, dtype) in self._converted:
             return self._converted[given, dtype]
-        made = call_for(node, torch.Tensor.to, (given, dtype), {})
+        made = call_for(node, torch.Tensor.to, (operand, dtype), {})
         made.meta[key_of(node)] = fake.to(dtype)
         if given not in self._written:
             self._converted[given, dtype] = made
         return made
 
     def _cast(
-        self, node: fx.Node, given: fx.Node, target: Any, attributes: dict[str, Any], specs: Specs
+        self, node: fx.Node, given: fx.Node, operand: fx.Node, target: Any, attributes: dict[str, Any], specs: Specs
     ) -> list[fx.Node]:
-        """The results of a cast, made in front of the node unless it is there."""
-        if given in self._made:
-            return self._made[given]
-        parts = cast_for(node, target, (given,), attributes, specs)
+        """The results of a cast of what `given` is now, made in front of the node unless it is there."""
+        key = (operand, target)
+        if key in self._made:
+            return self._made[key]
+        parts = cast_for(node, target, (operand,), attributes, specs)
         if given not in self._written:
-            self._made[given] = parts
+            self._made[key] = parts
         return parts
 
 

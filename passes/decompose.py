@@ -1,13 +1,13 @@
 """Write our operators out as PyTorch's, so that Inductor fuses what lies between the experts' products.
 
 Contract
-- `quantize` is written out so that it is fused with what made its rows: a norm, an activation.
 - Works on AOTAutograd's graphs (meta["val"], functional), right before Inductor compiles them; returns how many nodes
   it replaced. The caller recompiles the GraphModule.
-- The graph computes the same: what is written out is the reference itself, `moecompile.runtime.reference` and
-  `.backward`, traced with rows whose number does not depend on the routing.
-- An operator is left as it is where that would not help: products of another dtype than bfloat16, the one that
+- The graph computes the same: what is written out is the reference itself, `moecompile.runtime.reference`, `.backward`
+  and `.linear_fp8`, traced with rows whose number does not depend on the routing.
+- Experts are left as they are where it would not help: products of another dtype than bfloat16, the one that
   `torch._grouped_mm` can be traced with on a CPU, another device, a number of rows that is symbolic or 0. `plan` stays.
+- A cast of rows, `quantize`, is left where its kernel is as fast (`_is_worth_fusing`), or features are symbolic.
 
     for node in graph:
         traced = make_fx(reference)(its example values)      # aten operators, no mutation

@@ -1,24 +1,65 @@
 """What the user wants cast to FP8, or kept: patterns of module paths, and the first and last layers.
 
-A pattern (`fnmatch`: `*`, `?`, `[...]`) that matches a module's path matches all that is inside the module. A layer is
-a module of a list: `model.layers.0.mlp.gate` is in layer 0 of `model.layers`; the outermost number decides. Who is
-named by both `exclude` and `include` is kept; who is in a layer to be kept and named by `include` is cast.
+A pattern that matches a module's path matches all that is inside the module: `*`, `?` and `[...]` as in `fnmatch`, and
+numbers as the report writes them, `layers.[0-11].mlp`, `layers.[0,5-7]`. A layer is a module of a list:
+`model.layers.0.mlp.gate` is in layer 0 of `model.layers`; the outermost number decides. Who is named by both `exclude`
+and `include` is kept; who is in a layer to be kept and named by `include` is cast.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+
+_NUMBERS = re.compile(r"\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\]")
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """What the user asked for, whatever the graph.
+
+    Attributes:
+        exclude: patterns of module paths that are kept.
+        include: patterns of module paths that are cast whatever they are for, if they can be.
+        first_layers: how many layers are kept from the first on.
+        last_layers: how many are kept up to the last.
+    """
+
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    first_layers: int = 0
+    last_layers: int = 0
+
+    def within(self, modules: Iterable[str]) -> Wishes:
+        """What holds for a captured graph that these modules compute."""
+        numbers: dict[str, set[int]] = {}
+        for module in modules:
+            layers, number = layer_of(module)
+            if number is not None:
+                numbers.setdefault(layers, set()).add(number)
+        edges = {}
+        for layers, found in numbers.items():
+            ordered = sorted(found)
+            last = ordered[len(ordered) - min(self.last_layers, len(ordered)) :]
+            edges[layers] = frozenset((*ordered[: self.first_layers], *last))
+        return Wishes(self.exclude, self.include, edges)
+
+    def unused(self, modules: Iterable[str]) -> list[str]:
+        """The patterns that match none of these modules."""
+        paths = {path for module in modules for path in _outer(module)}
+        return [each for each in (*self.exclude, *self.include) if not any(map(_pattern(each).fullmatch, paths))]
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """Those that hold for one graph; without arguments, none.
+    """What the user wants of one captured graph; without arguments, nothing.
 
     Attributes:
-        exclude: patterns of modules that are kept.
-        include: patterns of modules that are cast whatever they are for, if they can be.
+        exclude: as of `Exclusions`.
+        include: likewise.
         edges: module lists, and the numbers of those of their layers that are kept.
     """
 
@@ -39,27 +80,8 @@ class Wishes:
         """Whether the user wants the module cast, whatever it is for."""
         return _matches(module, self.include)
 
-    def unused(self, modules: Iterable[str]) -> list[str]:
-        """The patterns that match none of these modules."""
-        paths = {path for module in modules for path in _outer(module)}
-        return [each for each in (*self.exclude, *self.include) if not any(fnmatchcase(path, each) for path in paths)]
-
 
 NO_WISHES = Wishes()
-
-
-def wishes(modules: Iterable[str], exclude: tuple[str, ...], include: tuple[str, ...], first: int, last: int) -> Wishes:
-    """What the user wants of a graph that these modules compute: `first` and `last` are numbers of layers to keep."""
-    numbers: dict[str, set[int]] = {}
-    for module in modules:
-        layers, number = layer_of(module)
-        if number is not None:
-            numbers.setdefault(layers, set()).add(number)
-    edges = {}
-    for layers, found in numbers.items():
-        ordered = sorted(found)
-        edges[layers] = frozenset((*ordered[:first], *ordered[len(ordered) - min(last, len(ordered)) :]))
-    return Wishes(exclude, include, edges)
 
 
 def layer_of(module: str) -> tuple[str, int | None]:
@@ -70,10 +92,34 @@ def layer_of(module: str) -> tuple[str, int | None]:
 
 
 def _matches(module: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(path, pattern) for path in _outer(module) for pattern in patterns)
+    return any(_pattern(each).fullmatch(path) for path in _outer(module) for each in patterns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(words: str) -> re.Pattern[str]:
+    """A pattern as a regular expression."""
+    made, begin = "", 0
+    for found in _NUMBERS.finditer(words):
+        if not {"-", ","} & set(found[1]):  # [01] is a 0 or a 1, as ever
+            continue
+        made += _translated(words[begin : found.start()]) + f"(?:{'|'.join(map(str, _numbers(found[1])))})"
+        begin = found.end()
+    return re.compile(made + _translated(words[begin:]), re.DOTALL)
+
+
+def _translated(words: str) -> str:
+    return fnmatch.translate(words).removeprefix("(?s:").removesuffix(")\\Z") if words else ""
+
+
+def _numbers(ranges: str) -> list[int]:
+    found: list[int] = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        found += range(int(low), int(high or low) + 1)
+    return found
 
 
 def _outer(module: str) -> list[str]:
-    """The module's path and those of the modules it is in."""
+    """The module's path and those of the modules it is in, the whole model, whose path is empty, included."""
     parts = module.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]

@@ -129,7 +129,7 @@ def _of_gemm1(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -
 
 
 class _LinearFp8(torch.autograd.Function):
-    """scaled_mm with its derivative, three products more; of x the quantised copy is kept, of weight the transposed.
+    """scaled_mm with its derivative, two products more; of x the quantised copy is kept, of weight the transposed.
 
     See `moecompile.runtime.linear_fp8` for the formulas.
     """

@@ -172,3 +172,53 @@ def test_symbolic_numbers_of_tokens() -> None:
         result.sum().backward()
         assert relative(result, model(x)) < BOUND
     assert len(seen) == 1
+
+
+def both(model: nn.Module, *inputs: Tensor) -> tuple[Any, Any]:
+    """Results compiled and not."""
+    with torch.no_grad():
+        return compiled(model, [])(*(each.clone() for each in inputs)), model(*(each.clone() for each in inputs))
+
+
+def test_a_layer_right_behind_another() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)))
+
+    found, expected = both(Model(a=(128, H), b=(H, 128), c=(H, H)), rows())
+    assert 1e-3 < relative(found, expected) < BOUND
+
+
+def test_a_layers_result_that_is_written_before_the_next_reads_it() -> None:
+    """The cast of what it was is not the cast of what it is."""
+
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x)
+            first = self.b(h)
+            h.mul_(-1)
+            return first, self.c(h)
+
+    found, expected = both(Model(a=(H, H), b=(H, H), c=(H, H)), rows())
+    assert all(relative(ours, right) < BOUND for ours, right in zip(found, expected, strict=True))
+
+
+def test_a_matrix_that_is_rows_too() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), functional.linear(self.a.weight, self.a.weight)
+
+    found, expected = both(Model(a=(H, H)), rows())
+    assert all(relative(ours, right) < BOUND for ours, right in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, H), (8, H), ()], ids=str)
+def test_a_bias_that_is_spread_is_kept(shape: tuple[int, ...]) -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.a.weight, self.bias)
+
+    model = Model(a=(H, H))
+    model.bias = nn.Parameter(torch.randn(shape, dtype=torch.bfloat16))
+    found, expected = both(model, rows())
+    assert torch.equal(found, expected)

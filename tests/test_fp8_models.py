@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import moecompile
 from moecompile.passes.casts import Cast
-from moecompile.passes.exclusions import Wishes, layer_of, wishes
+from moecompile.passes.exclusions import Exclusions, Wishes, layer_of
 from moecompile.passes.linears import Verdict
-from moecompile.passes.precision import Exclusions, cast
+from moecompile.passes.precision import Whole, cast
 from moecompile.pipeline import Piece, _transforms_hidden
 from moecompile.report import GraphReport, Report
 from test_linears import VOCABULARY, H, fused
@@ -285,6 +287,57 @@ def test_experts_can_be_kept() -> None:
     assert "moecompile.experts(" in report.graphs[0].after and "experts_fp8" not in report.graphs[0].after
 
 
+class Checkpointed(Plain):
+    """Every layer in a region of its own; a head that is the embedding, in one, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, H, dtype=torch.bfloat16)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            up, down = layer.children()
+            x = x + checkpoint(lambda x, up=up, down=down: down(nn.functional.silu(up(x))), x, use_reentrant=False)
+        head = checkpoint(lambda x: nn.functional.linear(x, self.embedding.weight), x, use_reentrant=False)
+        return head, self.router(x).topk(2).indices
+
+
+def test_checkpointed_regions_are_seen_as_one_model() -> None:
+    options = {"fp8_keep_first_layers": 1, "fp8_exclude": ("layers.2.down", "nowhere")}
+    compiled(Checkpointed(), **options)(torch.arange(8))
+    report = moecompile.last_report()
+    assert {row.module for row in report.casts if row.cast} == {"layers.1.up", "layers.1.down", "layers.2.up"}
+    assert "its matrix is an embedding's" in {row.reason for row in report.casts}
+    notes = [note for note in report.graphs[0].notes if "pattern" in note]
+    assert notes == ["the pattern 'nowhere' names no module of this graph"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [
+        ("layers.[0-11].up", set(range(12))),
+        ("layers.[1,9-10]", {1, 9, 10}),
+        ("layers.[01]", {0, 1}),
+        ("layers.1?", {10, 11, 12}),
+        ("*.[3-4].*", {3, 4}),
+        ("", set(range(13))),
+    ],
+)
+def test_patterns_have_numbers_as_the_report_writes_them(pattern: str, numbers: set[int]) -> None:
+    wishes = Exclusions(exclude=(pattern,)).within([])
+    assert {number for number in range(13) if wishes.excluded(f"layers.{number}.up")} == numbers
+    assert not Exclusions(exclude=(pattern,)).unused(["layers.3.up", "layers.9.up", "layers.10.up", "layers.1.up"])
+
+
+def test_nobody_is_told_that_nothing_was_rewritten(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "moecompile"):
+        compiled(Plain())(torch.randn(8, H).bfloat16())
+        assert not caplog.text
+        compiled(Plain().float())(torch.randn(8, H))
+    assert "nothing of it is cast to FP8: float32: only products in bfloat16 and float16 are cast" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("module", "layer"),
     [
@@ -300,9 +353,10 @@ def test_layers_are_counted_by_the_outermost_number(module: str, layer: tuple[st
 
 def test_lists_of_layers_have_ends_of_their_own() -> None:
     modules = [f"{tower}.{number}.proj" for tower, count in (("visual", 2), ("text", 4)) for number in range(count)]
-    found = wishes(modules, (), (), 0, 1)
+    found = Exclusions(last_layers=1).within(modules)
     assert [module for module in modules if found.excluded(module)] == ["visual.1.proj", "text.3.proj"]
-    assert Wishes().excluded("text.3.proj") is None and wishes([], (), (), 3, 3).edges == {}
+    assert Wishes().excluded("text.3.proj") is None
+    assert Exclusions(first_layers=3, last_layers=3).within([]).edges == {}
 
 
 # ---- every architecture of transformers: what a cast feeds, and what it lies on
@@ -315,7 +369,7 @@ def graphs_of(name: str) -> list[tuple[fx.GraphModule, tuple[Cast, ...], list[Ve
     def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
         with _transforms_hidden([Piece(gm)], GraphReport()):
             wanted = fused(gm)
-            table = cast(gm.graph, Exclusions())
+            table = cast(gm.graph, Exclusions(), Whole.of([gm.graph]))
         gm.graph.lint()
         found.append((gm, table.rows, wanted))
         gm.recompile()
