@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import moecompile
@@ -205,22 +207,64 @@ def test_one_row_and_none() -> None:
             assert found.shape == expected.shape and (not rows or relative(found, expected) < LOGITS)
 
 
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(H, H, False), nn.Linear(H, H, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(nn.functional.silu(self.up(x)))
+        return result
+
+
 class Plain(nn.Module):
     """Three layers of two projections, and a router."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(H, H, False), "down": nn.Linear(H, H, False)}) for _ in range(3)
-        )
+        self.layers = nn.ModuleList(FeedForward() for _ in range(3))
         self.router = nn.Linear(H, 16, False)
         self.to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.layers:
-            up, down = layer.children()
-            x = x + down(nn.functional.silu(up(x)))
+            x = x + layer(x)
         return x, self.router(x).topk(2).indices
+
+
+@pytest.mark.parametrize("how", ["fsdp", "fsdp of each layer", "ddp"])
+def test_models_of_several_ranks(how: str, tmp_path: Path) -> None:
+    """On one rank: the same numbers, and every layer is cast."""
+    torch.manual_seed(0)
+    model, x = Plain(), torch.randn(40, H).bfloat16()
+    reference = copy.deepcopy(model)
+    options: dict[str, Any] = {"precision": "fp8", "lowering": "eager"}
+    expected, _ = compiled(reference)(x)
+    expected.float().square().sum().backward()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        moecompile.reset()
+        torch._dynamo.reset()
+        fast: Any = model
+        if how == "ddp":
+            fast = torch.compile(nn.parallel.DistributedDataParallel(model), backend="moecompile", options=options)
+        else:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            for layer in model.layers if how != "fsdp" else ():
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            model.compile(backend="moecompile", options=options)
+        found, _ = fast(x)
+        found.float().square().sum().backward()
+        assert torch.equal(found, expected)
+        for ours, right in zip(model.parameters(), reference.parameters(), strict=True):
+            gradient: Any = ours.grad
+            if right.grad is not None:
+                assert torch.equal(gradient if how == "ddp" else gradient.full_tensor(), right.grad)
+        casts = sum(row.cast for row in moecompile.last_report().casts)
+        assert casts == (2 if how == "fsdp of each layer" else 6), "like layers share a graph"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def cast_in(**options: Any) -> set[str]:
@@ -297,8 +341,7 @@ class Checkpointed(Plain):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embedding(ids)
         for layer in self.layers:
-            up, down = layer.children()
-            x = x + checkpoint(lambda x, up=up, down=down: down(nn.functional.silu(up(x))), x, use_reentrant=False)
+            x = x + checkpoint(layer, x, use_reentrant=False)
         head = checkpoint(lambda x: nn.functional.linear(x, self.embedding.weight), x, use_reentrant=False)
         return head, self.router(x).topk(2).indices
 
