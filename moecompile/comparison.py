@@ -27,11 +27,16 @@ from moecompile.capture import gpus_in_use, safe_inputs
 from moecompile.passes.casts import Cast
 from moecompile.passes.provenance import module_of
 from moecompile.report import Compared, GraphReport
+from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
 
 log = logging.getLogger("moecompile")
 
 ROWS = 256
 """Sampled of a result, evenly."""
+EXPERTS = 4
+"""Of which numbers that are lost are counted."""
+LARGEST = 448.0
+"""Of e4m3."""
 Observe = Callable[..., None]
 
 
@@ -62,11 +67,30 @@ class Uncast:
 
 
 @dataclass
+class _Lost:
+    """Of numbers that are not zero, how many there are, how many became zero, and how many were cut off."""
+
+    count: int = 0
+    flushed: int = 0
+    saturated: int = 0
+
+    def add(self, exact: Tensor, values: Tensor, scales: Tensor, block: tuple[int, int]) -> None:
+        """Counts those of finite numbers (..., R, F) and their e4m3 values, of which a block shares a scale."""
+        exact = exact.float()
+        present = (exact != 0) & exact.isfinite()
+        spread = dequantize(torch.ones_like(values), scales, block)
+        self.count += int(present.sum())
+        self.flushed += int((present & (values.float() == 0)).sum())
+        self.saturated += int((present & (exact.abs() > LARGEST * spread * (1 + 2**-4))).sum())
+
+
+@dataclass
 class _Seen:
     """What both runs have shown, by number of the layer, or of the plan."""
 
     results: dict[int, Tensor] = field(default_factory=dict)
     alone: dict[int, float] = field(default_factory=dict)
+    lost: dict[int, _Lost] = field(default_factory=dict)
     in_model: dict[int, float] = field(default_factory=dict)
     chosen: dict[int, Tensor] = field(default_factory=dict)
     agreement: dict[int, float] = field(default_factory=dict)
@@ -108,7 +132,14 @@ def compare(gm: fx.GraphModule, uncast: Sequence[Uncast], example_inputs: Sequen
         for module, graph in graphs.items():
             module.graph = graph
     of_layers = [
-        Compared(layer.row.module, layer.row.kind, alone=seen.alone[number], in_model=seen.in_model.get(number))
+        Compared(
+            layer.row.module,
+            layer.row.kind,
+            alone=seen.alone[number],
+            in_model=seen.in_model.get(number),
+            flushed=seen.lost[number].flushed / max(1, seen.lost[number].count),
+            saturated=seen.lost[number].saturated,
+        )
         for number, layer in enumerate(layers)
         if number in seen.alone
     ]
@@ -143,8 +174,8 @@ def _first(seen: _Seen, number: int, alone: Callable[..., Tensor]) -> Observe:
     """Notes a layer's result in its own precision, and how far FP8 is from it on the same rows."""
 
     def observe(result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.results[number] = sampled(result).clone()
-        seen.alone[number] = decibels(alone(*args, **kwargs), seen.results[number])
+        seen.results[number], seen.lost[number] = sampled(result).clone(), _Lost()
+        seen.alone[number] = decibels(alone(seen.lost[number], *args, **kwargs), seen.results[number])
 
     return observe
 
@@ -177,20 +208,38 @@ def _agreeing(seen: _Seen, number: int) -> Observe:
     return observe
 
 
-def _linear_alone(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer's result in FP8, of sampled rows."""
-    ops, rows = torch.ops.moecompile, sampled(input)
+def _linear_alone(lost: _Lost, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer's result in FP8, of sampled rows; in its result's dtype, which autocast may have chosen."""
+    ops, dtype = torch.ops.moecompile, _product_dtype(input, weight)
+    rows, weight, bias = sampled(input).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    values, scales = ops.quantize(rows)
     copies = list(ops.quantize_weights(weight, backward=False))
-    result: Tensor = ops.linear_fp8(rows, weight, bias, *ops.quantize(rows), copies)
+    lost.add(rows, values, scales, ALONG_FEATURES)
+    lost.add(weight, copies[0][: weight.shape[0]], copies[1], SQUARE)
+    result: Tensor = ops.linear_fp8(rows, weight, bias, values, scales, copies)
     return result
 
 
+def _product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """What the two are multiplied in."""
+    if torch.is_autocast_enabled(input.device.type):
+        return torch.get_autocast_dtype(input.device.type)
+    return torch.promote_types(input.dtype, weight.dtype)
+
+
 def _experts_alone(
-    x: Tensor, weights: Tensor | None, offsets: Tensor, slots: Tensor, _: Tensor, *matrices: Tensor, **attributes: Any
+    lost: _Lost,
+    x: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    *matrices: Tensor,
+    **attributes: Any,
 ) -> Tensor:
     """The experts' result in FP8, of sampled tokens with the experts that they have."""
     ops, keywords = torch.ops.moecompile, dict(attributes)
-    w_in, w_out, *_others = matrices
+    w_in, w_out, *_ = matrices
     experts = torch.searchsorted(offsets, sampled(slots).contiguous(), right=True)
     _, *plan = ops.plan(torch.where(sampled(slots) < 0, -1, experts), offsets.shape[0])
     layouts = (keywords.get("w_in_transposed", False), keywords.get("w_out_transposed", False))
@@ -198,6 +247,13 @@ def _experts_alone(
         w_in, keywords.get("w_up"), gate_up=keywords["gate_up"], transposed=layouts[0], backward=False
     )
     of_out = ops.quantize_weights(w_out, transposed=layouts[1], backward=False)
+    values, scales = ops.quantize(sampled(x))
+    lost.add(sampled(x), values, scales, ALONG_FEATURES)
+    for matrix, transposed in zip((w_in, keywords.get("w_up"), w_out), (layouts[0], *layouts), strict=True):
+        if matrix is not None:
+            lying = (matrix.mT if transposed else matrix)[:EXPERTS]
+            values, scales, *_others = ops.quantize_weights(lying, backward=False)
+            lost.add(lying, values[:, : lying.shape[1], : lying.shape[2]], scales, SQUARE)
     chosen = None if weights is None else sampled(weights)
     result: Tensor = ops.experts_fp8(sampled(x), chosen, *plan, *matrices, **keywords, quantized=[*of_in, *of_out])
     return result

@@ -135,7 +135,6 @@ def run_passes(
                 record.passes.append(_run_pass(number, name, run, pieces, options))
     for piece in pieces:
         if piece.changed:
-            piece.module.graph.lint()
             piece.module.recompile()
     sites = tuple(site for piece in pieces for site in piece.sites)
     record.notes += [note for piece in pieces for note in piece.notes]
@@ -177,6 +176,8 @@ def _run_pass(
     try:
         for piece in pieces:
             run(piece, options)
+            if piece.changed:
+                piece.module.graph.lint()
     except Exception as error:
         raise PassFailed(
             f"the pass {name!r} failed with {type(error).__name__}: {error}. That is a bug in moecompile: please "

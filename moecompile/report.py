@@ -93,6 +93,8 @@ class Compared:
         alone: signal to noise in decibels of the layer's result, from the rows of the model's own precision.
         in_model: the same with all layers in FP8.
         agreement: the share of experts that tokens choose in both.
+        flushed: the share of the numbers that are multiplied, rows and matrices, that became zero.
+        saturated: how many of them were cut off at the largest number of e4m3, which scales are there to prevent.
     """
 
     module: str
@@ -100,6 +102,8 @@ class Compared:
     alone: float | None = None
     in_model: float | None = None
     agreement: float | None = None
+    flushed: float | None = None
+    saturated: int | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Entry = TypeVar("Entry")
 SITE_COLUMNS = ("module", "form", "E", "K", "H", "I", "dtype", "activation", "source")
-COMPARED_COLUMNS = ("module", "kind", "alone", "in the model", "same experts")
+COMPARED_COLUMNS = ("module", "kind", "alone", "in the model", "same experts", "flushed", "saturated")
 CAST_COLUMNS = ("module", "kind", "shape", "", "why")
 LEGEND = "E experts, K of them for each token, H hidden size, I intermediate size"
 _CHANGES_SHOWN = 5
@@ -252,8 +252,9 @@ def worst_first(compared: Iterable[Compared]) -> list[Compared]:
 def compared_cells(each: Compared) -> tuple[str, ...]:
     """The cells of `COMPARED_COLUMNS`."""
     decibels = ("" if value is None else f"{value:.1f} dB" for value in (each.alone, each.in_model))
-    share = "" if each.agreement is None else f"{each.agreement:.2%}"
-    return each.module or "(no module)", each.kind, *decibels, share
+    shares = ("" if value is None else f"{value:.2%}" for value in (each.agreement, each.flushed))
+    same, flushed = shares
+    return each.module or "(no module)", each.kind, *decibels, same, flushed, str(each.saturated or "")
 
 
 def _changes(record: PassRecord) -> str:

@@ -43,6 +43,7 @@ def test_a_layer_by_itself_and_after_others() -> None:
     assert begin.alone == pytest.approx(expected, abs=1e-6) and begin.in_model == pytest.approx(expected, abs=1e-6)
     # two operands that are each off by 0.027 of their norm
     assert all(each.alone is not None and 27 < each.alone < 31 for each in rows.values())
+    assert all(each.saturated == 0 and each.flushed is not None and each.flushed < 1e-3 for each in rows.values())
     end = rows["layers.2.down linear"]
     assert end.alone is not None and end.in_model is not None and end.in_model < end.alone - 1
 
@@ -57,6 +58,7 @@ def test_a_model(name: str) -> None:
     assert len(choices) == 2 and all(each.agreement is not None and each.agreement > 0.8 for each in choices)
     experts = [each for each in rows.values() if each.kind == "experts"]
     assert len(experts) == 2 and all(each.alone is not None and 20 < each.alone < 28 for each in experts)
+    assert all(each.saturated == 0 and each.flushed is not None and each.flushed < 1e-3 for each in experts)
     table = moecompile.last_report().text(width=120)
     assert "FP8 against the model's own precision, one call" in table and "same experts" in table
     assert table.index("choice of experts") < table.index(" dB")
@@ -106,6 +108,25 @@ def test_nothing_else_changes() -> None:
     assert len(found()) == 6
     (graph,) = moecompile.last_report().graphs
     assert "moecompile.linear_fp8" in graph.after and "observe" not in graph.after
+
+
+def test_numbers_that_are_lost_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loud feature in a block takes what is quiet beside it; scales that are too small would cut numbers off."""
+    model, x = Plain(), torch.ones(40, H).bfloat16()
+    x[:, 0] = 2.0**18
+    with torch.no_grad():
+        compiled(model, **ON)(x)
+    flushed = found()["layers.0.up linear"].flushed
+    assert flushed == pytest.approx(127 * 40 / (256 * 40 + 256 * 256), rel=0.01)
+    lost, values = comparison._Lost(), torch.tensor([[448.0, 448.0, 2.0, 0.0]]).to(torch.float8_e4m3fn)
+    lost.add(torch.tensor([[1000.0, 448.0, 2.0, 1e-9]]), values, torch.ones(1, 1), (1, 128))
+    assert (lost.count, lost.flushed, lost.saturated) == (4, 1, 1)
+
+
+def test_under_autocast() -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        compiled(Plain().float(), **ON)(torch.randn(40, H))
+    assert all(each.alone is not None and 27 < each.alone < 31 for each in found().values()) and len(found()) == 6
 
 
 def test_layers_in_checkpointed_regions() -> None:
