@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--html", metavar="PATH", type=Path, help="also write the report to PATH as one self-contained page"
     )
+    explain.add_argument("--fp8", action="store_true", help='also the table of what precision="fp8" would cast')
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     explain.set_defaults(run=_explain)
     doctor = verbs.add_parser("doctor", help="what this machine can run, what is missing, and how to get it")
@@ -97,7 +98,8 @@ def _explain(chosen: argparse.Namespace) -> int:
     model, args, kwargs = _model_and_inputs(chosen.target)
     import moecompile
 
-    report = moecompile.explain(model, *args, **kwargs)
+    options = {"precision": "fp8"} if chosen.fp8 else None
+    report = moecompile.explain(model, *args, moecompile_options=options, **kwargs)
     if chosen.html is not None:
         try:
             report.html(chosen.html)

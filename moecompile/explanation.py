@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,13 @@ TRIALS: tuple[tuple[str, dict[str, bool], bool], ...] = (
 )
 
 
-def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    moecompile_options: Mapping[str, Any] | Options | None = None,
+    **kwargs: Any,
+) -> Report:
     """Captures `model(*args, **kwargs)` with Dynamo, runs detection and rewriting, and reports.
 
     The model runs once, for real, as captured graphs run by PyTorch itself: Inductor is not needed, nor is a GPU. It
@@ -41,7 +47,9 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     Args:
         model: a module or a function. Compiled, whole or in parts, it is looked at as if it were compiled as one whole.
         *args: what it is called with.
-        **kwargs: the same.
+        moecompile_options: what `torch.compile(options=...)` would be given: with `{"precision": "fp8"}` the report has
+            the table of what would be cast.
+        **kwargs: what else it is called with.
 
     Returns:
         the report of this call alone (`moecompile.last_report` is not touched): blocks, near misses, the graphs before
@@ -49,11 +57,12 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
     Raises:
         TypeError: `model` is a class, or cannot be called.
+        ValueError: unknown options, or values that they do not take.
     """
     _check_model(model)
-    records: list[GraphReport] = []
+    records, chosen = list[GraphReport](), Options.parse(None, moecompile_options)
     try:
-        stops = capture(model, args, kwargs, functools.partial(_examine, records))
+        stops = capture(model, args, kwargs, functools.partial(_examine, chosen, records))
     except TypeError as error:
         if len(args) == 1 and isinstance(args[0], tuple | list):
             error.add_note("moecompile.explain calls model(*args): explain(model, x, y), not explain(model, (x, y)).")
@@ -64,7 +73,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
         found = advice.stop(stop)
         breaks[found.source] = found
     if any(map(_uncured, breaks.values())):
-        cure = _tried_cure(model, args, kwargs, sum(len(record.sites) for record in records))
+        cure = _tried_cure(model, args, kwargs, chosen, sum(len(record.sites) for record in records))
         breaks = {source: _cured(found, cure) for source, found in breaks.items()}
         for record in records:
             record.ended_by = record.ended_by and breaks[record.ended_by.source]
@@ -83,11 +92,11 @@ def _check_model(model: object) -> None:
         )
 
 
-def _examine(records: list[GraphReport], gm: fx.GraphModule) -> None:
+def _examine(options: Options, records: list[GraphReport], gm: fx.GraphModule) -> None:
     """Adds a captured graph's record to `records`, with what the passes find in it."""
     record = GraphReport.of(gm)
     record.index = len(records)
-    pipeline.run_passes(gm, Options.parse(None, None), record)
+    pipeline.run_passes(gm, options, record)
     obstacle = advice.obstacle_of(gm, record)
     if obstacle and not record.sites:
         tried = obstacle.cure == advice.MAY_CAPTURE  # by `explain`: what came of it stands beside the graph break
@@ -108,13 +117,14 @@ def _cured(found: GraphBreak, cure: str | None) -> GraphBreak:
     return found
 
 
-def _tried_cure(model: Callable[..., Any], args: Any, kwargs: Any, blocks: int) -> str | None:
+def _tried_cure(model: Callable[..., Any], args: Any, kwargs: Any, options: Options, blocks: int) -> str | None:
     """The first of `TRIALS` with which more than `blocks` are found, and what came of it; None if there is none."""
     for change, settings, fullgraph in TRIALS:
         found: list[GraphReport] = []
         try:
             with torch._dynamo.config.patch(settings):
-                stops = capture(model, args, kwargs, functools.partial(_examine, found), fullgraph=fullgraph)
+                examine = functools.partial(_examine, options, found)
+                stops = capture(model, args, kwargs, examine, fullgraph=fullgraph)
         except Exception:
             continue  # whatever stands in the way: it is no cure then
         more = sum(len(record.sites) for record in found)

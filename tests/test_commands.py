@@ -69,9 +69,11 @@ def models(monkeypatch, tmp_path):
     """A module `some_models` that can be imported, and a stand-in for `moecompile.explain`."""
     (tmp_path / "some_models.py").write_text(MODELS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(
-        moecompile, "explain", lambda model, *args, **kwargs: Report(model, args, kwargs), raising=False
-    )
+
+    def explain(model, *args, moecompile_options, **kwargs):
+        return Report(model, args, kwargs)
+
+    monkeypatch.setattr(moecompile, "explain", explain, raising=False)
     yield tmp_path
     # Only what was imported from here is forgotten: with a copy in the place of `sys.modules`, imports of others would
     # register in one and be looked up in the other.
@@ -108,6 +110,8 @@ def test_explain_with_the_real_report(monkeypatch, tmp_path, capsys):
     assert page.read_text().lstrip().lower().startswith("<!doctype html>")
     assert main(["explain", f"{tmp_path}/toy_model.py:make", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["graphs"]) == 1
+    assert main(["explain", f"{tmp_path}/toy_model.py:make", "--fp8"]) == 0
+    assert "FP8: 0 cast, 1 kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

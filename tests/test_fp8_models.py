@@ -461,3 +461,11 @@ def test_casts_of_every_architecture(name: str) -> None:
         check(name)
     except ValueError as refused:  # by the model itself; an error of the backend is another one
         pytest.skip(f"cannot be built with these sizes: {refused}")
+
+
+def test_explain_shows_the_table() -> None:
+    report = moecompile.explain(Plain(), torch.randn(8, H).bfloat16(), moecompile_options={"precision": "fp8"})
+    assert {row.module for row in report.casts if row.cast} == ALL and "FP8: 6 cast, 1 kept" in str(report)
+    assert not moecompile.explain(Plain(), torch.randn(8, H).bfloat16()).casts
+    with pytest.raises(ValueError, match="unknown option 'precison'"):
+        moecompile.explain(Plain(), torch.randn(8, H).bfloat16(), moecompile_options={"precison": "fp8"})
