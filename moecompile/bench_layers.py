@@ -8,8 +8,10 @@ Inductor's in bfloat16: time, what is held for the backward, and where the time 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from moecompile.bench_proof import EMULATED, NotOursError, compare, kernels_of, 
 from moecompile.bench_results import Kernel, Memory, Setting, Speed, Target, ratios
 from moecompile.bench_stacks import Stack
 from moecompile.bench_timing import Contender, Statistics, measure_single
+from moecompile.passes import decompose
 from moecompile.passes.casts import Cast
 from moecompile.runtime.quantize import pad
 
@@ -49,11 +52,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 KINDS = (
     ("attention", ("sdpa", "flash", "fmha", "convert_dq", "dot_do_o")),
     ("quantising the weights", ("moecompile_quantize_weights",)),
-    (CASTS, ("moecompile_quantize", "moecompile_transpose", "moecompile_pad", "quantize", "along_tokens", "scaled_mm")),
+    (CASTS, ("moecompile_quantize", "moecompile_transpose", "moecompile_pad_offsets")),
     ("products", ("moecompile_gemm", "moecompile_grouped_gemm", "nvjet", "gemm", "cutlass", "Grouped", "13device_k")),
 )
-"""What a kernel is for, by a part of its name; the first that fits. Inductor names a kernel after the operators in it:
-one that casts and does something else counts as a cast."""
+"""What a kernel is for, by a part of its name; the first that fits."""
 REST = "the rest"
 
 
@@ -74,13 +76,25 @@ def measure_layers(setting: Setting, shape: Shape, layers: int, sequence: int) -
         if what == STEP:
             if setting.device == "cuda":
                 _add_memory(setting, stack, {each.name: runs[each.name] for each in present})
-            _add_kinds(setting, stack, [each for each in present if each.name in (INDUCTOR, FP8_EACH)])
+            _add_kinds(setting, stack, [each for each in present if each.name == INDUCTOR])
+            with casts_apart() as options:
+                _add_kinds(setting, stack, [_step(stack, FP8_EACH, _compiled(stack, OPTIONS[FP8_EACH] | options))])
         stack.forget_gradients()
 
 
 def _compiled(stack: Stack, options: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
     ours: dict[str, Any] = {} if options is None else {"backend": "moecompile", "options": options}
     return torch.compile(stack.module, fullgraph=True, dynamic=False, **ours)
+
+
+@contextlib.contextmanager
+def casts_apart() -> Iterator[dict[str, Any]]:
+    """Within, casts of rows are kernels by themselves, so that they can be told apart; the options that this takes.
+
+    They take somewhat longer so than fused with a norm or an activation.
+    """
+    with mock.patch.object(decompose, "_is_worth_fusing", lambda node: False):
+        yield {"inductor": {"force_disable_caches": True}}
 
 
 def _forward(stack: Stack, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
@@ -179,7 +193,10 @@ def copied(module: nn.Module, casts: Sequence[Cast]) -> int:
 def _add_kinds(setting: Setting, stack: Stack, contenders: Sequence[Contender]) -> None:
     """Where the time of a step goes."""
     for contender in contenders:
-        setting.results.head(f"    where the step of {contender.name} goes")
+        apart = ", casts of rows by themselves" if contender.name == FP8_EACH else ""
+        setting.results.head(f"    where the step of {contender.name} goes{apart}")
+        contender.call(0)
+        contender.call(1)
         found = dict.fromkeys((*(kind for kind, _ in KINDS), REST), (0.0, 0.0))
         for name, count, milliseconds in averages(setting, contender):
             kind = kind_of(name)
