@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -33,7 +34,8 @@ def short(call: Call, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(name)
         return run(*args, **attributes)
 
-    monkeypatch.setattr(getattr(autograd, room.__name__.rpartition(".")[2]), name, noting)
+    # in autograd's eyes alone: the dispatcher finds the kernel in its room, too
+    monkeypatch.setattr(autograd, room.__name__.rpartition(".")[2], SimpleNamespace(**{**vars(room), name: noting}))
     return found
 
 
