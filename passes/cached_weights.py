@@ -3,7 +3,7 @@
 Contract
 - On entry matrices are cast by `moecompile::quantize_weights` (passes/cast_experts.py, passes/cast_linears.py).
 - A cast is taken out if its matrices are parameters that the graph gets as inputs and does not write. Others stay, with
-  the reason.
+  the reason; so do those of matrices that are kept in FP8 anyway.
 - Experts are told that somebody holds the copies of their first matrices.
 - Inputs that there were keep their places; the new ones follow, four for each cast that is taken out, in their order.
 
@@ -24,6 +24,7 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Kept
 from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import module_of
+from moecompile.runtime.block_scaled import BlockScaled
 
 RESULTS = ("values", "scales", "values_t", "scales_t")
 
@@ -56,6 +57,8 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
     )
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.quantize_weights.default):
         matrices = [argument for argument in (*node.args, node.kwargs.get("w_up")) if argument is not None]
+        if all(isinstance(fake_of(each), BlockScaled) for each in matrices):
+            continue  # there is nothing to cast
         reason = _obstacle(matrices, places, layout)
         if reason or last is None:
             kept.append(Kept(module_of(node), reason))

@@ -13,6 +13,7 @@ from torch import fx
 
 from moecompile.passes.provenance import input_name, module_of, source_of, tensor_of
 from moecompile.passes.spelling import is_moecompile, operation_name
+from moecompile.runtime.block_scaled import BlockScaled
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "bool",
@@ -95,13 +96,16 @@ class Lines:
 
     def _input(self, node: fx.Node) -> str:
         """The name of an input. AOTAutograd's: of Dynamo's input at that place, a gradient, or a saved value."""
-        description = node.meta.get("desc")
+        description: Any = node.meta.get("desc")
+        part = ""
+        if type(description).__name__ == "SubclassGetAttrAOTInput":  # a tensor that a subclass is made of
+            description, part = description.base, f".{description.attr}"
         plain = type(description).__name__ == "PlainAOTInput"
-        primal = re.fullmatch(r"primals_(\d+)", str(node.target))
+        primal = None if part else re.fullmatch(r"primals_(\d+)", str(node.target))
         if plain or primal:
-            place = description.idx if plain else int(primal[1]) - 1  # type: ignore[union-attr,index]
+            place = description.idx if plain else int(primal[1]) - 1  # type: ignore[index]
             if 0 <= place < len(self._inputs):
-                return self._inputs[place]
+                return self._inputs[place] + part
             return f"argument {place}" if place >= 0 else input_name(node)  # a body of its own counts from 0
         if tangent := re.fullmatch(r"tangents_(\d+)", str(node.target)):
             return f"gradient {int(tangent[1]) - 1}"
@@ -139,7 +143,8 @@ class Lines:
     def _type(self, value: Any) -> str:
         """The type of a result: ``bf16[s0, 64]``, a size as its expression, several results in parentheses."""
         if isinstance(value, torch.Tensor):
-            return f"{dtype_name(value.dtype)}[{', '.join(self._size(size) for size in value.shape)}]"
+            held = f" in {dtype_name(value.e4m3.dtype)}" if isinstance(value, BlockScaled) else ""
+            return f"{dtype_name(value.dtype)}[{', '.join(self._size(size) for size in value.shape)}]{held}"
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self._size(value)
         if isinstance(value, tuple | list):

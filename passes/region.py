@@ -7,7 +7,7 @@ the combine, or raises Refused if replacing them could change anything outside:
 - a write to an operand's memory between the operand and the combine: the fused operator reads it at the combine,
 - a write inside the block to memory that is not the block's own,
 - a border of no_grad, autocast or another global mode inside the block,
-- an operand or a value inside that is a tensor subclass (DTensor, a quantised weight).
+- an operand or a value inside that is a tensor subclass (DTensor, a quantised weight of somebody else's).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moecompile.passes.calls import writes
 from moecompile.passes.interpret import Interpretation, Refused, is_plain
 from moecompile.passes.layout import Layout
 from moecompile.passes.terms import Apply, Contract, Element, Total, Value
+from moecompile.runtime.block_scaled import BlockScaled
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
@@ -155,10 +156,10 @@ def _check_rows(
 
 
 def _check_types(nodes: Sequence[fx.Node]) -> None:
-    """A tensor subclass has operators of its own: what they do with the fused one is not known."""
+    """A tensor subclass has operators of its own: what they do with the fused one is known of ours alone."""
     for node in nodes:
         fake = fake_of(node)
-        if isinstance(fake, torch.Tensor) and is_traceable_wrapper_subclass(fake):
+        if isinstance(fake, torch.Tensor) and is_traceable_wrapper_subclass(fake) and not isinstance(fake, BlockScaled):
             raise Refused(f"{node} is a {type(fake).__name__}, whose own rules decide what an operator does", node)
 
 

@@ -131,7 +131,7 @@ def quantize_weights(
     values, scales = quantize(torch.nn.functional.pad(packed, (0, pad(packed.shape[2]) - packed.shape[2])), SQUARE)
     if not backward:
         return values, scales, values.new_empty(0), scales.new_empty(0)
-    return values, scales, _transposed(values), _transposed(scales)
+    return values, scales, transposed_copy(values), transposed_copy(scales)
 
 
 def padded_width(inner: int, gate_up: str) -> int:
@@ -164,7 +164,7 @@ def unpack(packed: Tensor, inner: int) -> list[Tensor]:
     return [part[:, :inner] for part in packed.split(pad(inner), 1)]
 
 
-def _transposed(matrices: Tensor) -> Tensor:
+def transposed_copy(matrices: Tensor) -> Tensor:
     """A copy that is contiguous, and a copy even where the transposed view is contiguous itself."""
     return matrices.mT.clone(memory_format=torch.contiguous_format)
 

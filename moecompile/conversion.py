@@ -1,0 +1,241 @@
+"""Models whose matrices are in FP8 and nowhere else, for inference: converted in place, or loaded from FP8 checkpoints.
+
+    names = moecompile.convert_to_fp8(model, inputs)            # frees the originals
+    names = moecompile.load_fp8(model, state_dict)              # takes `weight` and `weight_scale_inv` as they are
+
+Such parameters become `moecompile.runtime.block_scaled.BlockScaled`. Compiled with the option precision="fp8" the model
+multiplies what these hold; whoever else reads one gets the matrix dequantised.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from moecompile import pipeline
+from moecompile.capture import capture
+from moecompile.options import Options
+from moecompile.report import GraphReport
+from moecompile.runtime.block_scaled import BlockScaled, Lie
+from moecompile.runtime.quantize import BLOCK, E4M3
+
+SCALES = "_scale_inv"
+"""What checkpoints call a matrix's scales: its name with this behind (DeepSeek-V3)."""
+PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Parameters (E, N, K) of all experts, and what checkpoints of single experts call their parts, in order of N."""
+
+SHOWN = 5
+"""How many missing or unexpected names a message tells."""
+
+Uses = dict[int, set[Lie | None]]
+"""How parameters, by their identity, are given to casts; None: somebody else reads it."""
+
+
+def convert_to_fp8(
+    model: nn.Module,
+    /,
+    *args: Any,
+    moecompile_options: Mapping[str, Any] | Options | None = None,
+    **kwargs: Any,
+) -> tuple[str, ...]:
+    """Quantises, once and in place, the matrices that the model multiplies in FP8 when it is called like this.
+
+    These are the ones that `moecompile.explain(model, ..., moecompile_options={"precision": "fp8"})` lists as cast, if
+    they are parameters that nothing else reads, and no tensor subclasses (DTensors, FSDP's). The model runs once,
+    uncompiled. Originals are freed, unless somebody else refers to them. Results are those of the same model with its
+    matrices cast in every forward.
+
+    Args:
+        model: in eval mode; compiled or not. Converted parameters have no gradient, and `state_dict` holds them in FP8.
+        *args: what it is called with.
+        moecompile_options: as in `torch.compile(options=...)`; `fp8_exclude` and its like are heeded.
+        **kwargs: what else it is called with.
+
+    Returns:
+        the names of the converted parameters; of one that has several, the first.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: it is in training mode; unknown options.
+    """
+    _check_module(model, "convert_to_fp8")
+    model = getattr(model, "_orig_mod", model)
+    if model.training:
+        words = "expected a model for inference, this one is in training mode"
+        raise ValueError(f"moecompile.convert_to_fp8: {words}; call model.eval() first")
+    given = moecompile_options.as_dict() if isinstance(moecompile_options, Options) else moecompile_options or {}
+    options = Options.parse(None, {**given, "precision": "fp8"})
+    uses: Uses = {}
+    with torch.no_grad():
+        capture(model, args, kwargs, functools.partial(_note_uses, options, uses))
+        converted: list[str] = []
+        for name, parameter in list(model.named_parameters()):
+            (lie, *others) = uses.get(id(parameter)) or {None}
+            if lie is not None and not others and type(parameter) is nn.Parameter:
+                _put(model, parameter, BlockScaled.of(parameter, **lie._asdict()))
+                converted.append(name)
+    return tuple(converted)
+
+
+def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> tuple[str, ...]:
+    """Loads a checkpoint that has matrices in FP8 with a scale for each 128x128, as DeepSeek-V3's do, as they are.
+
+    A matrix `name` is in FP8 if there is `name_scale_inv`, and the model has no such parameter itself. Experts that the
+    model keeps in one parameter, `experts.gate_up_proj` and `experts.down_proj`, are put together from those of single
+    experts, `experts.0.gate_proj.weight` and so on. Everything else is loaded by `load_state_dict`.
+
+    Args:
+        model: in any dtype, which stays what parameters stand for; with parameters on the device where they are to be,
+            or all on the meta device: then they are where the checkpoint's are.
+        state_dict: all of the checkpoint.
+        strict: whether names that one has and the other has not are an error.
+
+    Returns:
+        the names of the parameters that are in FP8 now. They have no gradient.
+
+    Raises:
+        TypeError: `model` is no module; a matrix of another dtype than float8_e4m3fn, or scales other than float32.
+        ValueError: shapes that do not fit, before anything is loaded.
+        RuntimeError: names that are missing or unexpected, before anything is loaded.
+    """
+    _check_module(model, "load_fp8")
+    model = getattr(model, "_orig_mod", model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own, left = set(model.state_dict()), dict(state_dict)
+    found: dict[str, BlockScaled] = {}
+    for name, parameter in parameters.items():
+        if name + SCALES in own:
+            continue  # the model knows what to do with it
+        made = _matrix_of(name, parameter, left)
+        if isinstance(made, BlockScaled):
+            found[name] = made
+        elif made is not None:
+            left[name] = made
+    _check_names(own - found.keys(), {*left}, strict)
+    _check_shapes({**dict(model.named_buffers()), **parameters}, left)
+    for name, made in found.items():
+        _put(model, parameters[name], made)
+    model.load_state_dict(left, strict=False, assign=all(each.is_meta for each in parameters.values()))
+    return tuple(found)
+
+
+def _check_module(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"moecompile.{function}: expected a module, got {model!r}")
+
+
+def _put(model: nn.Module, parameter: nn.Parameter, made: BlockScaled) -> None:
+    """Puts it in the parameter's place, wherever the model has it."""
+    new = nn.Parameter(made, requires_grad=False)
+    for module in model.modules():
+        for name, each in module._parameters.items():
+            if each is parameter:
+                module._parameters[name] = new
+
+
+# ---- what is cast
+
+
+def _note_uses(options: Options, uses: Uses, gm: fx.GraphModule) -> None:
+    """Adds how one captured graph reads its parameters."""
+    inputs = {
+        node: parameter
+        for node in gm.graph.find_nodes(op="placeholder")
+        if isinstance(parameter := getattr(node.meta.get("grapharg"), "example", None), nn.Parameter)
+    }
+    pipeline.run_passes(gm, options, GraphReport.of(gm))
+    for node, parameter in inputs.items():
+        found = uses.setdefault(id(parameter), set())
+        for user in node.users:
+            if user.target is torch.ops.moecompile.quantize_weights.default:
+                attributes = user.kwargs
+                gate_up, transposed = attributes.get("gate_up", "single"), attributes.get("transposed", False)
+                found.add(Lie("single" if gate_up == "separate" else str(gate_up), bool(transposed)))
+            elif user.target not in _MULTIPLY_COPIES or node is user.args[0]:
+                found.add(None)
+
+
+_MULTIPLY_COPIES = (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default)
+"""Of a matrix itself, which they get behind their rows, these ask for nothing but its shape."""
+
+
+# ---- what is loaded
+
+
+def _matrix_of(name: str, parameter: nn.Parameter, left: dict[str, Tensor]) -> BlockScaled | Tensor | None:
+    """The checkpoint's matrix for a parameter, taken out of what is left of it; None: it is loaded as usual."""
+    if name + SCALES in left and name in left:
+        made = _from_blocks(name, left.pop(name), left.pop(name + SCALES), parameter)
+        if made.shape != parameter.shape:
+            raise _error(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(made.shape)}")
+        return made
+    path, _, last = name.rpartition(".")
+    if name in left or last not in PACKED or parameter.dim() != 3:
+        return None
+    names = [[f"{path}.{expert}.{part}.weight" for part in PACKED[last]] for expert in range(parameter.shape[0])]
+    if not all(each in left for row in names for each in row):
+        return None
+    return _packed(name, names, parameter, left)
+
+
+def _packed(
+    name: str, names: list[list[str]], parameter: nn.Parameter, left: dict[str, Tensor]
+) -> BlockScaled | Tensor:
+    """Matrices (N / parts, K) of single experts as one (E, N, K), all of them in FP8 or none."""
+    every = [each for row in names for each in row]
+    scaled = {each + SCALES in left for each in every}
+    *_, n, k = parameter.shape
+    expected = (n // len(names[0]), k)
+    for each in every:
+        if tuple(left[each].shape) != expected:
+            raise _error(f"{each} must have shape {expected}, for {name}; got {tuple(left[each].shape)}")
+    if scaled == {False}:
+        return torch.stack([torch.cat([left.pop(each) for each in row]) for row in names])
+    if scaled != {True}:
+        raise _error(f"experts of {name} are in FP8 in part: all or none must have their scales beside them")
+    if len(names[0]) > 1 and expected[0] % BLOCK:
+        words = f"{len(names[0])} matrices of {expected[0]} features have no common blocks of {BLOCK}"
+        raise _error(f"{name} cannot be put together as it is: {words}; load a dequantised checkpoint and convert it")
+    scales = torch.stack([torch.cat([left.pop(each + SCALES) for each in row]) for row in names])
+    values = torch.stack([torch.cat([_bytes(each, left.pop(each)) for each in row]) for row in names])
+    return _from_blocks(name, values.view(E4M3), scales, parameter)
+
+
+def _bytes(name: str, values: Tensor) -> Tensor:
+    """FP8 as what PyTorch can concatenate on every device."""
+    if values.dtype != E4M3:
+        raise TypeError(f"moecompile.load_fp8: {name} has scales beside it and must be {E4M3}, got {values.dtype}")
+    return values.view(torch.uint8)
+
+
+def _from_blocks(name: str, values: Tensor, scales: Tensor, parameter: nn.Parameter) -> BlockScaled:
+    device = values.device if parameter.is_meta else parameter.device
+    try:
+        return BlockScaled.from_blocks(values.to(device), scales.to(device), parameter.dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"moecompile.load_fp8: {name}: {error}") from None
+
+
+def _check_names(missing: set[str], unexpected: set[str], strict: bool) -> None:
+    """Raises RuntimeError, as `load_state_dict` does, for names that only one of the two has."""
+    words = [
+        f"{kind} {', '.join(sorted(names)[:SHOWN])}{' and others' * (len(names) > SHOWN)}"
+        for kind, names in (("missing", missing - unexpected), ("unexpected", unexpected - missing))
+        if names
+    ]
+    if words and strict:
+        raise RuntimeError(f"moecompile.load_fp8: {'; '.join(words)}. Pass strict=False to load what there is")
+
+
+def _check_shapes(own: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        if name in left and left[name].shape != tensor.shape:
+            raise _error(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(left[name].shape)}")
+
+
+def _error(message: str) -> ValueError:
+    return ValueError(f"moecompile.load_fp8: {message}")

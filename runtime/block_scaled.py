@@ -1,0 +1,247 @@
+"""Matrices that are kept in FP8 and nowhere else: e4m3 values and a float32 scale for each block of 128x128.
+
+    w = BlockScaled.of(parameter, gate_up="halves")      parameter may go
+    moecompile.quantize_weights(w, gate_up="halves")     gives what w holds: nothing is computed
+    x @ w.mT                                             reads the matrix dequantised, made for this
+
+Shape and dtype are those of the matrix it stands for, so that a model reads as before. What is held lies as products
+read it: (*E, N', K') in whole blocks, gate and up each from a block of its own (`moecompile.runtime.quantize`). It has
+no gradient. Under torch.compile it is the two tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from moecompile.runtime import operators  # noqa: F401 - registers what is dispatched on
+from moecompile.runtime.fp8_contract import check_weights
+from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, SQUARE, blocks_in, dequantize, pad, transposed_copy
+
+aten, ops = torch.ops.aten, torch.ops.moecompile
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Lie(NamedTuple):
+    """How a matrix lies, by the attributes of `moecompile::quantize_weights`."""
+
+    gate_up: str = "single"
+    transposed: bool = False
+
+
+class BlockScaled(Tensor):
+    """A matrix (N, K), or experts' (E, N, K) or (E, K, N), in FP8. Made by `of` and `from_blocks`."""
+
+    e4m3: Tensor
+    scales: Tensor
+    lie: Lie
+
+    @staticmethod
+    def __new__(  # noqa: D102 - the class says how it is made
+        cls: type[BlockScaled], values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, lie: Lie
+    ) -> BlockScaled:
+        made: BlockScaled = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device)
+        made.e4m3, made.scales, made.lie = values, scales, lie
+        return made
+
+    def __init__(self, *_: Any) -> None:
+        """All is done when it is made."""
+
+    @classmethod
+    def of(cls, matrix: Tensor, *, gate_up: str = "single", transposed: bool = False) -> BlockScaled:
+        """Quantises a matrix. With gate_up="separate" gate and up projection are kept each for itself.
+
+        Raises:
+            TypeError: another dtype than bfloat16, float16 and float32.
+            ValueError: a shape that `moecompile::quantize_weights` does not take.
+        """
+        lie = Lie("single" if gate_up == "separate" else gate_up, transposed)
+        values, scales, *_ = ops.quantize_weights(matrix.detach(), **lie._asdict(), backward=False)
+        return cls(values, scales, matrix.shape, matrix.dtype, lie)
+
+    @classmethod
+    def from_blocks(cls, values: Tensor, scales: Tensor, dtype: torch.dtype) -> BlockScaled:
+        """Keeps a checkpoint's matrix as it is there: DeepSeek-V3's `weight` and `weight_scale_inv`.
+
+        Args:
+            values: (*E, N, K) e4m3.
+            scales: (*E, ceil(N / 128), ceil(K / 128)) float32, by which the values are multiplied.
+            dtype: of the matrix it stands for.
+
+        Raises:
+            TypeError: other dtypes.
+            ValueError: shapes that do not fit.
+        """
+        if values.dtype != E4M3 or scales.dtype != torch.float32 or dtype not in DTYPES:
+            came = f"{values.dtype}, {scales.dtype} and {dtype}"
+            raise TypeError(f"expected float8_e4m3fn values, float32 scales and a model's dtype; got {came}")
+        if values.dim() not in (2, 3):
+            raise ValueError(f"expected values of shape (N, K) or (experts, N, K), got {tuple(values.shape)}")
+        *outer, n, k = values.shape
+        expected = (*outer, blocks_in(n, BLOCK), blocks_in(k, BLOCK))
+        if tuple(scales.shape) != expected:
+            words = f"expected scales of shape {expected}, one for each 128x128 of values {tuple(values.shape)}"
+            raise ValueError(f"{words}; got {tuple(scales.shape)}")
+        filled = torch.nn.functional.pad(values.view(torch.uint8), (0, pad(k) - k, 0, pad(n) - n)).view(E4M3)
+        return cls(filled.contiguous(), scales.contiguous(), values.shape, dtype, Lie())
+
+    def dequantized(self) -> Tensor:
+        """The matrix in its dtype, contiguous."""
+        return _unpacked(dequantize(self.e4m3, self.scales, SQUARE), self.shape, self.lie).to(self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's stubs mangle the name
+        return f"BlockScaled(shape={tuple(self.shape)}, dtype={self.dtype}, {self.lie}, device={self.device})"
+
+    # ---- PyTorch's protocol for tensors that wrap others
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return ["e4m3", "scales"], (self.dtype, self.lie)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], context: tuple[Any, ...], size: Sequence[int], _: Any
+    ) -> BlockScaled:
+        return BlockScaled(inner["e4m3"], inner["scales"], size, *context)
+
+    def _stable_hash_for_caching(self) -> str:
+        return repr(("BlockScaled", tuple(self.shape), self.dtype, self.lie))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stubs lack the function
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What an operation gives for such matrices: FP8 by `_OWN`, or what it gives for the dequantised ones."""
+        run, keywords = _OWN.get(func), dict(kwargs or {})
+        if run is not None:
+            return run(func, *args, **keywords)
+        _refuse_writing(func, args, keywords)
+        read = _stand_in if func in _SHAPE_ONLY else BlockScaled.dequantized
+        given, keywords = pytree.tree_map_only(BlockScaled, read, (tuple(args), keywords))
+        return func(*given, **keywords)
+
+
+_SHAPE_ONLY = frozenset(
+    getattr(ops, name).default
+    for name in ("experts_fp8", "experts_fp8_forward", "experts_fp8_backward", "experts_fp8_backward_adding")
+)
+"""What multiplies the quantised matrices that it gets besides, and asks the matrices themselves for their shape."""
+
+
+def _stand_in(matrix: BlockScaled) -> Tensor:
+    """A tensor of this shape and dtype that has one element's memory."""
+    return matrix.e4m3.new_empty((1,) * matrix.dim(), dtype=matrix.dtype).expand(matrix.shape)
+
+
+def _refuse_writing(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises RuntimeError where the function would write into a matrix that only reads as one."""
+    for number, each in enumerate(function._schema.arguments):
+        if each.alias_info is not None and each.alias_info.is_write:
+            given = kwargs.get(each.name) if number >= len(args) else args[number]
+            for leaf in pytree.tree_leaves(given):
+                if isinstance(leaf, BlockScaled):
+                    words = f"{function} writes into a matrix that is kept in FP8, of shape {tuple(leaf.shape)}"
+                    raise RuntimeError(f"{words}; set the parameter anew, or load the model in its own precision")
+
+
+# ---- what gives FP8 for FP8
+
+
+def _quantize_weights(
+    function: Any,
+    w: Tensor,
+    w_up: Tensor | None = None,
+    *,
+    gate_up: str = "single",
+    transposed: bool = False,
+    backward: bool = True,
+) -> Four:
+    check_weights(w, w_up, gate_up, transposed, backward)
+    values, scales = _held(w, w_up, Lie(gate_up, transposed)) or (None, None)
+    if values is None or scales is None:
+        plain = [each.dequantized() if isinstance(each, BlockScaled) else each for each in (w, w_up)]
+        four: Four = function(*plain, gate_up=gate_up, transposed=transposed, backward=backward)
+        return four
+    if not backward:
+        return values, scales, values.new_empty(0), scales.new_empty(0)
+    return values, scales, transposed_copy(values), transposed_copy(scales)
+
+
+def _held(w: Tensor, w_up: Tensor | None, lie: Lie) -> tuple[Tensor, Tensor] | None:
+    """Values and scales as they are asked for, if they are held so."""
+    if not isinstance(w, BlockScaled):
+        return None
+    if lie.gate_up == "separate":
+        if not isinstance(w_up, BlockScaled) or {w.lie, w_up.lie} != {Lie("single", lie.transposed)}:
+            return None
+        side_by_side = torch.cat([w.e4m3.view(torch.uint8), w_up.e4m3.view(torch.uint8)], 1).view(E4M3)
+        return side_by_side, torch.cat([w.scales, w_up.scales], 1)
+    whole_blocks = w.shape[-2] % (2 * BLOCK) == 0  # gate and up lie one behind the other then, however they are taken
+    if w.lie == lie or (w.lie == Lie() and lie == Lie("halves") and whole_blocks):
+        return w.e4m3, w.scales
+    return None
+
+
+def _each(function: Any, matrix: BlockScaled, *args: Any, **kwargs: Any) -> BlockScaled:
+    """Does it to both tensors."""
+    made = [function(each, *args, **kwargs) for each in (matrix.e4m3, matrix.scales)]
+    return BlockScaled(made[0], made[1], matrix.shape, matrix.dtype, matrix.lie)
+
+
+def _clone(function: Any, matrix: BlockScaled, **_: Any) -> BlockScaled:
+    return _each(function, matrix)
+
+
+def _to_copy(function: Any, matrix: BlockScaled, **kwargs: Any) -> Tensor:
+    """Another device, another dtype to stand for."""
+    dtype = kwargs.pop("dtype", None) or matrix.dtype
+    kwargs.pop("memory_format", None)
+    if dtype not in DTYPES or kwargs.get("layout") not in (None, torch.strided):
+        converted: Tensor = function(matrix.dequantized(), dtype=dtype, **kwargs)
+        return converted
+    moved = _each(function, matrix, **kwargs)
+    return BlockScaled(moved.e4m3, moved.scales, matrix.shape, dtype, matrix.lie)
+
+
+def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `load_state_dict` does: an FP8 matrix is taken as it is, another one quantised."""
+    if not isinstance(target, BlockScaled):
+        assert isinstance(source, BlockScaled)
+        written: Tensor = function(target, source.dequantized(), non_blocking)
+        return written
+    if source.shape != target.shape:
+        words = f"expected a matrix of shape {tuple(target.shape)} to copy into one in FP8"
+        raise RuntimeError(f"{words}, got {tuple(source.shape)}")
+    if not isinstance(source, BlockScaled) or source.lie != target.lie:
+        plain = source.dequantized() if isinstance(source, BlockScaled) else source
+        source = BlockScaled.of(plain.to(target.dtype), **target.lie._asdict())
+    for name in ("e4m3", "scales"):
+        getattr(target, name).copy_(getattr(source, name), non_blocking)
+    return target
+
+
+_OWN: dict[Any, Callable[..., Any]] = {
+    ops.quantize_weights.default: _quantize_weights,
+    aten.detach.default: _each,
+    aten.alias.default: _each,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+}
+
+
+def _unpacked(packed: Tensor, shape: Sequence[int], lie: Lie) -> Tensor:
+    """The matrix (of `shape`) whose packed form (*E, N', K') this is."""
+    *_, n, k = (*shape[:-2], shape[-1], shape[-2]) if lie.transposed else shape
+    if lie.gate_up == "single":
+        matrix = packed[..., :n, :k]
+    else:
+        gate, up = (half[..., : n // 2, :k] for half in packed.chunk(2, -2))
+        matrix = torch.cat([gate, up], -2) if lie.gate_up == "halves" else torch.stack([gate, up], -2).flatten(-3, -2)
+    return (matrix.mT if lie.transposed else matrix).contiguous()
+
+
+torch.serialization.add_safe_globals([BlockScaled, Lie])

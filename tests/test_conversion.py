@@ -1,0 +1,411 @@
+"""`convert_to_fp8` and `load_fp8`: what is converted, what it then computes, and what is refused before anything is."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moecompile
+from moecompile.conversion import SCALES
+from moecompile.runtime.block_scaled import BlockScaled
+from moecompile.runtime.quantize import BLOCK, E4M3
+from test_fp8_models import LOGITS, model_of
+from test_precision import relative
+from tiny_sizes import Sizes
+from tiny_transformers import build_model, known_to_transformers
+
+SIZES = Sizes(hidden=256, intermediate=128, vocabulary=512)
+MODELS = known_to_transformers("qwen3_moe", "deepseek_v3")
+
+
+class Called(nn.Module):
+    """A model of transformers as a function of ids to logits."""
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+
+def made(name: Any = "qwen3_moe") -> tuple[Called, Tensor]:
+    torch.manual_seed(0)
+    return Called(build_model(name, torch.bfloat16, sizes=SIZES)).eval(), torch.randint(0, 64, (2, 24))
+
+
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    moecompile.reset()
+    torch._dynamo.reset()
+    model.compile(backend="moecompile", options={"precision": "fp8", "lowering": "eager", **options}, fullgraph=True)
+    return model
+
+
+def infer(model: nn.Module, *inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(*inputs)
+    return result
+
+
+def in_fp8(model: nn.Module) -> dict[str, Any]:
+    return {name: each for name, each in model.named_parameters() if isinstance(each, BlockScaled)}
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_numbers(name: str, lowering: str) -> None:
+    model, ids = made(name)
+    expected = infer(compiled(copy.deepcopy(model), lowering=lowering), ids)
+    table = moecompile.last_report().casts
+    names = moecompile.convert_to_fp8(model, ids)
+    assert {*names} == {*in_fp8(model)}
+    linear = {f"{row.module}.weight" for row in table if row.cast and row.kind == "linear"}
+    modules = {row.module for row in table if row.kind == "experts"}
+    experts = {f"{each}.{part}" for each in modules for part in ("gate_up_proj", "down_proj")}
+    assert {*names} == linear | experts and experts and linear
+    found = infer(compiled(model, lowering=lowering), ids)
+    assert torch.equal(found, expected)
+    report = moecompile.last_report()
+    assert report.casts == table and len(report.sites) == len(modules)
+    assert torch.equal(infer(compiled(model, lowering=lowering, fp8_cache_weights=True), ids), expected)
+
+
+def test_nothing_is_quantised_any_more() -> None:
+    model, ids = made()
+    moecompile.convert_to_fp8(model, ids)
+    infer(compiled(model), ids)
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and "moecompile.scaled_mm" in graph.forward
+    assert "quantize_weights" not in graph.forward
+    path = "model.model.layers.0.mlp.experts.gate_up_proj"
+    assert f"= input {path}  : bf16[8, 256, 256] in f8e4m3fn\n" in graph.after
+    assert f"= input {path}.e4m3  : f8e4m3fn[8, 256, 256]\n" in graph.forward
+    assert f"= input {path}.scales  : f32[8, 2, 2]\n" in graph.forward
+    infer(compiled(model, fp8_cache_weights=True), ids)
+    (cached,) = moecompile.last_report().graphs
+    assert not any("cast in every forward" in note or "copies of" in note for note in cached.notes)
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "in place"])
+def test_models_that_are_compiled_already(way: str) -> None:
+    model, ids = made()
+    options: dict[str, Any] = {"precision": "fp8", "lowering": "eager"}
+    given: Any = torch.compile(model, backend="moecompile", options=options) if way == "torch.compile" else model
+    if way == "in place":
+        model.compile(backend="moecompile", options=options)
+    expected = infer(given, ids)
+    names = moecompile.convert_to_fp8(given, ids)
+    assert "model.lm_head.weight" not in names and {*names} == {*in_fp8(model)}
+    moecompile.reset()
+    assert torch.equal(infer(given, ids), expected)
+    (graph,) = moecompile.last_report().graphs  # compiled anew: the parameters are others
+    assert graph.forward is not None and ".e4m3" in graph.forward
+
+
+@pytest.mark.parametrize("name", ["verify", "fp8_compare", "recompute", "kernels"])
+def test_with_other_options(name: str) -> None:
+    values: dict[str, Any] = {"recompute": True, "kernels": "reference"}
+    options = {name: values.get(name, "first_call")}
+    model, ids = made()
+    expected = infer(compiled(model, **options), ids)
+    before = moecompile.last_report()
+    moecompile.convert_to_fp8(model, ids)
+    assert torch.equal(infer(compiled(model, **options), ids), expected)
+    after = moecompile.last_report()
+    assert [site.module for site in after.sites] == [site.module for site in before.sites] and after.sites
+    (graph,), (other,) = after.graphs, before.graphs
+    assert [row.module for row in graph.compared] == [row.module for row in other.compared]
+    assert bool(graph.compared) == ("fp8_compare" in options)
+
+
+def test_few_graphs_for_many_lengths() -> None:
+    model, ids = made()
+    expected = [infer(compiled(model), ids[:, :length]) for length in (24, 17, 9, 5)]
+    moecompile.convert_to_fp8(model, ids)
+    compiled(model)
+    assert all(torch.equal(infer(model, ids[:, : each.shape[1]]), each) for each in expected)
+    assert len(moecompile.last_report().graphs) <= 2
+
+
+class Broken(nn.Module):
+    """A graph break between the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return torch.tanh(self.second(x) + self.first(x))
+
+
+def test_graphs_are_looked_at_together() -> None:
+    torch.manual_seed(0)
+    model, x = Broken().eval(), torch.randn(4, 256).bfloat16()
+    assert moecompile.convert_to_fp8(model, x) == ("first.weight", "second.weight")
+
+
+class Sharded(Tensor):
+    """Stands for a DTensor: a parameter with rules of its own."""
+
+
+def test_what_is_sharded_stays() -> None:
+    torch.manual_seed(0)
+    model, x = Broken().eval(), torch.randn(4, 256).bfloat16()
+    model.first.weight = nn.Parameter(model.first.weight.detach().as_subclass(Sharded))
+    assert moecompile.convert_to_fp8(model, x) == ("second.weight",)
+
+
+def test_originals_are_freed() -> None:
+    model, ids = made()
+    storages = {name: weakref.ref(each.untyped_storage()) for name, each in model.named_parameters()}
+    before = sum(each.numel() * each.element_size() for each in model.parameters())
+    names = moecompile.convert_to_fp8(model, ids)
+    gc.collect()
+    assert names and all(storages[name]() is None for name in names)
+    kept = [each for name, each in model.named_parameters() if name not in names]
+    held = sum(each.numel() * each.element_size() for each in kept)
+    quantized = sum(each.e4m3.numel() + 4 * each.scales.numel() for each in in_fp8(model).values())
+    assert quantized < 0.51 * (before - held)
+
+
+def test_uncompiled_it_reads_dequantised_matrices() -> None:
+    model, ids = made()
+    other = copy.deepcopy(model)
+    names = moecompile.convert_to_fp8(model, ids)
+    with torch.no_grad():
+        for name, each in other.named_parameters():
+            if name in names:
+                each.copy_(model.get_parameter(name) * 1.0)
+    assert torch.equal(infer(model, ids), infer(other, ids))
+
+
+def test_converted_twice_is_converted_once() -> None:
+    model, ids = made()
+    names = moecompile.convert_to_fp8(model, ids)
+    before = in_fp8(model)
+    assert moecompile.convert_to_fp8(model, ids) == () and names
+    assert all(before[name] is each for name, each in in_fp8(model).items())
+
+
+def test_options_are_heeded() -> None:
+    model, ids = made()
+    options = {"fp8_exclude": ("*.mlp.experts",), "fp8_keep_last_layers": 1}
+    names = moecompile.convert_to_fp8(model, ids, moecompile_options=options)
+    assert names and not any("experts" in name for name in names)
+    layers = sorted({name.split("layers.")[1][0] for name in names})
+    assert layers == ["0"]
+    found = infer(compiled(model, **options), ids)
+    assert found.isfinite().all()
+
+
+def test_gradients_flow_past_it() -> None:
+    """As past frozen matrices: adapters can be trained on top."""
+    model, ids = made()
+    other = copy.deepcopy(model)
+    names = moecompile.convert_to_fp8(model, ids)
+    for name in names:
+        other.get_parameter(name).requires_grad_(False)
+    for each in (model, other):
+        compiled(each)(ids).float().square().sum().backward()
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    expected = {name: each.grad for name, each in other.named_parameters() if each.grad is not None}
+    assert found.keys() == expected.keys() and "model.model.embed_tokens.weight" in found
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+
+
+class Twice(nn.Module):
+    """A matrix that a layer multiplies by, and that somebody else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once = nn.Linear(256, 256, bias=False)
+        self.twice = nn.Linear(256, 256, bias=False)
+        self.tied = nn.Linear(256, 256, bias=False)
+        self.again = nn.Linear(256, 256, bias=False)
+        self.again.weight = self.tied.weight
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.tied(self.once(x)))))
+        return torch.tanh(self.twice(x)) + self.twice.weight[0]
+
+
+def test_what_somebody_else_reads_stays() -> None:
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(4, 256).bfloat16()
+    assert moecompile.convert_to_fp8(model, x) == ("once.weight", "tied.weight")
+    assert model.again.weight is model.tied.weight and type(model.twice.weight) is nn.Parameter
+
+
+def test_what_is_no_model_for_inference() -> None:
+    model, ids = made()
+    with pytest.raises(ValueError, match=r"training mode; call model\.eval\(\)"):
+        moecompile.convert_to_fp8(model.train(), ids)
+    with pytest.raises(TypeError, match="expected a module"):
+        moecompile.convert_to_fp8(lambda x: x, ids)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fp8_exlude"):
+        moecompile.convert_to_fp8(model.eval(), ids, moecompile_options={"fp8_exlude": ()})
+    assert not in_fp8(model)
+
+
+# ---- checkpoints
+
+
+def blocks(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and scales of a matrix (*E, N, K) as DeepSeek-V3 has them, amax / 448 each, and what they are."""
+    *_, n, k = matrix.shape
+    filled = nn.functional.pad(matrix.float(), (0, -k % BLOCK, 0, -n % BLOCK))
+    cut = filled.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    scales = cut.abs().amax((-3, -1)) / 448
+    spread = scales[..., :, None, :, None]
+    values = (cut / spread.clamp(min=1e-30)).to(E4M3)
+    exact = (values.float() * spread).flatten(-2, -1).flatten(-3, -2)[..., :n, :k]
+    return values.flatten(-2, -1).flatten(-3, -2)[..., :n, :k].contiguous(), scales, exact
+
+
+def checkpoint(model: nn.Module, *, single: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint in FP8 with the experts packed or single, and the same model's exact numbers."""
+    stored, exact = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in model.state_dict().items():
+        exact[name] = tensor
+        if "_proj" not in name:
+            stored[name] = tensor
+            continue
+        values, scales, exact[name] = blocks(tensor)
+        if tensor.dim() == 2 or not single:
+            stored |= {name: values, name + SCALES: scales}
+            continue
+        path, _, last = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        for expert in range(tensor.shape[0]):
+            of_parts = zip(parts, values[expert].chunk(len(parts)), scales[expert].chunk(len(parts)), strict=True)
+            for part, value, scale in of_parts:
+                stored |= {f"{path}.{expert}.{part}.weight": value, f"{path}.{expert}.{part}.weight{SCALES}": scale}
+    return stored, exact
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single experts", "packed experts"])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_load_as_they_are(name: str, single: bool) -> None:
+    tiny, ids = model_of(name, layers=1)
+    model = Called(tiny).eval()
+    stored, exact = checkpoint(tiny, single=single)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for each in fresh.parameters():
+            each.zero_()
+    names = moecompile.load_fp8(fresh.model, stored)
+    assert {*names} == {*in_fp8(fresh.model)} and any("experts" in each for each in names)
+    for each, tensor in fresh.model.state_dict().items():
+        if each in names:
+            *_, n, k = tensor.shape
+            values, scales, _ = blocks(tiny.get_parameter(each))
+            assert torch.equal(tensor.e4m3[..., :n, :k].float(), values.float())
+            assert torch.equal(tensor.scales, scales)
+        else:
+            assert torch.equal(tensor, exact[each])
+    tiny.load_state_dict(exact)
+    expected = infer(model, ids)
+    assert torch.equal(infer(fresh, ids), expected)  # in the model's own precision
+    found = infer(compiled(fresh), ids)
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and "quantize_weights" not in graph.forward and "experts_fp8" in graph.forward
+    assert 1e-3 < relative(found, expected) < LOGITS
+
+
+def test_onto_the_meta_device() -> None:
+    model, ids = made()
+    stored, _ = checkpoint(model.model, single=True)
+    with torch.device("meta"):
+        empty = type(model.model)(model.model.config).to(torch.bfloat16).eval()
+    buffers = {name for name, each in empty.named_buffers() if each.is_meta}
+    moecompile.load_fp8(empty, stored)
+    assert not any(each.is_meta for each in empty.parameters())
+    for name in buffers:  # what no checkpoint has
+        path, _, last = name.rpartition(".")
+        setattr(empty.get_submodule(path), last, model.model.get_buffer(name))
+    moecompile.load_fp8(model.model, stored)
+    assert torch.equal(infer(Called(empty), ids), infer(model, ids))
+
+
+def wrong(stored: dict[str, Tensor], change: str) -> None:
+    experts, one = "model.layers.0.mlp.experts", "model.layers.0.self_attn.q_proj.weight"
+    match change:
+        case "missing":
+            del stored["model.norm.weight"]
+        case "unexpected":
+            stored["model.norm.wait"] = stored["model.norm.weight"]
+        case "an expert is missing":
+            del stored[f"{experts}.1.up_proj.weight"]
+        case "an expert is not in FP8":
+            name = f"{experts}.1.up_proj.weight"
+            stored[name] = stored[name].bfloat16()
+            del stored[name + SCALES]
+        case "scales":
+            stored[one + SCALES] = stored[one + SCALES][:1, :1].clone()
+        case "dtype":
+            stored[one] = stored[one].bfloat16()
+        case "shape":
+            stored[one], stored[one + SCALES] = stored[one][:128], stored[one + SCALES][:1]
+        case "shape of an expert":
+            stored[f"{experts}.1.up_proj.weight"] = stored[f"{experts}.1.up_proj.weight"][:, :128]
+        case "shape of a norm":
+            stored["model.norm.weight"] = stored["model.norm.weight"][:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ("missing", RuntimeError, r"missing model\.norm\.weight\. Pass strict=False"),
+        ("unexpected", RuntimeError, r"unexpected model\.norm\.wait"),
+        ("an expert is missing", RuntimeError, r"missing model\.layers\.0\.mlp\.experts\.gate_up_proj"),
+        ("an expert is not in FP8", ValueError, "all or none"),
+        ("scales", ValueError, r"q_proj\.weight: expected scales of shape"),
+        ("dtype", TypeError, r"q_proj\.weight: expected float8_e4m3fn"),
+        ("shape", ValueError, r"q_proj\.weight must have shape .*, got \(128, 256\)"),
+        ("shape of an expert", ValueError, r"1\.up_proj\.weight must have shape \(128, 256\)"),
+        ("shape of a norm", ValueError, r"model\.norm\.weight must have shape \(256,\), got \(1,\)"),
+    ],
+)
+def test_wrong_checkpoints_change_nothing(change: str, error: type[Exception], words: str) -> None:
+    model, _ = made()
+    stored, _ = checkpoint(model.model, single=True)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.zero_()
+    wrong(stored, change)
+    with pytest.raises(error, match=words):
+        moecompile.load_fp8(model.model, stored)
+    assert not in_fp8(model) and not any(each.any() for each in model.parameters())
+
+
+def test_what_is_not_strict() -> None:
+    model, _ = made()
+    stored, _ = checkpoint(model.model, single=True)
+    wrong(stored, "unexpected")
+    wrong(stored, "missing")
+    assert moecompile.load_fp8(model.model, stored, strict=False)
+
+
+def test_models_that_know_their_scales_get_them() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(128, 128).to(E4M3), requires_grad=False)
+            self.weight_scale_inv = nn.Parameter(torch.zeros(1, 1), requires_grad=False)
+
+    model, scales = Own(), torch.full((1, 1), 0.3)
+    assert moecompile.load_fp8(model, {"weight": torch.ones(128, 128).to(E4M3), "weight_scale_inv": scales}) == ()
+    assert type(model.weight) is nn.Parameter and torch.equal(model.weight_scale_inv, scales)
