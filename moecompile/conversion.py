@@ -21,7 +21,7 @@ from moecompile.capture import capture
 from moecompile.options import Options
 from moecompile.report import GraphReport
 from moecompile.runtime.block_scaled import BlockScaled, Lie
-from moecompile.runtime.quantize import BLOCK, E4M3
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
 
 SCALES = "_scale_inv"
 """What checkpoints call a matrix's scales: its name with this behind (DeepSeek-V3)."""
@@ -115,12 +115,13 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
             found[name] = made
         elif made is not None:
             left[name] = made
+    _complete_ties(parameters, found, left)
     _check_names(own - found.keys(), {*left}, strict)
     _check_shapes({**dict(model.named_buffers()), **parameters}, left)
     for name, made in found.items():
         _put(model, parameters[name], made)
     model.load_state_dict(left, strict=False, assign=all(each.is_meta for each in parameters.values()))
-    return tuple(found)
+    return tuple(name for name in parameters if name in found)
 
 
 def _check_module(model: object, function: str) -> None:
@@ -200,6 +201,11 @@ def _packed(
     if len(names[0]) > 1 and expected[0] % BLOCK:
         words = f"{len(names[0])} matrices of {expected[0]} features have no common blocks of {BLOCK}"
         raise _error(f"{name} cannot be put together as it is: {words}; load a dequantised checkpoint and convert it")
+    blocks = (blocks_in(expected[0], BLOCK), blocks_in(k, BLOCK))
+    for each in every:
+        if tuple(left[each + SCALES].shape) != blocks:
+            came = tuple(left[each + SCALES].shape)
+            raise _error(f"{each}{SCALES} must have shape {blocks}, one for each 128x128 of {expected}; got {came}")
     scales = torch.stack([torch.cat([left.pop(each + SCALES) for each in row]) for row in names])
     values = torch.stack([torch.cat([_bytes(each, left.pop(each)) for each in row]) for row in names])
     return _from_blocks(name, values.view(E4M3), scales, parameter)
@@ -218,6 +224,20 @@ def _from_blocks(name: str, values: Tensor, scales: Tensor, parameter: nn.Parame
         return BlockScaled.from_blocks(values.to(device), scales.to(device), parameter.dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"moecompile.load_fp8: {name}: {error}") from None
+
+
+def _complete_ties(
+    parameters: Mapping[str, nn.Parameter], found: dict[str, BlockScaled], left: dict[str, Tensor]
+) -> None:
+    """Of parameters that have several names, checkpoints may hold one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        for given in (found, left):
+            there: Any = next((given[name] for name in tied if name in given), None)
+            if there is not None:
+                given.update({name: there for name in tied if name not in found and name not in left})
 
 
 def _check_names(missing: set[str], unexpected: set[str], strict: bool) -> None:

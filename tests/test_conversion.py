@@ -355,6 +355,10 @@ def wrong(stored: dict[str, Tensor], change: str) -> None:
             del stored[name + SCALES]
         case "scales":
             stored[one + SCALES] = stored[one + SCALES][:1, :1].clone()
+        case "scales of an expert":
+            stored[f"{experts}.1.up_proj.weight{SCALES}"] = torch.ones(2, 2)
+        case "dtype of an expert":
+            stored[f"{experts}.1.up_proj.weight"] = stored[f"{experts}.1.up_proj.weight"].bfloat16()
         case "dtype":
             stored[one] = stored[one].bfloat16()
         case "shape":
@@ -376,6 +380,8 @@ def wrong(stored: dict[str, Tensor], change: str) -> None:
         ("dtype", TypeError, r"q_proj\.weight: expected float8_e4m3fn"),
         ("shape", ValueError, r"q_proj\.weight must have shape .*, got \(128, 256\)"),
         ("shape of an expert", ValueError, r"1\.up_proj\.weight must have shape \(128, 256\)"),
+        ("scales of an expert", ValueError, r"1\.up_proj\.weight_scale_inv must have shape \(1, 2\)"),
+        ("dtype of an expert", TypeError, r"1\.up_proj\.weight has scales beside it and must be torch\.float8_e4m3fn"),
         ("shape of a norm", ValueError, r"model\.norm\.weight must have shape \(256,\), got \(1,\)"),
     ],
 )
@@ -397,6 +403,30 @@ def test_what_is_not_strict() -> None:
     wrong(stored, "unexpected")
     wrong(stored, "missing")
     assert moecompile.load_fp8(model.model, stored, strict=False)
+
+
+class Tied(nn.Module):
+    """Two layers with one matrix, two norms with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+        self.norm, self.other = nn.RMSNorm(128), nn.RMSNorm(128)
+        self.second.weight, self.other.weight = self.first.weight, self.norm.weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("named", ["first", "second"])
+def test_checkpoints_hold_tied_parameters_once(named: str, device: str) -> None:
+    with torch.device(device):
+        model = Tied()
+    values, scales, exact = blocks(torch.randn(128, 128))
+    stored = {f"{named}.weight": values, f"{named}.weight{SCALES}": scales, "other.weight": torch.full((128,), 2.0)}
+    assert moecompile.load_fp8(model, stored) == ("first.weight", "second.weight")
+    for layer in (model.first, model.second):
+        assert isinstance(layer.weight, BlockScaled) and torch.equal(layer.weight * 1.0, exact)
+    assert all(torch.equal(norm.weight, stored["other.weight"]) for norm in (model.norm, model.other))
+    assert model.norm.weight.data_ptr() == model.other.weight.data_ptr()
 
 
 def test_models_that_know_their_scales_get_them() -> None:
