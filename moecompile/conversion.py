@@ -45,9 +45,9 @@ def convert_to_fp8(
     """Quantises, once and in place, the matrices that the model multiplies in FP8 when it is called like this.
 
     These are the ones that `moecompile.explain(model, ..., moecompile_options={"precision": "fp8"})` lists as cast, if
-    they are parameters that nothing else reads, and no tensor subclasses (DTensors, FSDP's). The model runs once,
-    uncompiled. Originals are freed, unless somebody else refers to them. Results are those of the same model with its
-    matrices cast in every forward.
+    they are parameters that nothing else reads, and no tensor subclasses (DTensors, FSDP's). The model runs once or
+    twice, uncompiled. Originals are freed, unless somebody else refers to them. Results are those of the same model
+    with its matrices cast in every forward.
 
     Args:
         model: in eval mode; compiled or not. Converted parameters have no gradient, and `state_dict` holds them in FP8.
@@ -69,9 +69,8 @@ def convert_to_fp8(
         raise ValueError(f"moecompile.convert_to_fp8: {words}; call model.eval() first")
     given = moecompile_options.as_dict() if isinstance(moecompile_options, Options) else moecompile_options or {}
     options = Options.parse(None, {**given, "precision": "fp8"})
-    uses: Uses = {}
     with torch.no_grad():
-        capture(model, args, kwargs, functools.partial(_note_uses, options, uses))
+        uses = _captured_uses(model, args, kwargs, options)
         converted: list[str] = []
         for name, parameter in list(model.named_parameters()):
             (lie, *others) = uses.get(id(parameter)) or {None}
@@ -141,6 +140,20 @@ def _put(model: nn.Module, parameter: nn.Parameter, made: BlockScaled) -> None:
 # ---- what is cast
 
 
+def _captured_uses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Uses:
+    """How the model reads its parameters: as one graph if it can be, since loops over experts are found in no other."""
+    for fullgraph in (True, False):
+        uses: Uses = {}
+        try:
+            capture(model, args, kwargs, functools.partial(_note_uses, options, uses), fullgraph=fullgraph)
+        except Exception:
+            if not fullgraph:
+                raise
+        else:
+            break
+    return uses
+
+
 def _note_uses(options: Options, uses: Uses, gm: fx.GraphModule) -> None:
     """Adds how one captured graph reads its parameters."""
     inputs = {
@@ -150,14 +163,21 @@ def _note_uses(options: Options, uses: Uses, gm: fx.GraphModule) -> None:
     }
     pipeline.run_passes(gm, options, GraphReport.of(gm))
     for node, parameter in inputs.items():
-        found = uses.setdefault(id(parameter), set())
-        for user in node.users:
-            if user.target is torch.ops.moecompile.quantize_weights.default:
-                attributes = user.kwargs
-                gate_up, transposed = attributes.get("gate_up", "single"), attributes.get("transposed", False)
-                found.add(Lie("single" if gate_up == "separate" else str(gate_up), bool(transposed)))
-            elif user.target not in _MULTIPLY_COPIES or node is user.args[0]:
-                found.add(None)
+        uses.setdefault(id(parameter), set()).update(_uses_of(node))
+
+
+def _uses_of(node: fx.Node) -> set[Lie | None]:
+    """How a matrix is given to casts, itself or as one of a stack; and None if somebody else reads it."""
+    found = set[Lie | None]()
+    for user in node.users:
+        if user.target is torch.ops.moecompile.quantize_weights.default:
+            gate_up, transposed = user.kwargs.get("gate_up", "single"), user.kwargs.get("transposed", False)
+            found.add(Lie("single" if gate_up == "separate" else str(gate_up), bool(transposed)))
+        elif user.target is torch.stack and len(user.args) == 1 and not user.kwargs:
+            found.add(Lie() if _uses_of(user) == {Lie()} else None)
+        elif user.target not in _MULTIPLY_COPIES or node is user.args[0]:
+            found.add(None)
+    return found
 
 
 _MULTIPLY_COPIES = (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default)

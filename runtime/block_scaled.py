@@ -206,6 +206,19 @@ def _to_copy(function: Any, matrix: BlockScaled, **kwargs: Any) -> Tensor:
     return BlockScaled(moved.e4m3, moved.scales, matrix.shape, dtype, matrix.lie)
 
 
+def _stack(function: Any, matrices: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Experts' matrices, of a parameter each, as one."""
+    first, alike = matrices[0], all(isinstance(each, BlockScaled) for each in matrices)
+    kinds = {(each.shape, each.dtype, each.lie) for each in matrices if isinstance(each, BlockScaled)}
+    if not alike or dim != 0 or kinds != {(first.shape, first.dtype, Lie())} or first.dim() != 2:
+        plain = [each.dequantized() if isinstance(each, BlockScaled) else each for each in matrices]
+        stacked: Tensor = function(plain, dim)
+        return stacked
+    values = function([each.e4m3.view(torch.uint8) for each in matrices if isinstance(each, BlockScaled)])
+    scales = function([each.scales for each in matrices if isinstance(each, BlockScaled)])
+    return BlockScaled(values.view(E4M3), scales, (len(matrices), *first.shape), first.dtype, Lie())
+
+
 def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """What `load_state_dict` does: an FP8 matrix is taken as it is, another one quantised."""
     if not isinstance(target, BlockScaled):
@@ -230,6 +243,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
+    aten.stack.default: _stack,
 }
 
 

@@ -112,6 +112,23 @@ def test_gate_and_up_that_are_separate(transposed: bool) -> None:
     assert same(mixed, ops.quantize_weights(kept[0] * 1.0, up, **layout))
 
 
+def test_matrices_of_experts_are_stacked_in_fp8() -> None:
+    matrices = [matrix(130, 256) * (number + 1) for number in range(3)]
+    kept = [BlockScaled.of(each) for each in matrices]
+    stacked = torch.stack(kept)  # type: ignore[arg-type]
+    assert isinstance(stacked, BlockScaled) and stacked.shape == (3, 130, 256)
+    assert same(ops.quantize_weights(stacked), ops.quantize_weights(torch.stack(matrices)))
+    mixed: list[tuple[list[Any], int]] = [
+        ([kept[0], matrices[1]], 0),
+        (kept, 1),
+        ([BlockScaled.of(matrices[0].mT, transposed=True)], 0),
+    ]
+    for others, dim in mixed:
+        plain = torch.stack([each * 1.0 for each in others], dim)
+        found = torch.stack(others, dim)
+        assert type(found) is Tensor and torch.equal(found, plain)
+
+
 def test_a_layer_reads_it_dequantised() -> None:
     w, x = matrix(130, 256), torch.randn(5, 256).bfloat16()
     kept = BlockScaled.of(w)

@@ -19,6 +19,7 @@ from test_fp8_models import LOGITS, model_of
 from test_precision import relative
 from tiny_sizes import Sizes
 from tiny_transformers import build_model, known_to_transformers
+from zoo_expert_loop import WhereIndexAdd
 
 SIZES = Sizes(hidden=256, intermediate=128, vocabulary=512)
 MODELS = known_to_transformers("qwen3_moe", "deepseek_v3")
@@ -223,6 +224,36 @@ def test_gradients_flow_past_it() -> None:
     expected = {name: each.grad for name, each in other.named_parameters() if each.grad is not None}
     assert found.keys() == expected.keys() and "model.model.embed_tokens.weight" in found
     assert all(torch.equal(found[name], each) for name, each in expected.items())
+
+
+class Loop(nn.Module):
+    """Mixtral of transformers 4: a loop over experts that are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.moe = nn.RMSNorm(256), WhereIndexAdd(hidden=256, inner=128)
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.moe(self.norm(x))[0]
+
+
+def test_experts_that_are_modules() -> None:
+    torch.manual_seed(0)
+    model, x = Loop().eval(), torch.randn(40, 256).bfloat16()
+    expected = infer(compiled(model), x)
+    loaded = copy.deepcopy(model)
+    names = moecompile.convert_to_fp8(model, x)
+    assert {*names} == {f"moe.experts.{expert}.{part}.weight" for expert in range(4) for part in ("w1", "w2", "w3")}
+    stored = model.state_dict()
+    for name in names:
+        stored |= {name: stored[name].e4m3, name + SCALES: stored[name].scales}
+    assert {*moecompile.load_fp8(loaded, stored)} == {*names}
+    for each in (model, loaded):
+        assert torch.equal(infer(compiled(each), x), expected)
+        (graph,) = moecompile.last_report().graphs
+        assert len(graph.sites) == 1 and graph.forward is not None and "quantize_weights" not in graph.forward
+        assert "experts_fp8" in graph.forward
 
 
 class Twice(nn.Module):
