@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +155,15 @@ def test_it_is_copied_moved_and_stored() -> None:
     half = kept.to(torch.float16)
     assert isinstance(half, BlockScaled) and half.dtype == torch.float16 and half.e4m3.dtype == E4M3
     assert type(kept.to(torch.float64)) is Tensor
+
+
+def test_another_process_loads_it(tmp_path: Path) -> None:
+    kept = BlockScaled.of(matrix(130, 256))
+    torch.save({"w": nn.Parameter(kept, requires_grad=False)}, tmp_path / "stored.pt")
+    path = str(tmp_path / "stored.pt")
+    code = f"import torch, moecompile.runtime.block_scaled; print(torch.load({path!r})['w'][0, 0].item())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) == kept[0, 0].item()
 
 
 def test_modules_carry_it_along() -> None:
