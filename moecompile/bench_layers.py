@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
-from moecompile.bench_block import precision
 from moecompile.bench_cases import (
     CASTS,
     FORWARD,
@@ -31,9 +30,10 @@ from moecompile.bench_cases import (
     STEP,
     Shape,
 )
+from moecompile.bench_compiled import OPTIONS, checked, compiled, forward, step
 from moecompile.bench_modules import missing
 from moecompile.bench_profile import averages
-from moecompile.bench_proof import EMULATED, NotOursError, compare, kernels_of, prove
+from moecompile.bench_proof import EMULATED
 from moecompile.bench_results import Kernel, Memory, Setting, Speed, Target, ratios
 from moecompile.bench_stacks import Stack
 from moecompile.bench_timing import Contender, Statistics, measure_single
@@ -43,12 +43,6 @@ from moecompile.runtime.quantize import pad
 
 BOUNDS = {"bf16": 0.1, "fp8": 0.3}
 """How far results may be from Inductor's, relative: a token whose experts nearly tie may get another one."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    OURS: {},
-    FP8: {"precision": "fp8", "fp8_cache_weights": True},
-    FP8_EACH: {"precision": "fp8"},
-}
-"""Of moecompile, by contender."""
 KINDS = (
     ("attention", ("sdpa", "flash", "fmha", "convert_dq", "dot_do_o")),
     ("quantising the weights", ("moecompile_quantize_weights",)),
@@ -68,23 +62,28 @@ def measure_layers(setting: Setting, shape: Shape, layers: int, sequence: int) -
     torch._dynamo.reset()
     moecompile.reset()
     stack = Stack.of(shape, layers, sequence, setting.device)
-    runs = {INDUCTOR: _compiled(stack)} | {name: _compiled(stack, options) for name, options in OPTIONS.items()}
-    for what, make in ((FORWARD, _forward), (STEP, _step)):
+    runs = {INDUCTOR: compiled(stack.module)}
+    runs |= {name: compiled(stack.module, options) for name, options in OPTIONS.items()}
+    for what, make in ((FORWARD, forward), (STEP, step)):
         setting.results.head(f"model  {stack.title}  {what}")
-        present = _checked(setting, stack, [make(stack, *each) for each in runs.items()], what)
+        present = checked(
+            setting,
+            stack,
+            [make(stack, *each) for each in runs.items()],
+            against=INDUCTOR,
+            bounds=BOUNDS,
+            title=f"model {stack.case} {what}",
+            where="the layers",
+            gradients=["x"],  # which all others have passed through
+        )
         _add_speeds(setting, stack, what, measure_single(setting.timer, present, setting.rounds))
         if what == STEP:
             if setting.device == "cuda":
                 _add_memory(setting, stack, {each.name: runs[each.name] for each in present})
             _add_kinds(setting, stack, [each for each in present if each.name == INDUCTOR])
             with casts_apart() as options:
-                _add_kinds(setting, stack, [_step(stack, FP8_EACH, _compiled(stack, OPTIONS[FP8_EACH] | options))])
+                _add_kinds(setting, stack, [step(stack, FP8_EACH, compiled(stack.module, OPTIONS[FP8_EACH] | options))])
         stack.forget_gradients()
-
-
-def _compiled(stack: Stack, options: dict[str, Any] | None = None) -> Callable[[Tensor], Tensor]:
-    ours: dict[str, Any] = {} if options is None else {"backend": "moecompile", "options": options}
-    return torch.compile(stack.module, fullgraph=True, dynamic=False, **ours)
 
 
 @contextlib.contextmanager
@@ -95,53 +94,6 @@ def casts_apart() -> Iterator[dict[str, Any]]:
     """
     with mock.patch.object(decompose, "_is_worth_fusing", lambda node: False):
         yield {"inductor": {"force_disable_caches": True}}
-
-
-def _forward(stack: Stack, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
-    """Inference."""
-
-    def call(_: int) -> Tensor:
-        with torch.no_grad():
-            return run(stack.x)
-
-    return Contender(name, call, 0.0, precision(name), kernels_of(name, FORWARD))
-
-
-def _step(stack: Stack, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
-    """Forward and backward: gradients of the rows and of all weights, from None."""
-
-    def call(_: int) -> None:
-        stack.forget_gradients()
-        run(stack.x).backward(stack.cotangent)
-
-    return Contender(name, call, 0.0, precision(name), kernels_of(name, STEP))
-
-
-def _checked(setting: Setting, stack: Stack, contenders: Sequence[Contender], what: str) -> list[Contender]:
-    """Those that compute what Inductor's layers compute, ours with our kernels; the others are noted as failures."""
-    (other,) = (contender for contender in contenders if contender.name == INDUCTOR)
-    expected, right = _outcome(stack, other), []
-    for contender in contenders:
-        try:
-            if contender.name != INDUCTOR:
-                compare(_outcome(stack, contender), expected, BOUNDS[contender.precision])
-                if not moecompile.last_report().graphs[-1].sites:
-                    raise NotOursError("moecompile found no experts in the layers")
-            prove(contender, range(1), setting.device)
-            right.append(contender)
-        except Exception as error:  # the others are measured all the same
-            setting.results.fail(f"model {stack.case} {what}, {contender.name}", error)
-    return right
-
-
-def _outcome(stack: Stack, contender: Contender) -> dict[str, Tensor]:
-    """The result, or the gradient of the rows, which all others have passed through."""
-    result = contender.call(0)
-    if isinstance(result, Tensor):
-        return {"result": result}
-    found = {"x": stack.gradients()["x"]}
-    stack.forget_gradients()
-    return found
 
 
 def _add_speeds(setting: Setting, stack: Stack, what: str, times: Mapping[str, Statistics]) -> None:

@@ -10,21 +10,16 @@ time of moecompile's kernels, and nothing else, in turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-import moecompile
 from moecompile import bench_block
-from moecompile.bench_block import precision
 from moecompile.bench_cases import (
     EAGER,
     EXPERT_KERNELS,
     FORWARD,
-    FP8,
-    FP8_EACH,
     IN_BENCH,
     IN_MODEL,
     INDUCTOR,
@@ -34,10 +29,11 @@ from moecompile.bench_cases import (
     WHOLE_BLOCK,
     Shape,
 )
+from moecompile.bench_compiled import OPTIONS, checked, compiled, forward, step
 from moecompile.bench_modules import Module, missing
 from moecompile.bench_products import HOPPER
 from moecompile.bench_profile import own_kernels
-from moecompile.bench_proof import EMULATED, NotOursError, compare, kernels_of, prove
+from moecompile.bench_proof import EMULATED, prove
 from moecompile.bench_results import Setting, Speed, ratios
 from moecompile.bench_timing import Contender, Statistics, Timing, alternate, measure_single
 
@@ -45,12 +41,6 @@ ROUNDS = 5
 """Turns of each under the profiler, at most; each is a few calls long."""
 BOUNDS = {"bf16": 0.1, "fp8": 0.2}
 """How far results and gradients may be from eager's, relative: a token whose experts tie may get another one."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    OURS: {},
-    FP8: {"precision": "fp8", "fp8_cache_weights": True},
-    FP8_EACH: {"precision": "fp8"},
-}
-"""Of moecompile, by contender."""
 
 
 def measure_model(setting: Setting, shape: Shape) -> None:
@@ -62,14 +52,22 @@ def measure_model(setting: Setting, shape: Shape) -> None:
     torch._dynamo.reset()
     block = Module.of(shape, setting.device)
     runs: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-        *((name, _compiled(block, options)) for name, options in OPTIONS.items()),
-        (INDUCTOR, torch.compile(block.module, fullgraph=True, dynamic=False)),
+        *((name, compiled(block.module, options)) for name, options in OPTIONS.items()),
+        (INDUCTOR, compiled(block.module)),
         (EAGER, block.module),
     ]
     for what in (FORWARD, STEP):
         setting.results.head(f"model  {shape.title}  {what}, {WHOLE_BLOCK} ({type(block.module).__name__})")
-        make = _forward if what == FORWARD else _step
-        present = _checked(setting, block, [make(block, *each) for each in runs], what)
+        make = forward if what == FORWARD else step
+        present = checked(
+            setting,
+            block,
+            [make(block, *each) for each in runs],
+            against=EAGER,
+            bounds=BOUNDS,
+            title=f"model {shape.name} {what}",
+            where="the block",
+        )
         times = measure_single(setting.timer, present, setting.rounds)
         _add_blocks(setting, shape, what, times)
         setting.results.head(f"model  {shape.title}  {what}, {EXPERT_KERNELS}")
@@ -77,57 +75,6 @@ def measure_model(setting: Setting, shape: Shape) -> None:
             if each.name == OURS:
                 _measure_kernels(setting, block, each, what)
         block.forget_gradients()
-
-
-def _compiled(block: Module, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    return torch.compile(block.module, backend="moecompile", options=options, fullgraph=True, dynamic=False)
-
-
-def _forward(block: Module, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
-    """Inference."""
-
-    def call(_: int) -> Tensor:
-        with torch.no_grad():
-            return run(block.x)
-
-    return Contender(name, call, 0.0, kernels=kernels_of(name, FORWARD))
-
-
-def _step(block: Module, name: str, run: Callable[[Tensor], Tensor]) -> Contender:
-    """Forward and backward: gradients of the tokens and of all weights, the router's too, from None."""
-
-    def call(_: int) -> None:
-        block.forget_gradients()
-        run(block.x).backward(block.cotangent)
-
-    return Contender(name, call, 0.0, kernels=kernels_of(name, STEP))
-
-
-def _checked(setting: Setting, block: Module, contenders: Sequence[Contender], what: str) -> list[Contender]:
-    """Those that compute what the eager block computes, ours with our kernels; the others are noted as failures."""
-    (eager,) = (contender for contender in contenders if contender.name == EAGER)
-    expected, right = _outcome(block, eager), []
-    for contender in contenders:
-        try:
-            if contender.name != EAGER:
-                compare(_outcome(block, contender), expected, BOUNDS[precision(contender.name)])
-            if contender.name in OPTIONS and not moecompile.last_report().graphs[-1].sites:
-                raise NotOursError("moecompile found no experts in the block")
-            prove(contender, range(1), setting.device)
-            right.append(contender)
-        except Exception as error:  # the others are measured all the same
-            setting.results.fail(f"model {block.experts.shape.name} {what}, {contender.name}", error)
-    return right
-
-
-def _outcome(block: Module, contender: Contender) -> dict[str, Tensor]:
-    """The result, or the gradients, which are no longer the block's."""
-    result = contender.call(0)
-    if isinstance(result, Tensor):
-        return {"result": result}
-    found = block.gradients()
-    block.forget_gradients()
-    return found
 
 
 def _add_blocks(setting: Setting, shape: Shape, what: str, times: Mapping[str, Statistics]) -> None:
