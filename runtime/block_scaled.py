@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moecompile.runtime import operators  # noqa: F401 - registers what is dispatched on
-from moecompile.runtime.fp8_contract import check_weights
-from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, SQUARE, blocks_in, dequantize, pad, transposed_copy
+from moecompile.runtime.fp8_contract import Four, check_weights
+from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, SQUARE, blocks_in, dequantize, pad, transposed_copy, unpack
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Lie(NamedTuple):
@@ -253,7 +252,7 @@ def _unpacked(packed: Tensor, shape: Sequence[int], lie: Lie) -> Tensor:
     if lie.gate_up == "single":
         matrix = packed[..., :n, :k]
     else:
-        gate, up = (half[..., : n // 2, :k] for half in packed.chunk(2, -2))
+        gate, up = unpack(packed[..., :k], n // 2)
         matrix = torch.cat([gate, up], -2) if lie.gate_up == "halves" else torch.stack([gate, up], -2).flatten(-3, -2)
     return (matrix.mT if lie.transposed else matrix).contiguous()
 

@@ -51,6 +51,8 @@ class Saved(NamedTuple):
     hidden_scales: Tensor
 
 
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What `quantize_weights` gives: values, scales, and both transposed."""
 Specs = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 """Shape and dtype of each tensor of a record."""
 

@@ -19,6 +19,7 @@ from moecompile.runtime import fp8_reference, main_gradients, quantize
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import (
+    Four,
     Specs,
     check_fp8,
     check_fp8_backward,
@@ -29,7 +30,6 @@ from moecompile.runtime.kernels import ABSENT, needed
 from moecompile.runtime.remembered import CALLS
 
 Parts = list[Tensor]
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def quantize_weights(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+from moecompile.runtime.fp8_contract import Four
+
 Key = tuple[Hashable, ...]
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import moecompile
 from moecompile.runtime.block_scaled import BlockScaled
-from test_conversion import MODELS, Called, blocks, checkpoint, compiled, in_fp8, infer, made
+from test_conversion import MODELS, Called, in_fp8, infer, made
+from test_fp8_models import compiled
+from test_load_fp8 import blocks, checkpoint
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)

@@ -1,0 +1,195 @@
+"""`load_fp8`: checkpoints in FP8 are taken as they are, and refused before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moecompile
+from moecompile.conversion import SCALES
+from moecompile.runtime.block_scaled import BlockScaled
+from moecompile.runtime.quantize import BLOCK, E4M3
+from test_conversion import MODELS, Called, in_fp8, infer, made
+from test_fp8_models import LOGITS, compiled, model_of
+from test_precision import relative
+
+
+def blocks(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and scales of a matrix (*E, N, K) as DeepSeek-V3 has them, amax / 448 each, and what they are."""
+    *_, n, k = matrix.shape
+    filled = nn.functional.pad(matrix.float(), (0, -k % BLOCK, 0, -n % BLOCK))
+    cut = filled.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    scales = cut.abs().amax((-3, -1)) / 448
+    spread = scales[..., :, None, :, None]
+    values = (cut / spread.clamp(min=1e-30)).to(E4M3)
+    exact = (values.float() * spread).flatten(-2, -1).flatten(-3, -2)[..., :n, :k]
+    return values.flatten(-2, -1).flatten(-3, -2)[..., :n, :k].contiguous(), scales, exact
+
+
+def checkpoint(model: nn.Module, *, single: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A checkpoint in FP8 with the experts packed or single, and the same model's exact numbers."""
+    stored, exact = dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in model.state_dict().items():
+        exact[name] = tensor
+        if "_proj" not in name:
+            stored[name] = tensor
+            continue
+        values, scales, exact[name] = blocks(tensor)
+        if tensor.dim() == 2 or not single:
+            stored |= {name: values, name + SCALES: scales}
+            continue
+        path, _, last = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+        for expert in range(tensor.shape[0]):
+            of_parts = zip(parts, values[expert].chunk(len(parts)), scales[expert].chunk(len(parts)), strict=True)
+            for part, value, scale in of_parts:
+                stored |= {f"{path}.{expert}.{part}.weight": value, f"{path}.{expert}.{part}.weight{SCALES}": scale}
+    return stored, exact
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["single experts", "packed experts"])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_load_as_they_are(name: str, single: bool) -> None:
+    tiny, ids = model_of(name, layers=1)
+    model = Called(tiny).eval()
+    stored, exact = checkpoint(tiny, single=single)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for each in fresh.parameters():
+            each.zero_()
+    names = moecompile.load_fp8(fresh.model, stored)
+    assert {*names} == {*in_fp8(fresh.model)} and any("experts" in each for each in names)
+    for each, tensor in fresh.model.state_dict().items():
+        if each in names:
+            *_, n, k = tensor.shape
+            values, scales, _ = blocks(tiny.get_parameter(each))
+            assert torch.equal(tensor.e4m3[..., :n, :k].float(), values.float())
+            assert torch.equal(tensor.scales, scales)
+        else:
+            assert torch.equal(tensor, exact[each])
+    tiny.load_state_dict(exact)
+    expected = infer(model, ids)
+    assert torch.equal(infer(fresh, ids), expected)  # in the model's own precision
+    found = infer(compiled(fresh), ids)
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and "quantize_weights" not in graph.forward and "experts_fp8" in graph.forward
+    assert 1e-3 < relative(found, expected) < LOGITS
+
+
+def test_onto_the_meta_device() -> None:
+    model, ids = made()
+    stored, _ = checkpoint(model.model, single=True)
+    with torch.device("meta"):
+        empty = type(model.model)(model.model.config).to(torch.bfloat16).eval()
+    buffers = {name for name, each in empty.named_buffers() if each.is_meta}
+    moecompile.load_fp8(empty, stored)
+    assert not any(each.is_meta for each in empty.parameters())
+    for name in buffers:  # what no checkpoint has
+        path, _, last = name.rpartition(".")
+        setattr(empty.get_submodule(path), last, model.model.get_buffer(name))
+    moecompile.load_fp8(model.model, stored)
+    assert torch.equal(infer(Called(empty), ids), infer(model, ids))
+
+
+def wrong(stored: dict[str, Tensor], change: str) -> None:
+    experts, one = "model.layers.0.mlp.experts", "model.layers.0.self_attn.q_proj.weight"
+    match change:
+        case "missing":
+            del stored["model.norm.weight"]
+        case "unexpected":
+            stored["model.norm.wait"] = stored["model.norm.weight"]
+        case "an expert is missing":
+            del stored[f"{experts}.1.up_proj.weight"]
+        case "an expert is not in FP8":
+            name = f"{experts}.1.up_proj.weight"
+            stored[name] = stored[name].bfloat16()
+            del stored[name + SCALES]
+        case "scales":
+            stored[one + SCALES] = stored[one + SCALES][:1, :1].clone()
+        case "scales of an expert":
+            stored[f"{experts}.1.up_proj.weight{SCALES}"] = torch.ones(2, 2)
+        case "dtype of an expert":
+            stored[f"{experts}.1.up_proj.weight"] = stored[f"{experts}.1.up_proj.weight"].bfloat16()
+        case "dtype":
+            stored[one] = stored[one].bfloat16()
+        case "shape":
+            stored[one], stored[one + SCALES] = stored[one][:128], stored[one + SCALES][:1]
+        case "shape of an expert":
+            stored[f"{experts}.1.up_proj.weight"] = stored[f"{experts}.1.up_proj.weight"][:, :128]
+        case "shape of a norm":
+            stored["model.norm.weight"] = stored["model.norm.weight"][:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ("missing", RuntimeError, r"missing model\.norm\.weight\. Pass strict=False"),
+        ("unexpected", RuntimeError, r"unexpected model\.norm\.wait"),
+        ("an expert is missing", RuntimeError, r"missing model\.layers\.0\.mlp\.experts\.gate_up_proj"),
+        ("an expert is not in FP8", ValueError, "all or none"),
+        ("scales", ValueError, r"q_proj\.weight: expected scales of shape"),
+        ("dtype", TypeError, r"q_proj\.weight: expected float8_e4m3fn"),
+        ("shape", ValueError, r"q_proj\.weight must have shape .*, got \(128, 256\)"),
+        ("shape of an expert", ValueError, r"1\.up_proj\.weight must have shape \(128, 256\)"),
+        ("scales of an expert", ValueError, r"1\.up_proj\.weight_scale_inv must have shape \(1, 2\)"),
+        ("dtype of an expert", TypeError, r"1\.up_proj\.weight has scales beside it and must be torch\.float8_e4m3fn"),
+        ("shape of a norm", ValueError, r"model\.norm\.weight must have shape \(256,\), got \(1,\)"),
+    ],
+)
+def test_wrong_checkpoints_change_nothing(change: str, error: type[Exception], words: str) -> None:
+    model, _ = made()
+    stored, _ = checkpoint(model.model, single=True)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.zero_()
+    wrong(stored, change)
+    with pytest.raises(error, match=words):
+        moecompile.load_fp8(model.model, stored)
+    assert not in_fp8(model) and not any(each.any() for each in model.parameters())
+
+
+def test_what_is_not_strict() -> None:
+    model, _ = made()
+    stored, _ = checkpoint(model.model, single=True)
+    wrong(stored, "unexpected")
+    wrong(stored, "missing")
+    assert moecompile.load_fp8(model.model, stored, strict=False)
+
+
+class Tied(nn.Module):
+    """Two layers with one matrix, two norms with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+        self.norm, self.other = nn.RMSNorm(128), nn.RMSNorm(128)
+        self.second.weight, self.other.weight = self.first.weight, self.norm.weight
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("named", ["first", "second"])
+def test_checkpoints_hold_tied_parameters_once(named: str, device: str) -> None:
+    with torch.device(device):
+        model = Tied()
+    values, scales, exact = blocks(torch.randn(128, 128))
+    stored = {f"{named}.weight": values, f"{named}.weight{SCALES}": scales, "other.weight": torch.full((128,), 2.0)}
+    assert moecompile.load_fp8(model, stored) == ("first.weight", "second.weight")
+    for layer in (model.first, model.second):
+        assert isinstance(layer.weight, BlockScaled) and torch.equal(layer.weight * 1.0, exact)
+    assert all(torch.equal(norm.weight, stored["other.weight"]) for norm in (model.norm, model.other))
+    assert model.norm.weight.data_ptr() == model.other.weight.data_ptr()
+
+
+def test_models_that_know_their_scales_get_them() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(128, 128).to(E4M3), requires_grad=False)
+            self.weight_scale_inv = nn.Parameter(torch.zeros(1, 1), requires_grad=False)
+
+    model, scales = Own(), torch.full((1, 1), 0.3)
+    assert moecompile.load_fp8(model, {"weight": torch.ones(128, 128).to(E4M3), "weight_scale_inv": scales}) == ()
+    assert type(model.weight) is nn.Parameter and torch.equal(model.weight_scale_inv, scales)
