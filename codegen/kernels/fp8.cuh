@@ -23,6 +23,25 @@ __device__ __forceinline__ Scale scale_of(float amax) {
     return {infinite ? amax : __uint_as_float(exponent << 23), infinite ? 0 : __uint_as_float((254 - exponent) << 23)};
 }
 
+// A thread's part of a row in e4m3, pairs of neighbouring columns; BLOCK / (2 PAIRS) threads of a warp share the scale.
+template <typename Input, i32 PAIRS>
+__device__ __forceinline__ Scale quantize(const u32 (&pairs)[PAIRS], u16 (&narrow)[PAIRS]) {
+    u32 most = 0;
+#pragma unroll
+    for (i32 i = 0; i < PAIRS; i++) most = Input::larger(most, pairs[i] & 0x7fff7fff);
+#pragma unroll
+    for (i32 other = 1; other < BLOCK / (2 * PAIRS); other *= 2) most = Input::larger(most, __shfl_xor_sync(~0u, most, other));
+    float low, high;
+    Input::unpack(most, low, high);
+    Scale scale = scale_of(fmaxf(low, high));
+#pragma unroll
+    for (i32 i = 0; i < PAIRS; i++) {
+        Input::unpack(pairs[i], low, high);
+        narrow[i] = ptx::pack_e4m3(low * scale.inverse, high * scale.inverse);
+    }
+    return scale;
+}
+
 // 1 / scale, for a scale that is a power of two or infinite.
 __device__ __forceinline__ float inverse_of(float scale) {
     u32 bits = __float_as_uint(scale);

@@ -56,20 +56,9 @@ struct QuantizeGradient {
     // Eight columns of a row: sixteen threads share its scale.
     static __device__ __forceinline__ void write_row(Shared& shared, const Arguments& arguments, const uint4& found, i32 row,
                                                      i32 column, i32 block) {
-        u32 pairs[OWN / 2] = {found.x, found.y, found.z, found.w}, most = 0;
-#pragma unroll
-        for (i32 i = 0; i < OWN / 2; i++) most = Input::larger(most, pairs[i] & 0x7fff7fff);
-#pragma unroll
-        for (i32 other = 1; other < fp8::BLOCK / OWN; other *= 2) most = Input::larger(most, __shfl_xor_sync(~0u, most, other));
-        float low, high;
-        Input::unpack(most, low, high);
-        fp8::Scale scale = fp8::scale_of(fmaxf(low, high));
+        u32 pairs[OWN / 2] = {found.x, found.y, found.z, found.w};
         u16 narrow[OWN / 2];
-#pragma unroll
-        for (i32 i = 0; i < OWN / 2; i++) {
-            Input::unpack(pairs[i], low, high);
-            narrow[i] = ptx::pack_e4m3(low * scale.inverse, high * scale.inverse);
-        }
+        fp8::Scale scale = fp8::quantize<Input>(pairs, narrow);
         uint2 eight = make_uint2(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16);
         i32 local = row % fp8::BLOCK, own = column % fp8::BLOCK;
         *reinterpret_cast<uint2*>(shared.tile + local * fp8::BLOCK + own) = eight;

@@ -49,26 +49,15 @@ struct QuantizeRows {
 
     static __device__ __forceinline__ void quantize(const Arguments& arguments, i32 token, i32 column, uint4& values,
                                                     float& scale) {
-        u32 pairs[OWN / 2] = {}, most = 0;
+        u32 pairs[OWN / 2] = {};
         if (column < arguments.columns) {
             const uint4* from = reinterpret_cast<const uint4*>(arguments.x + i64(token) * arguments.columns + column);
             uint4 low = __ldg(from), high = __ldg(from + 1);
             pairs[0] = low.x, pairs[1] = low.y, pairs[2] = low.z, pairs[3] = low.w;
             pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
         }
-#pragma unroll
-        for (i32 i = 0; i < OWN / 2; i++) most = Input::larger(most, pairs[i] & 0x7fff7fff);
-#pragma unroll
-        for (i32 other = 1; other < fp8::BLOCK / OWN; other *= 2) most = Input::larger(most, __shfl_xor_sync(~0u, most, other));
-        float low, high;
-        Input::unpack(most, low, high);
-        fp8::Scale found = fp8::scale_of(fmaxf(low, high));
         u16 narrow[OWN / 2];
-#pragma unroll
-        for (i32 i = 0; i < OWN / 2; i++) {
-            Input::unpack(pairs[i], low, high);
-            narrow[i] = ptx::pack_e4m3(low * found.inverse, high * found.inverse);
-        }
+        fp8::Scale found = fp8::quantize<Input>(pairs, narrow);
         values = make_uint4(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16, narrow[4] | narrow[5] << 16,
                             narrow[6] | narrow[7] << 16);
         scale = found.value;
