@@ -129,11 +129,10 @@ def runs(setup: Setup, recipe: str, seeds: int, data: Tensor) -> Iterator[list[f
     torch._dynamo.reset()
     model = build(setup, data.device)
     with wrong(recipe if recipe in WRONG else None) as more:
-        options = {} if recipe == WIDE else {"precision": "fp8", **more}
-        lowering: dict[str, Any] = {"inductor": {"force_disable_caches": True}}
-        if data.device.type == "cpu":
-            lowering = {"lowering": "eager"}
-        step = torch.compile(model, backend="moecompile", fullgraph=True, options={**options, **lowering})
+        options: dict[str, Any] = {} if recipe == WIDE else {"precision": "fp8", **more}
+        if data.device.type == "cpu":  # a look at the command, without minutes of compiling
+            options["lowering"] = "eager"
+        step = torch.compile(model, backend="moecompile", fullgraph=True, options=options)
         for seed in range(seeds):
             yield train(setup, model, step, seed, data)
 

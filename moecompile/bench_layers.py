@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 from unittest import mock
 
 import torch
@@ -81,19 +80,21 @@ def measure_layers(setting: Setting, shape: Shape, layers: int, sequence: int) -
             if setting.device == "cuda":
                 _add_memory(setting, stack, {each.name: runs[each.name] for each in present})
             _add_kinds(setting, stack, [each for each in present if each.name == INDUCTOR])
-            with casts_apart() as options:
-                _add_kinds(setting, stack, [step(stack, FP8_EACH, compiled(stack.module, OPTIONS[FP8_EACH] | options))])
+            with casts_apart():
+                _add_kinds(setting, stack, [step(stack, FP8_EACH, compiled(stack.module, OPTIONS[FP8_EACH]))])
         stack.forget_gradients()
 
 
 @contextlib.contextmanager
-def casts_apart() -> Iterator[dict[str, Any]]:
-    """Within, casts of rows are kernels by themselves, so that they can be told apart; the options that this takes.
+def casts_apart() -> Iterator[None]:
+    """What is compiled within casts rows in kernels by themselves, so that they can be told apart.
 
     They take somewhat longer so than fused with a norm or an activation.
     """
-    with mock.patch.object(decompose, "_is_worth_fusing", lambda node: False):
-        yield {"inductor": {"force_disable_caches": True}}
+    torch._dynamo.reset()  # another graph of the same code; and Dynamo allows a function so many only
+    apart = mock.patch.object(decompose, "_is_worth_fusing", lambda node: False)
+    with apart, torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 def _add_speeds(setting: Setting, stack: Stack, what: str, times: Mapping[str, Statistics]) -> None:

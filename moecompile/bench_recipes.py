@@ -1,8 +1,8 @@
 """Recipes of FP8 that are known to be worse, to see whether a training run can tell: one for each `with wrong(name)`.
 
 They replace how rows, gradients and matrices of linear layers are cast; the products are the same, and experts, whose
-rows are cast inside of their kernels, keep the right recipe but for their matrices. Compiled code does not know of it:
-what is compiled inside must not be kept beyond (`force_disable_caches`).
+rows are cast inside of their kernels, keep the right recipe but for their matrices. Caches of compiled code do not know
+of it, and are off inside.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
         def replace(module: Any, attribute: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(module, attribute, value))
 
+        stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
         if name in (PER_TENSOR, SQUARE_GRADIENTS):
             replace(linear_fp8, "_remembered", _anew)
             replace(decompose, "_is_worth_fusing", lambda node: False)

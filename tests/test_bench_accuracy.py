@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import Tensor
 
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_accuracy
@@ -46,6 +47,27 @@ def test_wrong_recipes_give_what_the_right_one_gives_in_other_scales(name: str) 
     assert all(
         map(torch.equal, [each.float() for each in ops.quantize_gradient(grad)], [each.float() for each in right])
     )
+
+
+@pytest.mark.parametrize("name", [PER_TENSOR, SQUARE_GRADIENTS])
+def test_compiled_code_is_wrong_too_and_is_not_kept(name: str) -> None:
+    layer, x = torch.nn.Linear(128, 128, dtype=torch.bfloat16), torch.randn(130, 128).bfloat16()
+    x[0, 0] = 300
+
+    def gradients() -> list[Tensor]:
+        torch._dynamo.reset()
+        layer.zero_grad()
+        run = torch.compile(layer, backend="moecompile", options={"precision": "fp8"})
+        result = run(x)
+        result.backward(torch.linspace(0, -20, result.numel()).exp2().view_as(result).bfloat16())
+        return [result.detach(), layer.weight.grad.clone()]
+
+    right = gradients()
+    with wrong(name):
+        worse = gradients()
+    assert not torch.equal(right[1], worse[1])
+    assert torch.equal(right[0], worse[0]) == (name == SQUARE_GRADIENTS)
+    assert all(map(torch.equal, right, gradients()))
 
 
 def test_nothing_stays_wrong() -> None:

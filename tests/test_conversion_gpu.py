@@ -38,6 +38,8 @@ def test_the_same_numbers(name: str, cached: bool) -> None:
 def test_memory_is_given_back() -> None:
     layer = nn.Linear(8192, 8192, bias=False, device="cuda", dtype=torch.bfloat16).eval()
     x = torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)  # cuBLAS takes its workspace with the first product
     before = torch.cuda.memory_allocated()
     assert moecompile.convert_to_fp8(layer, x) == ("weight",)
     assert torch.cuda.memory_allocated() - before < -0.49 * 2 * 8192**2
@@ -71,16 +73,19 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints(name: str) -> None:
-    """On the GPU as on the CPU, where the same arithmetic is emulated."""
+    """On the GPU as far from exact products as on the CPU, where the same arithmetic is emulated."""
     model, _ = made(name)
-    stored, _ = checkpoint(model.model, single=True)
+    stored, exact = checkpoint(model.model, single=True)
+    wide: Any = Called(copy.deepcopy(model.model).float()).eval()
+    wide.model.load_state_dict({name: each.float() for name, each in exact.items()})
     moecompile.load_fp8(model.model, stored)
     on_gpu: Any = Called(copy.deepcopy(model.model)).eval().cuda()
     assert {*in_fp8(on_gpu)} == {*in_fp8(model)}
-    layer, other = (each.model.model.layers[1].mlp for each in (model, on_gpu))
+    layer, other, whole = (each.model.model.layers[1].mlp for each in (model, on_gpu, wide))
     torch.manual_seed(1)
     x = torch.randn(1, 24, 256).bfloat16()
-    expected = infer(compiled(layer), x)
-    found = infer(compiled(other, lowering="inductor"), x.cuda())
-    expected, found = (each[0] if isinstance(each, tuple) else each for each in (expected, found))
-    assert relative(found.cpu(), expected.double()) < 1e-2
+    results = infer(whole, x.float()), infer(compiled(layer), x), infer(compiled(other, lowering="inductor"), x.cuda())
+    right, emulated, found = (each[0] if isinstance(each, tuple) else each for each in results)
+    error = relative(emulated, right)
+    assert 1e-3 < error < 5e-2
+    assert relative(found.cpu(), right) < 1.02 * error
