@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from moecompile.codegen.activation import print_struct
 from moecompile.codegen.expression import leaves, parse
-from moecompile.codegen.instances import INPUTS, instantiation
+from moecompile.codegen.instances import INPUTS, SCALES, instantiation
 
 SHARED_LIMIT = 232448
 """Bytes of shared memory that one block may have."""
@@ -76,12 +76,14 @@ class Activated:
         gate_up: one of LAYOUTS.
         save: whether the rows themselves are written, too.
         bias: whether there is one.
+        scales: the format of the activation's, one of SCALES, where it is quantised.
     """
 
     activation: str
     gate_up: str
     save: bool = False
     bias: bool = False
+    scales: str = "power_of_two"
 
     suffix: ClassVar[str] = "_activated"
 
@@ -95,7 +97,7 @@ class Activated:
         read = "weight" in leaves(parse(self.activation))
         given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", self.save, self.bias, read)
         if gemm.quantized:
-            return instantiation("QuantizedActivated", VALUE, gemm.columns, *given)
+            return instantiation("QuantizedActivated", VALUE, gemm.columns, *given, SCALES[self.scales])
         rounds = gemm.columns // (64 if self.gate_up == "single" else 128)
         last = 1 if self.save else min(2, rounds, gemm.room)
         return instantiation("Activated", INPUTS[gemm.input], gemm.columns, *given, last)
@@ -109,11 +111,13 @@ class ActivationBackward:
         activation: as of `Activated`.
         gate_up: one of LAYOUTS.
         scaled: whether the output multiplies by the routing weight.
+        scales: the format of the gradient's, one of SCALES, where it is quantised.
     """
 
     activation: str
     gate_up: str
     scaled: bool = True
+    scales: str = "power_of_two"
 
     suffix: ClassVar[str] = "_activation_backward"
 
@@ -126,10 +130,9 @@ class ActivationBackward:
         """The C++ type."""
         read = "weight" in leaves(parse(self.activation))
         given = ("Activation", f"Layout::{LAYOUTS[self.gate_up]}", read, self.scaled)
-        name, value = (
-            ("QuantizedActivationBackward", VALUE) if gemm.quantized else ("ActivationBackward", INPUTS[gemm.input])
-        )
-        return instantiation(name, value, gemm.columns, *given)
+        if gemm.quantized:
+            return instantiation("QuantizedActivationBackward", VALUE, gemm.columns, *given, SCALES[self.scales])
+        return instantiation("ActivationBackward", INPUTS[gemm.input], gemm.columns, *given)
 
 
 @dataclass(frozen=True)

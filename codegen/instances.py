@@ -21,6 +21,10 @@ INPUTS = {"bfloat16": "wgmma::Bf16", "float16": "wgmma::Fp16", "float8_e4m3fn": 
 """What the tensor cores multiply, by torch's name."""
 
 
+SCALES = {"power_of_two": "fp8::PowerOfTwo", "float32": "fp8::Float32"}
+"""The formats of a block's scale, by the name that `moecompile.runtime.quantize` gives them."""
+
+
 class Instance(Protocol):
     """One kernel."""
 
@@ -110,9 +114,11 @@ class QuantizeRows:
 
     Attributes:
         input: dtype of the tokens.
+        scales: their format, one of SCALES.
     """
 
     input: str
+    scales: str = "power_of_two"
 
     header: ClassVar[str] = "quantize_rows.cuh"
     name: ClassVar[str] = "moecompile_quantize_rows"
@@ -121,7 +127,7 @@ class QuantizeRows:
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("QuantizeRows", INPUTS[self.input])
+        return instantiation("QuantizeRows", INPUTS[self.input], SCALES[self.scales])
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,12 @@ class QuantizeWeights:
     Attributes:
         input: dtype of the matrices.
         interleaved_columns: whether neighbouring columns are gate and up projection.
+        scales: their format, one of SCALES.
     """
 
     input: str
     interleaved_columns: bool = False
+    scales: str = "power_of_two"
 
     header: ClassVar[str] = "quantize_weights.cuh"
     name: ClassVar[str] = "moecompile_quantize_weights"
@@ -143,7 +151,8 @@ class QuantizeWeights:
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("QuantizeWeights", INPUTS[self.input], 2 if self.interleaved_columns else 1)
+        step = 2 if self.interleaved_columns else 1
+        return instantiation("QuantizeWeights", INPUTS[self.input], step, SCALES[self.scales])
 
 
 @dataclass(frozen=True)
@@ -152,9 +161,11 @@ class QuantizeGradient:
 
     Attributes:
         input: dtype of the gradient.
+        scales: the format of the rows' scales, one of SCALES; the others are powers of two.
     """
 
     input: str
+    scales: str = "power_of_two"
 
     header: ClassVar[str] = "quantize_gradient.cuh"
     name: ClassVar[str] = "moecompile_quantize_gradient"
@@ -163,7 +174,7 @@ class QuantizeGradient:
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("QuantizeGradient", INPUTS[self.input])
+        return instantiation("QuantizeGradient", INPUTS[self.input], SCALES[self.scales])
 
 
 @dataclass(frozen=True)
@@ -178,15 +189,17 @@ class PadOffsets:
 
 @dataclass(frozen=True)
 class TransposeRows:
-    """Quantised rows transposed, with scales for 128 rows.
+    """Quantised rows transposed, with scales for 128 rows, powers of two.
 
     Attributes:
         gathered: whether they are tokens, found through the rows' assignments.
         per_column: whether each column has a scale of its own (gradients), or 128 columns share one (activations).
+        scales: the format that the rows' scales have, one of SCALES; makes no difference if `per_column`.
     """
 
     gathered: bool
     per_column: bool
+    scales: str = "power_of_two"
 
     header: ClassVar[str] = "transpose.cuh"
     name: ClassVar[str] = "moecompile_transpose_rows"
@@ -195,7 +208,7 @@ class TransposeRows:
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("TransposeRows", self.gathered, self.per_column)
+        return instantiation("TransposeRows", self.gathered, self.per_column, SCALES[self.scales])
 
 
 IDS = {"int64": "i64", "int32": "i32"}

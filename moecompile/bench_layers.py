@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 import moecompile
 from moecompile.bench_cases import (
@@ -93,7 +94,7 @@ def casts_apart() -> Iterator[None]:
     """
     torch._dynamo.reset()  # another graph of the same code; and Dynamo allows a function so many only
     apart = mock.patch.object(decompose, "_is_worth_fusing", lambda node: False)
-    with apart, torch.compiler.config.patch(force_disable_caches=True):
+    with apart, inductor_config.patch(force_disable_caches=True):
         yield
 
 

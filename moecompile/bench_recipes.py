@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from moecompile.passes import decompose
 from moecompile.runtime import fp8_experts, linear_fp8
@@ -39,12 +40,12 @@ def per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-448, 448).to(E4M3), scale
 
 
-def _rows_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_per_tensor(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     values, scale = per_tensor(x)
     return values, _filled(x, scale)
 
 
-def _gradient_per_tensor(grad: Tensor) -> Four:
+def _gradient_per_tensor(grad: Tensor, **_: Any) -> Four:
     values, scale = per_tensor(grad)
     rows = values.reshape(-1, values.shape[-1])
     turned = _token_major(rows)
@@ -56,7 +57,7 @@ def _gradient_per_tensor(grad: Tensor) -> Four:
     )
 
 
-def _gradient_in_squares(grad: Tensor) -> Four:
+def _gradient_in_squares(grad: Tensor, **_: Any) -> Four:
     rows = grad.reshape(-1, grad.shape[-1])
     values, scales = quantize(rows, SQUARE)
     of_rows = scales.repeat_interleave(BLOCK, 0)[: rows.shape[0]].t().contiguous()
@@ -102,7 +103,7 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
         def replace(module: Any, attribute: str, value: Any) -> None:
             stack.enter_context(mock.patch.object(module, attribute, value))
 
-        stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
+        stack.enter_context(inductor_config.patch(force_disable_caches=True))
         if name in (PER_TENSOR, SQUARE_GRADIENTS):
             replace(linear_fp8, "_remembered", _anew)
             replace(decompose, "_is_worth_fusing", lambda node: False)

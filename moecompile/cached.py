@@ -82,7 +82,11 @@ def _copies(lifted: Sequence[Lifted], given: Sequence[Any]) -> list[Tensor]:
         copy
         for each in lifted
         for copy in COPIES.of(
-            tuple(given[place] for place in each.matrices), each.gate_up, each.transposed, each.backward
+            tuple(given[place] for place in each.matrices),
+            each.gate_up,
+            each.transposed,
+            each.backward,
+            each.scale_format,
         )
     ]
 

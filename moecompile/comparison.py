@@ -13,6 +13,7 @@ Both run on copies of what the graph writes into, and put the random generators 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from moecompile.capture import gpus_in_use, safe_inputs
 from moecompile.passes.casts import Cast
 from moecompile.passes.provenance import module_of
 from moecompile.report import Compared, GraphReport
-from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
+from moecompile.runtime.quantize import ALONG_FEATURES, POWER_OF_TWO, SQUARE, dequantize
 
 log = logging.getLogger("moecompile")
 
@@ -114,7 +115,10 @@ def compare(gm: fx.GraphModule, uncast: Sequence[Uncast], example_inputs: Sequen
         return
     seen, before, after = _Seen(), dict[fx.Node, tuple[Any, ...]](), dict[fx.Node, tuple[Any, ...]]()
     for number, layer in enumerate(layers):
-        alone = _linear_alone if layer.row.kind == "linear" else _experts_alone
+        scale_format = str(layer.after.kwargs.get("scale_format", POWER_OF_TWO))
+        alone = functools.partial(
+            _linear_alone if layer.row.kind == "linear" else _experts_alone, scale_format=scale_format
+        )
         before[layer.before] = (_first(seen, number, alone), layer.before.args, dict(layer.before.kwargs))
         after[layer.after] = (_second(seen, number),)
     for number, (first, second) in enumerate(plans):
@@ -208,15 +212,17 @@ def _agreeing(seen: _Seen, number: int) -> Observe:
     return observe
 
 
-def _linear_alone(lost: _Lost, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_alone(
+    lost: _Lost, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_format: str
+) -> Tensor:
     """A linear layer's result in FP8, of sampled rows; in its result's dtype, which autocast may have chosen."""
     ops, dtype = torch.ops.moecompile, _product_dtype(input, weight)
     rows, weight, bias = sampled(input).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    values, scales = ops.quantize(rows)
-    copies = list(ops.quantize_weights(weight, backward=False))
+    values, scales = ops.quantize(rows, scale_format=scale_format)
+    copies = list(ops.quantize_weights(weight, backward=False, scale_format=scale_format))
     lost.add(rows, values, scales, ALONG_FEATURES)
     lost.add(weight, copies[0][: weight.shape[0]], copies[1], SQUARE)
-    result: Tensor = ops.linear_fp8(rows, weight, bias, values, scales, copies)
+    result: Tensor = ops.linear_fp8(rows, weight, bias, values, scales, copies, scale_format=scale_format)
     return result
 
 
@@ -235,27 +241,27 @@ def _experts_alone(
     slots: Tensor,
     order: Tensor,
     *matrices: Tensor,
+    scale_format: str,
     **attributes: Any,
 ) -> Tensor:
     """The experts' result in FP8, of sampled tokens with the experts that they have."""
-    ops, keywords = torch.ops.moecompile, dict(attributes)
+    ops, keywords, how = torch.ops.moecompile, dict(attributes), {"backward": False, "scale_format": scale_format}
     w_in, w_out, *_ = matrices
     experts = torch.searchsorted(offsets, sampled(slots).contiguous(), right=True)
     _, *plan = ops.plan(torch.where(sampled(slots) < 0, -1, experts), offsets.shape[0])
     layouts = (keywords.get("w_in_transposed", False), keywords.get("w_out_transposed", False))
-    of_in = ops.quantize_weights(
-        w_in, keywords.get("w_up"), gate_up=keywords["gate_up"], transposed=layouts[0], backward=False
-    )
-    of_out = ops.quantize_weights(w_out, transposed=layouts[1], backward=False)
-    values, scales = ops.quantize(sampled(x))
+    of_in = ops.quantize_weights(w_in, keywords.get("w_up"), gate_up=keywords["gate_up"], transposed=layouts[0], **how)
+    of_out = ops.quantize_weights(w_out, transposed=layouts[1], **how)
+    values, scales = ops.quantize(sampled(x), scale_format=scale_format)
     lost.add(sampled(x), values, scales, ALONG_FEATURES)
     for matrix, transposed in zip((w_in, keywords.get("w_up"), w_out), (layouts[0], *layouts), strict=True):
         if matrix is not None:
             lying = (matrix.mT if transposed else matrix)[:EXPERTS]
-            values, scales, *_others = ops.quantize_weights(lying, backward=False)
+            values, scales, *_others = ops.quantize_weights(lying, **how)
             lost.add(lying, values[:, : lying.shape[1], : lying.shape[2]], scales, SQUARE)
     chosen = None if weights is None else sampled(weights)
-    result: Tensor = ops.experts_fp8(sampled(x), chosen, *plan, *matrices, **keywords, quantized=[*of_in, *of_out])
+    keywords |= {"quantized": [*of_in, *of_out], "scale_format": scale_format}
+    result: Tensor = ops.experts_fp8(sampled(x), chosen, *plan, *matrices, **keywords)
     return result
 
 

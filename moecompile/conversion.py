@@ -75,7 +75,9 @@ def convert_to_fp8(
         for name, parameter in list(model.named_parameters()):
             (lie, *others) = uses.get(id(parameter)) or {None}
             if lie is not None and not others and type(parameter) is nn.Parameter:
-                _put(model, parameter, BlockScaled.of(parameter, **lie._asdict()))
+                _put(
+                    model, parameter, BlockScaled.of(parameter, **lie._asdict(), scale_format=options.fp8_scale_format)
+                )
                 converted.append(name)
     return tuple(converted)
 

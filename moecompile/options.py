@@ -86,6 +86,11 @@ class Options:
     )
     fp8_keep_first_layers: int = _option(0, "how many of the first layers of each list of layers are kept")
     fp8_keep_last_layers: int = _option(0, "how many of the last ones, as far as a graph holds them")
+    fp8_scale_format: Literal["power_of_two", "float32"] = _option(
+        "power_of_two",
+        "scales of blocks of numbers: powers of two, or float32, amax / 448, as checkpoints in FP8 and other "
+        "implementations have them; float32 forward and for gradients of rows alone",
+    )
     fp8_compare: Literal["first_call"] | None = _option(
         None,
         "compares every layer in FP8 with the same in the model's own precision, and the experts that tokens choose, "

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from moecompile.bodies import bodies_of, copy_graph, text_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
-from moecompile.passes.casts import Cast
+from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions
 from moecompile.passes.fuse import fuse
@@ -84,7 +84,8 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
     """Turns linear layers and experts to FP8."""
     graph, whole = piece.module.graph, piece.whole or Whole.of([piece.module.graph])
     uncast, places = copy_graph(graph) if options.fp8_compare else (None, {})
-    table = cast(graph, _exclusions(options), whole, backward=piece.differentiable)
+    casting = Casting(piece.differentiable, options.fp8_scale_format)
+    table = cast(graph, _exclusions(options), whole, casting)
     piece.changed, piece.casts = True, table.rows
     if uncast is not None:
         layers = tuple(Layer(row, places[before], after) for row, before, after in table.replaced)

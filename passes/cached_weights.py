@@ -25,6 +25,7 @@ from moecompile.passes.casts import Kept
 from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.block_scaled import BlockScaled
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 RESULTS = ("values", "scales", "values_t", "scales_t")
 
@@ -38,12 +39,14 @@ class Lifted:
         gate_up: how these lie, as of `moecompile::quantize_weights`.
         transposed: likewise.
         backward: likewise.
+        scale_format: likewise.
     """
 
     matrices: tuple[int, ...]
     gate_up: str
     transposed: bool
     backward: bool
+    scale_format: str
 
 
 def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
@@ -63,8 +66,9 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
         if reason or last is None:
             kept.append(Kept(module_of(node), reason))
             continue
-        flags = bool(node.kwargs.get("transposed", False)), bool(node.kwargs.get("backward", True))
-        one = Lifted(tuple(places[each] for each in matrices), str(node.kwargs.get("gate_up", "single")), *flags)
+        given: Any = {"gate_up": "single", "transposed": False, "backward": True, "scale_format": POWER_OF_TWO}
+        given |= {name: value for name, value in node.kwargs.items() if name in given}
+        one = Lifted(tuple(places[each] for each in matrices), **given)
         if one not in lifted:  # experts that are used twice are cast once
             lifted[one] = _inputs(graph, node, f"{matrices[0].name.rstrip('_')}_fp8", len(lifted), last)
             last = lifted[one][-1]

@@ -23,28 +23,28 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
-from moecompile.passes.casts import Cast, Replaced, call_for, cast_for, key_of
+from moecompile.passes.casts import Cast, Casting, Replaced, call_for, cast_for, key_of
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import check_fp8, check_weights
 
 
 def cast_experts(
-    graph: fx.Graph, excluded: Callable[[str], str | None], backward: bool = True
+    graph: fx.Graph, excluded: Callable[[str], str | None], casting: Casting
 ) -> list[tuple[Cast, Replaced | None]]:
     """Rewrite the graph in place. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
         excluded: why the experts of that module are kept, if the user wants them kept.
-        backward: whether the graph may be differentiated.
+        casting: how they are cast.
 
     Returns:
         for each block of experts its row, and the node that computed it and the one in its place; None if it is kept.
     """
     rows: list[tuple[Cast, Replaced | None]] = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
-        experts, module = _Experts(graph, node, backward), module_of(node)
+        experts, module = _Experts(graph, node, casting), module_of(node)
         reason, refused, replaced = excluded(module), False, None
         try:
             if reason is None:
@@ -59,23 +59,23 @@ def cast_experts(
 class _Experts:
     """One call of the experts. `taken` are its arguments' example values; nothing changes before they are checked."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, backward: bool) -> None:
-        self._graph, self._node, self._backward = graph, node, backward
+    def __init__(self, graph: fx.Graph, node: fx.Node, casting: Casting) -> None:
+        self._graph, self._node, self._casting = graph, node, casting
         args: Any = fx.node.map_arg(node.args, fake_of)
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
         self.taken = Arguments(*args, **kwargs)
 
     def quantize(self) -> Replaced:
         """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
-        node, taken = self._node, self.taken
-        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, self._backward)
-        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed, self._backward)
+        node, taken, backward = self._node, self.taken, self._casting.backward
+        of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, backward)
+        of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed, backward)
         check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
         with self._graph.inserting_before(node):
             given = (node.args[5], node.kwargs.get("w_up"))
             cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)
             cast_out = self._cast((node.args[6],), {"transposed": taken.w_out_transposed}, of_out)
-            keywords = {**node.kwargs, "quantized": [*cast_in, *cast_out]}
+            keywords = {**node.kwargs, **self._casting.of_rows, "quantized": [*cast_in, *cast_out]}
             result = call_for(node, torch.ops.moecompile.experts_fp8.default, node.args, keywords)
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
@@ -84,5 +84,5 @@ class _Experts:
 
     def _cast(self, given: tuple[Any, ...], attributes: dict[str, Any], specs: Sequence[Any]) -> list[fx.Node]:
         """The four results of quantising one of the matrices."""
-        attributes |= {} if self._backward else {"backward": False}
+        attributes |= self._casting.of_matrices
         return cast_for(self._node, torch.ops.moecompile.quantize_weights.default, given, attributes, specs)

@@ -22,25 +22,25 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import Replaced, call_for, cast_for, key_of
+from moecompile.passes.casts import Casting, Replaced, call_for, cast_for, key_of
 from moecompile.passes.layout import Layout
 from moecompile.passes.linears import Linear, Verdict
 from moecompile.runtime.fp8_contract import Specs, check_weights
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
 
 
-def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], backward: bool = True) -> list[Replaced | None]:
+def cast_linears(graph: fx.Graph, verdicts: Iterable[Verdict], casting: Casting) -> list[Replaced | None]:
     """Rewrite the graph in place. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
         verdicts: of this graph as it is.
-        backward: whether it may be differentiated.
+        casting: how they are cast.
 
     Returns:
         for each verdict the node that computed the layer and the one in its place; None of a layer that is kept.
     """
-    casts = _Casts(graph, backward)
+    casts = _Casts(graph, casting)
     return [casts.replace(each.linear) if each.cast and each.linear is not None else None for each in verdicts]
 
 
@@ -50,8 +50,8 @@ class _Casts:
     Layers are known as they were before any was cast: what an operand is now, and whether it is written, is looked up.
     """
 
-    def __init__(self, graph: fx.Graph, backward: bool) -> None:
-        self._graph, self._backward = graph, backward
+    def __init__(self, graph: fx.Graph, casting: Casting) -> None:
+        self._graph, self._casting = graph, casting
         self._written = Layout(graph).written
         self._made: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
         self._converted: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -59,15 +59,18 @@ class _Casts:
 
     def replace(self, linear: Linear) -> Replaced:
         """Puts the operator in the layer's place."""
-        node, ops = linear.node, torch.ops.moecompile
+        node, casting, ops = linear.node, self._casting, torch.ops.moecompile
         with self._graph.inserting_before(node):
             rows, matrix = self._in_dtype(node, linear.rows), self._in_dtype(node, linear.matrix)
             bias = None if linear.bias is None else self._in_dtype(node, linear.bias)
-            of_rows = self._cast(node, linear.rows, rows, ops.quantize.default, {}, _rows(rows))
-            attributes = {} if self._backward else {"backward": False}
-            specs = check_weights(fake_of(matrix), None, "single", False, self._backward)
-            of_matrix = self._cast(node, linear.matrix, matrix, ops.quantize_weights.default, attributes, specs)
-            result = call_for(node, ops.linear_fp8.default, (rows, matrix, bias, *of_rows, of_matrix), {})
+            of_rows = self._cast(node, linear.rows, rows, ops.quantize.default, casting.of_rows, _rows(rows))
+            specs, target = (
+                check_weights(fake_of(matrix), None, "single", False, casting.backward),
+                ops.quantize_weights,
+            )
+            of_matrix = self._cast(node, linear.matrix, matrix, target.default, casting.of_matrices, specs)
+            given = (rows, matrix, bias, *of_rows, of_matrix)
+            result = call_for(node, ops.linear_fp8.default, given, casting.of_rows)
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -33,6 +34,29 @@ class Cast:
     cast: bool
     reason: str
     refused: bool = False
+
+
+@dataclass(frozen=True)
+class Casting:
+    """How what is cast is cast.
+
+    Attributes:
+        backward: whether the graph may be differentiated; if not, copies that only a backward reads are not made.
+        scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
+    """
+
+    backward: bool = True
+    scale_format: str = POWER_OF_TWO
+
+    @property
+    def of_rows(self) -> dict[str, Any]:
+        """Attributes of operators that quantise rows, or read what is quantised; what is usual is left out."""
+        return {} if self.scale_format == POWER_OF_TWO else {"scale_format": self.scale_format}
+
+    @property
+    def of_matrices(self) -> dict[str, Any]:
+        """The same of `quantize_weights`."""
+        return self.of_rows | ({} if self.backward else {"backward": False})
 
 
 Replaced = tuple[fx.Node, fx.Node]

@@ -7,7 +7,8 @@ Contract
   and `.linear_fp8`, traced with rows whose number does not depend on the routing.
 - Experts are left as they are where it would not help: products of another dtype than bfloat16, the one that
   `torch._grouped_mm` can be traced with on a CPU, another device, a number of rows that is symbolic or 0. `plan` stays.
-- A cast of rows, `quantize`, is left where its kernel is as fast (`_is_worth_fusing`), or features are symbolic.
+- A cast of rows, `quantize`, is left where its kernel is as fast (`_is_worth_fusing`), or features are symbolic, or
+  scales are no powers of two: compilers round divisions each in its own way, and casts are to have the same bits.
 
     for node in graph:
         traced = make_fx(reference)(its example values)      # aten operators, no mutation
@@ -28,7 +29,7 @@ from torch.utils import _pytree as pytree
 from moecompile.runtime import kernels, linear_fp8, main_gradients
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.grouped import aligned
-from moecompile.runtime.quantize import BLOCK
+from moecompile.runtime.quantize import BLOCK, POWER_OF_TWO
 
 aten = torch.ops.aten
 _SEEN_THROUGH = {
@@ -78,7 +79,8 @@ def _is_worth_fusing(node: fx.Node) -> bool:
     x = _value(node.args[0])
     features = x.shape[-1]
     whole = isinstance(features, int) and features % BLOCK == 0 and not (isinstance(x.numel(), int) and x.numel() == 0)
-    return whole and (not linear_fp8.has_kernels(x.device) or is_computed_for(node))
+    exact = node.kwargs.get("scale_format", POWER_OF_TWO) == POWER_OF_TWO
+    return exact and whole and (not linear_fp8.has_kernels(x.device) or is_computed_for(node))
 
 
 def is_computed_for(cast: fx.Node) -> bool:

@@ -21,6 +21,7 @@ _DTYPES = {
     torch.complex64: "c64", torch.complex128: "c128", torch.float8_e4m3fn: "f8e4m3fn", torch.float8_e5m2: "f8e5m2",
 }  # fmt: skip
 _SILENT_KEYWORDS = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "generator"})
+_TOLD_IF_UNUSUAL = frozenset({"scale_format"})
 _END = 2**63 - 1  # what ATen writes for an open end of a slice
 
 
@@ -82,7 +83,7 @@ class Lines:
         return f"{name}({', '.join(parts)})"
 
     def _operator_arguments(self, node: fx.Node) -> list[str]:
-        """Arguments of moecompile's operators by name: tensors, strings (defaults too), and what is not a default."""
+        """Arguments of moecompile's operators by name: tensors, strings (most defaults too), what is not a default."""
         target: Any = node.target
         schema = getattr(target, "default", target)._schema  # Dynamo calls an operator without naming the overload
         given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
@@ -90,7 +91,8 @@ class Lines:
         for argument in schema.arguments:
             default = argument.default_value if argument.has_default_value() else None
             value = given.get(argument.name, default)
-            if value is not None and (isinstance(value, str | fx.Node) or value != default):
+            told = isinstance(value, str | fx.Node) and argument.name not in _TOLD_IF_UNUSUAL
+            if value is not None and (told or value != default):
                 parts.append(f"{argument.name}={self._argument(value)}")
         return parts
 

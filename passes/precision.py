@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from moecompile.passes import purposes
 from moecompile.passes.cast_experts import cast_experts
 from moecompile.passes.cast_linears import cast_linears
-from moecompile.passes.casts import Cast
+from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.exclusions import Exclusions
 from moecompile.passes.linears import verdicts
 from moecompile.passes.provenance import module_of
@@ -61,19 +61,19 @@ class Table:
     replaced: tuple[tuple[Cast, fx.Node, fx.Node], ...] = ()
 
 
-def cast(graph: fx.Graph, exclusions: Exclusions, whole: Whole, backward: bool = True) -> Table:
+def cast(graph: fx.Graph, exclusions: Exclusions, whole: Whole, casting: Casting) -> Table:
     """Rewrite the graph in place. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's, or a body of it.
         exclusions: the user's.
         whole: of all bodies.
-        backward: whether the graph may be differentiated; if not, copies that only a backward reads are not made.
+        casting: how what is cast is cast.
     """
     wishes = exclusions.within(whole.modules)
     found = verdicts(graph, wishes, whole.embeddings)
-    layers = cast_linears(graph, found, backward)
-    experts = cast_experts(graph, wishes.excluded, backward)
+    layers = cast_linears(graph, found, casting)
+    experts = cast_experts(graph, wishes.excluded, casting)
     rows = [Cast(each.module, each.kind, each.shape, each.cast, each.reason) for each in found]
     every = [*experts, *zip(rows, layers, strict=True)]
     return Table(tuple(row for row, _ in every), tuple((row, *nodes) for row, nodes in every if nodes is not None))

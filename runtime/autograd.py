@@ -17,6 +17,7 @@ from moecompile.runtime import fp8_experts, kernels, main_gradients
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
 from moecompile.runtime.fp8_contract import kept_copies
 from moecompile.runtime.linear_fp8 import check_copies_for_backward, check_linear
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 Parts = list[Tensor]
 Main = Mapping[str, Tensor]
@@ -122,6 +123,8 @@ def _of_gemm1(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -
     """GEMM1's matrices, quantised as they lie, of the saved tensors."""
     given = dict(zip(TENSORS[1:], tensors, strict=True))
     layout = {"gate_up": attributes["gate_up"], "transposed": attributes.get("w_in_transposed", False)}
+    if "scale_format" in attributes:
+        layout["scale_format"] = attributes["scale_format"]
     with torch._C._AutoDispatchBelowAutograd():
         found = torch.ops.moecompile.quantize_weights(given["w_in"], given["w_up"], **layout, backward=False)
     values, scales, *_ = found
@@ -137,6 +140,7 @@ class _LinearFp8(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        attributes: dict[str, Any],
         trace: Tensor | None,
         x: Tensor,
         weight: Tensor,
@@ -146,6 +150,7 @@ class _LinearFp8(torch.autograd.Function):
         *quantized: Tensor,
     ) -> Tensor:
         check_copies_for_backward(quantized)
+        ctx.attributes = attributes
         ctx.save_for_backward(trace, weight, values, scales, *quantized[2:])
         with torch._C._AutoDispatchBelowAutograd():
             return _product(weight, bias, values, scales, quantized)
@@ -153,21 +158,22 @@ class _LinearFp8(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         trace, weight, values, scales, *turned = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad[1:4]
+        of_x, of_weight, of_bias = ctx.needs_input_grad[2:5]
         (features, inner), ops, found = weight.shape, torch.ops.moecompile, list[Tensor]()
         with torch._C._AutoDispatchBelowAutograd():
             grad = grads[0].to(weight.dtype)
-            g = ops.quantize_gradient(grad) if of_weight else ops.quantize(grad) if of_x else ()
+            cast = ops.quantize_gradient if of_weight else ops.quantize
+            g = cast(grad, **ctx.attributes) if of_weight or of_x else ()
             if of_x:
                 found.append(ops.scaled_mm(*g[:2], *turned, out_features=inner, dtype=weight.dtype))
             if of_weight:
-                x_t = ops.along_tokens(values, scales, scale_block="128x128")
+                x_t = ops.along_tokens(values, scales, scale_block="128x128", **ctx.attributes)
                 found.append(ops.scaled_mm(*g[2:], *x_t, out_features=inner, dtype=weight.dtype))
             if of_bias:
                 found.append(grad.reshape(-1, features).sum(0, dtype=torch.float32).to(weight.dtype))
         parts = iter(_refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
         needed = (next(parts) if needed else None for needed in (of_x, of_weight, of_bias))
-        return (None, *needed, *(None,) * (4 + len(turned)))
+        return (None, None, *needed, *(None,) * (4 + len(turned)))
 
 
 def _wanted(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
@@ -257,25 +263,25 @@ def quantize_weights(*args: Any, **attributes: Any) -> Any:
         return torch.ops.moecompile.quantize_weights(*args, **attributes)
 
 
-def quantize(x: Tensor) -> Any:
+def quantize(x: Tensor, **attributes: Any) -> Any:
     """Quantize above autograd, as quantize_weights is: what it is the quantised copy of gets the gradient."""
     _differentiates((x,), "quantize")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.quantize(x)
+        return torch.ops.moecompile.quantize(x, **attributes)
 
 
-def quantize_gradient(grad: Tensor) -> Any:
+def quantize_gradient(grad: Tensor, **attributes: Any) -> Any:
     """quantize_gradient above autograd: gradients of gradients are refused where they would come from."""
     _differentiates((grad,), "quantize_gradient")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.quantize_gradient(grad)
+        return torch.ops.moecompile.quantize_gradient(grad, **attributes)
 
 
-def along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> Any:
+def along_tokens(values: Tensor, scales: Tensor, **attributes: Any) -> Any:
     """along_tokens above autograd: of numbers that nothing differentiates."""
     _differentiates((values, scales), "along_tokens")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.along_tokens(values, scales, scale_block=scale_block)
+        return torch.ops.moecompile.along_tokens(values, scales, **attributes)
 
 
 def scaled_mm(*args: Any, **attributes: Any) -> Tensor:
@@ -287,12 +293,13 @@ def scaled_mm(*args: Any, **attributes: Any) -> Tensor:
 
 
 def linear_fp8(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Parts
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Parts,
+    **attributes: Any,
+) -> Tensor:  # fmt: skip
     """linear_fp8 above autograd: recorded where something requires grad; below it is scaled_mm, as graphs show it."""
-    check_linear(x, weight, bias, values, scales, quantized)
+    check_linear(x, weight, bias, values, scales, quantized, attributes.get("scale_format", POWER_OF_TWO))
     if _differentiates((x, weight, bias), LINEAR):
-        result: Tensor = _LinearFp8.apply(_trace(x), x, weight, bias, values, scales, *quantized)
+        result: Tensor = _LinearFp8.apply(attributes, _trace(x), x, weight, bias, values, scales, *quantized)
         return result
     with torch._C._AutoDispatchBelowAutograd():
         return _product(weight, bias, values, scales, quantized)

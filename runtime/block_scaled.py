@@ -20,7 +20,18 @@ from torch.utils import _pytree as pytree
 
 from moecompile.runtime import operators  # noqa: F401 - registers what is dispatched on
 from moecompile.runtime.fp8_contract import Four, check_weights
-from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, SQUARE, blocks_in, dequantize, pad, transposed_copy, unpack
+from moecompile.runtime.quantize import (
+    BLOCK,
+    DTYPES,
+    E4M3,
+    POWER_OF_TWO,
+    SQUARE,
+    blocks_in,
+    dequantize,
+    pad,
+    transposed_copy,
+    unpack,
+)
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
 
@@ -51,15 +62,18 @@ class BlockScaled(Tensor):
         """All is done when it is made."""
 
     @classmethod
-    def of(cls, matrix: Tensor, *, gate_up: str = "single", transposed: bool = False) -> BlockScaled:
+    def of(
+        cls, matrix: Tensor, *, gate_up: str = "single", transposed: bool = False, scale_format: str = POWER_OF_TWO
+    ) -> BlockScaled:
         """Quantises a matrix. With gate_up="separate" gate and up projection are kept each for itself.
 
         Raises:
             TypeError: another dtype than bfloat16, float16 and float32.
-            ValueError: a shape that `moecompile::quantize_weights` does not take.
+            ValueError: a shape that `moecompile::quantize_weights` does not take, or a format.
         """
         lie = Lie("single" if gate_up == "separate" else gate_up, transposed)
-        values, scales, *_ = ops.quantize_weights(matrix.detach(), **lie._asdict(), backward=False)
+        attributes = {**lie._asdict(), "backward": False, "scale_format": scale_format}
+        values, scales, *_ = ops.quantize_weights(matrix.detach(), **attributes)
         return cls(values, scales, matrix.shape, matrix.dtype, lie)
 
     @classmethod
@@ -157,12 +171,14 @@ def _quantize_weights(
     gate_up: str = "single",
     transposed: bool = False,
     backward: bool = True,
+    scale_format: str = POWER_OF_TWO,
 ) -> Four:
     check_weights(w, w_up, gate_up, transposed, backward)
     values, scales = _held(w, w_up, Lie(gate_up, transposed)) or (None, None)
     if values is None or scales is None:
         plain = [each.dequantized() if isinstance(each, BlockScaled) else each for each in (w, w_up)]
-        four: Four = function(*plain, gate_up=gate_up, transposed=transposed, backward=backward)
+        attributes = {"gate_up": gate_up, "transposed": transposed, "backward": backward, "scale_format": scale_format}
+        four: Four = function(*plain, **attributes)
         return four
     if not backward:
         return values, scales, values.new_empty(0), scales.new_empty(0)

@@ -125,6 +125,8 @@ class Arguments:
     out_dtype: torch.dtype | None = None
     kernels: str | None = None
     recompute: bool = False
+    scale_format: str = "power_of_two"
+    """Of what is quantised: an argument of the FP8 operators alone."""
 
     @classmethod
     def without_x(

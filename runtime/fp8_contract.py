@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.contract import GATE_UP, Arguments, expect_shape, weighting
-from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, blocks_in, pad, padded_width
+from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, SCALE_FORMATS, blocks_in, pad, padded_width
 
 GEMM_DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of a model whose experts run in FP8."""
@@ -91,6 +91,13 @@ def saved_specs(args: Arguments) -> Specs:
     )
 
 
+def check_scale_format(operator: str, scale_format: str) -> None:
+    """Raises ValueError for a format that there is not."""
+    if scale_format not in SCALE_FORMATS:
+        words = f"scale_format must be one of {', '.join(SCALE_FORMATS)}; got {scale_format!r}"
+        raise _error(operator, ValueError, words)
+
+
 def check_weights(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True) -> Specs:
     """Shapes and dtypes of what `quantize_weights` returns; raises ValueError or TypeError for what it refuses."""
     error = functools.partial(_error, "quantize_weights")
@@ -124,6 +131,7 @@ def check_fp8(args: Arguments, quantized: Sequence[Tensor], backward: bool = Fal
     With `backward`, what only that reads has to be there. With `kept` it is what a backward gets (`kept_copies`).
     """
     args.check()
+    check_scale_format("experts_fp8", args.scale_format)
     error, dtype = functools.partial(_error, "experts_fp8"), args.dtypes.row
     if dtype not in GEMM_DTYPES:
         raise error(TypeError, f"x and the weights must be bfloat16 or float16, got {dtype}")

@@ -23,34 +23,40 @@ from moecompile.runtime.fp8_contract import (
     Specs,
     check_fp8,
     check_fp8_backward,
+    check_scale_format,
     check_weights,
     saved_specs,
 )
 from moecompile.runtime.kernels import ABSENT, needed
+from moecompile.runtime.quantize import POWER_OF_TWO
 from moecompile.runtime.remembered import CALLS
 
 Parts = list[Tensor]
 
 
 def quantize_weights(
-    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False, backward: bool = True
-) -> Four:
+    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False, backward: bool = True,
+    scale_format: str = POWER_OF_TWO,
+) -> Four:  # fmt: skip
     """Values, scales, and both transposed, these without elements if no backward is to read them."""
     check_weights(w, w_up, gate_up, transposed, backward)
+    check_scale_format("quantize_weights", scale_format)
     if w.dim() == 2:
-        found = quantize_weights(w.unsqueeze(0), transposed=transposed, backward=backward)
+        found = quantize_weights(w.unsqueeze(0), transposed=transposed, backward=backward, scale_format=scale_format)
         values, scales, values_t, scales_t = (each.squeeze(0) if each.dim() == 3 else each for each in found)
         return values, scales, values_t, scales_t
     fused = _hopper(w.device)
     run = fused.quantize_weights if fused is not None and fused.takes_weights(w, w_up) else quantize.quantize_weights
-    values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed, backward)
+    values, scales, values_t, scales_t = run(w, w_up, gate_up, transposed, backward, scale_format)
     return values, scales, values_t, scales_t
 
 
 def fake_quantize_weights(
-    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False, backward: bool = True
-) -> Four:
+    w: Tensor, w_up: Tensor | None = None, *, gate_up: str = "single", transposed: bool = False, backward: bool = True,
+    scale_format: str = POWER_OF_TWO,
+) -> Four:  # fmt: skip
     """Shapes and dtypes of the values and the scales."""
+    check_scale_format("quantize_weights", scale_format)
     values, scales, values_t, scales_t = _empty(w, check_weights(w, w_up, gate_up, transposed, backward))
     return values, scales, values_t, scales_t
 

@@ -17,6 +17,9 @@ zeros. There gradients (g, q(of_hidden)) are quantised once more, along tokens, 
 are shifted to one scale for 128x128. Biases' gradients are sums of the rounded gradients, not of quantised ones; the
 Hopper kernels keep no others than quantised ones of GEMM1's rows, and sum those.
 
+Scales of what products forward and of the rows' gradients read may be float32 (`scale_format`); those of GEMM1's saved
+rows, and of the operands of matrices' gradients, are powers of two.
+
 The activation is evaluated in float32 and rounded once, where the 16-bit reference rounds each step of it. No operand
 is chunked, and the dequantised weights are float32: this is a path to read and to compare with, not a fast one. On a
 device it asks the host for nothing.
@@ -57,11 +60,12 @@ from moecompile.runtime.reference import joined, rows_for
 def forward(args: Arguments, quantized: Quantized, save: bool) -> tuple[Tensor, Saved | None]:
     """The result (T, H2) and, to save, x and GEMM1's rows in FP8."""
     rows, dtype = rows_for(args), args.dtypes.hidden
-    x_q = quantize(args.x, ALONG_FEATURES)
+    x_q = quantize(args.x, ALONG_FEATURES, args.scale_format)
     hidden = _gemm1(args, quantized, rows, x_q)
     weight = None if args.weights is None else rows.weight(args.weights)
     a = evaluate(args.activation, _leaves(args, hidden.to(torch.float32), weight)).to(dtype)
-    y = rows.linear(_rounded(a), _w_out(args, quantized), False, args.b_out).to(args.dtypes.out)
+    of_a = dequantize(*quantize(a, ALONG_FEATURES, args.scale_format), ALONG_FEATURES)
+    y = rows.linear(of_a, _w_out(args, quantized), False, args.b_out).to(args.dtypes.out)
     result = weighted_sum(args, y, rows.complete)
     if not save:
         return result, None
@@ -184,7 +188,7 @@ class _Backward:
     @cached_property
     def of_result_q(self) -> tuple[Tensor, Tensor]:
         """The rows of the result's gradient (R, H2), quantised for each token: values in float32, scales."""
-        values, scales = quantize(self.grad, ALONG_FEATURES)
+        values, scales = quantize(self.grad, ALONG_FEATURES, self.args.scale_format)
         return self.rows.gather(values.to(torch.float32)), self.rows.gather(scales)
 
     @cached_property
@@ -221,7 +225,7 @@ class _Backward:
     @cached_property
     def of_hidden_q(self) -> tuple[Tensor, Tensor]:
         """The same, packed (R, N') and quantised: values and scales."""
-        return quantize(pack(self.of_hidden), ALONG_FEATURES)
+        return quantize(pack(self.of_hidden), ALONG_FEATURES, self.args.scale_format)
 
 
 class _TokenBlocks:
@@ -250,11 +254,6 @@ class _TokenBlocks:
         rows = blocks.new_zeros(self.count + 1, blocks.shape[2])
         rows[self.rows] = blocks
         return rows[: self.count]
-
-
-def _rounded(rows: Tensor) -> Tensor:
-    """Rows (n, F) quantised along features and dequantised, float32."""
-    return dequantize(*quantize(rows, ALONG_FEATURES), ALONG_FEATURES)
 
 
 def _w_in(args: Arguments, quantized: Quantized) -> Tensor:

@@ -27,7 +27,7 @@ from moecompile.runtime.hopper_experts import NONE, _has_biases, _lines, _of_wei
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
-from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
+from moecompile.runtime.quantize import BLOCK, E4M3, POWER_OF_TWO, blocks_in, pad
 from moecompile.runtime.reference import joined
 
 quantize_weights = hopper_quantize.quantize_weights
@@ -52,7 +52,7 @@ def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[T
     beside = hopper_routing.is_beside(args.rows, args.features, 1)
     tokens = _room_for(x) if save or beside else None
     rows = QuantizedRows.empty(x, args.rows, args.features)
-    hopper_quantize.quantize_rows(x, args.slots.contiguous(), None if beside else rows, tokens)
+    hopper_quantize.quantize_rows(x, args.slots.contiguous(), None if beside else rows, tokens, args.scale_format)
     hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
     a = _gemm1(args, w_in, rows, None if args.recompute else hidden, tokens if beside else None)
     del rows
@@ -79,6 +79,7 @@ def _gemm1(
         rows, w_in, args.activation, args.offsets, args.intermediate, a, hidden, biases=_biases(args),
         weights=_weights(args) if read else None, order=args.order if read else None,
         dispatching=None if tokens is None else Dispatching.of(*tokens, args.order, args.slots.shape[1]), early=True,
+        scale_format=args.scale_format,
     )  # fmt: skip
     return a
 
@@ -131,12 +132,12 @@ class _Backward:
         of_y = QuantizedRows.empty(grad, args.rows, args.out_features)
         beside = hopper_routing.is_beside(args.rows, args.out_features, 1)
         of_tokens = _room_for(grad) if beside or "w_out" in self.needs else None
-        hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens)
+        hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens, args.scale_format)
         dispatching = Dispatching.of(*of_tokens, args.order, self.top_k) if beside and of_tokens is not None else None
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,
             weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
-            scales=self.scales, dispatching=dispatching, in_place=args.recompute,
+            scales=self.scales, dispatching=dispatching, in_place=args.recompute, scale_format=args.scale_format,
         )  # fmt: skip
         del of_y, dispatching, self.hidden
         self._weights_and_biases(parts, of_hidden)
@@ -168,10 +169,11 @@ class _Backward:
         per_column: bool,
         features: int | None = None,
         interleaved: bool = False,
+        scale_format: str = POWER_OF_TWO,
     ) -> QuantizedRows:
         return hopper_quantize.transpose_rows(
             values, scales, self.args.order, self.args.offsets, ends, top_k=self.top_k if gathered else None,
-            per_column=per_column, features=features, interleaved=interleaved,
+            per_column=per_column, features=features, interleaved=interleaved, scale_format=scale_format,
         )  # fmt: skip
 
     def _of_w_out(self, of_tokens: tuple[Tensor, Tensor], scaled: QuantizedRows, ends: Tensor) -> None:
@@ -183,7 +185,7 @@ class _Backward:
     def _of_w_in(self, rows: QuantizedRows, ends: Tensor) -> None:
         """Gradients of GEMM1's matrices: of gate and up projection together where they are one tensor's halves."""
         args, inner = self.args, self.args.intermediate
-        x = self._transpose(*self.x, ends, gathered=True, per_column=False)
+        x = self._transpose(*self.x, ends, gathered=True, per_column=False, scale_format=args.scale_format)
         for name, matrices, start in (("w_in", args.w_in, 0), ("w_up", args.w_up, inner)):
             if name in self.needs and matrices is not None:
                 end = start + inner if args.gate_up == "separate" else None

@@ -23,7 +23,7 @@ from moecompile.runtime.hopper import (
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Mapped
-from moecompile.runtime.quantize import E4M3
+from moecompile.runtime.quantize import E4M3, POWER_OF_TWO
 
 WIDE = GroupedGemm("float8_e4m3fn", 256, 4, 2)
 TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
@@ -67,6 +67,7 @@ def activated(
     order: Tensor | None = None,
     dispatching: Dispatching | None = None,
     early: bool = False,
+    scale_format: str = POWER_OF_TWO,
 ) -> None:
     """out = activation(a @ b.T + bias), quantised, and the rows themselves into `hidden`.
 
@@ -83,11 +84,13 @@ def activated(
         order: (R,) int32, the assignment of a row; goes with `weights`.
         dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
         early: as of `moecompile.runtime.hopper.grouped_gemm`.
+        scale_format: of `out`; that of `hidden` is powers of two.
     """
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
-    instance = activated_instance(activation, gate_up, hidden is not None, bool(biases), dispatching is not None)
+    saves, dispatches = hidden is not None, dispatching is not None
+    instance = activated_instance(activation, gate_up, saves, bool(biases), dispatches, scale_format)
     sizes = (b.values.shape[0], a.values.shape[1], features)
     _launch(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
@@ -113,6 +116,7 @@ def activation_backward(
     scales: Tensor | None,
     dispatching: Dispatching | None = None,
     in_place: bool = False,
+    scale_format: str = POWER_OF_TWO,
 ) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
@@ -128,6 +132,7 @@ def activation_backward(
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
         in_place: whether the gradient of `hidden` is written over it.
+        scale_format: of the gradient of `hidden`; that of the scaled activation is powers of two.
 
     Returns:
         the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
@@ -135,7 +140,7 @@ def activation_backward(
     """
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
-    instance = backward_instance(activation, gate_up, scales is not None, dispatching is not None)
+    instance = backward_instance(activation, gate_up, scales is not None, dispatching is not None, scale_format)
     of_hidden = hidden
     if not in_place:
         of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
@@ -209,15 +214,17 @@ def product_instance(n: int, bias: bool, whole: bool = False) -> GroupedGemm:
 
 
 def activated_instance(
-    activation: str, gate_up: str, save: bool, bias: bool, dispatches: bool = False
-) -> GroupedGemm:  # fmt: skip
+    activation: str, gate_up: str, save: bool, bias: bool, dispatches: bool = False, scale_format: str = POWER_OF_TWO
+) -> GroupedGemm:
     """The kernel of `activated`; gate_up: "halves" or "single"."""
-    return replace(WIDE, dispatches=dispatches, epilogue=Activated(activation, gate_up, save, bias))
+    return replace(WIDE, dispatches=dispatches, epilogue=Activated(activation, gate_up, save, bias, scale_format))
 
 
-def backward_instance(activation: str, gate_up: str, scaled: bool, dispatches: bool = False) -> GroupedGemm:
+def backward_instance(
+    activation: str, gate_up: str, scaled: bool, dispatches: bool = False, scale_format: str = POWER_OF_TWO
+) -> GroupedGemm:
     """The kernel of `activation_backward`; scaled: whether the output multiplies by the routing weight."""
-    epilogue = ActivationBackward(activation, gate_up, scaled)
+    epilogue = ActivationBackward(activation, gate_up, scaled, scale_format)
     return replace(WIDE, stages=3, dispatches=dispatches, epilogue=epilogue)
 
 

@@ -21,12 +21,13 @@ from moecompile.codegen.instances import (
     Instance,
     PadOffsets,
     QuantizeRows,
-    TransposeRows,
 )
 from moecompile.runtime import hopper_fp8_gemm, hopper_routing, hopper_tiles
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, weighting
 from moecompile.runtime.elementwise import dtype_name
+from moecompile.runtime.hopper_quantize import transposing_instance
 from moecompile.runtime.hopper_tiles import Projection
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 THERE: set[Hashable] = set()
 """What decides which kernels a call needs, of the calls whose kernels have been compiled."""
@@ -37,7 +38,7 @@ def compile_together(args: Arguments, train: bool, kind: Hashable, named: Callab
     key = (
         *(_layout(getattr(args, name)) for name in DIFFERENTIABLE),
         *(args.rows, args.activation, args.gate_up, args.output, args.w_in_transposed, args.w_out_transposed),
-        *(args.out_dtype, args.recompute, train, kind),
+        *(args.out_dtype, args.recompute, args.scale_format, train, kind),
     )
     if key not in THERE:
         cubins.build(named())
@@ -86,15 +87,17 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
 def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
     """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too."""
     gate_up, biased = "single" if args.gate_up == "single" else "halves", args.b_in is not None
-    result, saves = dtype_name(args.dtypes.result), _saves(args, train)
+    result, saves, scales = dtype_name(args.dtypes.result), _saves(args, train), args.scale_format
     beside, back_beside = (
         hopper_routing.is_beside(args.rows, columns, 1) for columns in (args.features, args.out_features)
     )
     again = train and args.recompute  # what is computed again is always dispatched beside
     found: list[Instance] = [
-        QuantizeRows("bfloat16"),
+        QuantizeRows("bfloat16", scales),
         *(
-            hopper_fp8_gemm.activated_instance(args.activation, gate_up, save, biased, beside or (again and save))
+            hopper_fp8_gemm.activated_instance(
+                args.activation, gate_up, save, biased, beside or (again and save), scales
+            )
             for save in saves
         ),
         hopper_fp8_gemm.product_instance(args.out_features, args.b_out is not None),
@@ -106,10 +109,13 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
             for matrices, transposed in ((args.w_in, args.w_in_transposed), (args.w_out, args.w_out_transposed))
         )
         found += [
-            hopper_fp8_gemm.backward_instance(args.activation, gate_up, _scales_output(args), back_beside),
+            hopper_fp8_gemm.backward_instance(args.activation, gate_up, _scales_output(args), back_beside, scales),
             hopper_fp8_gemm.product_instance(args.features, False),
             PadOffsets(),
-            *(TransposeRows(gathered, per_column) for gathered in (True, False) for per_column in (True, False)),
+            transposing_instance(True, True, scales),
+            transposing_instance(True, False, scales),
+            transposing_instance(False, True, scales),
+            transposing_instance(False, False, POWER_OF_TWO),
             hopper_fp8_gemm.outer_instance(args.intermediate, turned_out),
             hopper_fp8_gemm.outer_instance(args.features, turned_in),
             Combine("bfloat16", "bfloat16", "out"),

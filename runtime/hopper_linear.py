@@ -44,22 +44,24 @@ def takes_rows(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and takes(x)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     """Values (T, K) and transposed scales (ceil(K / 128), T) of x (T, K)."""
     rows = QuantizedRows(x.new_empty(x.shape, dtype=E4M3), x.new_empty(_blocks(x), x.shape[0], dtype=torch.float32))
-    hopper_quantize.quantize_rows(x, None, rows, None)
+    hopper_quantize.quantize_rows(x, None, rows, None, scale_format)
     return rows.values, rows.scales
 
 
-def quantize_gradient(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_gradient(grad: Tensor, scale_format: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values (T, N) and transposed scales (ceil(N / 128), T) of grad (T, N), and of the token-major copy likewise."""
-    rows, turned = hopper_quantize.quantize_gradient(grad)
+    rows, turned = hopper_quantize.quantize_gradient(grad, scale_format)
     return rows.values, rows.scales, turned.values, turned.scales
 
 
-def along_tokens(values: Tensor, scales: Tensor, *, per_feature: bool) -> tuple[Tensor, Tensor]:
+def along_tokens(values: Tensor, scales: Tensor, scale_format: str, *, per_feature: bool) -> tuple[Tensor, Tensor]:
     """The token-major copy (F, P) of (T, F), with scales (F, P / 128), or of 128 features (ceil(F / 128), P / 128)."""
-    turned = hopper_quantize.transpose_rows(values, _by_block(scales, 1), per_column=per_feature)
+    turned = hopper_quantize.transpose_rows(
+        values, _by_block(scales, 1), per_column=per_feature, scale_format=scale_format
+    )
     return turned.values, turned.scales.t() if per_feature else turned.scales
 
 

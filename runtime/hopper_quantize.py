@@ -1,6 +1,6 @@
 """Quantising on a Hopper GPU: matrices, tokens on their way to rows, and rows on their way to the gradient of matrices.
 
-e4m3 with power-of-two scales, each block by the rule of `moecompile.runtime.quantize` (DeepSeek-V3, section 3.3.2).
+e4m3, each block with a scale by the rules of `moecompile.runtime.quantize` (DeepSeek-V3, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moecompile.codegen.instances import PadOffsets, QuantizeGradient, QuantizeR
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.launch import Launch, Value, load
-from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
+from moecompile.runtime.quantize import BLOCK, E4M3, POWER_OF_TWO, blocks_in, pad
 
 SPLITS = 8
 """Blocks of threads that share a block of rows to transpose: enough for the GPU, few enough to look it up seldom."""
@@ -67,8 +67,9 @@ def takes_weights(w: Tensor, w_up: Tensor | None) -> bool:
 
 
 def quantize_weights(
-    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True,
+    scale_format: str = POWER_OF_TWO,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`moecompile::quantize_weights`, in one launch that reads the matrices once.
 
     Args:
@@ -77,6 +78,7 @@ def quantize_weights(
         gate_up: as of `moecompile.runtime.operators`.
         transposed: the layout of w.
         backward: whether the transposed ones are made, too.
+        scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
 
     Returns:
         values (E, N', K') e4m3, scales (E, N' / 128, K' / 128) float32, and both transposed, or without elements.
@@ -102,7 +104,7 @@ def quantize_weights(
     # rows of `same` are features out unless they run along the columns
     same = room(backward or not along_columns, down, across)
     turned = room(backward or along_columns, across, down)
-    kernel = load(QuantizeWeights(dtype_name(w.dtype), interleaved), w.device.index)
+    kernel = load(QuantizeWeights(dtype_name(w.dtype), interleaved, scale_format), w.device.index)
     first, second = halves[0], halves[0] if interleaved else halves[-1]
     written = [each if each.numel() else None for each in (*same, *turned)]
     values: tuple[Value, ...] = (first, second, *written, *first.stride()[:2], rows, columns, *split)
@@ -121,8 +123,9 @@ def _halves(w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool) -> l
 
 
 def quantize_rows(
-    x: Tensor, slots: Tensor | None, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None
-) -> None:
+    x: Tensor, slots: Tensor | None, rows: QuantizedRows | None, tokens: tuple[Tensor, Tensor] | None,
+    scale_format: str = POWER_OF_TWO,
+) -> None:  # fmt: skip
     """rows[slots[t, k], :] = x[t, :] for every k, quantised 1 x 128; and the tokens themselves.
 
     Args:
@@ -130,8 +133,9 @@ def quantize_rows(
         slots: (T, K) int32, contiguous; nothing is written where it is -1. None if tokens are rows.
         rows: (R, H), written; None if nobody wants them.
         tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written; None if nobody wants them.
+        scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
     """
-    kernel = load(QuantizeRows(dtype_name(x.dtype)), x.device.index)
+    kernel = load(QuantizeRows(dtype_name(x.dtype), scale_format), x.device.index)
     values, scales = tokens or (None, None)
     row_values, row_scales = (rows.values, rows.scales) if rows else (None, None)
     pitch = row_scales.shape[1] if row_scales is not None else 0
@@ -141,11 +145,12 @@ def quantize_rows(
     Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *sizes)).run()
 
 
-def quantize_gradient(x: Tensor) -> tuple[QuantizedRows, QuantizedRows]:
+def quantize_gradient(x: Tensor, scale_format: str = POWER_OF_TWO) -> tuple[QuantizedRows, QuantizedRows]:
     """The rows of x quantised 1 x 128, and these as columns, with a scale for each column and 128 rows.
 
     Args:
         x: (T, N), bfloat16 or float16, contiguous; N is a multiple of 16 and T at least 1.
+        scale_format: of the rows' scales; the columns' are powers of two.
 
     Returns:
         values (T, N), scales (ceil(N / 128), T); and values (N, P), for P rows in whole blocks of 128, those beyond T
@@ -158,7 +163,7 @@ def quantize_gradient(x: Tensor) -> tuple[QuantizedRows, QuantizedRows]:
 
     rows = QuantizedRows(x.new_empty(x.shape, dtype=E4M3), room(blocks_in(columns, BLOCK), count))
     turned = QuantizedRows(x.new_empty(columns, row_blocks * BLOCK, dtype=E4M3), room(row_blocks, columns))
-    kernel = load(QuantizeGradient(dtype_name(x.dtype)), x.device.index)
+    kernel = load(QuantizeGradient(dtype_name(x.dtype), scale_format), x.device.index)
     written = (rows.values, rows.scales, turned.values, turned.scales)
     Launch(kernel, row_blocks * rows.scales.shape[0], (x, *written, count, columns, row_blocks)).run()
     return rows, turned
@@ -183,6 +188,7 @@ def transpose_rows(
     per_column: bool,
     features: int | None = None,
     interleaved: bool = False,
+    scale_format: str = POWER_OF_TWO,
 ) -> QuantizedRows:
     """Rows in expert order as columns, each expert's filled up with zeros to whole blocks.
 
@@ -197,6 +203,7 @@ def transpose_rows(
         features: of each half where the columns are one or two halves padded to whole blocks; None if there is nothing
             to leave out.
         interleaved: whether the two halves' features come by turns in the result.
+        scale_format: of `scales`; new ones are powers of two.
 
     Returns:
         values (F, P), without what pads F, for the P rows that all experts may fill, those beyond the last end not
@@ -211,7 +218,7 @@ def transpose_rows(
     out = values.new_empty(lines, row_blocks * BLOCK)
     size = (row_blocks, lines) if per_column else (blocks_in(columns, BLOCK), row_blocks)
     out_scales = scales.new_empty(size)
-    kernel = load(TransposeRows(top_k is not None, per_column), values.device.index)
+    kernel = load(transposing_instance(top_k is not None, per_column, scale_format), values.device.index)
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
     arguments = (
         values, scales, order, offsets, ends, out, out_scales, *strides,
@@ -219,3 +226,8 @@ def transpose_rows(
     )  # fmt: skip
     Launch(kernel, row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments).run()
     return QuantizedRows(out, out_scales)
+
+
+def transposing_instance(gathered: bool, per_column: bool, scale_format: str) -> TransposeRows:
+    """The kernel of `transpose_rows`; gathered: whether the values are tokens."""
+    return TransposeRows(gathered, per_column, POWER_OF_TWO if per_column else scale_format)

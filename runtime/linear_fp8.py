@@ -26,12 +26,13 @@ from torch import Tensor
 from moecompile.runtime import quantize as quantizer
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import expect_shape
-from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, checked, weight_specs
+from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, check_scale_format, checked, weight_specs
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
     BLOCK,
     DTYPES,
     E4M3,
+    POWER_OF_TWO,
     SQUARE,
     blocks_in,
     dequantize,
@@ -48,68 +49,76 @@ SCALE_BLOCKS = ("1x128", "128x128")
 NAMES = ("values", "scales", "values_t", "scales_t")
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, scale_format: str = POWER_OF_TWO) -> tuple[Tensor, Tensor]:
     """e4m3 values (..., K) and float32 scales (..., ceil(K / 128)) of x (..., K), a scale for each 1x128.
 
     Scales are transposed in memory, those of a block of features together, as products read them.
     """
-    _check_quantize(x)
+    _check_quantize(x, scale_format)
 
     def run(fused: ModuleType | None) -> list[Tensor]:
         if fused is None or not fused.takes_rows(x):
-            return list(quantize_in_torch(x))
-        values, scales = fused.quantize(_rows(x))
+            return list(quantize_in_torch(x, scale_format=scale_format))
+        values, scales = fused.quantize(_rows(x), scale_format)
         return [values.view(x.shape), _spread(scales, x)]
 
-    values, scales = _remembered("quantize", (x,), {}, run)
+    values, scales = _remembered("quantize", (x,), {"scale_format": scale_format}, run)
     return values, scales
 
 
-def quantize_in_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_in_torch(x: Tensor, *, scale_format: str = POWER_OF_TWO) -> tuple[Tensor, Tensor]:
     """The same in PyTorch's operators, as Inductor fuses them with what made x (passes/decompose.py)."""
-    values, scales = quantizer.quantize(_rows(x), ALONG_FEATURES)
+    values, scales = quantizer.quantize(_rows(x), ALONG_FEATURES, scale_format)
     return values.view(x.shape), _spread(_laid_out(scales.t()), x)
 
 
-def fake_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def fake_quantize(x: Tensor, *, scale_format: str = POWER_OF_TWO) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the values and the scales."""
-    _check_quantize(x)
+    _check_quantize(x, scale_format)
     scales = x.new_empty((blocks_in(x.shape[-1], BLOCK), *x.shape[:-1]), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=E4M3), scales.movedim(0, -1)
 
 
-def quantize_gradient(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_gradient(grad: Tensor, *, scale_format: str = POWER_OF_TWO) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `quantize` gives for grad (..., N), and what `along_tokens` gives for that with "1x128"."""
-    _check_quantize(grad, "quantize_gradient")
+    _check_quantize(grad, scale_format, "quantize_gradient")
 
     def run(fused: ModuleType | None) -> list[Tensor]:
         if fused is not None and fused.takes_rows(grad):
-            values, scales, copy, copy_scales = fused.quantize_gradient(_rows(grad))
+            values, scales, copy, copy_scales = fused.quantize_gradient(_rows(grad), scale_format)
             return [values.view(grad.shape), _spread(scales, grad), copy, copy_scales.t()]
-        values, scales = quantize_in_torch(grad)
+        values, scales = quantize_in_torch(grad, scale_format=scale_format)
         return [values, scales, *_along_tokens_in_torch(values, scales, "1x128")]
 
-    values, scales, copy, copy_scales = _remembered("quantize_gradient", (grad,), {}, run)
+    attributes = {"scale_format": scale_format}
+    values, scales, copy, copy_scales = _remembered("quantize_gradient", (grad,), attributes, run)
     return values, scales, copy, copy_scales
 
 
-def fake_quantize_gradient(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_quantize_gradient(grad: Tensor, *, scale_format: str = POWER_OF_TWO) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes, dtypes and strides of both."""
-    _check_quantize(grad, "quantize_gradient")
+    _check_quantize(grad, scale_format, "quantize_gradient")
     values, scales = fake_quantize(grad)
     return values, scales, *fake_along_tokens(values, scales, scale_block="1x128")
 
 
-def along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> tuple[Tensor, Tensor]:
-    """Quantised tokens (..., F), token-major (F, P), and their scales (F, P / 128) or (ceil(F / 128), P / 128)."""
-    _check_along_tokens(values, scales, scale_block)
+def along_tokens(
+    values: Tensor, scales: Tensor, *, scale_block: str, scale_format: str = POWER_OF_TWO
+) -> tuple[Tensor, Tensor]:
+    """Quantised tokens (..., F), token-major (F, P), and their scales (F, P / 128) or (ceil(F / 128), P / 128).
+
+    These are powers of two; `scale_format` is that of the tokens' scales.
+    """
+    _check_along_tokens(values, scales, scale_block, scale_format)
 
     def run(fused: ModuleType | None) -> list[Tensor]:
-        if fused is not None and fused.takes(_rows(values)):
-            return list(fused.along_tokens(_rows(values), _rows(scales), per_feature=scale_block == "1x128"))
-        return _along_tokens_in_torch(values, scales, scale_block)
+        if fused is None or not fused.takes(_rows(values)):
+            return _along_tokens_in_torch(values, scales, scale_block)
+        per_feature = scale_block == "1x128"
+        return list(fused.along_tokens(_rows(values), _rows(scales), scale_format, per_feature=per_feature))
 
-    copy, copy_scales = _remembered("along_tokens", (values, scales), {"scale_block": scale_block}, run)
+    attributes = {"scale_block": scale_block, "scale_format": scale_format}
+    copy, copy_scales = _remembered("along_tokens", (values, scales), attributes, run)
     return copy, copy_scales
 
 
@@ -122,9 +131,11 @@ def _along_tokens_in_torch(values: Tensor, scales: Tensor, scale_block: str) -> 
     return [filled.t().contiguous().view(E4M3), kept]
 
 
-def fake_along_tokens(values: Tensor, scales: Tensor, *, scale_block: str) -> tuple[Tensor, Tensor]:
+def fake_along_tokens(
+    values: Tensor, scales: Tensor, *, scale_block: str, scale_format: str = POWER_OF_TWO
+) -> tuple[Tensor, Tensor]:
     """Shapes, dtypes and strides of the copy."""
-    _check_along_tokens(values, scales, scale_block)
+    _check_along_tokens(values, scales, scale_block, scale_format)
     features, blocks = values.shape[-1], blocks_in(_count(values), BLOCK)
     copy = values.new_empty((features, blocks * BLOCK))
     if scale_block == "1x128":
@@ -174,19 +185,21 @@ def fake_scaled_mm(
 
 
 def linear_fp8(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor], *,
+    scale_format: str = POWER_OF_TWO,
+) -> Tensor:  # fmt: skip
     """The result (..., N) in x's dtype."""
-    check_linear(x, weight, bias, values, scales, quantized)
+    check_linear(x, weight, bias, values, scales, quantized, scale_format)
     matrix, matrix_scales = quantized[:2]
     return scaled_mm(values, scales, matrix, matrix_scales, bias, out_features=weight.shape[0], dtype=weight.dtype)
 
 
 def fake_linear_fp8(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor], *,
+    scale_format: str = POWER_OF_TWO,
+) -> Tensor:  # fmt: skip
     """Shape and dtype of the result."""
-    check_linear(x, weight, bias, values, scales, quantized)
+    check_linear(x, weight, bias, values, scales, quantized, scale_format)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -243,7 +256,8 @@ def _count(values: Tensor) -> int:
     return count
 
 
-def _check_quantize(x: Tensor, operator: str = "quantize") -> None:
+def _check_quantize(x: Tensor, scale_format: str, operator: str = "quantize") -> None:
+    check_scale_format(operator, scale_format)
     if x.dim() == 0:
         raise ValueError(f"moecompile::{operator}: x must have a last dimension of features, got a scalar")
     if x.dtype not in DTYPES:
@@ -251,8 +265,9 @@ def _check_quantize(x: Tensor, operator: str = "quantize") -> None:
         raise TypeError(f"moecompile::{operator}: {words}")
 
 
-def _check_along_tokens(values: Tensor, scales: Tensor, scale_block: str) -> None:
+def _check_along_tokens(values: Tensor, scales: Tensor, scale_block: str, scale_format: str) -> None:
     operator = "along_tokens"
+    check_scale_format(operator, scale_format)
     if scale_block not in SCALE_BLOCKS:
         raise ValueError(
             f"moecompile::{operator}: scale_block must be one of {', '.join(SCALE_BLOCKS)}; got {scale_block!r}"
@@ -293,10 +308,12 @@ def _check_scaled_mm(
 
 
 def check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor],
+    scale_format: str,
+) -> None:  # fmt: skip
     """Raises ValueError or TypeError unless the arguments of `linear_fp8` are of one layer."""
     operator = "linear_fp8"
+    check_scale_format(operator, scale_format)
     _check_weight(weight, quantized, operator)
     n, k = weight.shape
     for name, tensor, shape, dtype in (

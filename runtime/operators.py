@@ -51,6 +51,8 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     of scaled_mm: a, a_scales of `quantize` or of `along_tokens` with "1x128", (..., F); b (N', F') and b_scales
         (N' / 128, F' / 128) in whole blocks; bias (N,); out_features N; result (..., N) of dtype
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
+    scale_format: of the scales of what forward products and the gradients of rows read, "power_of_two" or "float32";
+        of along_tokens that of its argument. The gradients of matrices read powers of two
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
     held: whether somebody keeps `quantized` beyond the call. If not, a backward with recompute makes w_in's anew
@@ -82,6 +84,9 @@ WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
 MAIN = "Tensor? main_w_in=None, Tensor? main_w_out=None, Tensor? main_w_up=None"
 ADDED_TO = "Tensor(a!)? main_w_in=None, Tensor(b!)? main_w_out=None, Tensor(c!)? main_w_up=None"
 LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor scales, Tensor[] quantized"
+FORMAT = 'str scale_format="power_of_two"'
+FP8 = f"{ARGUMENTS}, {FORMAT}"
+FP8_WITHOUT_X = f"{WITHOUT_X}, {FORMAT}"
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
@@ -90,18 +95,18 @@ SCHEMAS = (
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
     f"experts_backward_adding(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs, {ADDED_TO}) -> {ALL}",
-    'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False, bool backward=True) '
-    "-> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
-    "quantize(Tensor x) -> (Tensor values, Tensor scales)",
-    "quantize_gradient(Tensor grad) -> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
-    "along_tokens(Tensor values, Tensor scales, *, str scale_block) -> (Tensor values, Tensor scales)",
+    'quantize_weights(Tensor w, Tensor? w_up=None, *, str gate_up="single", bool transposed=False, bool backward=True, '
+    f"{FORMAT}) -> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
+    f"quantize(Tensor x, *, {FORMAT}) -> (Tensor values, Tensor scales)",
+    f"quantize_gradient(Tensor grad, *, {FORMAT}) -> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
+    f"along_tokens(Tensor values, Tensor scales, *, str scale_block, {FORMAT}) -> (Tensor values, Tensor scales)",
     "scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias=None, *, SymInt out_features, "
     "ScalarType dtype) -> Tensor",
-    f"linear_fp8({LINEAR}) -> Tensor",
-    f"experts_fp8({ARGUMENTS}, Tensor[] quantized, {MAIN}, bool held=False) -> Tensor",
-    f"experts_fp8_forward({ARGUMENTS}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
-    f"experts_fp8_backward(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
-    f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {WITHOUT_X}, Tensor[] quantized, bool[] needs, "
+    f"linear_fp8({LINEAR}, *, {FORMAT}) -> Tensor",
+    f"experts_fp8({FP8}, Tensor[] quantized, {MAIN}, bool held=False) -> Tensor",
+    f"experts_fp8_forward({FP8}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
+    f"experts_fp8_backward(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
+    f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs, "
     f"{ADDED_TO}) -> {ALL}",
 )
 ROOMS = {

@@ -1,7 +1,7 @@
 """Fine-grained quantisation to FP8 (e4m3), in readable torch: what every kernel has to agree with bit for bit.
 
-The recipe is that of DeepSeek-V3 (technical report, section 3.3.2) with power-of-two scales: activations and gradients
-have one scale for 1x128 values, weights one for 128x128. A block of values v, computed in float32, becomes
+The recipe is that of DeepSeek-V3 (technical report, section 3.3.2): activations and gradients have one scale for 1x128
+values, weights one for 128x128. A block of values v, computed in float32, becomes
 
     scale = 2^k, k >= -126 the smallest with amax / 2^k <= 448, the largest e4m3 number; amax = largest |v| but NaN
     q     = e4m3(v / scale), to the nearest, ties to even
@@ -9,7 +9,11 @@ have one scale for 1x128 values, weights one for 128x128. A block of values v, c
 so that no value saturates, a block of zeros has scale 2^-126, and v / scale is exact before it is rounded. What is not
 finite stays visible: NaN becomes NaN; a block with an infinity has scale inf, and each of its values is NaN once
 dequantised. Because scales are powers of two, changing them (`to_square_blocks`, `requantize_along_tokens`) loses no
-bits but those that fall below e4m3's smallest number.
+bits but those that fall below e4m3's smallest number. In the other format, "float32",
+
+    scale = max(amax / 448, 2^-126)         q = e4m3(v * (1 / scale)), each operation rounded to float32
+
+and to change scales rounds once more. Changed ones are powers of two always: gradients of matrices read no others.
 
 A block is the (rows, columns) of the last two dimensions that share a scale. The last block of either dimension may be
 partial; missing values count as zeros.
@@ -29,6 +33,12 @@ SQUARE: Block = (BLOCK, BLOCK)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What `quantize` takes: float32 holds all of it exactly."""
 
+POWER_OF_TWO = "power_of_two"
+FLOAT32 = "float32"
+SCALE_FORMATS = (POWER_OF_TWO, FLOAT32)
+"""Of the scales of what forward products and the gradients of rows multiply."""
+
+LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-126
 MANTISSA_BITS = 23  # of float32
 MANTISSA = (1 << MANTISSA_BITS) - 1
@@ -47,12 +57,13 @@ def blocks_in(size: int, length: int) -> int:
     return (size + length - 1) // length
 
 
-def quantize(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def quantize(values: Tensor, block: Block, scale_format: str = POWER_OF_TWO) -> tuple[Tensor, Tensor]:
     """Quantises blocks of the last two dimensions.
 
     Args:
         values: (..., R, F), bfloat16, float16 or float32, any strides.
         block: rows and columns of a block.
+        scale_format: one of SCALE_FORMATS.
 
     Returns:
         e4m3 values (..., R, F) and float32 scales (..., ceil(R / rows), ceil(F / columns)), both contiguous.
@@ -64,7 +75,8 @@ def quantize(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:
         words = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"quantize takes values of {words}; got {values.dtype}, cast them first")
     blocks = _cut(values.to(torch.float32), block)
-    scales, inverses = _scales(torch.where(blocks.isnan(), 0, blocks.abs()).amax((-3, -1)))
+    amax = torch.where(blocks.isnan(), 0, blocks.abs()).amax((-3, -1))
+    scales, inverses = _powers_of_two(amax) if scale_format == POWER_OF_TWO else _shares_of_largest(amax)
     return _joined(_to_e4m3(blocks * _spread(inverses)), values), scales
 
 
@@ -74,19 +86,19 @@ def dequantize(values: Tensor, scales: Tensor, block: Block) -> Tensor:
 
 
 def to_square_blocks(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Shifts values with a scale for 1x128 to one scale for 128x128: the largest of each block's.
+    """Shifts values with a scale for 1x128 to one scale for 128x128: the largest of each block's, or the power above.
 
     This is the second operand of a weight's gradient, whose GEMM runs along tokens (the scaling-aware transpose of
     FP8-Flow-MoE).
 
     Args:
         values: (..., R, F) e4m3.
-        scales: (..., R, ceil(F / 128)) float32, powers of two.
+        scales: (..., R, ceil(F / 128)) float32.
 
     Returns:
-        e4m3 values (..., R, F) and float32 scales (..., ceil(R / 128), ceil(F / 128)).
+        e4m3 values (..., R, F) and float32 scales (..., ceil(R / 128), ceil(F / 128)), powers of two.
     """
-    largest = _cut(scales, ALONG_TOKENS).amax((-3, -1))
+    largest = power_above(_cut(scales, ALONG_TOKENS).amax((-3, -1)))
     ratios = _joined(_cut(scales, ALONG_TOKENS) / _spread(largest), scales)
     shifted = _cut(values.to(torch.float32), ALONG_FEATURES) * _spread(ratios)
     return _joined(_to_e4m3(shifted), values), largest
@@ -99,17 +111,18 @@ def requantize_along_tokens(values: Tensor, scales: Tensor) -> tuple[Tensor, Ten
 
     Args:
         values: (..., R, F) e4m3.
-        scales: (..., R, ceil(F / 128)) float32, powers of two.
+        scales: (..., R, ceil(F / 128)) float32.
 
     Returns:
-        e4m3 values (..., R, F) and float32 scales (..., ceil(R / 128), F).
+        e4m3 values (..., R, F) and float32 scales (..., ceil(R / 128), F), powers of two.
     """
     return quantize(dequantize(values, scales, ALONG_FEATURES), ALONG_TOKENS)
 
 
 def quantize_weights(
-    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True
-) -> tuple[Tensor, ...]:
+    w: Tensor, w_up: Tensor | None, gate_up: str, transposed: bool, backward: bool = True,
+    scale_format: str = POWER_OF_TWO,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Experts' weights in blocks of 128x128, and their transposed copy: `moecompile::quantize_weights`.
 
     Blocks restart at each expert, and at gate and at up. FP8 products contract along contiguous memory only, so that
@@ -121,6 +134,7 @@ def quantize_weights(
         gate_up: where gate and up lie in N, as in `moecompile.runtime.operators`.
         transposed: whether the layout is (E, K, N).
         backward: whether the transposed copy is made, which nobody else reads.
+        scale_format: one of SCALE_FORMATS.
 
     Returns:
         values (E, N', K'), scales (E, N' / 128, K' / 128), values transposed (E, K', N') and their scales, or two
@@ -128,7 +142,8 @@ def quantize_weights(
     """
     matrices = [matrix.mT if transposed else matrix for matrix in (w, w_up) if matrix is not None]
     packed = pack(split_features(matrices, gate_up))
-    values, scales = quantize(torch.nn.functional.pad(packed, (0, pad(packed.shape[2]) - packed.shape[2])), SQUARE)
+    filled = torch.nn.functional.pad(packed, (0, pad(packed.shape[2]) - packed.shape[2]))
+    values, scales = quantize(filled, SQUARE, scale_format)
     if not backward:
         return values, scales, values.new_empty(0), scales.new_empty(0)
     return values, scales, transposed_copy(values), transposed_copy(scales)
@@ -169,7 +184,19 @@ def transposed_copy(matrices: Tensor) -> Tensor:
     return matrices.mT.clone(memory_format=torch.contiguous_format)
 
 
-def _scales(amax: Tensor) -> tuple[Tensor, Tensor]:
+def power_above(scales: Tensor) -> Tensor:
+    """The smallest powers of two that are not below these; infinite where they are."""
+    bits = scales.contiguous().view(torch.int32)
+    return ((bits + MANTISSA) >> MANTISSA_BITS << MANTISSA_BITS).view(torch.float32)
+
+
+def _shares_of_largest(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and its inverse, both rounded, for the largest magnitudes of blocks."""
+    scales = (amax / LARGEST).clamp(min=SMALLEST_SCALE)
+    return scales, 1 / scales
+
+
+def _powers_of_two(amax: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and its exact inverse for the largest magnitudes of blocks, from their bits."""
     bits = amax.view(torch.int32)
     above = (bits & MANTISSA) > MANTISSA_OF_448

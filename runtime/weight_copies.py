@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moecompile.runtime.fp8_contract import Four
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 Key = tuple[Hashable, ...]
 
@@ -60,7 +61,10 @@ class Copies:
         self._lock = threading.RLock()
         self._hooks: list[object] = []
 
-    def of(self, matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool = True) -> Four:
+    def of(
+        self, matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool = True,
+        scale_format: str = POWER_OF_TWO,
+    ) -> Four:  # fmt: skip
         """What `moecompile::quantize_weights` gives for these, from before if they have not changed.
 
         Copies for inference alone (`backward` False) are half of them, until somebody trains these matrices: then all
@@ -72,15 +76,16 @@ class Copies:
         capturing = matrices[0].is_cuda and torch.cuda.is_current_stream_capturing()
         with self._lock:
             if capturing or self._stepping or any(matrix.is_inference() for matrix in matrices):
-                return _made(matrices, gate_up, transposed, backward)
-            key, stamp = (gate_up, transposed, *map(_place, matrices)), (self._steps, *map(_state, matrices))
+                return _made(matrices, gate_up, transposed, backward, scale_format)
+            how = (gate_up, transposed, scale_format)
+            key, stamp = (how, *map(_place, matrices)), (self._steps, *map(_state, matrices))
             entry = self._entries.get(key)
             trained = backward or (entry is not None and entry.trained)
             if entry is None or entry.stamp != stamp or entry.orphaned or (backward and not entry.trained):
                 entry = None
                 self._entries.pop(key, None)  # the new copies may have the memory of the old ones
                 self._forget_orphans()
-                four = _made(matrices, gate_up, transposed, trained)
+                four = _made(matrices, gate_up, transposed, trained, scale_format)
                 entry = self._entries[key] = _entry(matrices, stamp, four, trained)
             values, scales, *others = entry.handed_over()
             values_t, scales_t = others if backward else (each.new_empty(0) for each in others)
@@ -104,7 +109,7 @@ class Copies:
                 self._entries.clear()
                 return
             gone = set(map(_place, parameters))
-            self._entries = {key: entry for key, entry in self._entries.items() if not gone & {*key[2:]}}
+            self._entries = {key: entry for key, entry in self._entries.items() if not gone & {*key[1:]}}
 
     def __len__(self) -> int:
         with self._lock:
@@ -138,8 +143,8 @@ def _place(matrix: Tensor) -> Hashable:
     return matrix.untyped_storage()._cdata, matrix.storage_offset()
 
 
-def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool) -> Four:
-    attributes = {"gate_up": gate_up, "transposed": transposed, "backward": backward}
+def _made(matrices: tuple[Tensor, ...], gate_up: str, transposed: bool, backward: bool, scale_format: str) -> Four:
+    attributes = {"gate_up": gate_up, "transposed": transposed, "backward": backward, "scale_format": scale_format}
     # inference mode first: to leave it turns gradients on. Whoever trains later could not save what is made in it
     with torch.inference_mode(False), torch.no_grad():
         four: Four = torch.ops.moecompile.quantize_weights(*matrices, **attributes)

@@ -19,6 +19,7 @@ E4M3 = [m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(1
 """The magnitudes of e4m3 by their codes: 4 bits of exponent with bias 7, 3 of mantissa, no infinity, 448 the last."""
 Block = tuple[int, int]
 ROW, COLUMN, SQUARE = (1, 128), (128, 1), (128, 128)
+POWERS = "power_of_two"
 
 
 def nearest(values: Tensor) -> Tensor:
@@ -37,7 +38,21 @@ def smallest_scale(amax: float) -> float:
     return next(2.0**k for k in range(-126, 121) if amax <= 448 * 2.0**k)
 
 
-def quantized(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def float32(value: float) -> float:
+    """The nearest number of float32: of a quotient or product of two such in float64, that of the exact one."""
+    return float(torch.tensor(value, dtype=torch.float64).float())
+
+
+def scale_and_inverse(amax: float, scale_format: str) -> tuple[float, float]:
+    """By what a block's numbers are divided, and what they are multiplied by for it."""
+    if scale_format == POWERS:
+        scale = smallest_scale(amax)
+        return scale, 1 / scale
+    scale = max(float32(amax / 448), 2.0**-126)
+    return scale, float32(1 / scale)
+
+
+def quantized(values: Tensor, block: Block, scale_format: str = POWERS) -> tuple[Tensor, Tensor]:
     """Values (R, F) as e4m3 numbers in float64, and the scales of their blocks."""
     values = values.double()
     found = torch.empty_like(values)
@@ -45,15 +60,15 @@ def quantized(values: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     scales = torch.empty([len(start) for start in starts], dtype=torch.float64)
     for (i, row), (j, column) in itertools.product(*map(enumerate, starts)):
         part = slice(row, row + block[0]), slice(column, column + block[1])
-        scales[i, j] = smallest_scale(float(values[part].abs().max()))
-        found[part] = nearest(values[part] / scales[i, j])
+        scales[i, j], inverse = scale_and_inverse(float(values[part].abs().max()), scale_format)
+        found[part] = nearest((values[part] * inverse).float().double())
     return found, scales
 
 
-def rounded(values: Tensor, block: Block) -> Tensor:
-    """Values (R, F) quantised and dequantised, float64."""
-    found, scales = quantized(values, block)
-    return found * spread(scales, block, values)
+def rounded(values: Tensor, block: Block, scale_format: str = POWERS) -> Tensor:
+    """Values (R, F) quantised and dequantised, float64 but for the rounding to float32 of each."""
+    found, scales = quantized(values, block, scale_format)
+    return (found * spread(scales, block, values)).float().double()
 
 
 def spread(scales: Tensor, block: Block, like: Tensor) -> Tensor:
@@ -62,12 +77,12 @@ def spread(scales: Tensor, block: Block, like: Tensor) -> Tensor:
     return scales.repeat_interleave(block[0], 0)[:down].repeat_interleave(block[1], 1)[:, :across]
 
 
-def shifted(values: Tensor) -> Tensor:
-    """Activations (R, F), quantised for 1x128, with the largest scale of every 128x128, dequantised."""
-    found, scales = quantized(values, ROW)
-    largest = torch.stack([part.amax(0) for part in scales.split(128)])
+def shifted(values: Tensor, scale_format: str = POWERS) -> Tensor:
+    """Activations (R, F), quantised for 1x128, with a power of two, the largest scale or above it, of every 128x128."""
+    found, scales = quantized(values, ROW, scale_format)
+    largest = torch.stack([part.amax(0) for part in scales.split(128)]).log2().ceil().exp2()
     whole = spread(largest, SQUARE, values)
-    return nearest(found * (spread(scales, ROW, values) / whole)) * whole
+    return nearest((found * (spread(scales, ROW, values) / whole)).float().double()) * whole
 
 
 def matrices(case: Case) -> list[Tensor]:
@@ -91,7 +106,7 @@ def together(gate_up: str, tensors: list[Tensor]) -> Tensor:
 def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The result of a case in FP8 and the gradients of all its tensors, float64."""
     given = {name: tensor.detach().double() for name, tensor in case.given.items()}
-    dtype, weighted = case.given["x"].dtype, "weights" in given
+    dtype, weighted, kind = case.given["x"].dtype, "weights" in given, case.attributes.get("scale_format", POWERS)
     w_in, w_out = matrices(case), given["w_out"].mT if case.transposed[1] else given["w_out"]
     names = [name for name in ("b_in", "b_up") if name in given]  # of two projections both or none
     biases = parts(case.gate_up, [given[name] for name in names]) if names else []
@@ -99,18 +114,18 @@ def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     of_w_in, of_biases = [torch.zeros_like(w) for w in w_in], [torch.zeros_like(b) for b in biases]
     of_w_out = torch.zeros_like(w_out)
     cotangent = cotangent.to(dtype).double()  # rounded as the model's other values, then quantised
-    x, g = rounded(given["x"], ROW), rounded(cotangent, ROW)
+    x, g = rounded(given["x"], ROW, kind), rounded(cotangent, ROW, kind)
     result = torch.zeros(cotangent.shape, dtype=torch.float64)
     for e in range(w_out.shape[0]):
         tokens, slots = (case.ids == e).nonzero(as_tuple=True)
         if len(tokens) == 0:
             continue
         weight = given["weights"][tokens, slots].unsqueeze(1) if weighted else torch.ones(1, dtype=torch.float64)
-        first, second = [rounded(w[e], SQUARE) for w in w_in], rounded(w_out[e], SQUARE)
+        first, second = [rounded(w[e], SQUARE, kind) for w in w_in], rounded(w_out[e], SQUARE, kind)
         added = [bias[e] for bias in biases] or [torch.zeros(1)] * len(first)
         hidden = [(x[tokens] @ w.T + bias).to(dtype).double() for w, bias in zip(first, added, strict=True)]
         a = case.form.activate(hidden[0], hidden[-1], weight).to(dtype)
-        y = rounded(a, ROW) @ second.T + (given["b_out"][e] if "b_out" in given else 0)
+        y = rounded(a, ROW, kind) @ second.T + (given["b_out"][e] if "b_out" in given else 0)
         result.index_add_(0, tokens, case.form.finish(y.to(dtype).double(), weight))
 
         leaves = [rounded(part, ROW).requires_grad_() for part in hidden]
@@ -118,7 +133,7 @@ def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         found = torch.autograd.grad(a, leaves, of_a * weight, allow_unused=True, materialize_grads=True)
         of_hidden = [grad.to(dtype).double() for grad in found]
         a = a.detach()
-        of_row = sum(rounded(grad, ROW) @ w for grad, w in zip(of_hidden, first, strict=True))
+        of_row = sum(rounded(grad, ROW, kind) @ w for grad, w in zip(of_hidden, first, strict=True))
         assert isinstance(of_row, Tensor)
         grads["x"].index_add_(0, tokens, of_row.to(dtype).double())
         if weighted:
@@ -128,9 +143,9 @@ def experts(case: Case, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             if weighted:
                 grads["weights"][tokens, slots] += cotangent.double()[tokens] @ given["b_out"][e]
         of_w_out[e] = along(g[tokens]).T @ shifted((a * weight).to(dtype))
-        rows = shifted(given["x"][tokens])
+        rows = shifted(given["x"][tokens], kind)
         for grad, of_w in zip(of_hidden, of_w_in, strict=True):
-            of_w[e] = along(rounded(grad, ROW)).T @ rows
+            of_w[e] = along(rounded(grad, ROW, kind)).T @ rows
         for grad, of_bias in zip(of_hidden, of_biases, strict=False):
             of_bias[e] = grad.sum(0)
     grads["w_out"] = of_w_out.mT if case.transposed[1] else of_w_out

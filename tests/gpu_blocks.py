@@ -28,6 +28,7 @@ class Block:
 
     Attributes:
         counts: if there are any, how many tokens each expert has, which have no other.
+        scale_format: in FP8.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Block:
     dtype: torch.dtype = torch.bfloat16
     weight_dtype: torch.dtype = torch.bfloat16
     weighted: bool = True
+    scale_format: str = "power_of_two"
 
     @classmethod
     def of_counts(cls, name: str, *counts: int, **given: Any) -> Block:
@@ -115,9 +117,9 @@ class Block:
 
     def quantized(self, tensors: Tensors) -> list[Tensor]:
         """The matrices in FP8, as `experts_fp8` takes them."""
-        first = {"gate_up": self.gate_up, "transposed": self.in_transposed}
-        w_in = ops.quantize_weights(tensors["w_in"], tensors["w_up"], **first)
-        return [*w_in, *ops.quantize_weights(tensors["w_out"], transposed=self.out_transposed)]
+        first, how = {"gate_up": self.gate_up, "transposed": self.in_transposed}, {"scale_format": self.scale_format}
+        w_in = ops.quantize_weights(tensors["w_in"], tensors["w_up"], **first, **how)
+        return [*w_in, *ops.quantize_weights(tensors["w_out"], transposed=self.out_transposed, **how)]
 
 
 @dataclass
@@ -153,7 +155,8 @@ def run(
     attributes = {**block.attributes(), "kernels": kernels, "recompute": recompute}
     attributes |= {f"main_{name}": each for name, each in main.items()}
     if fp8:
-        result = ops.experts_fp8(*arguments, **attributes, quantized=block.quantized(leaves))
+        attributes |= {"quantized": block.quantized(leaves), "scale_format": block.scale_format}
+        result = ops.experts_fp8(*arguments, **attributes)
     else:
         result = ops.experts(*arguments, **attributes)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and name in names}

@@ -18,11 +18,13 @@ import torch
 from gpu_blocks import GPT_OSS, Block, main_of, run
 from moecompile import bench_proof
 from moecompile.runtime import hopper_experts, hopper_fp8, hopper_linear, hopper_routing
+from moecompile.runtime.quantize import FLOAT32, SCALE_FORMATS
 
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
     Block("halves", tokens=300, top_k=2, experts=3, weight_dtype=torch.float32, output=CAST),
     Block.of_counts("pairs", 270, 310, 370, 200, weight_dtype=torch.float32, output=CAST),
+    Block.of_counts("float32 scales", 130, 90, biases=True, scale_format=FLOAT32),
     Block.of_counts(
         "pairs, gpt-oss", 280, 320, 170, gate_up="interleaved", activation=GPT_OSS, in_transposed=True,
         out_transposed=True, biases=True, hidden=208, inner=176,
@@ -46,12 +48,14 @@ def layers() -> None:
     """Forward and backward of each linear layer, with a bias and without one, in kernels of ours alone."""
     hopper_linear.FULL = 0.0
     ops = torch.ops.moecompile
-    for (tokens, n, k), biased in itertools.product(LAYERS, (False, True)):
+    for (tokens, n, k), biased, scales in itertools.product(LAYERS, (False, True), SCALE_FORMATS):
         torch.manual_seed(0)
         x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         weight = (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16().requires_grad_()
         bias = torch.randn(n, device="cuda", dtype=torch.bfloat16, requires_grad=True) if biased else None
-        result = ops.linear_fp8(x, weight, bias, *ops.quantize(x), list(ops.quantize_weights(weight)))
+        how = {"scale_format": scales}
+        copies = list(ops.quantize_weights(weight, **how))
+        result = ops.linear_fp8(x, weight, bias, *ops.quantize(x, **how), copies, **how)
         result.backward(torch.randn_like(result))
         assert x.grad is not None and weight.grad is not None
         assert all(each.isfinite().all() for each in (result, x.grad, weight.grad))

@@ -14,6 +14,7 @@ from torch.nn import functional
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile.lowering import eager
 from moecompile.passes.cast_linears import cast_linears
+from moecompile.passes.casts import Casting
 from moecompile.passes.linears import verdicts
 from test_linears import VOCABULARY, H, Layers, rows
 
@@ -25,7 +26,7 @@ def compiled(model: nn.Module, seen: list[fx.GraphModule], backward: bool = True
     """The model with every layer cast that may be, through AOTAutograd."""
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        cast_linears(gm.graph, verdicts(gm.graph), backward)
+        cast_linears(gm.graph, verdicts(gm.graph), Casting(backward))
         gm.graph.lint()
         gm.recompile()
         seen.append(gm)

@@ -64,6 +64,17 @@ def test_a_model(name: str) -> None:
     assert table.index("choice of experts") < table.index(" dB")
 
 
+def test_with_float32_scales() -> None:
+    model, ids = model_of("qwen3_moe", layers=1)
+    tables = []
+    for scale_format in ("power_of_two", "float32"):
+        with torch.no_grad():
+            compiled(copy.deepcopy(model), **ON, fp8_scale_format=scale_format)(input_ids=ids)
+        tables.append(found())
+    assert tables[0].keys() == tables[1].keys() and tables[0] != tables[1]
+    assert all(each.alone is None or each.alone > 20 for each in tables[1].values())
+
+
 def test_a_router_in_fp8_is_told_by_its_choices() -> None:
     model, ids = model_of("qwen3_moe", layers=1)
     agreement = {}
@@ -152,7 +163,7 @@ def test_experts_of_every_layout() -> None:
 def test_what_fails_is_noted_and_the_model_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: Any) -> Tensor:
+    def broken(*_: Any, **__: Any) -> Tensor:
         raise MemoryError("no room")
 
     monkeypatch.setattr(comparison, "_linear_alone", broken)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import moecompile
-from moecompile.passes.casts import Cast
+from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.exclusions import Exclusions, Wishes, layer_of
 from moecompile.passes.linears import Verdict
 from moecompile.passes.precision import Whole, cast
@@ -412,7 +412,7 @@ def graphs_of(name: str) -> list[tuple[fx.GraphModule, tuple[Cast, ...], list[Ve
     def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
         with _transforms_hidden([Piece(gm)], GraphReport()):
             wanted = fused(gm)
-            table = cast(gm.graph, Exclusions(), Whole.of([gm.graph]))
+            table = cast(gm.graph, Exclusions(), Whole.of([gm.graph]), Casting())
         gm.graph.lint()
         found.append((gm, table.rows, wanted))
         gm.recompile()

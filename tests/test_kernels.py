@@ -13,6 +13,7 @@ from moecompile.codegen import instances, nvrtc
 from moecompile.codegen.gemms import Activated, ActivationBackward, Added, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
     RESULTS,
+    SCALES,
     Collect,
     Combine,
     Dispatch,
@@ -87,19 +88,30 @@ BACKWARD = [
 SIDE_BY_SIDE = [each for each in ACTIVATIONS if each[1] in ("halves", "single")] + [(GPT_OSS, "halves", True)]
 QUANTIZED = {
     save: [
-        replace(WIDE, epilogue=Activated(activation, gate_up, save, bias)) for activation, gate_up, bias in SIDE_BY_SIDE
+        *(
+            replace(WIDE, epilogue=Activated(activation, gate_up, save, bias))
+            for activation, gate_up, bias in SIDE_BY_SIDE
+        ),
+        *(replace(WIDE, epilogue=Activated(*each[:2], save, scales="float32")) for each in SIDE_BY_SIDE[:2]),
     ]
     for save in (False, True)
 }
 QUANTIZED_BACKWARD = [
     replace(WIDE, stages=3, epilogue=ActivationBackward(activation, gate_up, scaled))
     for (activation, gate_up), scaled in product(dict.fromkeys(each[:2] for each in SIDE_BY_SIDE), (False, True))
-]
+] + [replace(WIDE, stages=3, epilogue=ActivationBackward(*each[:2], scales="float32")) for each in SIDE_BY_SIDE[:2]]
 QUANTISING = [
-    *map(QuantizeRows, ("bfloat16", "float16")),
-    *map(QuantizeGradient, ("bfloat16", "float16")),
-    *(QuantizeWeights(dtype, pairs) for dtype, pairs in product(("bfloat16", "float16"), (False, True))),
+    *(
+        made
+        for dtype, scales in product(("bfloat16", "float16"), SCALES)
+        for made in (
+            QuantizeRows(dtype, scales),
+            QuantizeGradient(dtype, scales),
+            *(QuantizeWeights(dtype, pairs, scales) for pairs in (False, True)),
+        )
+    ),
     *(TransposeRows(gathered, per_column) for gathered, per_column in product((False, True), (False, True))),
+    *(TransposeRows(gathered, False, "float32") for gathered in (False, True)),
 ]
 DISPATCHING = [
     replace(each, dispatches=True)

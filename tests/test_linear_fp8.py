@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 import fake_gpu
+import fp8_by_hand as by_hand
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile.runtime import hopper_linear, linear_fp8
-from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize, quantize
+from moecompile.runtime.quantize import ALONG_FEATURES, FLOAT32, SQUARE, dequantize, quantize
 
 ops = torch.ops.moecompile
 
@@ -31,8 +32,9 @@ def given(
     return x.requires_grad_(), weight.requires_grad_(), torch.randn(n).to(dtype).requires_grad_() if bias else None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = ops.linear_fp8(x, weight, bias, *ops.quantize(x), list(ops.quantize_weights(weight)))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, **how: str) -> Tensor:
+    rows = ops.quantize(x, **how)
+    found: Tensor = ops.linear_fp8(x, weight, bias, *rows, list(ops.quantize_weights(weight, **how)), **how)
     return found
 
 
@@ -62,6 +64,37 @@ def test_results_and_gradients(outer: tuple[int, ...], bias: bool, dtype: torch.
         assert ours.dtype == dtype and ours.shape == right.shape
         relative = float((ours.double() - right).norm() / right.norm())
         assert relative < (BOUND if ours.dim() > 1 else 5e-3), (ours.shape, relative)
+
+
+def test_float32_scales() -> None:
+    """Forward and of the rows' gradient; what the gradient of the matrix reads is shifted to powers of two."""
+    leaves = given(300, n=144)
+    x, weight, bias = (leaf.detach() for leaf in leaves if leaf is not None)
+    out = linear(*leaves, scale_format=FLOAT32)
+    grad = torch.randn(out.shape).bfloat16()
+    of_x, of_weight, of_bias = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)
+    assert not torch.equal(out, linear(*leaves))
+    row, square = by_hand.ROW, by_hand.SQUARE
+    w, g = by_hand.rounded(weight, square, FLOAT32), by_hand.rounded(grad, row, FLOAT32)
+    assert worst_row(out, by_hand.rounded(x, row, FLOAT32) @ w.T + bias.double()) < 2.5e-3
+    assert worst_row(of_x, g @ w) < 2.5e-3
+    assert worst_row(of_weight, by_hand.along(g).T @ by_hand.shifted(x, FLOAT32)) < 2.5e-3
+    assert torch.equal(of_bias, grad.sum(0, dtype=torch.float32).bfloat16())
+
+
+def test_formats_that_there_are_not() -> None:
+    x, weight, _ = given(4)
+    values, scales = ops.quantize(x)
+    copies = list(ops.quantize_weights(weight))
+    for call in (
+        lambda: ops.quantize(x, scale_format="ue8m0"),
+        lambda: ops.quantize_gradient(x, scale_format="ue8m0"),
+        lambda: ops.quantize_weights(weight, scale_format="ue8m0"),
+        lambda: ops.along_tokens(values, scales, scale_block="128x128", scale_format="ue8m0"),
+        lambda: ops.linear_fp8(x, weight, None, values, scales, copies, scale_format="ue8m0"),
+    ):
+        with pytest.raises(ValueError, match="scale_format must be one of power_of_two, float32; got 'ue8m0'"):
+            call()
 
 
 def test_products_are_those_of_the_operands() -> None:

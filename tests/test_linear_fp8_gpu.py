@@ -12,6 +12,7 @@ import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompil
 from fences import fenced
 from moecompile.lowering import inductor
 from moecompile.runtime import hopper_linear, linear_fp8
+from moecompile.runtime.quantize import FLOAT32, SCALE_FORMATS
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -26,10 +27,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(("outer", "n", "k"), SIZES, ids=str)
 def test_it_is_what_is_emulated(
-    outer: tuple[int, ...], n: int, k: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    outer: tuple[int, ...], n: int, k: int, bias: bool, scale_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     x = torch.randn(*outer, k, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -39,10 +41,11 @@ def test_it_is_what_is_emulated(
     grad = torch.randn(*outer, n, device="cuda").bfloat16()
 
     def run() -> list[Tensor]:
-        copies = list(ops.quantize_weights(weight))
-        values, scales = ops.quantize(x)
+        how = {"scale_format": scale_format}
+        copies = list(ops.quantize_weights(weight, **how))
+        values, scales = ops.quantize(x, **how)
         assert hopper_linear.takes_rows(x) and hopper_linear.takes(values.view(-1, k), copies[0])
-        result = ops.linear_fp8(x, weight, b, values, scales, copies)
+        result = ops.linear_fp8(x, weight, b, values, scales, copies, **how)
         return [result.detach(), *torch.autograd.grad(result, leaves, grad)]
 
     found, again = run(), run()
@@ -56,13 +59,16 @@ def test_it_is_what_is_emulated(
         assert torch.equal(ours, repeated), "differs from run to run"
         assert ours.shape == theirs.shape and ours.stride() == theirs.stride()
         assert relative(ours, theirs) < 4e-3
-        assert relative(ours, true) < (0.045 if ours.dim() > 1 else 5e-3)
+        # one more rounding of the rows where they are shifted from float32 scales
+        most = 0.052 if scale_format == FLOAT32 and ours.shape == weight.shape else 0.045
+        assert relative(ours, true) < (most if ours.dim() > 1 else 5e-3)
 
 
 @pytest.mark.parametrize(("outer", "features"), [((1,), 16), ((3, 50), 272), ((128,), 128), ((5000,), 1040)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
 def test_casts_have_the_bits_of_the_emulation(
-    outer: tuple[int, ...], features: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    scale_format: str, outer: tuple[int, ...], features: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     spread = torch.logspace(-12, 12, features, base=2, device="cuda")
@@ -73,11 +79,10 @@ def test_casts_have_the_bits_of_the_emulation(
     rows[len(rows) // 2, :] = 0
 
     def run() -> list[Tensor]:
-        values, scales = ops.quantize(x)
-        copies = [
-            each for block in linear_fp8.SCALE_BLOCKS for each in ops.along_tokens(values, scales, scale_block=block)
-        ]
-        return [values, scales, *ops.quantize_gradient(x), *copies]
+        how = {"scale_format": scale_format}
+        values, scales = ops.quantize(x, **how)
+        copies = [ops.along_tokens(values, scales, scale_block=block, **how) for block in linear_fp8.SCALE_BLOCKS]
+        return [values, scales, *ops.quantize_gradient(x, **how), *(each for pair in copies for each in pair)]
 
     with fenced(least=2):
         found = run()

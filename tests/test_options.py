@@ -36,6 +36,7 @@ def test_defaults():
         "fp8_include": (),
         "fp8_keep_first_layers": 0,
         "fp8_keep_last_layers": 0,
+        "fp8_scale_format": "power_of_two",
         "fp8_compare": None,
         "fp8_cache_weights": False,
         "recompute": False,

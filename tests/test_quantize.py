@@ -15,6 +15,9 @@ import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompil
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
     ALONG_TOKENS,
+    FLOAT32,
+    POWER_OF_TWO,
+    SCALE_FORMATS,
     SQUARE,
     dequantize,
     pack,
@@ -32,12 +35,13 @@ QNAN = 0x7F
 
 
 def assert_by_hand(values: Tensor, block: tuple[int, int]) -> None:
-    """Codes and scales are those of the definition."""
-    found, scales = quantize(values, block)
-    expected, expected_scales = by_hand.quantized(values, block)
-    assert torch.equal(scales.double(), expected_scales)
-    assert torch.equal(found.view(torch.uint8), expected.to(torch.float8_e4m3fn).view(torch.uint8))
-    assert found.is_contiguous() and scales.is_contiguous()
+    """Codes and scales are those of the definition, in both formats of scales."""
+    for scale_format in SCALE_FORMATS:
+        found, scales = quantize(values, block, scale_format)
+        expected, expected_scales = by_hand.quantized(values, block, scale_format)
+        assert torch.equal(scales.double(), expected_scales)
+        assert torch.equal(found.view(torch.uint8), expected.to(torch.float8_e4m3fn).view(torch.uint8))
+        assert found.is_contiguous() and scales.is_contiguous()
 
 
 def row(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,8 +111,12 @@ def test_nan_and_infinity_stay_visible(dtype: torch.dtype):
         assert scales.tolist() == [[torch.inf, 2.0**-8]]
         assert found.view(torch.uint8)[0, :4].tolist() == [0, QNAN, 0x80, 0]
         assert dequantize(found, scales, ALONG_FEATURES).isnan().sum() == 128
-    all_nan, scales = quantize(torch.full((1, 128), torch.nan, dtype=dtype), ALONG_FEATURES)
-    assert scales.item() == SMALLEST and bool((all_nan.view(torch.uint8) == QNAN).all())
+    for scale_format in SCALE_FORMATS:
+        all_nan, scales = quantize(torch.full((1, 128), torch.nan, dtype=dtype), ALONG_FEATURES, scale_format)
+        assert scales.item() == SMALLEST and bool((all_nan.view(torch.uint8) == QNAN).all())
+    found, scales = quantize(row(1.0, torch.inf, torch.nan, dtype=dtype), ALONG_FEATURES, FLOAT32)
+    assert scales.item() == torch.inf and found.view(torch.uint8)[0, :4].tolist() == [0, QNAN, QNAN, 0]
+    assert dequantize(found, scales, ALONG_FEATURES).isnan().all()
 
 
 def test_dequantised_is_what_is_multiplied():
@@ -133,12 +141,21 @@ def test_shifted_to_square_blocks():
     assert torch.equal(scales, quantize(values, SQUARE)[1])  # the largest of the rows' scales is the block's own
     in_batch = to_square_blocks(*quantize(values.expand(2, 150, 200), ALONG_FEATURES))[0]
     assert torch.equal(in_batch[1].float(), found.float())
+    found, scales = to_square_blocks(*quantize(values, ALONG_FEATURES, FLOAT32))
+    assert torch.equal(dequantize(found, scales, SQUARE).double(), by_hand.shifted(values, FLOAT32))
+    assert torch.equal(scales.log2(), scales.log2().round())
+    values[3, 5] = torch.inf
+    found, scales = to_square_blocks(*quantize(values, ALONG_FEATURES, FLOAT32))
+    assert scales[0, 0] == torch.inf and scales[0, 1:].isfinite().all() and scales[1].isfinite().all()
 
 
 def test_requantised_along_tokens():
     values = wide(150, 200)
     found, scales = requantize_along_tokens(*quantize(values, ALONG_FEATURES))
     expected = by_hand.rounded(by_hand.rounded(values, by_hand.ROW), by_hand.COLUMN)
+    assert torch.equal(dequantize(found, scales, ALONG_TOKENS).double(), expected)
+    found, scales = requantize_along_tokens(*quantize(values, ALONG_FEATURES, FLOAT32))
+    expected = by_hand.rounded(by_hand.rounded(values, by_hand.ROW, FLOAT32), by_hand.COLUMN)
     assert torch.equal(dequantize(found, scales, ALONG_TOKENS).double(), expected)
 
 
@@ -166,17 +183,24 @@ LAYOUTS = list(itertools.product(("halves", "interleaved", "separate", "single")
 
 
 @pytest.mark.parametrize(("gate_up", "transposed"), LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_weights_of_every_layout(gate_up: str, transposed: bool, dtype: torch.dtype):
+@pytest.mark.parametrize(
+    ("dtype", "scale_format"),
+    [(torch.bfloat16, POWER_OF_TWO), (torch.float16, POWER_OF_TWO), (torch.float32, POWER_OF_TWO),
+     (torch.bfloat16, FLOAT32)],
+    ids=str,
+)  # fmt: skip
+def test_weights_of_every_layout(gate_up: str, transposed: bool, dtype: torch.dtype, scale_format: str):
     torch.manual_seed(0)
     experts, inner, features = 2, 176, 200
     parts = [torch.randn(experts, inner, features).to(dtype) for _ in range(1 if gate_up == "single" else 2)]
     parts[-1][1] *= 64  # scales of a neighbour would show
     w = by_hand.together(gate_up, parts) if gate_up in ("halves", "interleaved") else parts[0]
     laid_out = [m.mT.contiguous() if transposed else m for m in (w, *(parts[1:] if gate_up == "separate" else ()))]
-    values, scales, values_t, scales_t = ops.quantize_weights(*laid_out, gate_up=gate_up, transposed=transposed)
+    values, scales, values_t, scales_t = ops.quantize_weights(
+        *laid_out, gate_up=gate_up, transposed=transposed, scale_format=scale_format
+    )
     for e, (p, part) in itertools.product(range(experts), enumerate(parts)):
-        expected, expected_scales = by_hand.quantized(part[e], SQUARE)
+        expected, expected_scales = by_hand.quantized(part[e], SQUARE, scale_format)
         assert torch.equal(values[e, p * 256 : p * 256 + inner, :features].double(), expected)
         assert torch.equal(scales[e, p * 2 : p * 2 + 2].double(), expected_scales)
     count = len(parts)

@@ -12,7 +12,17 @@ from torch import Tensor
 from fences import POISON, fenced
 from moecompile.runtime import hopper_quantize, quantize
 from moecompile.runtime.hopper_quantize import QuantizedRows
-from moecompile.runtime.quantize import ALONG_FEATURES, BLOCK, E4M3, SMALLEST_SCALE, blocks_in, pad
+from moecompile.runtime.quantize import (
+    ALONG_FEATURES,
+    BLOCK,
+    E4M3,
+    FLOAT32,
+    POWER_OF_TWO,
+    SCALE_FORMATS,
+    SMALLEST_SCALE,
+    blocks_in,
+    pad,
+)
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -50,7 +60,10 @@ def matrices(shape: tuple[int, int, int], dtype: torch.dtype, turned: bool) -> T
 @pytest.mark.parametrize("transposed", [False, True], ids=["n_k", "k_n"])
 @pytest.mark.parametrize("gate_up", LAYOUTS)
 @pytest.mark.parametrize("sizes", MATRICES, ids=str)
-def test_weights(sizes: tuple[int, int, int], gate_up: str, transposed: bool, turned: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+def test_weights(
+    scale_format: str, sizes: tuple[int, int, int], gate_up: str, transposed: bool, turned: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     experts, inner, features = sizes
     width = 2 * inner if gate_up in ("halves", "interleaved") else inner
@@ -59,9 +72,10 @@ def test_weights(sizes: tuple[int, int, int], gate_up: str, transposed: bool, tu
     w_up = matrices(shape, dtype, turned) if gate_up == "separate" else None
     assert hopper_quantize.takes_weights(w, w_up)
     with fenced(least=4):
-        found = hopper_quantize.quantize_weights(w, w_up, gate_up, transposed)
-        alone = hopper_quantize.quantize_weights(w, w_up, gate_up, transposed, backward=False)
-    expected = quantize.quantize_weights(w.cpu(), None if w_up is None else w_up.cpu(), gate_up, transposed)
+        found = hopper_quantize.quantize_weights(w, w_up, gate_up, transposed, True, scale_format)
+        alone = hopper_quantize.quantize_weights(w, w_up, gate_up, transposed, False, scale_format)
+    on_cpu = w.cpu(), None if w_up is None else w_up.cpu()
+    expected = quantize.quantize_weights(*on_cpu, gate_up, transposed, True, scale_format)
     for name, one, other in zip(PARTS, found, expected, strict=True):
         assert one.is_contiguous()
         assert_same(name, one, other)
@@ -124,10 +138,11 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     ("count", "top_k", "features"),
     [(37, 2, 512), (300, 3, 208), (5, 1, 16), (64, 8, 2064), (1, 1, 1040), (9000, 2, 128)],
 )
-def test_rows(count: int, top_k: int, features: int, dtype: torch.dtype, wanted: str) -> None:
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+def test_rows(scale_format: str, count: int, top_k: int, features: int, dtype: torch.dtype, wanted: str) -> None:
     torch.manual_seed(0)
     x, slots = tokens(count, features, dtype, 13 if dtype == torch.float16 else 120), slots_of(count, top_k, 6)
-    values, scales = quantize.quantize(x, ALONG_FEATURES)
+    values, scales = quantize.quantize(x, ALONG_FEATURES, scale_format)
     on_device = x.cuda()
     with fenced(least=2):
         rows = QuantizedRows.empty(on_device, count * top_k, features) if wanted != "tokens" else None
@@ -135,7 +150,7 @@ def test_rows(count: int, top_k: int, features: int, dtype: torch.dtype, wanted:
         if wanted != "rows":
             room = on_device.new_empty(count, blocks_in(features, BLOCK), dtype=torch.float32)
             kept = (on_device.new_empty(count, features, dtype=E4M3), room)
-        hopper_quantize.quantize_rows(on_device, slots.cuda(), rows, kept)
+        hopper_quantize.quantize_rows(on_device, slots.cuda(), rows, kept, scale_format)
     if kept is not None:
         assert_same("tokens", kept[0], values)
         assert_same("tokens' scales", kept[1], scales)
@@ -177,25 +192,30 @@ LINES = (
 )
 
 
-@pytest.mark.parametrize("per_column", [False, True], ids=["shifted", "per column"])
+@pytest.mark.parametrize(
+    ("per_column", "scale_format"),
+    [(False, POWER_OF_TWO), (True, POWER_OF_TWO), (False, FLOAT32), (True, FLOAT32)],
+    ids=["shifted", "per column", "shifted from float32", "per column from float32"],
+)
 @pytest.mark.parametrize("gathered", [False, True], ids=["rows", "tokens"])
 @pytest.mark.parametrize("lines", LINES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=lambda counts: str(counts)[:24])
 def test_transposed_rows(
-    counts: tuple[int, ...], lines: tuple[int, int | None, bool], gathered: bool, per_column: bool
+    counts: tuple[int, ...], lines: tuple[int, int | None, bool], gathered: bool, per_column: bool, scale_format: str
 ) -> None:
     torch.manual_seed(0)
     (columns, features, interleaved), top_k, used = lines, 3, sum(counts)
     count = -(-(used + 7) // top_k)  # of tokens; the last assignments are dropped
     order = torch.cat((torch.randperm(count * top_k)[:used], torch.full((count * top_k - used,), -1))).int()
     x = tokens(count if gathered else count * top_k, columns, torch.bfloat16, 8)
-    values, scales = quantize.quantize(x, ALONG_FEATURES)
+    values, scales = quantize.quantize(x, ALONG_FEATURES, scale_format)
     offsets = torch.tensor(counts).cumsum(0).int().cuda()
     given = scales if gathered else F.pad(scales.T, (0, -len(scales) % 4), value=torch.nan).contiguous()
     with fenced(least=2):
         found = hopper_quantize.transpose_rows(
             values.cuda(), given.cuda(), order.cuda(), offsets, hopper_quantize.pad_offsets(offsets),
             top_k=top_k if gathered else None, per_column=per_column, features=features, interleaved=interleaved,
+            scale_format=scale_format,
         )  # fmt: skip
     sources = order[:used] // top_k if gathered else torch.arange(used)
     expected, expected_scales = in_columns(values, scales, sources.long(), counts, per_column)

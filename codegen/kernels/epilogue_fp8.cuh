@@ -12,8 +12,9 @@
 constexpr i32 NOWHERE = 1 << 30;
 
 // GEMM1's rows through the activation: out = activation(gate, up), quantised, and, with SAVE, the rows themselves, quantised
-// for the backward. What the activation reads is the rounded row, not the quantised one.
-template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED>
+// for the backward. What the activation reads is the rounded row, not the quantised one. Scales are the format of those
+// that are multiplied, the activation's; saved rows have powers of two.
+template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool SAVE, bool BIAS, bool WEIGHTED, typename Scales>
 struct QuantizedActivated {
     static constexpr bool ADDS = false, PAIRED = LAYOUT == Layout::HALVES;
     static constexpr i32 BLOCKS = COLUMNS / fp8::BLOCK / (PAIRED ? 2 : 1);  // of features in a tile
@@ -71,12 +72,12 @@ struct QuantizedActivated {
             i32 feature = spot.column + block * fp8::BLOCK, turn = (spot.turn * BLOCKS + block) * SENDS;
             i32 x = feature < arguments.up ? feature : NOWHERE;
             if constexpr (SAVE) {
-                send(boxes, turn, held[block][0], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, x);
+                send<fp8::PowerOfTwo>(boxes, turn, held[block][0], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot, x);
                 if constexpr (PAIRED)
-                    send(boxes, turn + 1, held[block][1], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot,
+                    send<fp8::PowerOfTwo>(boxes, turn + 1, held[block][1], arguments.hidden, arguments.hidden_scales, arguments.pitch, spot,
                          arguments.up + x);
             }
-            send(boxes, turn + SENDS - 1, held[block][SENDS - 1], arguments.out, arguments.out_scales, arguments.pitch, spot, x);
+            send<Scales>(boxes, turn + SENDS - 1, held[block][SENDS - 1], arguments.out, arguments.out_scales, arguments.pitch, spot, x);
         }
     }
 
@@ -91,10 +92,11 @@ struct QuantizedActivated {
         for (i32 i = 0; i < fp8::PAIRS; i++) pairs[i] = Value::pack(v[2 * i], v[2 * i + 1]);
     }
 
+    template <typename Format>
     static __device__ __forceinline__ void send(u8* boxes, i32 turn, const u32 (&pairs)[fp8::PAIRS], const Target& target,
                                                 float* scales, i32 pitch, const Spot& spot, i32 column) {
         box::acquire<BOXES - 1>();
-        fp8::send<Value>(boxes + turn % BOXES * box::BYTES, pairs, target, scales, pitch, spot.place, column);
+        fp8::send<Value, Format>(boxes + turn % BOXES * box::BYTES, pairs, target, scales, pitch, spot.place, column);
     }
 
     // Two neighbouring features.
@@ -110,8 +112,9 @@ struct QuantizedActivated {
     }
 };
 
-// Back through GEMM2 and the activation, as ActivationBackward: from the quantised rows, to quantised gradients.
-template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool READ, bool SCALED>
+// Back through GEMM2 and the activation, as ActivationBackward: from the quantised rows, to quantised gradients. Scales are
+// the format of these; the scaled activation, which only the gradient of the matrices reads, has powers of two.
+template <typename Value, i32 COLUMNS, typename Activation, Layout LAYOUT, bool READ, bool SCALED, typename Scales>
 struct QuantizedActivationBackward {
     static constexpr bool PAIR = LAYOUT == Layout::HALVES, PAIRED = false, ADDS = false;
     static constexpr i32 HELD = 0;
@@ -180,11 +183,11 @@ struct QuantizedActivationBackward {
             }
             box::acquire<0>();  // all lanes have read the rows, and the block before has left `last`
             i32 x = feature < arguments.up ? feature : NOWHERE;
-            fp8::send<Value>(gate, of_gate, arguments.of_hidden, arguments.of_hidden_scales, arguments.pitch, spot.place, x);
+            fp8::send<Value, Scales>(gate, of_gate, arguments.of_hidden, arguments.of_hidden_scales, arguments.pitch, spot.place, x);
             if constexpr (PAIR)
-                fp8::send<Value>(up, of_up, arguments.of_hidden, arguments.of_hidden_scales, arguments.pitch, spot.place,
+                fp8::send<Value, Scales>(up, of_up, arguments.of_hidden, arguments.of_hidden_scales, arguments.pitch, spot.place,
                                  arguments.up + x);
-            fp8::send<Value>(last, a, arguments.scaled, arguments.scaled_scales, arguments.pitch, spot.place, x);
+            fp8::send<Value, fp8::PowerOfTwo>(last, a, arguments.scaled, arguments.scaled_scales, arguments.pitch, spot.place, x);
         }
         for (i32 row = 0; row < 2; row++) rows[row].store_weight(arguments, spot, first + 8 * row);
     }

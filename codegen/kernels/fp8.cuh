@@ -1,5 +1,5 @@
-// e4m3 numbers with a power-of-two scale for each block (DeepSeek-V3, section 3.3.2; moecompile/runtime/quantize.py is
-// the same in PyTorch, bit for bit).
+// e4m3 numbers with a scale for each block (DeepSeek-V3, section 3.3.2; moecompile/runtime/quantize.py is the same in
+// PyTorch, bit for bit).
 //
 // A box of 16 rows of 128 e4m3 numbers has the bytes of a box of 16 x 64 numbers of 16 bits, and travels as one (box.cuh):
 // what is said there of columns is half of what is said here.
@@ -14,17 +14,30 @@ struct Scale {
     float value, inverse;
 };
 
-// The smallest power of two that brings amax to at most 448 = 1.75 * 2^8. A block that is infinite has an infinite scale:
-// what it holds becomes NaN, and is seen.
-__device__ __forceinline__ Scale scale_of(float amax) {
-    u32 bits = __float_as_uint(amax);
-    i32 exponent = max(i32(bits >> 23) - 8 + ((bits & 0x7fffff) > 0x600000), 1);
-    bool infinite = bits == 0x7f800000;
-    return {infinite ? amax : __uint_as_float(exponent << 23), infinite ? 0 : __uint_as_float((254 - exponent) << 23)};
-}
+// The two formats of scales. A block that is infinite has an infinite scale: what it holds becomes NaN, and is seen.
+
+// The smallest power of two that brings amax to at most 448 = 1.75 * 2^8.
+struct PowerOfTwo {
+    static constexpr bool EXACT = true;  // what is multiplied by it, or by its inverse, loses nothing
+    static __device__ __forceinline__ Scale of(float amax) {
+        u32 bits = __float_as_uint(amax);
+        i32 exponent = max(i32(bits >> 23) - 8 + ((bits & 0x7fffff) > 0x600000), 1);
+        bool infinite = bits == 0x7f800000;
+        return {infinite ? amax : __uint_as_float(exponent << 23), infinite ? 0 : __uint_as_float((254 - exponent) << 23)};
+    }
+};
+
+// amax / 448, and its inverse, each rounded to the nearest; not below the smallest of the other format.
+struct Float32 {
+    static constexpr bool EXACT = false;
+    static __device__ __forceinline__ Scale of(float amax) {
+        float scale = fmaxf(__fdiv_rn(amax, 448), 0x1p-126f);
+        return {scale, __frcp_rn(scale)};
+    }
+};
 
 // A thread's part of a row in e4m3, pairs of neighbouring columns; BLOCK / (2 PAIRS) threads of a warp share the scale.
-template <typename Input, i32 PAIRS>
+template <typename Input, typename Scales, i32 PAIRS>
 __device__ __forceinline__ Scale quantize(const u32 (&pairs)[PAIRS], u16 (&narrow)[PAIRS]) {
     u32 most = 0;
 #pragma unroll
@@ -33,7 +46,7 @@ __device__ __forceinline__ Scale quantize(const u32 (&pairs)[PAIRS], u16 (&narro
     for (i32 other = 1; other < BLOCK / (2 * PAIRS); other *= 2) most = Input::larger(most, __shfl_xor_sync(~0u, most, other));
     float low, high;
     Input::unpack(most, low, high);
-    Scale scale = scale_of(fmaxf(low, high));
+    Scale scale = Scales::of(fmaxf(low, high));
 #pragma unroll
     for (i32 i = 0; i < PAIRS; i++) {
         Input::unpack(pairs[i], low, high);
@@ -46,6 +59,12 @@ __device__ __forceinline__ Scale quantize(const u32 (&pairs)[PAIRS], u16 (&narro
 __device__ __forceinline__ float inverse_of(float scale) {
     u32 bits = __float_as_uint(scale);
     return bits == 0x7f800000 ? 0 : __uint_as_float((254 << 23) - bits);
+}
+
+// The smallest power of two that is not below a scale; an infinite one is.
+__device__ __forceinline__ float power_above(float scale) {
+    u32 bits = __float_as_uint(scale);
+    return __uint_as_float((bits + 0x7fffff) & ~0x7fffffu);
 }
 
 // ---- a lane's part of 16 rows of 128 columns, as matrix products leave it: pairs of neighbouring columns
@@ -64,7 +83,7 @@ __device__ __forceinline__ void clear_from(u32 (&pairs)[PAIRS], i32 count) {
 }
 
 // The scales of both rows, the same in the four lanes that hold a row.
-template <typename Value>
+template <typename Value, typename Scales>
 __device__ __forceinline__ void scales_of(const u32 (&pairs)[PAIRS], Scale (&scales)[2]) {
 #pragma unroll
     for (i32 row = 0; row < 2; row++) {
@@ -75,7 +94,7 @@ __device__ __forceinline__ void scales_of(const u32 (&pairs)[PAIRS], Scale (&sca
         most = Value::larger(most, __shfl_xor_sync(~0u, most, 2));
         float low, high;
         Value::unpack(most, low, high);
-        scales[row] = scale_of(fmaxf(low, high));
+        scales[row] = Scales::of(fmaxf(low, high));
     }
 }
 
@@ -92,11 +111,11 @@ struct Pairs {
 };
 
 // Quantises 16 rows of 128 columns, of which the first is `column`, into a box, and sends it and its scales on their way.
-template <typename Value>
+template <typename Value, typename Scales>
 __device__ __forceinline__ void send(u8* staged, const u32 (&pairs)[PAIRS], const Target& target, float* scales, i32 pitch,
                                      const box::Place& place, i32 column) {
     Scale found[2];
-    scales_of<Value>(pairs, found);
+    scales_of<Value, Scales>(pairs, found);
     Pairs narrow(staged);
 #pragma unroll
     for (i32 i = 0; i < PAIRS; i++) {
@@ -161,7 +180,7 @@ __device__ __forceinline__ u32 word_of(const u8* tile, i32 i) {
     return *reinterpret_cast<const u32*>(tile + (threadIdx.x / 32 * 16 + i) * BLOCK + threadIdx.x % 32 * 4);
 }
 
-// Quantises a tile of rows, each with a scale, once more, with a scale for each column, into the transposed tile. `shared` has
+// Quantises a tile of rows, each with a scale, once more, with a power of two for each column, into the transposed tile. `shared` has
 // both tiles, the rows' scales, and room for the largest number that each warp finds in a column.
 //
 // `scales` become those of columns 4 lane to 4 lane + 3, in every warp.
@@ -195,7 +214,7 @@ __device__ __forceinline__ void requantize_columns(Shared& shared, Scale (&scale
         most[2] = fmaxf(most[2], theirs.z), most[3] = fmaxf(most[3], theirs.w);
     }
 #pragma unroll
-    for (i32 j = 0; j < 4; j++) scales[j] = scale_of(most[j]);
+    for (i32 j = 0; j < 4; j++) scales[j] = PowerOfTwo::of(most[j]);
     u32 words[16];
 #pragma unroll
     for (i32 i = 0; i < 16; i++) {

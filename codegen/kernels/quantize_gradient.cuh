@@ -7,7 +7,7 @@
 #include "kernel.cuh"
 #include "wgmma.cuh"
 
-template <typename Input>
+template <typename Input, typename Scales>
 struct QuantizeGradient {
     static constexpr i32 THREADS = fp8::TILE_THREADS, BLOCKS = 1, OWN = 8;  // columns of a thread, in each of eight rows
     struct Arguments {
@@ -58,7 +58,7 @@ struct QuantizeGradient {
                                                      i32 column, i32 block) {
         u32 pairs[OWN / 2] = {found.x, found.y, found.z, found.w};
         u16 narrow[OWN / 2];
-        fp8::Scale scale = fp8::quantize<Input>(pairs, narrow);
+        fp8::Scale scale = fp8::quantize<Input, Scales>(pairs, narrow);
         uint2 eight = make_uint2(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16);
         i32 local = row % fp8::BLOCK, own = column % fp8::BLOCK;
         *reinterpret_cast<uint2*>(shared.tile + local * fp8::BLOCK + own) = eight;

@@ -9,7 +9,7 @@
 #include "kernel.cuh"
 #include "wgmma.cuh"
 
-template <typename Input>
+template <typename Input, typename Scales>
 struct QuantizeRows {
     static constexpr i32 THREADS = 256, BLOCKS = 1, OWN = 16, PIECES = 2;  // columns of a lane at once, and how often
     struct Arguments {
@@ -57,7 +57,7 @@ struct QuantizeRows {
             pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
         }
         u16 narrow[OWN / 2];
-        fp8::Scale found = fp8::quantize<Input>(pairs, narrow);
+        fp8::Scale found = fp8::quantize<Input, Scales>(pairs, narrow);
         values = make_uint4(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16, narrow[4] | narrow[5] << 16,
                             narrow[6] | narrow[7] << 16);
         scale = found.value;

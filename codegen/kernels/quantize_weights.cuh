@@ -10,7 +10,7 @@
 #include "wgmma.cuh"
 
 // COLUMN_STEP: 2 where the halves' columns are interleaved; then `second` is `first`, and the other half of every pair is it.
-template <typename Input, i32 COLUMN_STEP>
+template <typename Input, i32 COLUMN_STEP, typename Scales>
 struct QuantizeWeights {
     static constexpr i32 THREADS = fp8::TILE_THREADS, BLOCKS = 1, OWN = 8;  // columns of a thread, in each of eight rows
     struct Arguments {
@@ -91,7 +91,7 @@ struct QuantizeWeights {
         float all = 0;
 #pragma unroll
         for (i32 warp = 0; warp < THREADS / 32; warp++) all = fmaxf(all, shared.most[warp]);
-        return fp8::scale_of(all);
+        return Scales::of(all);
     }
 
     static __device__ __forceinline__ void write(Shared& shared, u8* to, i64 pitch, const u32 (&pairs)[8][OWN / 2], float inverse) {

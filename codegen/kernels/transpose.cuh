@@ -10,8 +10,8 @@
 //
 // The new scales are for the rows of a block:
 //     PER_COLUMN       one for each column: gradients, quantised anew along the rows
-//     otherwise        one for 128 columns, the largest of the rows': the values are shifted to it, which is exact but for
-//                      what falls below the smallest number
+//     otherwise        one for 128 columns, the largest of the rows', or the power of two above: the values are shifted to
+//                      it, which is exact but for what falls below the smallest number if Scales are powers of two
 #pragma once
 #include "fp8.cuh"
 #include "kernel.cuh"
@@ -48,7 +48,7 @@ struct PadOffsets {
 };
 
 // GATHERED: a row of the values is a token's, found through the row's assignment.
-template <bool GATHERED, bool PER_COLUMN>
+template <bool GATHERED, bool PER_COLUMN, typename Scales>
 struct TransposeRows {
     static constexpr i32 THREADS = fp8::TILE_THREADS, BLOCKS = 1, WARPS = THREADS / 32;
     struct Arguments {
@@ -150,19 +150,31 @@ struct TransposeRows {
         float most = 0;
         for (i32 row = lane; row < count; row += 32) most = larger(most, shared.scales[row]);
         for (i32 other = 1; other < 32; other *= 2) most = larger(most, __shfl_xor_sync(~0u, most, other));
+        if constexpr (!Scales::EXACT) most = fp8::power_above(most);
         float inverse = fp8::inverse_of(most);
         u32 words[16];
 #pragma unroll
         for (i32 i = 0; i < 16; i++) {
-            // at most 1; below 2^-24, which fp16 does not have, nothing is left of e4m3 either
             float ratio = shared.scales[threadIdx.x / 32 * 16 + i] * inverse;
-            u32 found = fp8::word_of(shared.tile, i), factor = ptx::pack_fp16(ratio, ratio);
-            u16 low = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found & 0xffff), factor));
-            u16 high = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found >> 16), factor));
-            words[i] = low | u32(high) << 16;
+            words[i] = times(fp8::word_of(shared.tile, i), ratio);
         }
         fp8::put_transposed(shared.turned, words);
         if (threadIdx.x == 0) arguments.out_scales[i64(block) * arguments.scale_pitch + row_block] = most;
+    }
+
+    // Four numbers times a ratio, at most 1.
+    static __device__ __forceinline__ u32 times(u32 found, float ratio) {
+        if constexpr (Scales::EXACT) {  // below 2^-24, which fp16 does not have, nothing is left of e4m3 either
+            u32 factor = ptx::pack_fp16(ratio, ratio);
+            u16 low = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found & 0xffff), factor));
+            u16 high = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found >> 16), factor));
+            return low | u32(high) << 16;
+        } else {
+            float v[4];
+            ptx::unpack_e4m3(found & 0xffff, v[0], v[1]);
+            ptx::unpack_e4m3(found >> 16, v[2], v[3]);
+            return ptx::pack_e4m3(v[0] * ratio, v[1] * ratio) | u32(ptx::pack_e4m3(v[2] * ratio, v[3] * ratio)) << 16;
+        }
     }
 
     // Scales are positive, and infinite ones infect: no NaN is lost.
