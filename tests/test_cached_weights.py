@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
+from moecompile import cached
 from moecompile.runtime import weight_copies
 from moecompile.runtime.weight_copies import COPIES
 from test_precision import block_of, run
@@ -397,6 +398,10 @@ def test_fsdp_gets_no_copies(made: list[int], tmp_path: Any) -> None:
     assert not made
     notes = [note for graph in moecompile.last_report().graphs for note in graph.notes]
     assert any("FSDP writes parameters" in note for note in notes)
+    del module  # as long as it lives, no other model's copies are kept either
+    torch._dynamo.reset()
+    gc.collect()
+    assert not cached._sharded(())
 
 
 @pytest.mark.parametrize(
