@@ -192,7 +192,8 @@ def power_above(scales: Tensor) -> Tensor:
 
 def _shares_of_largest(amax: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and its inverse, both rounded, for the largest magnitudes of blocks."""
-    scales = (amax / LARGEST).clamp(min=SMALLEST_SCALE)
+    # by a tensor: on a GPU PyTorch multiplies by the inverse of a number, which rounds otherwise
+    scales = (amax / torch.full_like(amax, LARGEST)).clamp(min=SMALLEST_SCALE)
     return scales, 1 / scales
 
 
