@@ -194,13 +194,13 @@ def _add_speeds(
 
 
 def _add_memory(results: Results, block: Block, contenders: Sequence[Contender]) -> None:
-    """Peaks of one step each."""
-    copies = size_of(block.quantised)
+    """Peaks of one step each. What is quantised in the step is held for its backward in part: the transposed copies."""
+    copies, of_backward = size_of(block.quantised), size_of([*block.quantised[2:4], *block.quantised[6:8]])
     peaks = {each.name: peak(block, each) for each in contenders}
     over = {name: whole - gradients for name, (whole, gradients) in peaks.items()}
     for contender in contenders:
         name = contender.name
-        made, held = copies if name == FP8_EACH else 0, copies if name in (FP8, FP8_AGAIN) else 0
+        made, held = of_backward if name == FP8_EACH else 0, copies if name in (FP8, FP8_AGAIN) else 0
         own = over[name] - made
         others = {other: over[other] / own for other in OTHERS if other in over and other != name and own > 0}
         whole, gradients = peaks[name]

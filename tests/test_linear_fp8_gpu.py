@@ -59,8 +59,8 @@ def test_it_is_what_is_emulated(
         assert torch.equal(ours, repeated), "differs from run to run"
         assert ours.shape == theirs.shape and ours.stride() == theirs.stride()
         assert relative(ours, theirs) < 4e-3
-        # one more rounding of the rows where they are shifted from float32 scales
-        most = 0.052 if scale_format == FLOAT32 and ours.shape == weight.shape else 0.045
+        # rows and gradients are rounded twice where they are shifted from float32 scales: 0.026 four times
+        most = 0.057 if scale_format == FLOAT32 and ours.shape == weight.shape else 0.045
         assert relative(ours, true) < (most if ours.dim() > 1 else 5e-3)
 
 
