@@ -12,7 +12,8 @@ from torch import Tensor
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_accuracy
 from moecompile.bench_curves import draw
-from moecompile.bench_recipes import PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
+from moecompile.bench_recipes import FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
+from moecompile.bench_training import TINY, Training, build, library_text, share
 from moecompile.commands import main
 from moecompile.runtime import linear_fp8
 from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
@@ -47,6 +48,19 @@ def test_wrong_recipes_give_what_the_right_one_gives_in_other_scales(name: str) 
     assert all(
         map(torch.equal, [each.float() for each in ops.quantize_gradient(grad)], [each.float() for each in right])
     )
+
+
+def test_sums_that_are_not_promoted() -> None:
+    """On a CPU the product of the operands with one scale each; on a GPU the tensor cores' own sum."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, 256).bfloat16(), torch.randn(144, 256).bfloat16()
+    with wrong(FAST):
+        values, scales = ops.quantize(x)
+        w_values, w_scales, *_ = ops.quantize_weights(weight)
+        found = ops.scaled_mm(values, scales, w_values, w_scales, out_features=144, dtype=torch.bfloat16)
+    assert len(scales.unique()) == 1 and len(w_scales.unique()) == 1
+    exact = (values.double() * scales[0, 0, 0]) @ (w_values[:144].double() * w_scales[0, 0]).T
+    assert found.shape == (2, 64, 144) and float((found.double() - exact).norm() / exact.norm()) < 4e-3
 
 
 @pytest.mark.parametrize("name", [PER_TENSOR, SQUARE_GRADIENTS])
@@ -95,6 +109,18 @@ def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_accuracy.judge({**told, ROUTER: nan}) == 0, "what diverges is told"
 
 
+def test_seeds_begin_anew() -> None:
+    """Weights, the optimizer's state and the place in the text; nudged weights go another way, slowly."""
+    pytest.importorskip("transformers")
+    data = library_text(2**14)
+    model = build(TINY, data.device)
+    training = Training(TINY, model, model, data)
+    first, other, again, nudged = training.run(0), training.run(1), training.run(0), training.run(0, nudged=True)
+    assert first == again != other and first[-1] < first[0] - 0.3
+    assert nudged != first and max(abs(one - two) for one, two in zip(first, nudged, strict=True)) < 0.02
+    assert share(0, TINY) == 0.5 and share(2, TINY) == 1.0 and share(TINY.steps, TINY) == pytest.approx(0.1)
+
+
 def test_the_picture() -> None:
     losses = {"bfloat16": [[5.0 - step / 100 for step in range(400)]] * 3, "a <b>": [[4.0] * 400, [3.0] * 400]}
     root = ElementTree.fromstring(draw(losses))
@@ -105,12 +131,12 @@ def test_the_picture() -> None:
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    given = ["bench", "accuracy", "--device", "cpu", "--seeds", "1", "--recipes", ROUTER]
+    given = ["bench", "accuracy", "--device", "cpu", "--seeds", "1", "--steps", "8", "--recipes", ROUTER]
     status = main([*given, "--json", str(tmp_path / "losses.json"), "--svg", str(tmp_path / "losses.svg")])
     printed = capsys.readouterr().out
     losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
-    assert losses.keys() == {"bfloat16", "FP8", ROUTER} and all(
-        len(run) == 10 for runs in losses.values() for run in runs
+    assert losses.keys() == {"bfloat16", "bfloat16, nudged", "FP8", ROUTER} and all(
+        len(run) == 8 for runs in losses.values() for run in runs
     )
     assert losses["bfloat16"][0][-1] < losses["bfloat16"][0][0] - 0.3 and losses["FP8"] != losses["bfloat16"]
     assert (
