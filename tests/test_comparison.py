@@ -16,7 +16,8 @@ import moecompile
 from moecompile import comparison
 from moecompile.comparison import ROWS, decibels, sampled
 from moecompile.report import Compared, Report
-from test_fp8_models import MODELS, Plain, compiled, model_of
+from plain_layers import Plain
+from test_fp8_models import MODELS, compiled, model_of
 from test_linears import H
 from tiny_transformers import known_to_transformers
 

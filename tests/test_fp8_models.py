@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.checkpoint import checkpoint
 
 import moecompile
 from moecompile.passes.casts import Cast, Casting
-from moecompile.passes.exclusions import Exclusions, Wishes, layer_of
+from moecompile.passes.exclusions import Exclusions
 from moecompile.passes.linears import Verdict
 from moecompile.passes.precision import Whole, cast
 from moecompile.pipeline import Piece, _transforms_hidden
 from moecompile.report import GraphReport, Report
+from plain_layers import Plain
 from test_linears import VOCABULARY, H, fused
 from test_precision import relative
 from tiny_sizes import Sizes
@@ -207,31 +206,6 @@ def test_one_row_and_none() -> None:
             assert found.shape == expected.shape and (not rows or relative(found, expected) < LOGITS)
 
 
-class FeedForward(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(H, H, False), nn.Linear(H, H, False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(nn.functional.silu(self.up(x)))
-        return result
-
-
-class Plain(nn.Module):
-    """Three layers of two projections, and a router."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(FeedForward() for _ in range(3))
-        self.router = nn.Linear(H, 16, False)
-        self.to(torch.bfloat16)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x, self.router(x).topk(2).indices
-
-
 @pytest.mark.parametrize("how", ["fsdp", "fsdp of each layer", "ddp"])
 def test_models_of_several_ranks(how: str, tmp_path: Path) -> None:
     """On one rank: the same numbers, and every layer is cast."""
@@ -265,141 +239,6 @@ def test_models_of_several_ranks(how: str, tmp_path: Path) -> None:
         assert casts == (2 if how == "fsdp of each layer" else 6), "like layers share a graph"
     finally:
         torch.distributed.destroy_process_group()
-
-
-def cast_in(**options: Any) -> set[str]:
-    with torch.no_grad():
-        compiled(Plain(), **options)(torch.randn(8, H).bfloat16())
-    return {row.module for row in moecompile.last_report().casts if row.cast}
-
-
-ALL = {f"layers.{number}.{name}" for number in range(3) for name in ("up", "down")}
-
-
-@pytest.mark.parametrize(
-    ("options", "left_out"),
-    [
-        ({}, set()),
-        ({"fp8_exclude": ("layers.1",)}, {"layers.1.up", "layers.1.down"}),
-        ({"fp8_exclude": ("*.down",)}, {f"layers.{number}.down" for number in range(3)}),
-        ({"fp8_exclude": ("layers.[02].u?",)}, {"layers.0.up", "layers.2.up"}),
-        ({"fp8_keep_first_layers": 1}, {"layers.0.up", "layers.0.down"}),
-        ({"fp8_keep_last_layers": 2}, ALL - {"layers.0.up", "layers.0.down"}),
-        ({"fp8_keep_first_layers": 2, "fp8_keep_last_layers": 2}, ALL),
-        ({"fp8_keep_last_layers": 9, "fp8_include": ("layers.2.up",)}, ALL - {"layers.2.up"}),
-        ({"fp8_exclude": ("layers",), "fp8_include": ("layers.2",)}, ALL),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_what_the_user_wants(options: dict[str, Any], left_out: set[str]) -> None:
-    assert cast_in(**options) == ALL - left_out
-
-
-def test_the_user_can_have_a_router_cast() -> None:
-    assert cast_in(fp8_include=("router",)) == ALL | {"router"}
-
-
-def test_reasons_name_what_keeps() -> None:
-    cast_in(fp8_exclude=("layers.1.down",), fp8_keep_first_layers=1)
-    assert kept(moecompile.last_report()) == {
-        "layers.0.up": "layer 0 is one of the first or last of layers",
-        "layers.0.down": "layer 0 is one of the first or last of layers",
-        "layers.1.down": "fp8_exclude names it",
-        "router": "it feeds topk",
-    }
-
-
-def test_patterns_that_name_nothing_are_noted() -> None:
-    cast_in(fp8_exclude=("layer.*", "layers.0"), fp8_include=("routers",))
-    notes = moecompile.last_report().graphs[0].notes
-    assert [note for note in notes if "pattern" in note] == [
-        "the pattern 'layer.*' names no module of this graph",
-        "the pattern 'routers' names no module of this graph",
-    ]
-
-
-def test_experts_can_be_kept() -> None:
-    (name,) = (each for each in ("qwen3_moe",) if each)
-    model, ids = model_of(name)
-    with torch.no_grad():
-        compiled(model, fp8_exclude=("*.layers.0.mlp",), fp8_keep_last_layers=1)(input_ids=ids)
-    report = moecompile.last_report()
-    experts = [row for row in report.casts if row.kind == "experts"]
-    assert [row.cast for row in experts] == [False, False]
-    assert experts[0].reason == "fp8_exclude names it" and "layer 1 is one of" in experts[1].reason
-    assert not any("stay in their precision" in note for note in report.graphs[0].notes), "nobody is surprised"
-    assert "moecompile.experts(" in report.graphs[0].after and "experts_fp8" not in report.graphs[0].after
-
-
-class Checkpointed(Plain):
-    """Every layer in a region of its own; a head that is the embedding, in one, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, H, dtype=torch.bfloat16)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = x + checkpoint(layer, x, use_reentrant=False)
-        head = checkpoint(lambda x: nn.functional.linear(x, self.embedding.weight), x, use_reentrant=False)
-        return head, self.router(x).topk(2).indices
-
-
-def test_checkpointed_regions_are_seen_as_one_model() -> None:
-    options = {"fp8_keep_first_layers": 1, "fp8_exclude": ("layers.2.down", "nowhere")}
-    compiled(Checkpointed(), **options)(torch.arange(8))
-    report = moecompile.last_report()
-    assert {row.module for row in report.casts if row.cast} == {"layers.1.up", "layers.1.down", "layers.2.up"}
-    assert "its matrix is an embedding's" in {row.reason for row in report.casts}
-    notes = [note for note in report.graphs[0].notes if "pattern" in note]
-    assert notes == ["the pattern 'nowhere' names no module of this graph"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "numbers"),
-    [
-        ("layers.[0-11].up", set(range(12))),
-        ("layers.[1,9-10]", {1, 9, 10}),
-        ("layers.[01]", {0, 1}),
-        ("layers.1?", {10, 11, 12}),
-        ("*.[3-4].*", {3, 4}),
-        ("", set(range(13))),
-    ],
-)
-def test_patterns_have_numbers_as_the_report_writes_them(pattern: str, numbers: set[int]) -> None:
-    wishes = Exclusions(exclude=(pattern,)).within([])
-    assert {number for number in range(13) if wishes.excluded(f"layers.{number}.up")} == numbers
-    assert not Exclusions(exclude=(pattern,)).unused(["layers.3.up", "layers.9.up", "layers.10.up", "layers.1.up"])
-
-
-def test_nobody_is_told_that_nothing_was_rewritten(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "moecompile"):
-        compiled(Plain())(torch.randn(8, H).bfloat16())
-        assert not caplog.text
-        compiled(Plain().float())(torch.randn(8, H))
-    assert "nothing of it is cast to FP8: float32: only products in bfloat16 and float16 are cast" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("module", "layer"),
-    [
-        ("model.layers.3.mlp.experts.7.w1", ("model.layers", 3)),
-        ("0.weight", ("", 0)),
-        ("lm_head", ("", None)),
-        ("visual.blocks.12", ("visual.blocks", 12)),
-    ],
-)
-def test_layers_are_counted_by_the_outermost_number(module: str, layer: tuple[str, int | None]) -> None:
-    assert layer_of(module) == layer
-
-
-def test_lists_of_layers_have_ends_of_their_own() -> None:
-    modules = [f"{tower}.{number}.proj" for tower, count in (("visual", 2), ("text", 4)) for number in range(count)]
-    found = Exclusions(last_layers=1).within(modules)
-    assert [module for module in modules if found.excluded(module)] == ["visual.1.proj", "text.3.proj"]
-    assert Wishes().excluded("text.3.proj") is None
-    assert Exclusions(first_layers=3, last_layers=3).within([]).edges == {}
 
 
 # ---- every architecture of transformers: what a cast feeds, and what it lies on
@@ -461,11 +300,3 @@ def test_casts_of_every_architecture(name: str) -> None:
         check(name)
     except ValueError as refused:  # by the model itself; an error of the backend is another one
         pytest.skip(f"cannot be built with these sizes: {refused}")
-
-
-def test_explain_shows_the_table() -> None:
-    report = moecompile.explain(Plain(), torch.randn(8, H).bfloat16(), moecompile_options={"precision": "fp8"})
-    assert {row.module for row in report.casts if row.cast} == ALL and "FP8: 6 cast, 1 kept" in str(report)
-    assert not moecompile.explain(Plain(), torch.randn(8, H).bfloat16()).casts
-    with pytest.raises(ValueError, match="unknown option 'precison'"):
-        moecompile.explain(Plain(), torch.randn(8, H).bfloat16(), moecompile_options={"precison": "fp8"})
