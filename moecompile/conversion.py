@@ -118,10 +118,13 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
             left[name] = made
     _complete_ties(parameters, found, left)
     _check_names(own - found.keys(), {*left}, strict)
-    _check_shapes({**dict(model.named_buffers()), **parameters}, left)
+    held = {**dict(model.named_buffers()), **parameters}
+    _check_shapes(held, left)
+    if assigned := all(each.is_meta for each in parameters.values()):
+        left = {name: _in_dtype_of(held.get(name), each) for name, each in left.items()}
     for name, made in found.items():
         _put(model, parameters[name], made)
-    model.load_state_dict(left, strict=False, assign=all(each.is_meta for each in parameters.values()))
+    model.load_state_dict(left, strict=False, assign=assigned)
     return tuple(name for name in parameters if name in found)
 
 
@@ -271,6 +274,12 @@ def _check_names(missing: set[str], unexpected: set[str], strict: bool) -> None:
     ]
     if words and strict:
         raise RuntimeError(f"moecompile.load_fp8: {'; '.join(words)}. Pass strict=False to load what there is")
+
+
+def _in_dtype_of(own: Tensor | None, given: Any) -> Any:
+    """What is assigned, and not copied, in the dtype that the model has."""
+    floats = isinstance(own, Tensor) and isinstance(given, Tensor) and given.is_floating_point()
+    return given.to(own.dtype) if floats and own is not None and own.is_floating_point() else given
 
 
 def _check_shapes(own: Mapping[str, Tensor], left: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecompile.passes import purposes
 from moecompile.passes.aliases import Aliases, fake_of
@@ -29,18 +30,13 @@ from moecompile.passes.calls import bind
 from moecompile.passes.exclusions import NO_WISHES, Wishes
 from moecompile.passes.provenance import module_of
 from moecompile.passes.spelling import operation_name
+from moecompile.runtime.block_scaled import BlockScaled
 from moecompile.runtime.fp8_contract import GEMM_DTYPES
 from moecompile.runtime.linear_fp8 import LINE
 from moecompile.runtime.quantize import BLOCK, DTYPES
 
 WIDE = 3
 """How much wider than its input a result is that leaves the graph as scores of a vocabulary; few other layers' do."""
-
-PRODUCTS = frozenset(
-    "matmul mm mv addmm bmm baddbmm einsum tensordot inner bilinear chain_matmul multi_dot conv1d conv2d "
-    "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd".split()
-)
-"""Other operations that multiply by a matrix, by name."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ def verdicts(graph: fx.Graph, wishes: Wishes = NO_WISHES, embeddings: Sequence[T
             reason = next((words for rule in RULES if (words := rule(linear, facts)) is not None), None)
             shape = _shape(_given(linear.matrix) or linear.matrix)
             found.append(Verdict(module_of(node), shape, reason is None, reason or "a linear layer", linear))
-        elif node.op.startswith("call") and operation_name(node) in PRODUCTS:
+        elif node.op.startswith("call") and operation_name(node) in purposes.PRODUCTS:
             if (matrix := _given_factor(node)) is not None:
                 words = f"it is written as {operation_name(node)}"
                 found.append(Verdict(module_of(node), _shape(matrix), False, words))
@@ -138,6 +134,16 @@ class _Facts:
 def _known(linear: Linear, facts: _Facts) -> str | None:
     known = all(isinstance(fake_of(each), torch.Tensor) for each in (linear.node, linear.rows, linear.matrix))
     return None if known else "it is inside a transform of torch.func"
+
+
+def _plain(linear: Linear, facts: _Facts) -> str | None:
+    """Of subclasses the operators know one: DTensors, say, would need to be told how rows and blocks are sharded."""
+    given = {"rows are": linear.rows, "matrix is": linear.matrix, "bias is": linear.bias}
+    for name, node in given.items():
+        value = None if node is None else fake_of(node)
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, BlockScaled):
+            return f"its {name} a {type(value).__name__}"
+    return None
 
 
 def _named(linear: Linear, facts: _Facts) -> str | None:
@@ -198,6 +204,7 @@ def _sizes(linear: Linear, facts: _Facts) -> str | None:
 
 RULES: tuple[Callable[[Linear, _Facts], str | None], ...] = (
     _known,
+    _plain,
     _named,
     _purpose,
     _made,

@@ -3,13 +3,15 @@
     s = linear(h, W_r); topk(softmax(s) + bias, 8)                  s chooses
     y = linear(h, W_o) / 2; return y        loss = cross_entropy(y.view(-1, V), labels)        y are scores
 
-A layer chooses if its result reaches a choice (CHOICES) without passing another layer or a residual, x + f(x); so does
-the layer before it that is there for it alone. Scores leave the graph, or meet labels, by operations of which each has
-one input that comes from a layer at all: a cast, a view, a soft cap, a softmax; not a gate, not a residual.
+A layer chooses if its result reaches a choice (CHOICES) without passing another layer or a residual, x + f(x) where f
+multiplies by a matrix (noise that is made of x does not); so does the layer before it that is there for it alone.
+Scores leave the graph, or meet labels, by operations of which each has one input that comes from a layer at all: a
+cast, a view, a soft cap, a softmax; not a gate, not a residual.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable
 
 import torch
@@ -24,10 +26,16 @@ CHOICES = frozenset(
     "topk sort argsort msort argmax argmin kthvalue multinomial bernoulli gt lt ge le searchsorted bucketize".split()
 )
 CHOICES_ALONG = frozenset(("max", "min"))
-"""These choose where they are told a dimension: they give indices, too."""
+"""These choose where they are told a dimension, give indices, too, and somebody reads these."""
 LOSSES = frozenset(
     "cross_entropy cross_entropy_loss nll_loss nll_loss_nd log_softmax binary_cross_entropy_with_logits kl_div".split()
 )
+PRODUCTS = frozenset(
+    "matmul mm mv addmm bmm baddbmm einsum tensordot inner bilinear chain_matmul multi_dot conv1d conv2d "
+    "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd".split()
+)
+"""Other operations that multiply by a matrix, by name."""
+GROUPED = frozenset(("grouped_mm", "_grouped_mm"))
 LOOKUPS = frozenset("embedding embedding_bag index_select getitem index".split())
 
 
@@ -101,7 +109,14 @@ def _is_choice(node: fx.Node) -> bool:
     if not node.op.startswith("call"):
         return False
     name = operation_name(node)
-    return name in CHOICES or (name in CHOICES_ALONG and isinstance(tensor_of(node), tuple))
+    if name in CHOICES_ALONG and isinstance(tensor_of(node), tuple):
+        return not all(_takes_values(user) for user in node.users)
+    return name in CHOICES
+
+
+def _takes_values(node: fx.Node) -> bool:
+    """Whether it takes the first of several results: of a maximum itself, not where it is."""
+    return node.target in (operator.getitem, getattr) and node.args[1] in (0, "values")
 
 
 def _before_choice(node: fx.Node, layers: Collection[fx.Node]) -> set[fx.Node]:
@@ -111,7 +126,7 @@ def _before_choice(node: fx.Node, layers: Collection[fx.Node]) -> set[fx.Node]:
         each = waiting.pop()
         if each in layers:
             first.add(each)
-        elif each not in seen and not _is_residual(each):
+        elif each not in seen and not _is_residual(each, layers):
             waiting += each.all_input_nodes
         seen.add(each)
     return first | {before for layer in first if (before := _layer_of_its_own(layer, layers)) is not None}
@@ -129,14 +144,33 @@ def _layer_of_its_own(layer: fx.Node, layers: Collection[fx.Node]) -> fx.Node | 
             return user
 
 
-def _is_residual(node: fx.Node) -> bool:
-    """Whether a node adds to something what is computed from it."""
+def _is_residual(node: fx.Node, layers: Collection[fx.Node]) -> bool:
+    """Whether a node adds to something what a product makes of it."""
     if operation_name(node) not in ("add", "add_") or len(node.all_input_nodes) != 2:
         return False
     first, second = node.all_input_nodes
     if not (first.op.startswith("call") or first.op == "placeholder") or not _is_float(first) or not _is_float(second):
         return False
-    return first in ancestors([second]) or second in ancestors([first])
+    return any(_multiplies(*pair, layers) for pair in ((first, second), (second, first)))
+
+
+def _multiplies(start: fx.Node, end: fx.Node, layers: Collection[fx.Node]) -> bool:
+    """Whether there is a way from one to the other, and a product on it."""
+    before, waiting, seen = ancestors([end]), [start], set[fx.Node]()
+    while waiting:
+        each = waiting.pop()
+        if each in seen or each not in before:
+            continue
+        seen.add(each)
+        if each is not start and (each in layers or _is_product(each)):
+            return True
+        waiting += each.users
+    return False
+
+
+def _is_product(node: fx.Node) -> bool:
+    named = node.op.startswith("call") and operation_name(node) in PRODUCTS | GROUPED
+    return named or node.target in OPERATORS
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -232,6 +232,53 @@ def test_noisy_choices_keep_both_layers() -> None:
 
 
 @pytest.mark.parametrize(
+    "noisy",
+    [
+        lambda s: s + torch.randn_like(s) * 0.1,
+        lambda s: torch.rand_like(s) * 1e-2 + s,
+        lambda s: s + torch.randn_like(s) * functional.softplus(s),
+        lambda s: s + functional.silu(s),
+        lambda s: s + torch.zeros_like(s),
+        lambda s: s + (s.softmax(-1) - s).detach(),
+        lambda s: s + s.detach().mean(0),
+    ],
+    ids=["jitter", "jitter first", "scaled noise", "swish", "zeros", "straight through", "mean"],
+)
+def test_what_is_made_of_scores_alone_is_no_residual(noisy: Any) -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x + self.up(functional.silu(self.down(x)))
+            return noisy(self.router(x)).topk(2).indices, x
+
+    found = reasons(Model(router=(64, H), up=(H, H), down=(H, H)), rows())
+    assert found == {"router": "it feeds topk", "up": None, "down": None}
+
+
+def test_noisy_routers_of_near_misses_are_kept() -> None:
+    """Rows are normalised between the experts' products, so that nothing tells the router but its choice."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(H, 16, bias=False)
+            self.w_in = nn.Parameter(torch.randn(16, H, 2 * H) / 16)
+            self.w_out = nn.Parameter(torch.randn(16, H, H) / 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.router(x)
+            scores = scores + torch.randn_like(scores) * 0.1
+            weights, ids = scores.softmax(-1).topk(2)
+            order = ids.flatten().argsort()
+            offsets = torch.bincount(ids.flatten(), minlength=16).cumsum(0).to(torch.int32)
+            gate, up = torch._grouped_mm(x[order // 2], self.w_in, offs=offsets).chunk(2, -1)
+            hidden = functional.rms_norm(functional.silu(gate) * up, (H,))
+            result = torch._grouped_mm(hidden, self.w_out, offs=offsets) * weights.flatten()[order].unsqueeze(1)
+            return torch.zeros_like(x).index_add(0, order // 2, result)
+
+    assert reasons(Model().to(torch.bfloat16), rows()) == {"router": "it feeds topk"}
+
+
+@pytest.mark.parametrize(
     "way",
     [
         lambda s, labels: functional.cross_entropy(s.float().view(-1, s.shape[-1]), labels),

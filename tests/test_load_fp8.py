@@ -79,6 +79,28 @@ def test_checkpoints_load_as_they_are(name: str, single: bool) -> None:
     assert 1e-3 < relative(found, expected) < LOGITS
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_not_in_fp8_gets_the_models_dtype(device: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.Parameter(torch.ones(BLOCK, dtype=torch.bfloat16))
+            self.linear = nn.Linear(BLOCK, BLOCK, False, dtype=torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.linear(self.norm * x)
+            return result
+
+    with torch.device(device):
+        model = Scaled()
+    values, scales, exact = blocks(torch.randn(BLOCK, BLOCK))
+    stored = {"norm": torch.full((BLOCK,), 2.0), "linear.weight": values, "linear.weight_scale_inv": scales}
+    assert moecompile.load_fp8(model, stored) == ("linear.weight",)
+    assert model.norm.dtype == torch.bfloat16 and stored["norm"].dtype == torch.float32
+    x = torch.randn(4, BLOCK).bfloat16()
+    assert relative(infer(compiled(model), x), 2 * x.float() @ exact.T) < 0.06
+
+
 def test_onto_the_meta_device() -> None:
     model, ids = made()
     stored, _ = checkpoint(model.model, single=True)
