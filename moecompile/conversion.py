@@ -10,6 +10,7 @@ multiplies what these hold; whoever else reads one gets the matrix dequantised.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ SCALES = "_scale_inv"
 PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters (E, N, K) of all experts, and what checkpoints of single experts call their parts, in order of N."""
 
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 SHOWN = 5
 """How many missing or unexpected names a message tells."""
 
@@ -60,21 +62,21 @@ def convert_to_fp8(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: it is in training mode; unknown options.
+        ValueError: it is in training mode; unknown options, or options that convert nothing.
     """
     _check_module(model, "convert_to_fp8")
     model = getattr(model, "_orig_mod", model)
     if model.training:
         words = "expected a model for inference, this one is in training mode"
         raise ValueError(f"moecompile.convert_to_fp8: {words}; call model.eval() first")
-    given = moecompile_options.as_dict() if isinstance(moecompile_options, Options) else moecompile_options or {}
-    options = Options.parse(None, {**given, "precision": "fp8"})
-    with torch.no_grad():
-        uses = _captured_uses(model, args, kwargs, options)
+    options = _options(moecompile_options)
+    with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not be trained around
+        uses, whole = _captured_uses(model, args, kwargs, options)
+        unseen = set() if whole else _read_elsewhere(model)
         converted: list[str] = []
         for name, parameter in list(model.named_parameters()):
             (lie, *others) = uses.get(id(parameter)) or {None}
-            if lie is not None and not others and type(parameter) is nn.Parameter:
+            if lie is not None and not others and type(parameter) is nn.Parameter and id(parameter) not in unseen:
                 _put(
                     model, parameter, BlockScaled.of(parameter, **lie._asdict(), scale_format=options.fp8_scale_format)
                 )
@@ -99,14 +101,17 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
         the names of the parameters that are in FP8 now. They have no gradient.
 
     Raises:
-        TypeError: `model` is no module; a matrix of another dtype than float8_e4m3fn, or scales other than float32.
-        ValueError: shapes that do not fit, before anything is loaded.
-        RuntimeError: names that are missing or unexpected, before anything is loaded.
+        TypeError: `model` is no module; what is no tensor; a matrix of another dtype than float8_e4m3fn, or scales of
+            another one than float32.
+        ValueError: shapes that do not fit, or numbers in FP8 without scales, before anything is loaded.
+        RuntimeError: names that are missing or unexpected, or some of the experts of one parameter, before anything is
+            loaded.
     """
     _check_module(model, "load_fp8")
+    _check_state(state_dict)
     model = getattr(model, "_orig_mod", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    own, left = set(model.state_dict()), dict(state_dict)
+    own, left = set(model.state_dict()), _without_ignored(model, state_dict)
     found: dict[str, BlockScaled] = {}
     for name, parameter in parameters.items():
         if name + SCALES in own:
@@ -116,15 +121,18 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
             found[name] = made
         elif made is not None:
             left[name] = made
+    _check_scales({name: each for name, each in left.items() if name + SCALES not in own})
     _complete_ties(parameters, found, left)
     _check_names(own - found.keys(), {*left}, strict)
+    _check_devices(parameters)
     held = {**dict(model.named_buffers()), **parameters}
     _check_shapes(held, left)
     if assigned := all(each.is_meta for each in parameters.values()):
         left = {name: _in_dtype_of(held.get(name), each) for name, each in left.items()}
-    for name, made in found.items():
-        _put(model, parameters[name], made)
-    model.load_state_dict(left, strict=False, assign=assigned)
+    with torch.inference_mode(False):
+        for name, made in found.items():
+            _put(model, parameters[name], made)
+        model.load_state_dict(left, strict=False, assign=assigned)
     return tuple(name for name in parameters if name in found)
 
 
@@ -145,8 +153,30 @@ def _put(model: nn.Module, parameter: nn.Parameter, made: BlockScaled) -> None:
 # ---- what is cast
 
 
-def _captured_uses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Uses:
-    """How the model reads its parameters: as one graph if it can be, since loops over experts are found in no other."""
+def _options(given: Mapping[str, Any] | Options | None) -> Options:
+    """What `convert_to_fp8` was given, for FP8; raises ValueError for what would leave nothing to convert."""
+    values = given.as_dict() if isinstance(given, Options) else dict(given or {})
+    if values.get("precision", "fp8") != "fp8" and not isinstance(given, Options):
+        words = f"precision={values['precision']!r} converts nothing; leave it out"
+        raise ValueError(f"moecompile.convert_to_fp8: {words}")
+    return Options.parse(None, {**values, "precision": "fp8"})
+
+
+def _read_elsewhere(model: nn.Module) -> set[int]:
+    """Parameters that code between graphs, which nobody sees, may read: of embeddings, and what has several names."""
+    names = [id(each) for _, each in model.named_parameters(remove_duplicate=False)]
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    looked_up = {id(each.weight) for each in model.modules() if isinstance(each, tables)}
+    return looked_up | {each for each in names if names.count(each) > 1}
+
+
+def _captured_uses(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+) -> tuple[Uses, bool]:
+    """How the model reads its parameters, and whether that is all.
+
+    As one graph if it can be, since loops over experts are found in no other.
+    """
     for fullgraph in (True, False):
         uses: Uses = {}
         try:
@@ -156,7 +186,7 @@ def _captured_uses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
                 raise
         else:
             break
-    return uses
+    return uses, fullgraph
 
 
 def _note_uses(options: Options, uses: Uses, gm: fx.GraphModule) -> None:
@@ -203,8 +233,13 @@ def _matrix_of(name: str, parameter: nn.Parameter, left: dict[str, Tensor]) -> B
     if name in left or last not in PACKED or parameter.dim() != 3:
         return None
     names = [[f"{path}.{expert}.{part}.weight" for part in PACKED[last]] for expert in range(parameter.shape[0])]
-    if not all(each in left for row in names for each in row):
+    missing = [each for row in names for each in row if each not in left]
+    if len(missing) == sum(map(len, names)):
         return None
+    if missing:
+        some = ", ".join(missing[:SHOWN]) + " and others" * (len(missing) > SHOWN)
+        words = f"missing {some}: {name} is put together from all of its experts"
+        raise RuntimeError(f"moecompile.load_fp8: {words}; read all files of the checkpoint into one dict")
     return _packed(name, names, parameter, left)
 
 
@@ -246,9 +281,41 @@ def _bytes(name: str, values: Tensor) -> Tensor:
 def _from_blocks(name: str, values: Tensor, scales: Tensor, parameter: nn.Parameter) -> BlockScaled:
     device = values.device if parameter.is_meta else parameter.device
     try:
-        return BlockScaled.from_blocks(values.to(device), scales.to(device), parameter.dtype)
+        with torch.inference_mode(False):
+            own = scales.to(device, copy=True)  # what is written into later is not the checkpoint's
+            return BlockScaled.from_blocks(values.to(device), own, parameter.dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"moecompile.load_fp8: {name}: {error}") from None
+
+
+def _without_ignored(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what the model does not want, as transformers' models say it (layers that predict further tokens)."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {name: each for name, each in state_dict.items() if not any(re.search(one, name) for one in patterns)}
+
+
+def _check_state(state_dict: object) -> None:
+    """Raises TypeError unless it is a mapping of names to tensors."""
+    if not isinstance(state_dict, Mapping):
+        words = f"expected a mapping of names to tensors, got {type(state_dict).__name__}"
+        raise TypeError(f"moecompile.load_fp8: {words}; read the checkpoint's files into one dict first")
+    for name, each in state_dict.items():
+        if not isinstance(each, Tensor) and not name.endswith("_extra_state"):
+            raise TypeError(f"moecompile.load_fp8: {name} must be a tensor, got {type(each).__name__}")
+
+
+def _check_scales(left: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for numbers in FP8 that nothing scales: as they are they mean nothing."""
+    for name, each in left.items():
+        if isinstance(each, Tensor) and not isinstance(each, BlockScaled) and each.dtype in FP8_DTYPES:
+            raise _error(f"{name} is {each.dtype}, and the checkpoint has no {name}{SCALES} beside it")
+
+
+def _check_devices(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ValueError where some parameters are on the meta device and some are not."""
+    meta = [name for name, each in parameters.items() if each.is_meta]
+    if meta and len(meta) < len(parameters):
+        raise _error(f"all parameters must be on the meta device or none; of {len(parameters)} {meta[0]} is, for one")
 
 
 def _complete_ties(

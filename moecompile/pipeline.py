@@ -132,6 +132,8 @@ def run_passes(
                 continue
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")
+                if name == "precision":
+                    log.warning("%s: precision='fp8' casts nothing: the pass precision is disabled", record.name)
             else:
                 record.passes.append(_run_pass(number, name, run, pieces, options))
     for piece in pieces:
@@ -162,7 +164,9 @@ def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> 
     for piece in pieces:
         piece.whole = whole
     unused = _exclusions(options).unused(whole.modules)
-    record.notes += [f"the pattern {pattern!r} names no module of this graph" for pattern in unused]
+    for pattern in unused:
+        record.notes.append(f"the pattern {pattern!r} names no module of this graph")
+        log.warning("%s: %s; patterns are of whole paths", record.name or "a graph", record.notes[-1])
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

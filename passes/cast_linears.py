@@ -3,7 +3,8 @@
 Contract
 - `verdicts` of this very graph say which layers (passes/linears.py); the others are left alone.
 - Weights stay what they are, and get their gradients; only what is multiplied is cast.
-- Layers that read the same rows share one cast of them, unless somebody writes into these; matrices likewise.
+- Layers that read the same rows share one cast of them, unless somebody writes into these; matrices likewise. None is
+  shared across a border of no_grad, inference mode or autocast: what is made inside has another history.
 - Under autocast, what a layer would have been given in its result's dtype is converted first, as autocast does it.
 
     values, scales = moecompile.quantize(h)                               # for each of 128 features
@@ -52,9 +53,10 @@ class _Casts:
 
     def __init__(self, graph: fx.Graph, casting: Casting) -> None:
         self._graph, self._casting = graph, casting
-        self._written = Layout(graph).written
-        self._made: dict[tuple[fx.Node, Any], list[fx.Node]] = {}
-        self._converted: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        layout = Layout(graph)
+        self._written, self._mode = layout.written, layout.mode
+        self._made: dict[tuple[fx.Node, Any, Any], list[fx.Node]] = {}
+        self._converted: dict[tuple[fx.Node, torch.dtype, Any], fx.Node] = {}
         self._now: dict[fx.Node, fx.Node] = {}
 
     def replace(self, linear: Linear) -> Replaced:
@@ -83,19 +85,20 @@ class _Casts:
         fake, dtype = fake_of(operand), fake_of(node).dtype
         if fake.dtype == dtype:
             return operand
-        if (given, dtype) in self._converted:
-            return self._converted[given, dtype]
+        key = (given, dtype, self._mode[node])
+        if key in self._converted:
+            return self._converted[key]
         made = call_for(node, torch.Tensor.to, (operand, dtype), {})
         made.meta[key_of(node)] = fake.to(dtype)
         if given not in self._written:
-            self._converted[given, dtype] = made
+            self._converted[key] = made
         return made
 
     def _cast(
         self, node: fx.Node, given: fx.Node, operand: fx.Node, target: Any, attributes: dict[str, Any], specs: Specs
     ) -> list[fx.Node]:
         """The results of a cast of what `given` is now, made in front of the node unless it is there."""
-        key = (operand, target)
+        key = (operand, target, self._mode[node])
         if key in self._made:
             return self._made[key]
         parts = cast_for(node, target, (operand,), attributes, specs)

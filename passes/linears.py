@@ -37,6 +37,8 @@ from moecompile.runtime.quantize import BLOCK, DTYPES
 
 WIDE = 3
 """How much wider than its input a result is that leaves the graph as scores of a vocabulary; few other layers' do."""
+NARROW = 8
+"""How much narrower a result is that leaves the graph as scores of experts: a graph break before the choice, say."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +109,22 @@ class _Facts:
     Attributes:
         choosing: layer -> what it decides.
         embeddings: the matrices of embeddings, in whichever body.
-        leaving: layers whose results leave the graph as scores would.
-        labelled: layers whose results meet labels.
+        scores: where layers' results go.
     """
 
     wishes: Wishes
     choosing: dict[fx.Node, str]
     embeddings: list[Tensor]
-    leaving: set[fx.Node]
-    labelled: set[fx.Node]
+    scores: purposes.Scores
     aliases: Aliases
     tables: list[fx.Node]
 
     @classmethod
     def of(cls, graph: fx.Graph, wishes: Wishes, layers: Sequence[fx.Node], embeddings: Sequence[Tensor]) -> _Facts:
-        leaving, labelled = purposes.scores(graph, layers)
         own = purposes.embeddings(graph)
         tables = [node for node in graph.nodes if any(fake_of(node) is each for each in own)]
         choosing = purposes.choosers(graph, layers)
-        return cls(wishes, choosing, [*embeddings, *own], leaving, labelled, Aliases(graph), tables)
+        return cls(wishes, choosing, [*embeddings, *own], purposes.Scores.of(graph, layers), Aliases(graph), tables)
 
 
 # ---- the rules: why a layer is kept, or None if the rule does not speak of it
@@ -162,13 +161,13 @@ def _head(linear: Linear, facts: _Facts) -> str | None:
     shared = any(facts.aliases.share(linear.matrix, each) for each in facts.tables)
     if shared or any(_same_memory(matrix, each) for each in facts.embeddings):
         return "its matrix is an embedding's"
-    if linear.node not in facts.leaving | facts.labelled:
+    if linear.node not in facts.scores.leaving | facts.scores.labelled:
         return None
     if any(each.shape[0] == n != each.shape[1] for each in facts.embeddings):
         return f"it has as many output features as an embedding has rows, {n}"
-    if linear.node in facts.labelled:
+    if linear.node in facts.scores.labelled:
         return "its result meets labels"
-    if isinstance(n, int) and isinstance(k, int) and n >= WIDE * k:
+    if linear.node in facts.scores.alone and isinstance(n, int) and isinstance(k, int) and n >= WIDE * k:
         return f"its result, {n} features of {k}, leaves the graph as scores of a vocabulary would"
     return None
 
@@ -202,6 +201,13 @@ def _sizes(linear: Linear, facts: _Facts) -> str | None:
     return None
 
 
+def _narrow(linear: Linear, facts: _Facts) -> str | None:
+    (n, k), wished = _shape(linear.matrix), facts.wishes.included(module_of(linear.node))
+    if wished or n * NARROW > k or linear.node not in facts.scores.alone:
+        return None
+    return f"its result, {n} features of {k}, leaves the graph as a router's would: nobody sees what it chooses"
+
+
 RULES: tuple[Callable[[Linear, _Facts], str | None], ...] = (
     _known,
     _plain,
@@ -211,6 +217,7 @@ RULES: tuple[Callable[[Linear, _Facts], str | None], ...] = (
     _bias,
     _dtype,
     _sizes,
+    _narrow,
 )
 """In this order."""
 

@@ -5,14 +5,15 @@
 
 A layer chooses if its result reaches a choice (CHOICES) without passing another layer or a residual, x + f(x) where f
 multiplies by a matrix (noise that is made of x does not); so does the layer before it that is there for it alone.
-Scores leave the graph, or meet labels, by operations of which each has one input that comes from a layer at all: a
-cast, a view, a soft cap, a softmax; not a gate, not a residual.
+A choice is what makes whole numbers or truth of others, and what rounds them. Scores leave the graph, or meet labels,
+without passing another layer.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,10 +24,13 @@ from moecompile.passes.provenance import tensor_of
 from moecompile.passes.spelling import operation_name
 
 CHOICES = frozenset(
-    "topk sort argsort msort argmax argmin kthvalue multinomial bernoulli gt lt ge le searchsorted bucketize".split()
+    "topk sort argsort msort kthvalue multinomial bernoulli gumbel_softmax quantile nanquantile round sign sgn "
+    "heaviside gt lt ge le eq ne greater less greater_equal less_equal not_equal "
+    "logical_and logical_or logical_xor logical_not".split()
 )
-CHOICES_ALONG = frozenset(("max", "min"))
-"""These choose where they are told a dimension, give indices, too, and somebody reads these."""
+"""By name, also where the result is no whole number; in place, too."""
+QUESTIONS = frozenset("isnan isinf isfinite isposinf isneginf signbit allclose equal".split())
+"""What asks about numbers without choosing among them."""
 LOSSES = frozenset(
     "cross_entropy cross_entropy_loss nll_loss nll_loss_nd log_softmax binary_cross_entropy_with_logits kl_div".split()
 )
@@ -57,27 +61,43 @@ def choosers(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Node, str]
     return found
 
 
-def scores(graph: fx.Graph, layers: Collection[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
-    """The layers whose results leave the graph as scores would, and those whose results meet labels."""
-    computed: set[fx.Node] = set()  # what comes from a layer
-    for node in graph.nodes:
-        if node in layers or any(each in computed for each in node.all_input_nodes):
-            computed.add(node)
+@dataclass(frozen=True)
+class Scores:
+    """Layers by where their results go without passing another layer.
 
-    def behind(ends: Iterable[fx.Node]) -> set[fx.Node]:
-        found, waiting, seen = set[fx.Node](), [each for each in ends if each in computed], set[fx.Node]()
-        while waiting:
-            node = waiting.pop()
-            if node in layers:
-                found.add(node)
-            elif node not in seen:
-                seen.add(node)
-                inputs = [each for each in node.all_input_nodes if each in computed]
-                waiting += inputs if len(inputs) == 1 else []
-        return found
+    Attributes:
+        leaving: out of the graph, whatever else goes into it on the way.
+        alone: out of the graph, by steps that nothing else from a layer goes into: casts, views, a soft cap, a softmax.
+        labelled: to a loss.
+    """
 
-    losses = [node for node in graph.nodes if node.op.startswith("call") and operation_name(node) in LOSSES]
-    return behind(graph.output_node().all_input_nodes), behind(losses)
+    leaving: set[fx.Node]
+    alone: set[fx.Node]
+    labelled: set[fx.Node]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, layers: Collection[fx.Node]) -> Scores:
+        """Of these layers."""
+        computed: set[fx.Node] = set()  # what comes from a layer
+        for node in graph.nodes:
+            if node in layers or any(each in computed for each in node.all_input_nodes):
+                computed.add(node)
+
+        def behind(ends: Iterable[fx.Node], alone: bool = False) -> set[fx.Node]:
+            found, waiting, seen = set[fx.Node](), [each for each in ends if each in computed], set[fx.Node]()
+            while waiting:
+                node = waiting.pop()
+                if node in layers:
+                    found.add(node)
+                elif node not in seen:
+                    seen.add(node)
+                    inputs = [each for each in node.all_input_nodes if each in computed]
+                    waiting += inputs if len(inputs) == 1 or not alone else []
+            return found
+
+        ends = graph.output_node().all_input_nodes
+        losses = [node for node in graph.nodes if node.op.startswith("call") and operation_name(node) in LOSSES]
+        return cls(behind(ends), behind(ends, alone=True), behind(losses))
 
 
 def embeddings(graph: fx.Graph) -> list[Tensor]:
@@ -108,15 +128,25 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def _is_choice(node: fx.Node) -> bool:
     if not node.op.startswith("call"):
         return False
-    name = operation_name(node)
-    if name in CHOICES_ALONG and isinstance(tensor_of(node), tuple):
-        return not all(_takes_values(user) for user in node.users)
-    return name in CHOICES
+    name, result = operation_name(node).rstrip("_"), tensor_of(node)
+    if name in CHOICES:
+        return True
+    if name in QUESTIONS or not any(_is_float(each) for each in node.all_input_nodes):
+        return False
+    if isinstance(result, Tensor):
+        return not (result.is_floating_point() or result.is_complex())
+    if not isinstance(result, tuple | list):
+        return False
+    whole = {place for place, each in enumerate(result) if isinstance(each, Tensor) and not each.is_floating_point()}
+    return any(_taken(user) in whole or _taken(user) is None for user in node.users) if whole else False
 
 
-def _takes_values(node: fx.Node) -> bool:
-    """Whether it takes the first of several results: of a maximum itself, not where it is."""
-    return node.target in (operator.getitem, getattr) and node.args[1] in (0, "values")
+def _taken(node: fx.Node) -> int | None:
+    """Which of several results it takes: of a maximum itself (0), or where it is (1); None of what takes all."""
+    if node.target not in (operator.getitem, getattr):
+        return None
+    place = node.args[1]
+    return place if isinstance(place, int) else {"values": 0, "indices": 1}.get(str(place))
 
 
 def _before_choice(node: fx.Node, layers: Collection[fx.Node]) -> set[fx.Node]:

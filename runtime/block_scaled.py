@@ -24,11 +24,13 @@ from moecompile.runtime.quantize import (
     BLOCK,
     DTYPES,
     E4M3,
+    FLOAT32,
     POWER_OF_TWO,
     SQUARE,
     blocks_in,
     dequantize,
     pad,
+    power_above,
     transposed_copy,
     unpack,
 )
@@ -235,7 +237,7 @@ def _stack(function: Any, matrices: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """What `load_state_dict` does: an FP8 matrix is taken as it is, another one quantised."""
+    """What `load_state_dict` does: an FP8 matrix is taken as it is, another one quantised, in the format there was."""
     if not isinstance(target, BlockScaled):
         assert isinstance(source, BlockScaled)
         written: Tensor = function(target, source.dequantized(), non_blocking)
@@ -245,7 +247,9 @@ def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = F
         raise RuntimeError(f"{words}, got {tuple(source.shape)}")
     if not isinstance(source, BlockScaled) or source.lie != target.lie:
         plain = source.dequantized() if isinstance(source, BlockScaled) else source
-        source = BlockScaled.of(plain.to(target.dtype), **target.lie._asdict())
+        powers = torch.equal(power_above(target.scales), target.scales)
+        how = {**target.lie._asdict(), "scale_format": POWER_OF_TWO if powers else FLOAT32}
+        source = BlockScaled.of(plain.to(target.dtype), **how)
     for name in ("e4m3", "scales"):
         getattr(target, name).copy_(getattr(source, name), non_blocking)
     return target

@@ -223,3 +223,39 @@ def test_a_bias_that_is_spread_is_kept(shape: tuple[int, ...]) -> None:
     model.bias = nn.Parameter(torch.randn(shape, dtype=torch.bfloat16))
     found, expected = both(model, rows())
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_inside_no_grad_and_outside(autocast: bool, mode: Any, lowering: str) -> None:
+    """What is cast or converted inside has no gradient, or cannot be saved: it is done once more outside."""
+    if mode is torch.inference_mode and lowering == "inductor":
+        pytest.skip("Inductor does not take inference tensors that meet others")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(H, H), nn.Linear(H, H)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu()
+            with mode():
+                target = self.b(h)
+            return self.b(h).square().mean() + (0 * target.float().sum()).detach()
+
+    torch.manual_seed(0)
+    model = Model() if autocast else Model().bfloat16()
+    x = torch.randn(40, H) if autocast else torch.randn(40, H).bfloat16()
+    found = []
+    for precision in ("model", "fp8"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        run = torch.compile(model, backend="moecompile", options={"precision": precision, "lowering": lowering})
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            run(x).float().backward()
+        found.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+    expected, ours = found
+    assert ours.keys() == expected.keys() and len(ours) == 4
+    for name, grad in ours.items():
+        assert float((grad - expected[name]).float().norm() / expected[name].float().norm()) < 2 * BOUND, name

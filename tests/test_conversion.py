@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import moecompile
 from moecompile.conversion import SCALES
 from moecompile.runtime.block_scaled import BlockScaled
+from plain_layers import Plain
 from test_fp8_models import compiled
 from tiny_sizes import Sizes
 from tiny_transformers import build_model, known_to_transformers
@@ -280,3 +281,47 @@ def test_what_is_no_model_for_inference() -> None:
     with pytest.raises(ValueError, match="fp8_exlude"):
         moecompile.convert_to_fp8(model.eval(), ids, moecompile_options={"fp8_exlude": ()})
     assert not in_fp8(model)
+
+
+def test_between_graphs_nobody_sees_who_reads() -> None:
+    """A tied embedding that is looked up outside of all graphs."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.mix, self.head = (
+                nn.Embedding(512, 256),
+                nn.Linear(256, 256),
+                nn.Linear(256, 512, False),
+            )
+            self.head.weight = self.embedding.weight
+            self.to(torch.bfloat16)
+
+        @torch.compiler.disable
+        def look(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.embedding(ids)
+            return found
+
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            rows = self.look(ids)
+            return rows + self.mix(rows), self.head(self.mix(rows)).tanh()
+
+    model = Model().eval()
+    ids = torch.arange(24)
+    assert moecompile.convert_to_fp8(model, ids) == ("mix.weight",)
+    assert type(model.head.weight) is nn.Parameter and model.head.weight is model.embedding.weight
+
+
+def test_converted_in_inference_mode_it_can_be_trained_around() -> None:
+    model, x = Plain().eval(), torch.randn(8, 256).bfloat16()
+    with torch.inference_mode():
+        names = moecompile.convert_to_fp8(model, x, moecompile_options={"fp8_exclude": ("layers.[0,2]",)})
+    assert names == ("layers.1.up.weight", "layers.1.down.weight")
+    compiled(model)(x.requires_grad_())[0].sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+def test_options_that_convert_nothing() -> None:
+    layer = nn.Linear(128, 128).bfloat16().eval()
+    with pytest.raises(ValueError, match="precision='model' converts nothing"):
+        moecompile.convert_to_fp8(layer, torch.randn(8, 128), moecompile_options={"precision": "model"})

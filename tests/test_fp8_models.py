@@ -264,8 +264,11 @@ def graphs_of(model: nn.Module, ids: Tensor) -> list[tuple[fx.GraphModule, tuple
     return found
 
 
-CHOOSING = re.compile(r"\.indexer\.|kimi_linear .*\.forget_gate\.f_a_proj$")
-"""Other layers that may be kept: those that choose tokens in sparse attention, and one whose result is compared."""
+CHOOSING = re.compile(
+    r"\.indexer\.|\.gate\.|kimi_linear .*\.forget_gate\.f_a_proj$|conv\.weight_proj$|kv_a_proj_with_mqa$"
+)
+"""Other layers that may be kept: those that choose tokens in sparse attention, layers inside routers, one whose result
+is compared, and narrow ones before a graph break."""
 
 
 def eligible(model: nn.Module, *inputs: Tensor) -> set[str]:

@@ -177,13 +177,32 @@ def test_the_user_has_the_last_word() -> None:
     assert found == {"router": None, "q_proj": "fp8_exclude names it", "k_proj": "fp8_exclude names it"}
 
 
-@pytest.mark.parametrize("choosing", ["max", "min", "argmin", "kthvalue", "multinomial", "msort", "threshold", "aten"])
+@pytest.mark.parametrize(
+    "choosing",
+    [
+        "max", "min", "argmin", "kthvalue", "multinomial", "msort", "threshold", "aten", "is largest", "in place",
+        "median", "mode", "cummax", "round", "sign", "whole", "truth", "nonzero", "gumbel", "both", "pool",
+    ],
+)  # fmt: skip
 def test_every_way_to_choose_keeps_its_router(choosing: str) -> None:
     class Model(Layers):
         def forward(self, x: Tensor) -> tuple[Any, Tensor]:
             scores = self.router(x)
             chosen = {
                 "max": lambda: scores.max(-1).indices,
+                "is largest": lambda: scores == scores.amax(-1, keepdim=True),
+                "in place": lambda: scores.clone().gt_(0.5),
+                "median": lambda: scores.median(-1).indices,
+                "mode": lambda: scores.mode(-1)[1],
+                "cummax": lambda: scores.cummax(-1).indices,
+                "round": lambda: scores.sigmoid().round(),
+                "sign": scores.sign,
+                "whole": scores.long,
+                "truth": scores.bool,
+                "nonzero": lambda: scores.relu().count_nonzero(-1),
+                "gumbel": lambda: functional.gumbel_softmax(scores, hard=True),
+                "both": lambda: torch.logical_and(scores, scores),
+                "pool": lambda: functional.max_pool1d(scores.float(), 2, return_indices=True)[1],
                 "min": lambda: torch.min(scores, 1)[1],
                 "argmin": lambda: scores.argmin(-1),
                 "kthvalue": lambda: scores.kthvalue(3).indices,
@@ -208,6 +227,66 @@ class Decoder(Layers):
     def hidden(self, x: Tensor) -> Tensor:
         x = x + self.o(self.q(self.norm(x)))
         return self.norm(x + self.down(functional.silu(self.up(self.norm(x)))))
+
+
+def test_largest_values_choose_nothing() -> None:
+    """As softmax by hand takes them off: q and k of attention with sinks."""
+
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.q(x) @ self.k(x).T
+            scores = scores - scores.max(-1, keepdim=True).values
+            shifted: Tensor = self.o(torch.where(scores.isfinite(), scores, 0).exp().to(x.dtype) @ self.v(x))
+            return shifted
+
+    assert not any(reasons(Model(q=(H, H), k=(H, H), v=(H, H), o=(H, H)), rows()).values())
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda s, labels: s.logsumexp(-1) - s.gather(-1, labels[:, None]).squeeze(-1),
+        lambda s, labels: s - s.amax(-1, keepdim=True),
+        lambda s, labels: s / s.norm(dim=-1, keepdim=True),
+        lambda s, labels: s[4:] + 2 * (s[:4] - s[4:]),
+    ],
+    ids=["likelihood", "shifted", "normalised", "guided"],
+)
+def test_scores_that_meet_themselves_are_scores(way: Any) -> None:
+    class Model(Decoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            result: Tensor = way(self.head(self.hidden(self.embedding(ids))), ids)
+            return result
+
+    model = Model(head=(VOCABULARY, H))
+    model.embedding = nn.Embedding(VOCABULARY, H, dtype=torch.bfloat16)
+    found = reasons(model, torch.arange(8))
+    assert {name for name, reason in found.items() if reason} == {"head"}
+
+
+def test_heads_of_chunks_and_mixtures() -> None:
+    class Model(Decoder):
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.hidden(self.embedding(ids))
+            chunks = torch.cat([self.head(each) for each in x.chunk(2)])
+            gate = torch.sigmoid(self.gate(x))
+            return chunks, gate * self.other(x).softmax(-1) + (1 - gate) * self.head(x).softmax(-1)
+
+    model = Model(head=(VOCABULARY, H), other=(VOCABULARY, H), gate=(16, H))
+    model.embedding, model.gate = nn.Embedding(VOCABULARY, H, dtype=torch.bfloat16), nn.Linear(H, 1).bfloat16()
+    found = reasons(model, torch.arange(8))
+    assert {name for name, reason in found.items() if reason} == {"head", "other", "gate"}
+
+
+def test_a_router_whose_choice_is_in_another_graph_is_kept() -> None:
+    class Model(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.router(x).float()
+            torch._dynamo.graph_break()
+            return scores.softmax(-1).topk(2).indices
+
+    found = reasons(Model(router=(16, H)), rows())
+    assert "leaves the graph as a router's would" in str(found["router"])
 
 
 def test_what_is_chosen_of_a_head_keeps_the_head_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,44 @@ def test_what_is_not_in_fp8_gets_the_models_dtype(device: str) -> None:
     assert relative(infer(compiled(model), x), 2 * x.float() @ exact.T) < 0.06
 
 
+def test_the_checkpoint_stays_its_owners() -> None:
+    values, scales, _ = blocks(torch.randn(BLOCK, BLOCK))
+    stored = {"weight": values, "weight_scale_inv": scales}
+    kept = {name: each.clone() for name, each in stored.items()}
+    first, second = (nn.Linear(BLOCK, BLOCK, False, dtype=torch.bfloat16) for _ in range(2))
+    for layer in (first, second):
+        moecompile.load_fp8(layer, stored)
+    kept_in_fp8: Any = second.weight.detach()
+    before = kept_in_fp8.dequantized()
+    first.load_state_dict({"weight": torch.randn(BLOCK, BLOCK) * 8})
+    assert torch.equal(kept_in_fp8.dequantized(), before)
+    assert all(torch.equal(each.float(), kept[name].float()) for name, each in stored.items())
+    first.load_state_dict({"weight": before})  # scales that are no powers of two stay so
+    after: Any = first.weight.detach()
+    assert (after.scales.log2() % 1).any() and relative(after.dequantized(), before) < 0.03
+
+
+def test_what_the_model_ignores_is_left_out() -> None:
+    """A layer that predicts a further token, as DeepSeek-V3's checkpoints have it."""
+    model: Any = model_of("deepseek_v3", layers=1)[0]
+    stored, _ = checkpoint(model, single=True)
+    further = {"model.layers.61.embed_tokens.weight": torch.ones(4, 4).to(E4M3)}
+    model._keys_to_ignore_on_load_unexpected = None
+    with pytest.raises(ValueError, match=r"layers\.61"):
+        moecompile.load_fp8(model, {**stored, **further})
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.61.*"]
+    assert moecompile.load_fp8(model, {**stored, **further})
+
+
+def test_meta_parameters_beside_others_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(BLOCK, BLOCK, False), nn.Linear(BLOCK, BLOCK, False, device="meta"))
+    values, scales, _ = blocks(torch.randn(BLOCK, BLOCK))
+    stored = {f"{n}.weight{end}": each for n in "01" for end, each in (("", values), (SCALES, scales))}
+    with pytest.raises(ValueError, match="must be on the meta device or none"):
+        moecompile.load_fp8(model, stored)
+    assert not in_fp8(model)
+
+
 def test_onto_the_meta_device() -> None:
     model, ids = made()
     stored, _ = checkpoint(model.model, single=True)
@@ -125,6 +164,13 @@ def wrong(stored: dict[str, Tensor], change: str) -> None:
             stored["model.norm.wait"] = stored["model.norm.weight"]
         case "an expert is missing":
             del stored[f"{experts}.1.up_proj.weight"]
+        case "scales are missing":
+            del stored["model.layers.0.self_attn.q_proj.weight_scale_inv"]
+        case "scales of experts are missing":
+            for name in [each for each in stored if experts in each and each.endswith(SCALES)]:
+                del stored[name]
+        case "no tensor":
+            stored["model.norm.weight"] = [1.0]  # type: ignore[assignment]
         case "an expert is not in FP8":
             name = f"{experts}.1.up_proj.weight"
             stored[name] = stored[name].bfloat16()
@@ -150,7 +196,14 @@ def wrong(stored: dict[str, Tensor], change: str) -> None:
     [
         ("missing", RuntimeError, r"missing model\.norm\.weight\. Pass strict=False"),
         ("unexpected", RuntimeError, r"unexpected model\.norm\.wait"),
-        ("an expert is missing", RuntimeError, r"missing model\.layers\.0\.mlp\.experts\.gate_up_proj"),
+        ("an expert is missing", RuntimeError, r"missing model\.layers\.0\.mlp\.experts\.1\.up_proj"),
+        (
+            "scales are missing",
+            ValueError,
+            r"q_proj\.weight is torch.float8_e4m3fn, and the checkpoint has no .*_scale_inv",
+        ),
+        ("scales of experts are missing", ValueError, r"experts\..* is torch.float8_e4m3fn, and the checkpoint has no"),
+        ("no tensor", TypeError, r"model\.norm\.weight must be a tensor, got list"),
         ("an expert is not in FP8", ValueError, "all or none"),
         ("scales", ValueError, r"q_proj\.weight: expected scales of shape"),
         ("dtype", TypeError, r"q_proj\.weight: expected float8_e4m3fn"),
