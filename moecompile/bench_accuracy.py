@@ -5,7 +5,7 @@
 
 The difference is to be less than 0.25 %. That is worth something only if the set-up can tell: recipes that are known to
 be worse have to come out worse than seeds differ. What chance alone makes of a run is shown by bfloat16 once more, from
-weights that differ in their last bits.
+weights that differ in their last bits. Takes some minutes for each recipe on a GPU, most of them for compiling.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+
+import torch
 
 from moecompile.bench_curves import draw
 from moecompile.bench_recipes import FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
@@ -28,8 +30,11 @@ BOUND = 0.0025
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs it; returns the exit status: 0 if FP8 learns as well, and wrong recipes are told, else 1."""
+    """Runs it; returns the exit status: 0 if FP8 learns as well and wrong recipes are told, else 1; 2 without a GPU."""
     chosen = _parser().parse_args(argv)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("bench accuracy trains on a GPU, and there is none (`python -m moecompile doctor` says more)")
+        return 2
     given = {each.name: getattr(chosen, each.name) for each in fields(Setup)}
     usual = TINY if chosen.device == "cpu" else Setup()
     setup = replace(usual, **{name: value for name, value in given.items() if value is not None})

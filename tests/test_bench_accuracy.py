@@ -129,6 +129,11 @@ def test_the_picture() -> None:
     assert sum(element.tag.endswith("polyline") for element in root.iter()) == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "accuracy"]) == 2 and "there is none" in capsys.readouterr().out
+
+
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     given = ["bench", "accuracy", "--device", "cpu", "--seeds", "1", "--steps", "8", "--recipes", ROUTER]
