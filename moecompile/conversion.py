@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,7 @@ def convert_to_fp8(
     return tuple(converted)
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained around
 def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool = True) -> tuple[str, ...]:
     """Loads a checkpoint that has matrices in FP8 with a scale for each 128x128, as DeepSeek-V3's do, as they are.
 
@@ -129,10 +131,9 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
     _check_shapes(held, left)
     if assigned := all(each.is_meta for each in parameters.values()):
         left = {name: _in_dtype_of(held.get(name), each) for name, each in left.items()}
-    with torch.inference_mode(False):
-        for name, made in found.items():
-            _put(model, parameters[name], made)
-        model.load_state_dict(left, strict=False, assign=assigned)
+    for name, made in found.items():
+        _put(model, parameters[name], made)
+    model.load_state_dict(left, strict=False, assign=assigned)
     return tuple(name for name in parameters if name in found)
 
 
@@ -164,10 +165,10 @@ def _options(given: Mapping[str, Any] | Options | None) -> Options:
 
 def _read_elsewhere(model: nn.Module) -> set[int]:
     """Parameters that code between graphs, which nobody sees, may read: of embeddings, and what has several names."""
-    names = [id(each) for _, each in model.named_parameters(remove_duplicate=False)]
+    names = Counter(id(each) for _, each in model.named_parameters(remove_duplicate=False))
     tables = (nn.Embedding, nn.EmbeddingBag)
     looked_up = {id(each.weight) for each in model.modules() if isinstance(each, tables)}
-    return looked_up | {each for each in names if names.count(each) > 1}
+    return looked_up | {each for each, count in names.items() if count > 1}
 
 
 def _captured_uses(
@@ -281,9 +282,8 @@ def _bytes(name: str, values: Tensor) -> Tensor:
 def _from_blocks(name: str, values: Tensor, scales: Tensor, parameter: nn.Parameter) -> BlockScaled:
     device = values.device if parameter.is_meta else parameter.device
     try:
-        with torch.inference_mode(False):
-            own = scales.to(device, copy=True)  # what is written into later is not the checkpoint's
-            return BlockScaled.from_blocks(values.to(device), own, parameter.dtype)
+        own = scales.to(device, copy=True)  # what is written into later is not the checkpoint's
+        return BlockScaled.from_blocks(values.to(device), own, parameter.dtype)
     except (TypeError, ValueError) as error:
         raise type(error)(f"moecompile.load_fp8: {name}: {error}") from None
 

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecompile.passes import radix
 from moecompile.passes.calls import bind, is_named_writing
+from moecompile.runtime.block_scaled import BlockScaled
+
+
+def is_foreign(value: object) -> bool:
+    """Whether it is a tensor subclass with operators of its own that is not ours: a DTensor, say."""
+    return is_traceable_wrapper_subclass(value) and not isinstance(value, BlockScaled)
 
 
 def fake_of(node: fx.Node) -> Any:

@@ -66,11 +66,9 @@ class _Casts:
             rows, matrix = self._in_dtype(node, linear.rows), self._in_dtype(node, linear.matrix)
             bias = None if linear.bias is None else self._in_dtype(node, linear.bias)
             of_rows = self._cast(node, linear.rows, rows, ops.quantize.default, casting.of_rows, _rows(rows))
-            specs, target = (
-                check_weights(fake_of(matrix), None, "single", False, casting.backward),
-                ops.quantize_weights,
-            )
-            of_matrix = self._cast(node, linear.matrix, matrix, target.default, casting.of_matrices, specs)
+            quantize, attributes = ops.quantize_weights.default, casting.of_matrices
+            specs = check_weights(fake_of(matrix), None, "single", False, casting.backward)
+            of_matrix = self._cast(node, linear.matrix, matrix, quantize, attributes, specs)
             given = (rows, matrix, bias, *of_rows, of_matrix)
             result = call_for(node, ops.linear_fp8.default, given, casting.of_rows)
         result.meta[key_of(node)] = node.meta[key_of(node)]

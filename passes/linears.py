@@ -22,15 +22,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecompile.passes import purposes
-from moecompile.passes.aliases import Aliases, fake_of
+from moecompile.passes.aliases import Aliases, fake_of, is_foreign
 from moecompile.passes.calls import bind
 from moecompile.passes.exclusions import NO_WISHES, Wishes
 from moecompile.passes.provenance import module_of
 from moecompile.passes.spelling import operation_name
-from moecompile.runtime.block_scaled import BlockScaled
 from moecompile.runtime.fp8_contract import GEMM_DTYPES
 from moecompile.runtime.linear_fp8 import LINE
 from moecompile.runtime.quantize import BLOCK, DTYPES
@@ -140,7 +138,7 @@ def _plain(linear: Linear, facts: _Facts) -> str | None:
     given = {"rows are": linear.rows, "matrix is": linear.matrix, "bias is": linear.bias}
     for name, node in given.items():
         value = None if node is None else fake_of(node)
-        if is_traceable_wrapper_subclass(value) and not isinstance(value, BlockScaled):
+        if is_foreign(value):
             return f"its {name} a {type(value).__name__}"
     return None
 

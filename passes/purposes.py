@@ -138,7 +138,7 @@ def _is_choice(node: fx.Node) -> bool:
     if not isinstance(result, tuple | list):
         return False
     whole = {place for place, each in enumerate(result) if isinstance(each, Tensor) and not each.is_floating_point()}
-    return any(_taken(user) in whole or _taken(user) is None for user in node.users) if whole else False
+    return bool(whole) and any(_taken(user) in (None, *whole) for user in node.users)
 
 
 def _taken(node: fx.Node) -> int | None:

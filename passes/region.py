@@ -16,14 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from moecompile.passes.aliases import fake_of, lies_in_order
+from moecompile.passes.aliases import fake_of, is_foreign, lies_in_order
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import Interpretation, Refused, is_plain
 from moecompile.passes.layout import Layout
 from moecompile.passes.terms import Apply, Contract, Element, Total, Value
-from moecompile.runtime.block_scaled import BlockScaled
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
@@ -159,7 +157,7 @@ def _check_types(nodes: Sequence[fx.Node]) -> None:
     """A tensor subclass has operators of its own: what they do with the fused one is known of ours alone."""
     for node in nodes:
         fake = fake_of(node)
-        if isinstance(fake, torch.Tensor) and is_traceable_wrapper_subclass(fake) and not isinstance(fake, BlockScaled):
+        if is_foreign(fake):
             raise Refused(f"{node} is a {type(fake).__name__}, whose own rules decide what an operator does", node)
 
 
