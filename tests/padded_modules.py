@@ -23,9 +23,11 @@ class Padded(nn.Module):
     def __init__(self, **changes: Change) -> None:
         super().__init__()
         self.changes = changes
-        self.router = nn.Linear(H, E, bias=False, dtype=BF16)
-        self.w_in = weight(E, H, N, fan_in=H, dtype=BF16)
-        self.w_out = weight(E, N, H, fan_in=N, dtype=BF16)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a router whose choices are the same in float64
+            self.router = nn.Linear(H, E, bias=False, dtype=BF16)
+            self.w_in = weight(E, H, N, fan_in=H, dtype=BF16)
+            self.w_out = weight(E, N, H, fan_in=N, dtype=BF16)
 
     def step(self, name: str, *args: Any) -> Any:
         return self.changes.get(name, STEPS[name])(*args)

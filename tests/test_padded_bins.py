@@ -223,7 +223,8 @@ def observed(module: Callable[[Tensor], Any], parameters: list[Tensor], x: Tenso
     out = module(x)
     out = out[0] if isinstance(out, tuple) else out
     torch.manual_seed(2)
-    return [out.detach(), *torch.autograd.grad(out, [x, *parameters], torch.randn(out.shape).to(BF16))]
+    grad = torch.randn(out.shape).to(BF16).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [x, *parameters], grad)]
 
 
 def fused(module: Padded, x: Tensor) -> list[Tensor]:
@@ -243,13 +244,17 @@ def test_a_spelling_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", FOUND)
 def test_a_spelling_computes_the_same_whatever_memory_held(name: str) -> None:
+    """As near to the model in float64 as the model itself: its router's gradient of few tokens loses up to 2 %."""
     module = FOUND[name]
     for count in (24, 3):
-        poisoned = poison(module)
-        expected = observed(poisoned, list(poisoned.parameters()), tokens(count))
-        for a, b in zip(fused(module, tokens(count)), expected, strict=True):
+        poisoned, exact = poison(module), poison(module).double()
+        own = observed(poisoned, list(poisoned.parameters()), tokens(count))
+        x = tokens(count).detach().double().requires_grad_()
+        assert torch.equal(poisoned.routed(tokens(count))[1], exact.routed(x)[1]), "draw another router"
+        expected = observed(exact, list(exact.parameters()), x)
+        for a, b, c in zip(fused(module, tokens(count)), own, expected, strict=True):
             assert b.isfinite().all(), "what the model computes depends on memory that nothing wrote"
-            assert (a - b).float().norm() <= 0.02 * b.float().norm() + 1e-6
+            assert (a - c).norm() <= 2 * (b - c).norm() + 1e-6
 
 
 @pytest.mark.parametrize("name", LOST)
