@@ -13,22 +13,34 @@ from moecompile.runtime import operators as _operators  # noqa: F401 - the impor
 
 if TYPE_CHECKING:
     from moecompile.cached import invalidate
-    from moecompile.conversion import convert_to_fp8, load_fp8
+    from moecompile.checkpoints import fp8_state_dict, load_fp8
+    from moecompile.conversion import convert_to_fp8
     from moecompile.explanation import explain
     from moecompile.options import Options
     from moecompile.report import last_report, reset
 
 __version__ = "0.1.0"
-__all__ = ["Options", "__version__", "convert_to_fp8", "explain", "invalidate", "last_report", "load_fp8", "reset"]
+__all__ = [
+    "Options",
+    "__version__",
+    "convert_to_fp8",
+    "explain",
+    "fp8_state_dict",
+    "invalidate",
+    "last_report",
+    "load_fp8",
+    "reset",
+]
 
 # Where each name lives. No module may bear one of these names: importing it would put the module in the name's place.
 _HOME = {
     "Options": "moecompile.options",
     "convert_to_fp8": "moecompile.conversion",
     "explain": "moecompile.explanation",
+    "fp8_state_dict": "moecompile.checkpoints",
     "invalidate": "moecompile.cached",
     "last_report": "moecompile.report",
-    "load_fp8": "moecompile.conversion",
+    "load_fp8": "moecompile.checkpoints",
     "reset": "moecompile.report",
 }
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moecompile.runtime import fp8_experts, kernels, main_gradients
+from moecompile.runtime import linear_fp8 as linear
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
 from moecompile.runtime.fp8_contract import kept_copies
-from moecompile.runtime.linear_fp8 import check_copies_for_backward, check_linear
 from moecompile.runtime.quantize import POWER_OF_TWO
 
 Parts = list[Tensor]
@@ -149,7 +149,8 @@ class _LinearFp8(torch.autograd.Function):
         scales: Tensor,
         *quantized: Tensor,
     ) -> Tensor:
-        check_copies_for_backward(quantized)
+        if ctx.needs_input_grad[2]:  # of x, whose gradient is the only one that reads them
+            linear.check_copies_for_backward(quantized)
         ctx.attributes = attributes
         ctx.save_for_backward(trace, weight, values, scales, *quantized[2:])
         with torch._C._AutoDispatchBelowAutograd():
@@ -267,21 +268,26 @@ def quantize(x: Tensor, **attributes: Any) -> Any:
     """Quantize above autograd, as quantize_weights is: what it is the quantised copy of gets the gradient."""
     _differentiates((x,), "quantize")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.quantize(x, **attributes)
+        return _of_linear("quantize", (x,))(x, **attributes)
 
 
 def quantize_gradient(grad: Tensor, **attributes: Any) -> Any:
     """quantize_gradient above autograd: gradients of gradients are refused where they would come from."""
     _differentiates((grad,), "quantize_gradient")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.quantize_gradient(grad, **attributes)
+        return _of_linear("quantize_gradient", (grad,))(grad, **attributes)
 
 
 def along_tokens(values: Tensor, scales: Tensor, **attributes: Any) -> Any:
     """along_tokens above autograd: of numbers that nothing differentiates."""
     _differentiates((values, scales), "along_tokens")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.along_tokens(values, scales, **attributes)
+        return _of_linear("along_tokens", (values, scales))(values, scales, **attributes)
+
+
+def _of_linear(operator: str, tensors: Sequence[Tensor | None]) -> Any:
+    """What computes an operator of linear layers: its function, where the dispatcher would go on to nothing else."""
+    return getattr(linear if _are_plain(tensors) else torch.ops.moecompile, operator)
 
 
 def scaled_mm(*args: Any, **attributes: Any) -> Tensor:
@@ -289,7 +295,7 @@ def scaled_mm(*args: Any, **attributes: Any) -> Tensor:
     if _differentiates(args, "scaled_mm"):
         raise NotImplementedError("moecompile::scaled_mm has no derivative; moecompile::linear_fp8 has one")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.moecompile.scaled_mm(*args, **attributes)
+        return _of_linear("scaled_mm", args)(*args, **attributes)
 
 
 def linear_fp8(
@@ -297,7 +303,7 @@ def linear_fp8(
     **attributes: Any,
 ) -> Tensor:  # fmt: skip
     """linear_fp8 above autograd: recorded where something requires grad; below it is scaled_mm, as graphs show it."""
-    check_linear(x, weight, bias, values, scales, quantized, attributes.get("scale_format", POWER_OF_TWO))
+    linear.check_linear(x, weight, bias, values, scales, quantized, attributes.get("scale_format", POWER_OF_TWO))
     if _differentiates((x, weight, bias), LINEAR):
         result: Tensor = _LinearFp8.apply(attributes, _trace(x), x, weight, bias, values, scales, *quantized)
         return result
@@ -308,9 +314,9 @@ def linear_fp8(
 def _product(
     weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
 ) -> Tensor:
-    found: Tensor = torch.ops.moecompile.scaled_mm(
-        values, scales, *quantized[:2], bias, out_features=weight.shape[0], dtype=weight.dtype
-    )
+    given = (values, scales, *quantized[:2], bias)
+    run = _of_linear("scaled_mm", given)
+    found: Tensor = run(*given, out_features=weight.shape[0], dtype=weight.dtype)
     return found
 
 

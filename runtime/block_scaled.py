@@ -12,7 +12,7 @@ no gradient. Under torch.compile it is the two tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from moecompile.runtime.quantize import (
     pad,
     power_above,
     transposed_copy,
-    unpack,
 )
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
@@ -79,13 +78,17 @@ class BlockScaled(Tensor):
         return cls(values, scales, matrix.shape, matrix.dtype, lie)
 
     @classmethod
-    def from_blocks(cls, values: Tensor, scales: Tensor, dtype: torch.dtype) -> BlockScaled:
+    def from_blocks(
+        cls, values: Tensor, scales: Tensor, dtype: torch.dtype, *, gate_up: Literal["single", "halves"] = "single"
+    ) -> BlockScaled:
         """Keeps a checkpoint's matrix as it is there: DeepSeek-V3's `weight` and `weight_scale_inv`.
 
         Args:
             values: (*E, N, K) e4m3.
-            scales: (*E, ceil(N / 128), ceil(K / 128)) float32, by which the values are multiplied.
+            scales: (*E, ceil(N / 128), ceil(K / 128)) float32, by which the values are multiplied. With "halves"
+                (E, 2 ceil(N / 256), ceil(K / 128)), the gate's and then the up projection's.
             dtype: of the matrix it stands for.
+            gate_up: whether blocks begin anew in the middle of N.
 
         Raises:
             TypeError: other dtypes.
@@ -97,12 +100,35 @@ class BlockScaled(Tensor):
         if values.dim() not in (2, 3):
             raise ValueError(f"expected values of shape (N, K) or (experts, N, K), got {tuple(values.shape)}")
         *outer, n, k = values.shape
-        expected = (*outer, blocks_in(n, BLOCK), blocks_in(k, BLOCK))
+        parts = 2 if gate_up == "halves" else 1
+        if n % parts or parts > 1 + len(outer):
+            raise ValueError(f"expected values (experts, 2 N, K) for gate_up='halves', got {tuple(values.shape)}")
+        expected = (*outer, parts * blocks_in(n // parts, BLOCK), blocks_in(k, BLOCK))
         if tuple(scales.shape) != expected:
             words = f"expected scales of shape {expected}, one for each 128x128 of values {tuple(values.shape)}"
             raise ValueError(f"{words}; got {tuple(scales.shape)}")
-        filled = torch.nn.functional.pad(values.view(torch.uint8), (0, pad(k) - k, 0, pad(n) - n)).view(E4M3)
-        return cls(filled.contiguous(), scales.contiguous(), values.shape, dtype, Lie())
+        behind = (0, pad(k) - k, 0, pad(n // parts) - n // parts)
+        filled = [torch.nn.functional.pad(part, behind) for part in values.view(torch.uint8).chunk(parts, -2)]
+        return cls(torch.cat(filled, -2).view(E4M3), scales.contiguous(), values.shape, dtype, Lie(gate_up))
+
+    def blocks(self) -> tuple[Tensor, Tensor] | None:
+        """Values and scales as `from_blocks` takes them; None if gate and up have blocks that do not lie in this."""
+        *_, n, k = self.shape if not self.lie.transposed else self.mT.shape
+        if self.lie.gate_up == "interleaved" or (self.lie.gate_up == "halves" and n // 2 % BLOCK):
+            return None
+        values = self.e4m3.view(torch.uint8)[..., :n, :k]
+        scales = self.scales[..., : blocks_in(n, BLOCK), : blocks_in(k, BLOCK)]
+        values, scales = (values.mT, scales.mT) if self.lie.transposed else (values, scales)
+        return values.contiguous().view(E4M3), scales.contiguous()
+
+    def gate_and_up(self) -> tuple[BlockScaled, BlockScaled] | None:
+        """Of experts (E, 2 N, K) the two halves, which share memory with this; None if they lie or share otherwise."""
+        experts, n, k = self.shape
+        if self.lie.transposed or self.lie.gate_up == "interleaved" or (self.lie == Lie() and n % (2 * BLOCK)):
+            return None
+        halves = zip(self.e4m3.chunk(2, 1), self.scales.chunk(2, 1), strict=True)
+        gate, up = (BlockScaled(*half, (experts, n // 2, k), self.dtype, Lie()) for half in halves)
+        return gate, up
 
     def dequantized(self) -> Tensor:
         """The matrix in its dtype, contiguous."""
@@ -236,6 +262,15 @@ def _stack(function: Any, matrices: Sequence[Tensor], dim: int = 0) -> Tensor:
     return BlockScaled(values.view(E4M3), scales, (len(matrices), *first.shape), first.dtype, Lie())
 
 
+def _select(function: Any, matrix: BlockScaled, dim: int, index: int) -> Tensor:
+    """One expert's matrix: a loop over experts dequantises each for itself."""
+    if matrix.dim() != 3 or dim not in (0, -3):
+        plain: Tensor = function(matrix.dequantized(), dim, index)
+        return plain
+    values, scales = (function(each, 0, index) for each in (matrix.e4m3, matrix.scales))
+    return BlockScaled(values, scales, matrix.shape[1:], matrix.dtype, matrix.lie)
+
+
 def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """What `load_state_dict` does: an FP8 matrix is taken as it is, another one quantised, in the format there was."""
     if not isinstance(target, BlockScaled):
@@ -263,6 +298,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
     aten.stack.default: _stack,
+    aten.select.int: _select,
 }
 
 
@@ -272,7 +308,7 @@ def _unpacked(packed: Tensor, shape: Sequence[int], lie: Lie) -> Tensor:
     if lie.gate_up == "single":
         matrix = packed[..., :n, :k]
     else:
-        gate, up = unpack(packed[..., :k], n // 2)
+        gate, up = (half[..., : n // 2, :k] for half in packed.chunk(2, -2))
         matrix = torch.cat([gate, up], -2) if lie.gate_up == "halves" else torch.stack([gate, up], -2).flatten(-3, -2)
     return (matrix.mT if lie.transposed else matrix).contiguous()
 

@@ -33,10 +33,7 @@ PITCH = 4
 
 def takes(*values: Tensor) -> bool:
     """Whether the kernels read these e4m3 numbers: a token at least, whole lines of 16 bytes."""
-    return all(
-        each.is_contiguous() and each.numel() > 0 and each.data_ptr() % 16 == 0 and each.shape[-1] % 16 == 0
-        for each in values
-    )
+    return all(each.numel() > 0 and each.shape[-1] % 16 == 0 for each in values)
 
 
 def takes_rows(x: Tensor) -> bool:
@@ -44,8 +41,16 @@ def takes_rows(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and takes(x)
 
 
+def _in_lines(x: Tensor) -> Tensor:
+    """The same where kernels can read it, contiguous from a multiple of 16 bytes: a copy, if it lies otherwise."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
     """Values (T, K) and transposed scales (ceil(K / 128), T) of x (T, K)."""
+    x = _in_lines(x)
     rows = QuantizedRows(x.new_empty(x.shape, dtype=E4M3), x.new_empty(_blocks(x), x.shape[0], dtype=torch.float32))
     hopper_quantize.quantize_rows(x, None, rows, None, scale_format)
     return rows.values, rows.scales
@@ -53,14 +58,14 @@ def quantize(x: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
 
 def quantize_gradient(grad: Tensor, scale_format: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values (T, N) and transposed scales (ceil(N / 128), T) of grad (T, N), and of the token-major copy likewise."""
-    rows, turned = hopper_quantize.quantize_gradient(grad, scale_format)
+    rows, turned = hopper_quantize.quantize_gradient(_in_lines(grad), scale_format)
     return rows.values, rows.scales, turned.values, turned.scales
 
 
 def along_tokens(values: Tensor, scales: Tensor, scale_format: str, *, per_feature: bool) -> tuple[Tensor, Tensor]:
     """The token-major copy (F, P) of (T, F), with scales (F, P / 128), or of 128 features (ceil(F / 128), P / 128)."""
     turned = hopper_quantize.transpose_rows(
-        values, _by_block(scales, 1), per_column=per_feature, scale_format=scale_format
+        _in_lines(values), _by_block(scales, 1), per_column=per_feature, scale_format=scale_format
     )
     return turned.values, turned.scales.t() if per_feature else turned.scales
 
@@ -69,6 +74,7 @@ def scaled_mm(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """a (T, F) @ b (N', K').T + bias, of which the first `out_features` columns are, in bfloat16."""
+    a, b = _in_lines(a), _in_lines(b)
     if not fills(a.shape[0], out_features) and _is_torchs(a, a_scales, b, bias):
         across = torch.nn.functional.pad(b_scales, (0, -b_scales.shape[1] % PITCH))
         return torch.nn.functional.scaled_mm(

@@ -27,6 +27,7 @@ from moecompile.runtime import quantize as quantizer
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import expect_shape
 from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, check_scale_format, checked, weight_specs
+from moecompile.runtime.once import warn_once
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
     BLOCK,
@@ -128,7 +129,7 @@ def _along_tokens_in_torch(values: Tensor, scales: Tensor, scale_block: str) -> 
     turned, turned_scales = cast(rows, _rows(scales))
     filled = torch.nn.functional.pad(turned.view(torch.uint8), (0, 0, 0, pad(rows.shape[0]) - rows.shape[0]))
     kept = turned_scales.t() if scale_block == "1x128" else _laid_out(turned_scales.t())
-    return [filled.t().contiguous().view(E4M3), kept]
+    return [_laid_out(filled.t()).view(E4M3), kept]
 
 
 def fake_along_tokens(
@@ -159,8 +160,9 @@ def scaled_mm(
     def run(fused: ModuleType | None) -> list[Tensor]:
         _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype)
         shape = (*a.shape[:-1], out_features)
-        if fused is not None and dtype == torch.bfloat16 and fused.takes(_rows(a), b):
+        if fused is not None and dtype == torch.bfloat16 and fused.takes(_rows(a), b) and out_features % LINE == 0:
             return [fused.scaled_mm(_rows(a), _rows(a_scales), b, b_scales, bias, out_features).view(shape)]
+        _say_if_slow(a, fused, out_features, dtype)
         matrix = dequantize(b, b_scales, SQUARE)[:out_features, : a.shape[-1]]
         product = dequantize(_rows(a), _rows(a_scales), ALONG_FEATURES) @ matrix.mT
         product = product if bias is None else product + bias.to(torch.float32)
@@ -231,6 +233,19 @@ def _remembered(
         return known
     with exact(given):
         return run(None) if fused is None else CALLS.first(operator, tensors, attributes, lambda: run(fused))
+
+
+def _say_if_slow(a: Tensor, fused: ModuleType | None, out_features: int, dtype: torch.dtype) -> None:
+    """Logs, once, that a GPU multiplies without kernels of ours, and why."""
+    if a.numel() == 0 or (fused is None and a.device.type != "cuda"):
+        return
+    if fused is None:
+        why = f"moecompile's kernels do not run on {a.device}, which is no Hopper GPU, or lacks what compiles them"
+    elif dtype != torch.bfloat16:
+        why = f"the model is in {dtype}; there are kernels for bfloat16"
+    else:
+        why = f"{a.shape[-1]} and {out_features} features are not both multiples of {LINE}"
+    warn_once(f"linear layers in FP8 are emulated with PyTorch's operators, which is slow: {why}")
 
 
 def _rows(tensor: Tensor) -> Tensor:

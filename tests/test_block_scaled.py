@@ -139,6 +139,61 @@ def test_a_layer_reads_it_dequantised() -> None:
     assert torch.equal(kept[3], kept.dequantized()[3])
 
 
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("layout", [{}, {"gate_up": "halves"}, {"transposed": True}], ids=str)
+def test_a_loop_over_experts_dequantises_one_at_a_time(
+    layout: dict[str, Any], fullgraph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, x = BlockScaled.of(matrix(3, 256, 256), **layout), torch.randn(4, 256).bfloat16()
+    expected = torch.stack([x @ each for each in kept * 1.0])
+    sizes, dequantized = list[tuple[int, ...]](), BlockScaled.dequantized
+
+    def noted(w: BlockScaled) -> Tensor:
+        sizes.append(tuple(w.shape))
+        return dequantized(w)
+
+    monkeypatch.setattr(BlockScaled, "dequantized", noted)
+
+    def loop(w: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([x @ w[expert] for expert in range(3)])
+
+    run = torch.compile(loop, backend="aot_eager", fullgraph=True) if fullgraph else loop
+    assert torch.equal(run(kept, x), expected)
+    assert sizes and set(sizes) == {(256, 256)}
+    assert torch.equal(kept.select(1, 5), dequantized(kept)[:, 5]) and torch.equal(kept[-1] * 1.0, dequantized(kept)[2])
+
+
+@pytest.mark.parametrize("layout", [{}, {"gate_up": "halves"}, {"transposed": True}], ids=str)
+@pytest.mark.parametrize("shape", [(3, 256, 256), (3, 512, 140)], ids=str)
+def test_blocks_are_those_of_the_matrix(shape: tuple[int, ...], layout: dict[str, Any]) -> None:
+    kept = BlockScaled.of(matrix(*shape), **layout)
+    blocks = kept.blocks()
+    assert blocks is not None and blocks[0].shape == shape and all(each.is_contiguous() for each in blocks)
+    assert torch.equal(BlockScaled.from_blocks(*blocks, torch.bfloat16) * 1.0, kept * 1.0)
+
+
+def test_gate_and_up_apart() -> None:
+    w = matrix(3, 2 * 192, 140)
+    kept = BlockScaled.of(w, gate_up="halves")
+    halves = kept.gate_and_up()
+    assert halves is not None and kept.blocks() is None
+    assert torch.equal(torch.cat([each * 1.0 for each in halves], 1), kept * 1.0)
+    (values, scales), (others, of_others) = (each.blocks() for each in halves)  # type: ignore[misc]
+    both = (
+        torch.cat([values.view(torch.uint8), others.view(torch.uint8)], 1).view(E4M3),
+        torch.cat([scales, of_others], 1),
+    )
+    again = BlockScaled.from_blocks(*both, torch.bfloat16, gate_up="halves")
+    assert again.lie == kept.lie and same([again.e4m3, again.scales], [kept.e4m3, kept.scales])
+    with pytest.raises(ValueError, match=r"expected scales of shape \(3, 4, 2\)"):
+        BlockScaled.from_blocks(both[0], scales, torch.bfloat16, gate_up="halves")
+    with pytest.raises(ValueError, match=r"expected values \(experts, 2 N, K\)"):
+        BlockScaled.from_blocks(both[0][:, 1:], both[1], torch.bfloat16, gate_up="halves")
+    for layout in ({}, {"gate_up": "interleaved"}, {"gate_up": "halves", "transposed": True}):
+        assert BlockScaled.of(matrix(3, 2 * 192, 2 * 192), **layout).gate_and_up() is None
+    assert BlockScaled.of(w, gate_up="interleaved").blocks() is None
+
+
 def test_it_is_copied_moved_and_stored() -> None:
     kept: Any = nn.Parameter(BlockScaled.of(matrix(130, 256)), requires_grad=False)
     stored = io.BytesIO()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
-from moecompile.conversion import SCALES
+from moecompile.checkpoints import SCALES
 from moecompile.runtime.block_scaled import BlockScaled
 from plain_layers import Plain
 from test_fp8_models import compiled

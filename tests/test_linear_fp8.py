@@ -13,6 +13,7 @@ import fake_gpu
 import fp8_by_hand as by_hand
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile.runtime import hopper_linear, linear_fp8
+from moecompile.runtime.once import warn_once
 from moecompile.runtime.quantize import ALONG_FEATURES, FLOAT32, SQUARE, dequantize, quantize
 
 ops = torch.ops.moecompile
@@ -240,7 +241,7 @@ def test_bad_arguments_are_refused() -> None:
         call(x, weight, bias, values, scales, forward_only), call(x, weight, bias, values, scales, copies)
     )
     with pytest.raises(ValueError, match=r"a gradient needs transposed copies .*backward=True"):
-        call(x, weight.clone().requires_grad_(), bias, values, scales, forward_only)
+        call(x.clone().requires_grad_(), weight, bias, values, scales, forward_only)
     with pytest.raises(ValueError, match="scale_block must be one of 1x128, 128x128; got '128x1'"):
         ops.along_tokens(values, scales, scale_block="128x1")
     with pytest.raises(TypeError, match=r"values must be torch\.float8_e4m3fn, got torch\.bfloat16; quantize makes it"):
@@ -288,6 +289,60 @@ def test_on_hopper_it_is_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
             *("quantize_gradient", "gemm"),
             *("transpose_rows", "gemm"),
         ]
+
+
+def test_the_gradient_of_the_weight_alone_reads_no_transposed_copies() -> None:
+    x, weight, bias = given(70)
+    rows = ops.quantize(x.detach())
+    found = []
+    for backward in (True, False):
+        copies = list(ops.quantize_weights(weight, backward=backward))
+        found.append(gradients(ops.linear_fp8(x.detach(), weight, bias, *rows, copies), (weight, bias)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("how", ["turned", "one row for all", "every other", "four bytes on"])
+def test_what_lies_otherwise_is_copied_for_the_kernels(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of sums and of transposed results lie so: emulation would be a hundred times slower."""
+    lie = {
+        "turned": lambda x: x.t().contiguous().t(),
+        "one row for all": lambda x: x[:1].expand_as(x),
+        "every other": lambda x: torch.stack([x, x], 1)[:, 0],
+        "four bytes on": lambda x: torch.cat([x.new_zeros(2), x.flatten()])[2:].view(x.shape),
+    }[how]
+    x, weight, _ = given(70)
+    x, grad = lie(x.detach()).requires_grad_(), lie(torch.ones(70, 48, dtype=torch.bfloat16))
+    assert not x.is_contiguous() or x.data_ptr() % 16
+    with fake_gpu.installed(monkeypatch) as gpu:
+        monkeypatch.setattr(linear_fp8, "_hopper", lambda device: hopper_linear)
+        monkeypatch.setattr(hopper_linear, "fills", lambda rows, columns: True)
+        for _ in range(2):  # the second time as it was recorded
+            result = linear(x, weight, None)
+            torch.autograd.grad(result, [x, weight], grad)
+            names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
+            assert names == [
+                *("quantize_rows", "quantize_weights", "gemm"),
+                *("quantize_gradient", "gemm", "transpose_rows", "gemm"),
+            ]
+
+
+def test_emulation_where_there_are_kernels_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(linear_fp8, "_hopper", lambda device: hopper_linear)
+    warn_once.cache_clear()
+    x, weight, _ = given(5, dtype=torch.float16)
+    rows, copies = quantize(x.detach(), ALONG_FEATURES), list(ops.quantize_weights(weight))
+    for _ in range(2):
+        ops.linear_fp8(x.detach(), weight.detach(), None, *rows, copies)
+    linear_fp8.scaled_mm(*rows, *copies[:2], out_features=36, dtype=torch.bfloat16)
+    monkeypatch.setattr(linear_fp8, "_hopper", lambda device: None)
+    linear_fp8.scaled_mm(*rows, *copies[:2], out_features=36, dtype=torch.bfloat16)
+    slow = "linear layers in FP8 are emulated with PyTorch's operators, which is slow: "
+    assert caplog.messages == [
+        f"{slow}the model is in torch.float16; there are kernels for bfloat16",
+        f"{slow}256 and 36 features are not both multiples of 16",
+    ], "on a CPU everybody knows"
 
 
 def test_products_of_few_tiles_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:

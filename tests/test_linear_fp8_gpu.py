@@ -95,6 +95,30 @@ def test_casts_have_the_bits_of_the_emulation(
         assert torch.equal(*bits), number
 
 
+@pytest.mark.parametrize("how", ["turned", "one row for all", "four bytes on"])
+def test_what_lies_otherwise_gives_the_same_bits(how: str) -> None:
+    """As computed, as recorded, and as replayed."""
+
+    def lie(x: Tensor) -> Tensor:
+        if how == "turned":
+            return x.t().contiguous().t()
+        return (
+            x[:1].expand_as(x) if how == "one row for all" else torch.cat([x.new_zeros(2), x.flatten()])[2:].view_as(x)
+        )
+
+    torch.manual_seed(0)
+    weight = torch.randn(272, 512, device="cuda").bfloat16().requires_grad_()
+    copies = list(ops.quantize_weights(weight))
+    for _ in range(4):
+        x, grad = (lie(torch.randn(300, features, device="cuda").bfloat16()) for features in (512, 272))
+        found = []
+        for rows, of_result in ((x, grad), (x.contiguous(), grad.contiguous())):
+            leaf = rows.detach().requires_grad_()
+            result = ops.linear_fp8(leaf, weight, None, *ops.quantize(leaf), copies)
+            found.append([result.detach(), *torch.autograd.grad(result, [leaf, weight], of_result)])
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_a_fused_cast_has_the_same_bits() -> None:
     """In Inductor's kernel, behind what made the rows; an even factor, so that nothing is rounded on the way."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
-from moecompile.conversion import SCALES
+from moecompile.checkpoints import SCALES
 from moecompile.runtime.block_scaled import BlockScaled
 from moecompile.runtime.quantize import BLOCK, E4M3
 from test_conversion import MODELS, Called, in_fp8, infer, made

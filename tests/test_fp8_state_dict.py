@@ -1,0 +1,113 @@
+"""`fp8_state_dict`: what is in FP8 as plain tensors, for files of safetensors and for `load_fp8`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import moecompile
+from moecompile.checkpoints import SCALES
+from moecompile.runtime.block_scaled import BlockScaled
+from moecompile.runtime.quantize import E4M3
+from test_conversion import MODELS, Called, in_fp8, infer, made
+from test_fp8_models import compiled, model_of
+
+
+def emptied(model: Called) -> Called:
+    """The same in its own precision, of zeros."""
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        for each in fresh.parameters():
+            each.zero_()
+    return fresh
+
+
+@pytest.mark.parametrize("single_experts", [True, False])
+@pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name: str, scale_format: str, single_experts: bool) -> None:
+    tiny, ids = model_of(name, layers=1)
+    model = Called(tiny).eval()
+    fresh = emptied(model)
+    names = moecompile.convert_to_fp8(model, ids, moecompile_options={"fp8_scale_format": scale_format})
+    stored = moecompile.fp8_state_dict(model.model, single_experts=single_experts)
+    assert not any(isinstance(each, BlockScaled) for each in stored.values())
+    assert all(stored[each.removesuffix(SCALES)].dtype == E4M3 for each in stored if each.endswith(SCALES))
+    assert any(".experts.1.gate_proj.weight" in each for each in stored) == single_experts
+    assert {*moecompile.load_fp8(fresh.model, stored)} == {each.removeprefix("model.") for each in names}
+    before = model.state_dict()
+    for each, tensor in fresh.state_dict().items():
+        assert isinstance(tensor, BlockScaled) == (each in names), each
+        pairs = [(tensor, before[each])]
+        if isinstance(tensor, BlockScaled):
+            pairs = [(tensor.e4m3.float(), before[each].e4m3.float()), (tensor.scales, before[each].scales)]
+        assert all(torch.equal(*pair) for pair in pairs), each
+    assert torch.equal(infer(compiled(fresh), ids), infer(compiled(model), ids))
+
+
+def test_in_files_of_safetensors(tmp_path: Path) -> None:
+    """Written by transformers' `save_pretrained`, too, and read from all files of a folder."""
+    from safetensors.torch import load_file
+
+    model, ids = made()
+    fresh = emptied(model)
+    moecompile.convert_to_fp8(model, ids)
+    stored = moecompile.fp8_state_dict(model.model)
+    assert all(each.is_contiguous() for each in stored.values())
+    model.model.save_pretrained(tmp_path, state_dict=stored, max_shard_size="1MB")
+    files = [*tmp_path.glob("*.safetensors")]
+    assert len(files) > 1
+    read = {name: each for file in files for name, each in load_file(file).items()}
+    moecompile.load_fp8(fresh.model, read)
+    assert {*in_fp8(fresh)} == {*in_fp8(model)}
+    assert torch.equal(infer(compiled(fresh), ids), infer(compiled(model), ids))
+
+
+class Experts(nn.Module):
+    """Parameters of all experts, under the names that transformers' models have."""
+
+    def __init__(self, inner: int, gate_up: str = "halves") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        gates, downs = torch.randn(2, 2 * inner, 128).bfloat16(), torch.randn(2, 128, inner).bfloat16()
+        self.gate_up_proj = nn.Parameter(BlockScaled.of(gates, gate_up=gate_up), requires_grad=False)
+        self.down_proj = nn.Parameter(BlockScaled.of(downs), requires_grad=False)
+
+
+def test_gate_and_up_that_share_a_block() -> None:
+    """In one tensor there are no such blocks: it loses nothing as it is; single experts have theirs."""
+    model = Experts(96)
+    exact = {name: each * 1.0 for name, each in model.named_parameters()}
+    packed = moecompile.fp8_state_dict(model, single_experts=False)
+    assert {*packed} == {"gate_up_proj", "down_proj", "down_proj" + SCALES}
+    assert packed["gate_up_proj"].dtype == torch.bfloat16 and torch.equal(packed["gate_up_proj"], exact["gate_up_proj"])
+
+    holder, fresh = nn.ModuleDict({"experts": model}), nn.ModuleDict({"experts": nn.Module()})
+    single = moecompile.fp8_state_dict(holder)
+    assert len(single) == 2 * 3 * 2 and all(
+        f"experts.1.{each}_proj.weight" in single for each in ("gate", "up", "down")
+    )
+    for name, each in exact.items():
+        setattr(fresh["experts"], name, nn.Parameter(torch.zeros_like(each)))
+    assert moecompile.load_fp8(fresh, single) == ("experts.gate_up_proj", "experts.down_proj")
+    for name, each in fresh["experts"].named_parameters():
+        assert isinstance(each, BlockScaled) and each.lie == getattr(model, name).lie
+        assert torch.equal(each.e4m3.float(), getattr(model, name).e4m3.float())
+
+
+def test_what_lies_otherwise_stays_one_tensor() -> None:
+    model = Experts(128, gate_up="interleaved")
+    exact = model.gate_up_proj * 1.0
+    stored = moecompile.fp8_state_dict(nn.ModuleDict({"experts": model}))
+    assert torch.equal(stored["experts.gate_up_proj"], exact) and "experts.0.down_proj.weight" in stored
+
+
+def test_what_is_not_in_fp8_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"this one has none; call moecompile\.convert_to_fp8 first"):
+        moecompile.fp8_state_dict(nn.Linear(128, 128))
+    with pytest.raises(TypeError, match=r"moecompile\.fp8_state_dict: expected a module"):
+        moecompile.fp8_state_dict({})  # type: ignore[arg-type]
