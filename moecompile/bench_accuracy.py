@@ -5,26 +5,32 @@
 
 The difference is to be less than 0.25 %. That is worth something only if the set-up can tell: recipes that are known to
 be worse have to come out worse than seeds differ. What chance alone makes of a run is shown by bfloat16 once more, from
-weights that differ in their last bits. Takes some minutes for each recipe on a GPU, most of them for compiling.
+weights that differ in their last bits; what a run can tell at all, by numbers with a bit of mantissa less. Takes some
+minutes for each recipe on a GPU, most of them for compiling.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moecompile.bench_curves import draw
-from moecompile.bench_recipes import FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
+from moecompile.bench_recipes import COARSE, FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
 from moecompile.bench_training import TINY, Setup, library_text, runs
 
 WIDE, NUDGED, RIGHT = "bfloat16", "bfloat16, nudged", "FP8"
 WRONG = (PER_TENSOR, FAST, SQUARE_GRADIENTS, ROUTER)
+OTHERS = (*WRONG, COARSE)
 BOUND = 0.0025
 """How far FP8's loss may be from bfloat16's, relative."""
 
@@ -38,24 +44,47 @@ def main(argv: Sequence[str]) -> int:
     given = {each.name: getattr(chosen, each.name) for each in fields(Setup)}
     usual = TINY if chosen.device == "cpu" else Setup()
     setup = replace(usual, **{name: value for name, value in given.items() if value is not None})
-    recipes = [WIDE, NUDGED, RIGHT, *(chosen.recipes if chosen.recipes is not None else WRONG)]
+    recipes = [WIDE, NUDGED, RIGHT, *(chosen.recipes if chosen.recipes is not None else OTHERS)]
     losses: dict[str, list[list[float]]] = {}
-    data = library_text(setup.text).to(chosen.device)
-    print(f"{len(data) / 2**20:.1f} MiB of Python; {setup}", flush=True)
-    for recipe in recipes:
-        begun = time.perf_counter()
-        with wrong(recipe if recipe in WRONG else None) as more:
-            options = None if recipe in (WIDE, NUDGED) else {"precision": "fp8", **more}
-            if chosen.device == "cpu":  # a look at the command, without minutes of compiling
-                options = {**(options or {}), "lowering": "eager"}
-            losses[recipe] = [*runs(setup, options, chosen.seeds, data, recipe == NUDGED)]
-        ends = ", ".join(f"{end(each):.4f}" for each in losses[recipe])
-        print(f"{recipe:<20} last tenth {ends}   {time.perf_counter() - begun:.0f} s", flush=True)
+    print(f"{len(library_text(setup.text)) / 2**20:.1f} MiB of Python; {setup}", flush=True)
+    for recipe, found, seconds in _every(recipes, partial(_losses, setup, chosen.seeds, chosen.device), chosen.jobs):
+        losses[recipe] = found
+        ends = ", ".join(f"{end(each):.4f}" for each in found)
+        print(f"{recipe:<20} last tenth {ends}   {seconds:.0f} s", flush=True)
         if chosen.json is not None:
             chosen.json.write_text(json.dumps({"setup": asdict(setup), "losses": losses}), encoding="utf-8")
+    losses = {recipe: losses[recipe] for recipe in recipes}
     if chosen.svg is not None:
         chosen.svg.write_text(draw(losses), encoding="utf-8")
     return judge(losses)
+
+
+def _losses(setup: Setup, seeds: int, device: str, recipe: str) -> list[list[float]]:
+    """Of each seed's run by one recipe, of each step."""
+    data = library_text(setup.text).to(device)
+    with wrong(recipe if recipe in OTHERS else None) as more:
+        options: dict[str, Any] | None = None if recipe in (WIDE, NUDGED) else {"precision": "fp8", **more}
+        if device == "cpu":  # a look at the command, without minutes of compiling
+            options = {**(options or {}), "lowering": "eager"}
+        return [*runs(setup, options, seeds, data, recipe == NUDGED)]
+
+
+def _every(
+    recipes: Sequence[str], losses_of: Callable[[str], list[list[float]]], jobs: int
+) -> Iterator[tuple[str, list[list[float]], float]]:
+    """Each recipe with its losses and the seconds they took, as they come; in so many processes beside each other."""
+    timed = partial(_timed, losses_of)
+    if jobs == 1:
+        yield from map(timed, recipes)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for done in as_completed([pool.submit(timed, recipe) for recipe in recipes]):
+            yield done.result()
+
+
+def _timed(losses_of: Callable[[str], list[list[float]]], recipe: str) -> tuple[str, list[list[float]], float]:
+    begun = time.perf_counter()
+    return recipe, losses_of(recipe), time.perf_counter() - begun
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     for each in fields(Setup):
         convert = float if each.name == "rate" else int
         parser.add_argument(f"--{each.name}", type=convert, help=f"of the set-up (default: {each.default})")
-    parser.add_argument("--recipes", nargs="*", choices=WRONG, help="wrong ones to run besides (default: all)")
+    parser.add_argument("--recipes", nargs="*", choices=OTHERS, help="wrong ones to run besides (default: all)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="recipes that run beside each other on the GPU (default: 1)"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the losses to PATH")
     parser.add_argument("--svg", type=Path, metavar="PATH", help="also draw them to PATH")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=argparse.SUPPRESS)

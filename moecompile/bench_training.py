@@ -30,7 +30,9 @@ class Setup:
     Attributes:
         hidden: features of a token.
         layers: decoder layers.
-        experts: of each.
+        dense: how many of these, the first ones, have one dense block in place of experts, four times as wide as a
+            token, as DeepSeek-V3's first layers: wrong recipes reach linear layers and no rows inside of experts.
+        experts: of each of the others.
         top_k: experts of a token.
         inner: features inside an expert.
         context: bytes of a sequence. Longer ones can be copied from, which some seeds learn much earlier than others.
@@ -41,20 +43,21 @@ class Setup:
         text: bytes of text at most.
     """
 
-    hidden: int = 512
+    hidden: int = 768
     layers: int = 4
+    dense: int = 2
     experts: int = 16
     top_k: int = 2
-    inner: int = 512
+    inner: int = 768
     context: int = 128
     batch: int = 64
-    steps: int = 3000
+    steps: int = 2500
     rate: float = 1e-3
     warmup: int = 100
     text: int = 24 * 2**20
 
 
-TINY = Setup(128, 1, 4, 2, 128, 32, 2, 10, 1e-3, 2, 2**16)
+TINY = Setup(128, 2, 1, 4, 2, 128, 32, 2, 10, 1e-3, 2, 2**16)
 """For a look at the command on a CPU."""
 
 
@@ -86,6 +89,7 @@ def build(setup: Setup, device: torch.device) -> nn.Module:
         vocab_size=256, hidden_size=setup.hidden, num_hidden_layers=setup.layers, head_dim=64,
         num_attention_heads=setup.hidden // 64, num_key_value_heads=max(1, setup.hidden // 128),
         num_experts=setup.experts, num_experts_per_tok=setup.top_k, moe_intermediate_size=setup.inner,
+        mlp_only_layers=list(range(setup.dense)), intermediate_size=4 * setup.hidden,
         decoder_sparse_step=1, norm_topk_prob=True, max_position_embeddings=setup.context,
         attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -71,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         "--html", metavar="PATH", type=Path, help="also write the report to PATH as one self-contained page"
     )
     explain.add_argument("--fp8", action="store_true", help='also the table of what precision="fp8" would cast')
+    explain.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the backend, such as fp8_exclude=\"('*.q_proj',)\"; may be given several times",
+    )
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     explain.set_defaults(run=_explain)
     doctor = verbs.add_parser("doctor", help="what this machine can run, what is missing, and how to get it")
@@ -95,11 +103,11 @@ def _cache(chosen: argparse.Namespace) -> int:
 
 
 def _explain(chosen: argparse.Namespace) -> int:
+    options = _options(["precision=fp8"] * chosen.fp8 + chosen.option)
     model, args, kwargs = _model_and_inputs(chosen.target)
     import moecompile
 
-    options = {"precision": "fp8"} if chosen.fp8 else None
-    report = moecompile.explain(model, *args, moecompile_options=options, **kwargs)
+    report = moecompile.explain(model, *args, moecompile_options=options or None, **kwargs)
     if chosen.html is not None:
         try:
             report.html(chosen.html)
@@ -108,6 +116,26 @@ def _explain(chosen: argparse.Namespace) -> int:
             raise UsageError(f"--html: {chosen.html} cannot be written: {reason}. Name another file.") from error
     print(report.json() if chosen.json else report)
     return 0
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of the backend from NAME=VALUE, the value as Python writes it or a word; raises UsageError."""
+    import moecompile
+
+    options: dict[str, Any] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise UsageError(f"--option: expected NAME=VALUE, got {each!r}.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    try:
+        moecompile.Options.parse(None, options)
+    except ValueError as error:
+        raise UsageError(f"--option: {error}") from error
+    return options
 
 
 def _doctor(chosen: argparse.Namespace) -> int:

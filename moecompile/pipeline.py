@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from moecompile.bodies import bodies_of, copy_graph, text_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
+from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions
@@ -31,6 +32,7 @@ from moecompile.passes.precision import Whole, cast
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
+from moecompile.runtime.linear_fp8 import has_kernels
 
 log = logging.getLogger("moecompile")
 
@@ -145,6 +147,7 @@ def run_passes(
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.casts = tuple(row for piece in pieces for row in piece.casts)
     _say_if_nothing_is_cast(record)
+    _say_if_emulated(modules, record)
     record.after = text_of(gm)
     return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
 
@@ -154,6 +157,25 @@ def _say_if_nothing_is_cast(record: GraphReport) -> None:
         reasons = "; ".join(dict.fromkeys(row.reason for row in record.casts))
         record.notes.append(f"nothing of it is cast to FP8: {reasons}")
         log.warning("%s: %s", record.name or "a graph", record.notes[-1])
+
+
+def _say_if_emulated(modules: Iterable[fx.GraphModule], record: GraphReport) -> None:
+    """Notes that what is cast is computed without kernels; on a GPU the log says it, too."""
+    if not any(row.cast for row in record.casts):
+        return
+    devices = dict.fromkeys(device for module in modules for device in _devices(module.graph))
+    for device in devices:
+        if not has_kernels(device):
+            record.notes.append(f"FP8 is emulated on {device.type}: the numbers of a Hopper GPU, slowly")
+            if device.type == "cuda":
+                log.warning("%s: %s", record.name or "a graph", record.notes[-1])
+
+
+def _devices(graph: fx.Graph) -> Iterator[torch.device]:
+    """Where matrices are multiplied in FP8."""
+    for target in (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            yield fake_of(node.args[0]).device
 
 
 def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> None:

@@ -20,7 +20,10 @@ from moecompile.graph_diff import Row, diff_rows
 from moecompile.report import GraphBreak, GraphReport, PassRecord, Report
 from moecompile.report_text import (
     CAST_COLUMNS,
+    CAST_LEGEND,
     COMPARED_COLUMNS,
+    COMPARED_LEGEND,
+    COMPARED_TITLE,
     LEGEND,
     SITE_COLUMNS,
     cast_cells,
@@ -152,7 +155,8 @@ def _casts(report: Report) -> str:
         return ""
     headers = "".join(f"<th>{name}</th>" for name in CAST_COLUMNS)
     table = f"<table><thead><tr>{headers}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<h2>FP8<small>{cast_summary(report.casts)}</small></h2><div class="card wide">{table}</div>'
+    about = f"{cast_summary(report.casts)}; {CAST_LEGEND}"
+    return f'<h2>FP8<small>{escape(about)}</small></h2><div class="card wide">{table}</div>'
 
 
 def _near_misses(report: Report) -> str:
@@ -227,8 +231,8 @@ def _compared(graph: GraphReport) -> str:
         for each in worst_first(graph.compared)
     )
     headers = "".join(f"<th>{name}</th>" for name in COMPARED_COLUMNS)
-    title = "FP8 against the model's own precision, one call"
-    return f'<h3>{title}</h3><table class="passes"><tr>{headers}</tr>{rows}</table>'
+    table = f'<table class="passes"><tr>{headers}</tr>{rows}</table>'
+    return f"<h3>{COMPARED_TITLE}<small>{escape(COMPARED_LEGEND)}</small></h3>{table}"
 
 
 def _views(graph: GraphReport) -> list[tuple[str, str]]:

@@ -12,11 +12,11 @@ from torch import Tensor
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_accuracy
 from moecompile.bench_curves import draw
-from moecompile.bench_recipes import FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
+from moecompile.bench_recipes import COARSE, FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, coarse, wrong
 from moecompile.bench_training import TINY, Training, build, library_text, share
 from moecompile.commands import main
 from moecompile.runtime import linear_fp8
-from moecompile.runtime.quantize import ALONG_FEATURES, SQUARE, dequantize
+from moecompile.runtime.quantize import ALONG_FEATURES, E4M3, SQUARE, dequantize
 
 ops = torch.ops.moecompile
 
@@ -48,6 +48,27 @@ def test_wrong_recipes_give_what_the_right_one_gives_in_other_scales(name: str) 
     assert all(
         map(torch.equal, [each.float() for each in ops.quantize_gradient(grad)], [each.float() for each in right])
     )
+
+
+def test_two_bits_of_mantissa() -> None:
+    """Every number is one that has two, the nearest; zeros and the largest stay."""
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+    every = every[every.isfinite()]
+    found = coarse(every.to(E4M3)).float()
+    allowed = every[(every.to(E4M3).view(torch.uint8) & 1) == 0]
+    nearest = (allowed[None] - every[:, None]).abs().amin(1)
+    assert torch.equal((found - every).abs(), nearest) and torch.isin(found, allowed).all()
+    torch.manual_seed(0)
+    grad = torch.randn(90, 272).bfloat16()
+    right = ops.quantize_gradient(grad)
+    with wrong(COARSE):
+        found = ops.quantize_gradient(grad)
+        assert not (ops.quantize(grad)[0].view(torch.uint8) & 1).any()
+        assert not (ops.quantize_weights(grad)[0].view(torch.uint8) & 1).any()
+    assert all(
+        torch.equal(coarse(ours).float(), theirs.float()) for ours, theirs in zip(right[::2], found[::2], strict=True)
+    )
+    assert torch.equal(right[1], found[1]) and torch.equal(right[3], found[3])
 
 
 def test_sums_that_are_not_promoted() -> None:
@@ -132,6 +153,13 @@ def test_the_picture() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "accuracy"]) == 2 and "there is none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_recipes_run_one_by_one_or_beside_each_other(jobs: int) -> None:
+    found = [*bench_accuracy._every(["a", "bcd"], len, jobs)]  # type: ignore[arg-type]  # any function will do
+    assert {recipe: losses for recipe, losses, _ in found} == {"a": 1, "bcd": 3}
+    assert all(seconds >= 0 for _, _, seconds in found)
 
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

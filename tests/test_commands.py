@@ -114,6 +114,37 @@ def test_explain_with_the_real_report(monkeypatch, tmp_path, capsys):
     assert "FP8: 0 cast, 1 kept" in capsys.readouterr().out
 
 
+def test_explain_takes_options(models, capsys, monkeypatch):
+    found = []
+
+    def explain(*args, moecompile_options, **kwargs):
+        found.append(moecompile_options)
+        return "a report"
+
+    monkeypatch.setattr(moecompile, "explain", explain)
+    assert main(["explain", "some_models:pair", "--fp8", "--option", "fp8_exclude=('*.q', 'a')"]) == 0
+    assert main(["explain", "some_models:pair", "--option", "kernels=reference", "--option", "recompute=True"]) == 0
+    assert main(["explain", "some_models:pair"]) == 0
+    assert found == [
+        {"precision": "fp8", "fp8_exclude": ("*.q", "a")},
+        {"kernels": "reference", "recompute": True},
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("fp8_exclude", "--option: expected NAME=VALUE, got 'fp8_exclude'."),
+        ("kernel=reference", "kernels"),
+        ("kernels=mine", "--option: "),
+    ],
+)
+def test_explain_refuses_options_before_it_loads_a_model(capsys, option: str, message: str):
+    assert main(["explain", "no_such_module:pair", "--option", option]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [
