@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
+from moecompile import pipeline
 from tiny_sizes import Sizes
 from tiny_transformers import build_block, known_to_transformers
 
@@ -56,6 +57,21 @@ def test_a_training_step(name: str, lowering: str) -> None:
     changes = {record.name: record.changes for record in graph.passes}["precision"]
     assert changes["moecompile.quantize_weights"] == (0, 2)
     assert changes["moecompile.experts"] == (1, 0) and changes["moecompile.experts_fp8"] == (0, 1)
+
+
+def test_emulation_is_noted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where kernels run nothing is said; on a GPU without them the log says it, too."""
+    module, inputs = block_of("qwen3_moe")
+    said = "FP8 is emulated on cpu: the numbers of a Hopper GPU, slowly"
+    for kernels, expected in ((False, [said]), (True, [])):
+        monkeypatch.setattr(pipeline, "has_kernels", lambda device, kernels=kernels: kernels)
+        report = moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
+        assert [note for note in report.graphs[0].notes if "emulated" in note] == expected
+    assert "emulated" not in caplog.text
+    monkeypatch.setattr(pipeline, "_devices", lambda graph: [torch.device("cuda", 0)])
+    monkeypatch.setattr(pipeline, "has_kernels", lambda device: False)
+    moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
+    assert "FP8 is emulated on cuda: the numbers of a Hopper GPU, slowly" in caplog.text
 
 
 def test_inference_saves_nothing() -> None:
