@@ -71,7 +71,7 @@ def _gradient_in_squares(grad: Tensor, **_: Any) -> Four:
 
 def _not_promoted(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor | None = None, *, out_features: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype, **_: Any,
 ) -> Tensor:  # fmt: skip
     """The product of tensors that have one scale each, in cuBLASLt's fastest way: the tensor cores keep all of the sum.
 

@@ -71,8 +71,7 @@ class Piece:
 def detect_sites(piece: Piece, options: Options) -> None:
     """Finds the mixture-of-experts blocks; changes nothing."""
     detection = detect(piece.module.graph)
-    kernels = None if options.kernels == "auto" else options.kernels
-    chosen: dict[str, Any] = {"kernels": kernels, "recompute": options.recompute}
+    chosen: dict[str, Any] = {"kernels": _kernels(options), "recompute": options.recompute}
     piece.sites = tuple(dataclasses.replace(site, **chosen) for site in detection.sites)
     piece.near_misses, piece.layout = detection.near_misses, detection.layout
 
@@ -86,7 +85,7 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
     """Turns linear layers and experts to FP8."""
     graph, whole = piece.module.graph, piece.whole or Whole.of([piece.module.graph])
     uncast, places = copy_graph(graph) if options.fp8_compare else (None, {})
-    casting = Casting(piece.differentiable, options.fp8_scale_format)
+    casting = Casting(piece.differentiable, options.fp8_scale_format, _kernels(options))
     table = cast(graph, _exclusions(options), whole, casting)
     piece.changed, piece.casts = True, table.rows
     if uncast is not None:
@@ -98,6 +97,11 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
             note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
             log.warning("%s", note)
             piece.notes.append(note)
+
+
+def _kernels(options: Options) -> str | None:
+    """As operators take it."""
+    return None if options.kernels == "auto" else options.kernels
 
 
 def _exclusions(options: Options) -> Exclusions:

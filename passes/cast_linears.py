@@ -70,7 +70,7 @@ class _Casts:
             specs = check_weights(fake_of(matrix), None, "single", False, casting.backward)
             of_matrix = self._cast(node, linear.matrix, matrix, quantize, attributes, specs)
             given = (rows, matrix, bias, *of_rows, of_matrix)
-            result = call_for(node, ops.linear_fp8.default, given, casting.of_rows)
+            result = call_for(node, ops.linear_fp8.default, given, casting.of_layers)
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)

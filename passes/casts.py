@@ -43,15 +43,22 @@ class Casting:
     Attributes:
         backward: whether the graph may be differentiated; if not, copies that only a backward reads are not made.
         scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
+        kernels: "reference" if products of linear layers are to be PyTorch's; experts have their own attribute.
     """
 
     backward: bool = True
     scale_format: str = POWER_OF_TWO
+    kernels: str | None = None
 
     @property
     def of_rows(self) -> dict[str, Any]:
         """Attributes of operators that quantise rows, or read what is quantised; what is usual is left out."""
         return {} if self.scale_format == POWER_OF_TWO else {"scale_format": self.scale_format}
+
+    @property
+    def of_layers(self) -> dict[str, Any]:
+        """The same of `linear_fp8`."""
+        return self.of_rows | ({} if self.kernels is None else {"kernels": self.kernels})
 
     @property
     def of_matrices(self) -> dict[str, Any]:

@@ -154,22 +154,24 @@ class _LinearFp8(torch.autograd.Function):
         ctx.attributes = attributes
         ctx.save_for_backward(trace, weight, values, scales, *quantized[2:])
         with torch._C._AutoDispatchBelowAutograd():
-            return _product(weight, bias, values, scales, quantized)
+            return _product(weight, bias, values, scales, quantized, attributes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         trace, weight, values, scales, *turned = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[2:5]
         (features, inner), ops, found = weight.shape, torch.ops.moecompile, list[Tensor]()
+        of_casts, of_products = _split(ctx.attributes)
+        sizes = {"out_features": inner, "dtype": weight.dtype, **of_products}
         with torch._C._AutoDispatchBelowAutograd():
             grad = grads[0].to(weight.dtype)
             cast = ops.quantize_gradient if of_weight else ops.quantize
-            g = cast(grad, **ctx.attributes) if of_weight or of_x else ()
+            g = cast(grad, **of_casts) if of_weight or of_x else ()
             if of_x:
-                found.append(ops.scaled_mm(*g[:2], *turned, out_features=inner, dtype=weight.dtype))
+                found.append(ops.scaled_mm(*g[:2], *turned, **sizes))
             if of_weight:
-                x_t = ops.along_tokens(values, scales, scale_block="128x128", **ctx.attributes)
-                found.append(ops.scaled_mm(*g[2:], *x_t, out_features=inner, dtype=weight.dtype))
+                x_t = ops.along_tokens(values, scales, scale_block="128x128", **of_casts)
+                found.append(ops.scaled_mm(*g[2:], *x_t, **sizes))
             if of_bias:
                 found.append(grad.reshape(-1, features).sum(0, dtype=torch.float32).to(weight.dtype))
         parts = iter(_refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
@@ -303,21 +305,33 @@ def linear_fp8(
     **attributes: Any,
 ) -> Tensor:  # fmt: skip
     """linear_fp8 above autograd: recorded where something requires grad; below it is scaled_mm, as graphs show it."""
-    linear.check_linear(x, weight, bias, values, scales, quantized, attributes.get("scale_format", POWER_OF_TWO))
+    chosen = {"scale_format": POWER_OF_TWO, **attributes}
+    linear.check_linear(x, weight, bias, values, scales, quantized, **chosen)
     if _differentiates((x, weight, bias), LINEAR):
         result: Tensor = _LinearFp8.apply(attributes, _trace(x), x, weight, bias, values, scales, *quantized)
         return result
     with torch._C._AutoDispatchBelowAutograd():
-        return _product(weight, bias, values, scales, quantized)
+        return _product(weight, bias, values, scales, quantized, attributes)
 
 
 def _product(
-    weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor]
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    quantized: Sequence[Tensor],
+    attributes: Mapping[str, Any],
 ) -> Tensor:
-    given = (values, scales, *quantized[:2], bias)
+    given, (_, chosen) = (values, scales, *quantized[:2], bias), _split(attributes)
     run = _of_linear("scaled_mm", given)
-    found: Tensor = run(*given, out_features=weight.shape[0], dtype=weight.dtype)
+    found: Tensor = run(*given, out_features=weight.shape[0], dtype=weight.dtype, **chosen)
     return found
+
+
+def _split(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes of `linear_fp8` that are of its casts, and those of its products."""
+    of_casts = {name: value for name, value in attributes.items() if name != "kernels"}
+    return of_casts, {name: value for name, value in attributes.items() if name == "kernels"}
 
 
 def experts_fp8_forward(*args: Any, quantized: Parts, **attributes: Any) -> tuple[Tensor, Parts]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moecompile.runtime import quantize as quantizer
 from moecompile.runtime.autocast import exact
-from moecompile.runtime.contract import expect_shape
+from moecompile.runtime.contract import KERNELS, expect_shape
 from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, check_scale_format, checked, weight_specs
 from moecompile.runtime.once import warn_once
 from moecompile.runtime.quantize import (
@@ -153,16 +153,20 @@ def scaled_mm(
     *,
     out_features: int,
     dtype: torch.dtype,
+    kernels: str | None = None,
 ) -> Tensor:
     """a (..., F) times b (N', K') transposed, of which the first `out_features` columns are: (..., out_features)."""
-    given, attributes = (a, a_scales, b, b_scales, bias), {"out_features": out_features, "dtype": dtype}
+    given = (a, a_scales, b, b_scales, bias)
+    attributes = {"out_features": out_features, "dtype": dtype, "kernels": kernels}
 
     def run(fused: ModuleType | None) -> list[Tensor]:
-        _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype)
+        _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype, kernels)
         shape = (*a.shape[:-1], out_features)
-        if fused is not None and dtype == torch.bfloat16 and fused.takes(_rows(a), b) and out_features % LINE == 0:
+        lines = dtype == torch.bfloat16 and out_features % LINE == 0
+        if kernels is None and fused is not None and lines and fused.takes(_rows(a), b):
             return [fused.scaled_mm(_rows(a), _rows(a_scales), b, b_scales, bias, out_features).view(shape)]
-        _say_if_slow(a, fused, out_features, dtype)
+        if kernels is None:
+            _say_if_slow(a, fused, out_features, dtype)
         matrix = dequantize(b, b_scales, SQUARE)[:out_features, : a.shape[-1]]
         product = dequantize(_rows(a), _rows(a_scales), ALONG_FEATURES) @ matrix.mT
         product = product if bias is None else product + bias.to(torch.float32)
@@ -180,28 +184,30 @@ def fake_scaled_mm(
     *,
     out_features: int,
     dtype: torch.dtype,
+    kernels: str | None = None,
 ) -> Tensor:
     """Shape and dtype of the product."""
-    _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype)
+    _check_scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype, kernels)
     return a.new_empty((*a.shape[:-1], out_features), dtype=dtype)
 
 
 def linear_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor], *,
-    scale_format: str = POWER_OF_TWO,
+    scale_format: str = POWER_OF_TWO, kernels: str | None = None,
 ) -> Tensor:  # fmt: skip
     """The result (..., N) in x's dtype."""
-    check_linear(x, weight, bias, values, scales, quantized, scale_format)
-    matrix, matrix_scales = quantized[:2]
-    return scaled_mm(values, scales, matrix, matrix_scales, bias, out_features=weight.shape[0], dtype=weight.dtype)
+    check_linear(x, weight, bias, values, scales, quantized, scale_format, kernels)
+    matrix, of_matrix = quantized[:2]
+    features, dtype = weight.shape[0], weight.dtype
+    return scaled_mm(values, scales, matrix, of_matrix, bias, out_features=features, dtype=dtype, kernels=kernels)
 
 
 def fake_linear_fp8(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor], *,
-    scale_format: str = POWER_OF_TWO,
+    scale_format: str = POWER_OF_TWO, kernels: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Shape and dtype of the result."""
-    check_linear(x, weight, bias, values, scales, quantized, scale_format)
+    check_linear(x, weight, bias, values, scales, quantized, scale_format, kernels)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -308,8 +314,10 @@ def _check_scaled_mm(
     bias: Tensor | None,
     out_features: int,
     dtype: torch.dtype,
+    kernels: str | None,
 ) -> None:
     operator = "scaled_mm"
+    _check_kernels(operator, kernels)
     _check_rows(operator, "a", a, "a_scales", a_scales)
     if dtype not in GEMM_DTYPES:
         raise TypeError(f"moecompile::{operator}: dtype must be bfloat16 or float16, got {dtype}")
@@ -324,10 +332,11 @@ def _check_scaled_mm(
 
 def check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Sequence[Tensor],
-    scale_format: str,
+    scale_format: str, kernels: str | None = None,
 ) -> None:  # fmt: skip
     """Raises ValueError or TypeError unless the arguments of `linear_fp8` are of one layer."""
     operator = "linear_fp8"
+    _check_kernels(operator, kernels)
     check_scale_format(operator, scale_format)
     _check_weight(weight, quantized, operator)
     n, k = weight.shape
@@ -342,6 +351,12 @@ def check_linear(
         expect_shape(operator, tensor, name, shape, "by weight and x")
         if tensor.dtype != dtype:
             raise TypeError(f"moecompile::{operator}: {name} must be {dtype}, got {tensor.dtype}; cast it")
+
+
+def _check_kernels(operator: str, kernels: str | None) -> None:
+    if kernels not in KERNELS:
+        words = f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {kernels!r}"
+        raise ValueError(f"moecompile::{operator}: {words}")
 
 
 def _check_weight(weight: Tensor, quantized: Sequence[Tensor], operator: str) -> None:

@@ -101,8 +101,8 @@ SCHEMAS = (
     f"quantize_gradient(Tensor grad, *, {FORMAT}) -> (Tensor values, Tensor scales, Tensor values_t, Tensor scales_t)",
     f"along_tokens(Tensor values, Tensor scales, *, str scale_block, {FORMAT}) -> (Tensor values, Tensor scales)",
     "scaled_mm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, Tensor? bias=None, *, SymInt out_features, "
-    "ScalarType dtype) -> Tensor",
-    f"linear_fp8({LINEAR}, *, {FORMAT}) -> Tensor",
+    "ScalarType dtype, str? kernels=None) -> Tensor",
+    f"linear_fp8({LINEAR}, *, {FORMAT}, str? kernels=None) -> Tensor",
     f"experts_fp8({FP8}, Tensor[] quantized, {MAIN}, bool held=False) -> Tensor",
     f"experts_fp8_forward({FP8}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
     f"experts_fp8_backward(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",

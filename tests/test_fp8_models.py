@@ -207,6 +207,18 @@ def test_one_row_and_none() -> None:
             assert found.shape == expected.shape and (not rows or relative(found, expected) < LOGITS)
 
 
+def test_reference_kernels_reach_every_product() -> None:
+    """Also those of the backward."""
+    model, x = Plain(), torch.randn(40, H).bfloat16()
+    compiled(model, kernels="reference")
+    model(x)[0].float().square().sum().backward()
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and graph.backward is not None
+    for text in (graph.forward, graph.backward):
+        products = [line for line in text.splitlines() if "moecompile.scaled_mm(" in line or "experts_fp8" in line]
+        assert len(products) > 4 and all('kernels="reference"' in line for line in products)
+
+
 @pytest.mark.parametrize("how", ["fsdp", "fsdp of each layer", "ddp"])
 def test_models_of_several_ranks(how: str, tmp_path: Path) -> None:
     """On one rank: the same numbers, and every layer is cast."""

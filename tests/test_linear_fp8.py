@@ -326,6 +326,25 @@ def test_what_lies_otherwise_is_copied_for_the_kernels(how: str, monkeypatch: py
             ]
 
 
+def test_reference_kernels_multiply_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = given(70)
+    leaves = [each for each in (x, weight, bias) if each is not None]
+    copies = list(ops.quantize_weights(weight))
+    expected = gradients(ops.linear_fp8(x, weight, bias, *ops.quantize(x), copies), leaves)
+    found = gradients(ops.linear_fp8(x, weight, bias, *ops.quantize(x), copies, kernels="reference"), leaves)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="linear_fp8: kernels must be one of None, 'reference'; got 'mine'"):
+        ops.linear_fp8(x, weight, bias, *ops.quantize(x), copies, kernels="mine")
+    with fake_gpu.installed(monkeypatch) as gpu:
+        monkeypatch.setattr(linear_fp8, "_hopper", lambda device: hopper_linear)
+        monkeypatch.setattr(hopper_linear, "fills", lambda rows, columns: True)
+        for _ in range(2):
+            result = ops.linear_fp8(x, weight, bias, *ops.quantize(x), copies, kernels="reference")
+            torch.autograd.grad(result, [x, weight], result)
+            names = [each.instance.name.removeprefix("moecompile_") for each in gpu.taken()]
+            assert names == ["quantize_rows", "quantize_gradient", "transpose_rows"]
+
+
 def test_emulation_where_there_are_kernels_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
