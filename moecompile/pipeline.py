@@ -25,7 +25,7 @@ from moecompile.options import Options
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.detect import detect
-from moecompile.passes.exclusions import Exclusions
+from moecompile.passes.exclusions import Exclusions, near
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import Whole, cast
@@ -191,7 +191,9 @@ def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> 
         piece.whole = whole
     unused = _exclusions(options).unused(whole.modules)
     for pattern in unused:
-        record.notes.append(f"the pattern {pattern!r} names no module of this graph")
+        meant = near(pattern, whole.modules)
+        asked = f"; did you mean {meant!r}?" if meant else ""
+        record.notes.append(f"the pattern {pattern!r} names no module of this graph{asked}")
         log.warning("%s: %s; patterns are of whole paths", record.name or "a graph", record.notes[-1])
 
 

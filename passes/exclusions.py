@@ -8,6 +8,7 @@ and `include` is kept; who is in a layer to be kept and named by `include` is ca
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import re
@@ -51,6 +52,16 @@ class Exclusions:
         """The patterns that match none of these modules."""
         paths = {path for module in modules for path in _outer(module)}
         return [each for each in (*self.exclude, *self.include) if not any(map(_pattern(each).fullmatch, paths))]
+
+
+def near(pattern: str, modules: Iterable[str]) -> str | None:
+    """What the user may have meant by a pattern that matches nothing: the end of a path, or names like its own."""
+    paths = {path for module in modules for path in _outer(module)}
+    names = sorted({name for path in paths for name in path.split(".")})
+    alike = (difflib.get_close_matches(part, names, n=1) or [part] for part in pattern.split("."))
+    spelt = ".".join(found[0] for found in alike)
+    meant = (f"*.{pattern}", spelt, f"*.{spelt}")
+    return next((each for each in meant if any(map(_pattern(each).fullmatch, paths))), None)
 
 
 @dataclass(frozen=True)

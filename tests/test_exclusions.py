@@ -60,11 +60,14 @@ def test_reasons_name_what_keeps() -> None:
 
 
 def test_patterns_that_name_nothing_are_noted() -> None:
-    cast_in(fp8_exclude=("layer.*", "layers.0"), fp8_include=("routers",))
+    cast_in(fp8_exclude=("layer.*", "layers.0", "up", "1.dwon"), fp8_include=("routers", "nothing.like.it"))
     notes = moecompile.last_report().graphs[0].notes
     assert [note for note in notes if "pattern" in note] == [
-        "the pattern 'layer.*' names no module of this graph",
-        "the pattern 'routers' names no module of this graph",
+        "the pattern 'layer.*' names no module of this graph; did you mean 'layers.*'?",
+        "the pattern 'up' names no module of this graph; did you mean '*.up'?",
+        "the pattern '1.dwon' names no module of this graph; did you mean '*.1.down'?",
+        "the pattern 'routers' names no module of this graph; did you mean 'router'?",
+        "the pattern 'nothing.like.it' names no module of this graph",
     ]
 
 
