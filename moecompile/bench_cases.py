@@ -8,9 +8,10 @@ from moecompile.bench_results import Target
 
 INDUCTOR, EAGER = "Inductor", "eager"
 OURS, FP8, FP8_EACH = "ours BF16", "ours FP8", "ours FP8, quantising"
+FP8_TWICE = "ours FP8, quantising twice"
 ADDING = "forward+backward, main gradients"
 AGAIN, FP8_AGAIN = "ours BF16, recomputing", "ours FP8, recomputing"
-IN_FP8 = (FP8, FP8_EACH, FP8_AGAIN)
+IN_FP8 = (FP8, FP8_EACH, FP8_TWICE, FP8_AGAIN)
 FP8_COPYING = "ours FP8, with copies"
 TORCH, CEILING = "torch", "cuBLAS"
 FORWARD, STEP = "forward", "forward+backward"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.bench_cases import AGAIN, FP8, FP8_EACH, IN_FP8, OURS, STEP
+from moecompile.bench_cases import AGAIN, FP8, FP8_EACH, FP8_TWICE, IN_FP8, OURS, STEP
 from moecompile.bench_timing import Contender
 
 PREFIX = "moecompile_"
@@ -47,7 +47,7 @@ def kernels_of(name: str, what: str) -> tuple[str, ...]:
     if name not in (OURS, AGAIN, *IN_FP8):
         return ()
     key = FP8 if name in IN_FP8 else OURS
-    quantising = ("quantize_weights",) if name == FP8_EACH else ()
+    quantising = ("quantize_weights",) if name in (FP8_EACH, FP8_TWICE) else ()
     return (*quantising, *FORWARD_KERNELS[key], *(BACKWARD_KERNELS[key] if what == STEP else ()))
 
 

@@ -60,20 +60,22 @@ def salt(options: Options) -> str:
     return _digest(source_digest(), moecompile.__version__, torch.__version__, repr(sorted(ours.items())))
 
 
-def salted(patches: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Inductor config `patches` with the salt `text` added to the user's own passes on the same hook.
+def salted(patches: Mapping[str, Any], text: str, own: Callable[[fx.Graph], object] | None = None) -> dict[str, Any]:
+    """Inductor config `patches` with the salt `text` and a pass of our `own` added to the user's passes on the hook.
 
-    The user's passes, from `patches` or from `torch._inductor.config`, still run, in their order.
+    The user's passes, from `patches` or from `torch._inductor.config`, still run, in their order, and before ours.
     """
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Salt(CustomGraphPass):
-        """The user's passes, and nothing of our own but a uuid."""
+        """The user's passes, ours, and a uuid."""
 
         def __call__(self, graph: fx.Graph) -> None:
             for custom_pass in user_passes:
                 custom_pass(graph)
+            if own is not None:
+                own(graph)
 
         def uuid(self) -> Any:
             """None, which means "do not cache" to Inductor, if one of the user's passes has none."""

@@ -19,6 +19,7 @@ from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes.decompose import decompose
 from moecompile.passes.printer import input_names
+from moecompile.passes.recast import recast
 from moecompile.report import GraphReport, discard
 
 Compiled = Callable[..., Any]
@@ -54,8 +55,9 @@ def _lower(
         setattr(record, kind, text_of(graph_module, collapse=True, inputs=inputs))
         record.log_artifacts()
 
+    joint = recast if options.fp8_recast_weights else None
     if options.lowering == "eager":
-        return eager(gm, example_inputs, seen=note)
+        return eager(gm, example_inputs, seen=note, joint=joint)
 
     patches = dict(options.inductor)
     _refuse_ahead_of_time(patches)
@@ -66,7 +68,8 @@ def _lower(
         note(kind, graph_module)
         sidecar.write(kind, getattr(record, kind))
 
-    compiled = inductor(gm, example_inputs, patches=cache.salted(patches, salt), seen=note_and_store, name=name)
+    patches = cache.salted(patches, salt, joint)
+    compiled = inductor(gm, example_inputs, patches=patches, seen=note_and_store, name=name)
     record.cached = "miss" if record.forward else "hit"
     if record.cached == "hit":
         remembered = sidecar.read()
@@ -120,10 +123,17 @@ def inductor(
     return compiled
 
 
-def eager(gm: fx.GraphModule, example_inputs: Sequence[Any], *, seen: Seen) -> Compiled:
+def eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    seen: Seen,
+    joint: Callable[[fx.Graph], object] | None = None,
+) -> Compiled:
     """Runs AOTAutograd's forward and backward graphs operator by operator with PyTorch: no decomposition, no Inductor.
 
-    It tells our work from Inductor's when numbers differ, and keeps tests quick.
+    It tells our work from Inductor's when numbers differ, and keeps tests quick. `joint` is a pass over both graphs
+    before they are divided.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -136,11 +146,17 @@ def eager(gm: fx.GraphModule, example_inputs: Sequence[Any], *, seen: Seen) -> C
 
         return compile_graph
 
+    def partition(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
+        if joint is not None:
+            joint(graph_module.graph)
+            graph_module.recompile()
+        return min_cut_rematerialization_partition(graph_module, inputs, **settings)
+
     backend = aot_autograd(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=compiler("forward"),
-        partition_fn=min_cut_rematerialization_partition,
+        partition_fn=partition,
         keep_inference_input_mutations=True,
     )
     return backend(gm, example_inputs)

@@ -101,6 +101,11 @@ class Options:
         "the FP8 copies of matrices are kept until the parameters change, not made in every forward; "
         "changes through `.data` need `moecompile.invalidate(model)`; not with CUDA graphs",
     )
+    fp8_recast_weights: bool = _option(
+        False,
+        "the backward casts matrices for itself, so that transposed copies, half a matrix's bytes in bfloat16, are not "
+        "held until then; matrices are read twice in a step",
+    )
     recompute: bool = _option(
         False,
         "the backward computes the experts' first products (gate and up projection) again instead of having them kept: "
@@ -159,6 +164,12 @@ class Options:
                     f"moecompile: option `{field.name}` is about FP8, which precision={self.precision!r} does not "
                     "use. Add precision='fp8', or leave it out."
                 )
+        if self.fp8_cache_weights and self.fp8_recast_weights:
+            raise ValueError(
+                "moecompile: `fp8_cache_weights` keeps the copies that `fp8_recast_weights` is to save. Leave one out."
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if field.name.endswith("_layers") and value < 0:
                 raise ValueError(f"moecompile: option `{field.name}`: expected 0 or more, got {value}.")
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from moecompile.runtime import fp8_experts, kernels, main_gradients
 from moecompile.runtime import linear_fp8 as linear
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS, Arguments
-from moecompile.runtime.fp8_contract import kept_copies
+from moecompile.runtime.fp8_contract import NOTHING, check_fp8, kept_copies
 from moecompile.runtime.quantize import POWER_OF_TWO
 
 Parts = list[Tensor]
@@ -87,6 +87,9 @@ class _ExpertsFp8(torch.autograd.Function):
         trace: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        if any(each.shape == NOTHING for each in quantized[2::4]):
+            given: Any = tensors
+            check_fp8(Arguments(*given, **attributes), quantized, backward=True)  # raises: the backward reads them
         with torch._C._AutoDispatchBelowAutograd():
             found = torch.ops.moecompile.experts_fp8_forward(*tensors, **attributes, quantized=quantized)
         result, saved = found

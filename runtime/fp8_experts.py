@@ -99,7 +99,7 @@ def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: A
     if known is not None:
         return known[0], known[1:]
     arguments = Arguments(*args, **attributes)
-    copies = check_fp8(arguments, quantized, backward=True)
+    copies = check_fp8(arguments, quantized)
     with exact(x):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
 
@@ -114,7 +114,6 @@ def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: A
 def fake_experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
     """Shapes and dtypes of the result and what is saved."""
     result, arguments = fake_experts_fp8(*args, quantized=quantized, **attributes), Arguments(*args, **attributes)
-    check_fp8(arguments, quantized, backward=True)
     return result, _empty(result, saved_specs(arguments))
 
 

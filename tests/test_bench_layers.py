@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moecompile
 from moecompile import bench_layers, bench_stacks
-from moecompile.bench_cases import CASTS, FP8, FP8_EACH, INDUCTOR, LAYER_TARGETS, OURS, TINY
+from moecompile.bench_cases import CASTS, FP8, FP8_EACH, FP8_TWICE, INDUCTOR, LAYER_TARGETS, OURS, STEP, TINY
 from moecompile.bench_results import Ceilings, Kernel, Memory, Results, Setting
 from moecompile.bench_stacks import Stack
 from moecompile.bench_timing import HostTimer
@@ -49,7 +49,9 @@ def test_layers_are_compiled_and_compared(setting: Setting, quickly: None, capsy
     rows = json.loads((setting.results.path).read_text())["rows"] if setting.results.path else []
     speeds = [(row["what"], row["contender"]) for row in rows if row["kind"] == "speed"]
     names = (INDUCTOR, OURS, FP8, FP8_EACH)
-    assert speeds == [(what, name) for what in ("forward", "forward+backward") for name in names]
+    assert speeds == [
+        (what, name) for what, more in (("forward", ()), (STEP, (FP8_TWICE,))) for name in (*names, *more)
+    ]
     kinds = [row["kernel"] for row in rows if row["kind"] == "kernel" and row["contender"] == FP8_EACH]
     assert kinds == [*(kind for kind, _ in bench_layers.KINDS), bench_layers.REST]
     printed = capsys.readouterr().out

@@ -39,6 +39,7 @@ def test_defaults():
         "fp8_scale_format": "power_of_two",
         "fp8_compare": None,
         "fp8_cache_weights": False,
+        "fp8_recast_weights": False,
         "recompute": False,
         "main_grad": False,
         "verify": None,

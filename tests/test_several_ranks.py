@@ -77,23 +77,25 @@ def with_fsdp(rank: int) -> None:
     """Matrices are put together from both ranks' halves and cast: the numbers of DDP."""
     module, (x,) = block_of("qwen3_moe")
     ends = []
-    for how in ("ddp", "fsdp"):
+    for how, options in (("ddp", EACH), ("fsdp", EACH), ("fsdp", {**EACH, "fp8_recast_weights": True})):
         torch._dynamo.reset()
         model: Any = copy.deepcopy(module)
         if how == "ddp":
-            model.compile(backend="moecompile", options=EACH, fullgraph=True)
+            model.compile(backend="moecompile", options=options, fullgraph=True)
             model = nn.parallel.DistributedDataParallel(model)
         else:
-            fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (RANKS,)))
-            model.compile(backend="moecompile", options=EACH)
+            mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
+            fully_shard(model, mesh=mesh, reshard_after_forward=True)
+            model.compile(backend="moecompile", options=options)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         for step in range(STEPS):
             optimizer.zero_grad()
             first_of(model(tokens(x, step, 0, rank))).square().mean().backward()
             optimizer.step()
         ends.append([each.full_tensor() if how == "fsdp" else each.detach() for each in model.parameters()])
-    assert not all(torch.equal(*pair) for pair in zip(ends[0], module.parameters(), strict=True)), "nothing was learnt"
-    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+    first, *others = ends
+    assert not all(torch.equal(*pair) for pair in zip(first, module.parameters(), strict=True)), "nothing was learnt"
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
 def _same_on_all(tensors: list[Tensor]) -> None:

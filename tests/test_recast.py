@@ -1,0 +1,163 @@
+"""The option `fp8_recast_weights`: the same numbers, and transposed copies of matrices that nobody holds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import moecompile
+from moecompile.lowering import eager
+from moecompile.passes.recast import recast
+from moecompile.pipeline import run_passes
+from moecompile.report import GraphReport
+from test_fp8_models import model_of
+from test_precision import block_of, run
+from tiny_transformers import known_to_transformers
+
+EACH: dict[str, Any] = {"precision": "fp8", "lowering": "eager"}
+RECAST: dict[str, Any] = {**EACH, "fp8_recast_weights": True}
+QUANTIZE = "moecompile.quantize_weights("
+
+
+def trained(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> tuple[list[Tensor], GraphReport]:
+    """Its result and gradients, and what was compiled."""
+    torch._dynamo.reset()
+    moecompile.reset()
+    made = copy.deepcopy(module)
+    made.compile(backend="moecompile", options=options, fullgraph=True)
+    result, gradients = run(made, inputs)
+    (graph,) = moecompile.last_report().graphs
+    return [result, *gradients.values()], graph
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("more", [{}, {"recompute": True}, {"fp8_scale_format": "float32"}], ids=str)
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_the_same_numbers(name: str, lowering: str, more: dict[str, Any]) -> None:
+    """Of a whole layer: experts, and linear layers."""
+
+    class Logits(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.model(input_ids=ids).logits
+            return found
+
+    model, ids = model_of(name, layers=1)
+    module, how = Logits(model), {**more, "lowering": lowering}
+    expected, before = trained(module, (ids,), **{**EACH, **how})
+    found, after = trained(module, (ids,), **{**RECAST, **how})
+    assert same(found, expected)
+    assert before.forward and before.backward and after.forward and after.backward
+    casts, again = before.forward.count(QUANTIZE), before.backward.count(QUANTIZE)
+    assert casts >= 6 and again == ("recompute" in more)
+    assert after.forward.count(QUANTIZE) == casts and after.backward.count(QUANTIZE) == casts + again
+    assert all("backward=False" in line for line in after.forward.splitlines() if QUANTIZE in line)
+
+
+@pytest.mark.parametrize("name", known_to_transformers("mixtral", "gpt_oss"))
+def test_blocks_of_other_kinds(name: str) -> None:
+    """Gate and up interleaved, or of sizes that share blocks: what cannot be cast twice stays."""
+    module, inputs = block_of(name)
+    expected, _ = trained(module, inputs, **EACH)
+    found, graph = trained(module, inputs, **RECAST)
+    assert same(found, expected)
+    assert graph.backward is not None and graph.backward.count(QUANTIZE) == 1, "of down projections alone"
+
+
+def test_what_is_held() -> None:
+    """Of what the forward gives the backward, transposed copies are gone, and nothing has come."""
+    held = []
+    for joint in (None, recast):
+        module, inputs = block_of(
+            "qwen3_moe",
+        )
+        kept: list[fx.GraphModule] = []
+
+        def backend(gm: fx.GraphModule, given: list[Any], joint: Any = joint, kept: Any = kept) -> Any:
+            run_passes(gm, moecompile.Options(precision="fp8"), GraphReport.of(gm))
+            return eager(gm, given, joint=joint, seen=lambda kind, graph: kept.append(graph))
+
+        torch._dynamo.reset()
+        torch.compile(module, backend=backend, fullgraph=True)(*inputs)
+        (output,) = kept[0].graph.find_nodes(op="output")
+        values = [each.meta["val"] for each in output.all_input_nodes if each.op != "placeholder"]
+        held.append(sum(each.nbytes for each in values if isinstance(each, Tensor)))
+    down = module.get_parameter("experts.down_proj")  # gate and up share a block
+    assert held[0] - held[1] == len(down) * (128 * 128 + 4)
+
+
+class Twice(nn.Module):
+    """A matrix that is read by two layers, and one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(128, 128, dtype=torch.bfloat16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z: Tensor = self.second(torch.relu(self.first(y)) + y)
+        return z
+
+
+def test_layers_that_share_a_matrix() -> None:
+    module, x = Twice(), torch.randn(70, 128).bfloat16().requires_grad_()
+    expected, _ = trained(module, (x,), **EACH)
+    found, graph = trained(module, (x,), **RECAST)
+    assert same(found, expected)
+    assert graph.forward is not None and graph.backward is not None
+    assert graph.forward.count(QUANTIZE) == graph.backward.count(QUANTIZE) == 2
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_matrices_written_before_the_backward_are_an_error(lowering: str) -> None:
+    """Held copies would be the former matrix's: the gradient of other numbers must not come silently."""
+    module = Twice()
+    module.compile(backend="moecompile", options={**RECAST, "lowering": lowering})
+    result = module(torch.randn(70, 128).bfloat16().requires_grad_())
+    with torch.no_grad():
+        module.first.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_checkpointed_regions_stay() -> None:
+    class Region(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+            return found
+
+    module, x = Region(Twice()), torch.randn(70, 128).bfloat16().requires_grad_()
+    expected, _ = trained(module, (x,), **EACH)
+    found, _ = trained(module, (x,), **RECAST)
+    assert same(found, expected)
+
+
+def test_inference_is_as_it_was() -> None:
+    module, inputs = block_of("qwen3_moe")
+    module.compile(backend="moecompile", options=RECAST, fullgraph=True)
+    with torch.no_grad():
+        module(*inputs)
+    (graph,) = moecompile.last_report().graphs
+    assert graph.forward is not None and graph.forward.count(QUANTIZE) == 2
+
+
+def test_what_does_not_go_together() -> None:
+    with pytest.raises(ValueError, match="keeps the copies that `fp8_recast_weights` is to save"):
+        moecompile.Options(precision="fp8", fp8_cache_weights=True, fp8_recast_weights=True)
+    with pytest.raises(ValueError, match="is about FP8"):
+        moecompile.Options(fp8_recast_weights=True)
