@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> int:
     given = {each.name: getattr(chosen, each.name) for each in fields(Setup)}
     usual = TINY if chosen.device == "cpu" else Setup()
     setup = replace(usual, **{name: value for name, value in given.items() if value is not None})
+    if chosen.jobs < 1:
+        print(f"bench accuracy: --jobs: expected 1 or more, got {chosen.jobs}")
+        return 2
     recipes = [WIDE, NUDGED, RIGHT, *(chosen.recipes if chosen.recipes is not None else OTHERS)]
     losses: dict[str, list[list[float]]] = {}
     print(f"{len(library_text(setup.text)) / 2**20:.1f} MiB of Python; {setup}", flush=True)

@@ -88,7 +88,7 @@ def _not_promoted(
 def coarse(values: Tensor) -> Tensor:
     """e4m3 numbers rounded once more, to even, to two bits of mantissa behind the leading one."""
     codes = values.view(torch.uint8)
-    return ((codes + (codes >> 1 & 1)) & 0xFE).view(E4M3)
+    return torch.where(codes & 0x7F == 0x7F, codes, (codes + (codes >> 1 & 1)) & 0xFE).view(E4M3)  # NaN stays
 
 
 def _coarsely(right: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moecompile.conversion import check_module, places_of, put
-from moecompile.runtime.block_scaled import BlockScaled, Lie
+from moecompile.runtime.block_scaled import BlockScaled
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in
 
 SCALES = "_scale_inv"
 """What checkpoints call a matrix's scales: its name with this behind (DeepSeek-V3)."""
-PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+GATES = "gate_up_proj"
+PACKED = {GATES: ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Parameters (E, N, K) of all experts, and what checkpoints of single experts call their parts, in order of N."""
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
@@ -40,7 +42,7 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
     Args:
         model: in any dtype, which stays what parameters stand for; with parameters on the device where they are to be,
             or all on the meta device: then they are where the checkpoint's are.
-        state_dict: all of the checkpoint.
+        state_dict: all of the checkpoint. Of a model on the meta device, what is not in FP8 shares its memory.
         strict: whether names that one has and the other has not are an error.
 
     Returns:
@@ -86,19 +88,20 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
     """The state of a model that has matrices in FP8, as plain tensors, under the names of DeepSeek-V3's checkpoints.
 
     A matrix in FP8 is `name`, its e4m3 values, and `name_scale_inv`, float32 scales of 128x128 by which they are to be
-    multiplied; everything else is as `state_dict` has it. So it fits into safetensors files, transformers'
-    `save_pretrained(folder, state_dict=...)` writes it, and `load_fp8` takes it back.
+    multiplied; everything else is as `state_dict` has it. So it fits into safetensors files, and `load_fp8` takes it
+    back.
 
     Args:
         model: after `convert_to_fp8` or `load_fp8`; compiled or not.
         single_experts: whether experts that the model keeps in one parameter get their names in DeepSeek-V3's
-            checkpoints, `experts.0.gate_proj.weight` and so on for `experts.gate_up_proj` and `experts.down_proj`. If
-            not, gate and up in one parameter have common blocks only if each has a multiple of 128 features; else, and
-            where they are interleaved, the parameter is in the model's dtype, dequantised, which loses nothing where
-            scales are powers of two.
+            checkpoints, `experts.0.gate_proj.weight` and so on for `experts.gate_up_proj` and `experts.down_proj`, if
+            they are known to lie gate first, (E, 2 N, K). Otherwise gate and up in one parameter have common blocks if
+            each has a multiple of 128 features and they are not interleaved; else the parameter is in the model's
+            dtype, dequantised, which loses nothing where scales are powers of two.
 
     Returns:
-        name to tensor. Tensors share memory with the model where nothing had to be moved.
+        name to tensor. Tensors share memory with the model, but for single experts'. A matrix in FP8 that has
+        several names is there under the first.
 
     Raises:
         TypeError: `model` is no module.
@@ -110,28 +113,49 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
         words = "expected a model with matrices in FP8, this one has none"
         raise ValueError(f"moecompile.fp8_state_dict: {words}; call moecompile.convert_to_fp8 first")
     stored: dict[str, Any] = {}
+    seen = set[int]()
     for name, each in state.items():
-        for part, matrix in _parts(name, each, single_experts):
+        if isinstance(each, BlockScaled):
+            if each.e4m3.data_ptr() in seen:  # tied: files hold it once, and `load_fp8` gives it to all
+                continue
+            seen.add(each.e4m3.data_ptr())
+        for part, matrix in _parts(name, each, state) if single_experts else ((name, each),):
             blocks = matrix.blocks() if isinstance(matrix, BlockScaled) else None
             if blocks is not None:
-                stored[part], stored[part + SCALES] = blocks
+                # of single experts copies: who writes files refuses parts of one memory
+                stored[part], stored[part + SCALES] = blocks if part == name else [own.clone() for own in blocks]
             else:
                 stored[part] = matrix.dequantized() if isinstance(matrix, BlockScaled) else matrix
     return stored
 
 
-def _parts(name: str, each: Any, single_experts: bool) -> Iterator[tuple[str, Any]]:
-    """The names and matrices that a parameter is stored as: itself, or those of single experts."""
+def _parts(name: str, each: Any, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The names and matrices that a parameter is stored as: itself, or those of single experts.
+
+    Only where gate and up projection in one parameter are known to be (E, 2 N, K), gate first, is it known what lies
+    beside them: other models have other things under such names.
+    """
     path, _, last = name.rpartition(".")
-    parts: tuple[BlockScaled, ...] | None = None
-    if single_experts and isinstance(each, BlockScaled) and last in PACKED and each.dim() == 3:
-        parts = each.gate_and_up() if len(PACKED[last]) == 2 else (each,) if each.lie == Lie() else None
-    if parts is None:
+    gates = state.get(_inside(path, GATES))
+    known = isinstance(gates, BlockScaled) and gates.gate_and_up() is not None
+    names = _of_experts(path, last, len(each)) if last in PACKED and isinstance(each, BlockScaled) else []
+    if not known or not names or each.dim() != 3 or each.lie.transposed or {*chain(*names)} & state.keys():
         yield name, each
         return
-    for expert in range(each.shape[0]):
-        for part, matrices in zip(PACKED[last], parts, strict=True):
-            yield f"{path}.{expert}.{part}.weight", matrices[expert]
+    matrices = each.gate_and_up() or (each,)
+    for expert, row in enumerate(names):
+        for part, of_part in zip(row, matrices, strict=True):
+            yield part, of_part[expert]
+
+
+def _of_experts(path: str, last: str, count: int) -> list[list[str]]:
+    """For each expert the names that its parts of a packed parameter have in checkpoints."""
+    return [[_inside(path, f"{expert}.{part}.weight") for part in PACKED[last]] for expert in range(count)]
+
+
+def _inside(path: str, name: str) -> str:
+    """The name of what is in a module."""
+    return f"{path}.{name}" if path else name
 
 
 def _matrix_of(name: str, parameter: nn.Parameter, left: dict[str, Tensor]) -> BlockScaled | Tensor | None:
@@ -144,7 +168,7 @@ def _matrix_of(name: str, parameter: nn.Parameter, left: dict[str, Tensor]) -> B
     path, _, last = name.rpartition(".")
     if name in left or last not in PACKED or parameter.dim() != 3:
         return None
-    names = [[f"{path}.{expert}.{part}.weight" for part in PACKED[last]] for expert in range(parameter.shape[0])]
+    names = _of_experts(path, last, parameter.shape[0])
     missing = [each for row in names for each in row if each not in left]
     if len(missing) == sum(map(len, names)):
         return None
@@ -163,6 +187,8 @@ def _packed(
     scaled = {each + SCALES in left for each in every}
     *_, n, k = parameter.shape
     expected = (n // len(names[0]), k)
+    if n % len(names[0]):
+        raise _error(f"{name} has {n} features, which are not those of {' and '.join(PACKED[name.rpartition('.')[2]])}")
     for each in every:
         if tuple(left[each].shape) != expected:
             raise _error(f"{each} must have shape {expected}, for {name}; got {tuple(left[each].shape)}")
@@ -177,8 +203,7 @@ def _packed(
             raise _error(f"{each}{SCALES} must have shape {blocks}, one for each 128x128 of {expected}; got {came}")
     scales = torch.stack([torch.cat([left.pop(each + SCALES) for each in row]) for row in names])
     values = torch.stack([torch.cat([_bytes(each, left.pop(each)) for each in row]) for row in names])
-    apart = len(names[0]) > 1 and expected[0] % BLOCK  # else gate and up have their blocks in common
-    return _from_blocks(name, values.view(E4M3), scales, parameter, "halves" if apart else "single")
+    return _from_blocks(name, values.view(E4M3), scales, parameter, "halves" if len(names[0]) > 1 else "single")
 
 
 def _bytes(name: str, values: Tensor) -> Tensor:

@@ -129,11 +129,11 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--option: expected NAME=VALUE, got {each!r}.")
         try:
             options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             options[name] = value
     try:
         moecompile.Options.parse(None, options)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"--option: {error}") from error
     return options
 

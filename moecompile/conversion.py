@@ -40,7 +40,8 @@ def convert_to_fp8(
     These are the ones that `moecompile.explain(model, ..., moecompile_options={"precision": "fp8"})` lists as cast, if
     they are parameters that nothing else reads, and no tensor subclasses (DTensors, FSDP's). The model runs once or
     twice, uncompiled. Originals are freed, unless somebody else refers to them. Results are those of the same model
-    with its matrices cast in every forward.
+    with its matrices cast in every forward. What a checkpoint had in FP8 (`load_fp8`) stays so, and lies afterwards as
+    products read it, which checkpoints do not tell of experts (E, K, N).
 
     Args:
         model: in eval mode; compiled or not. Converted parameters have no gradient, and `state_dict` holds them in FP8.
@@ -68,7 +69,13 @@ def convert_to_fp8(
         for name in [name for name, _ in model.named_parameters()]:
             parameter = model.get_parameter(name)  # one by one: nothing holds those that are done
             (lie, *others) = uses.get(id(parameter)) or {None}
-            if lie is not None and not others and type(parameter) is nn.Parameter and id(parameter) not in unseen:
+            if lie is None or others:
+                continue
+            held: Any = parameter
+            if isinstance(held, BlockScaled):
+                if held.lie != lie and (laid := held.laid(lie)) is not None:
+                    put(places, parameter, laid)
+            elif type(parameter) is nn.Parameter and id(parameter) not in unseen:
                 how = {**lie._asdict(), "scale_format": options.fp8_scale_format}
                 put(places, parameter, BlockScaled.of(parameter, **how))
                 converted.append(name)

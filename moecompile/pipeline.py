@@ -165,21 +165,24 @@ def _say_if_nothing_is_cast(record: GraphReport) -> None:
 
 def _say_if_emulated(modules: Iterable[fx.GraphModule], record: GraphReport) -> None:
     """Notes that what is cast is computed without kernels; on a GPU the log says it, too."""
-    if not any(row.cast for row in record.casts):
-        return
-    devices = dict.fromkeys(device for module in modules for device in _devices(module.graph))
-    for device in devices:
+    slow = dict[str, bool]()
+    for device, dtype in (found for module in modules for found in _multiplied(module.graph)):
         if not has_kernels(device):
-            record.notes.append(f"FP8 is emulated on {device.type}: the numbers of a Hopper GPU, slowly")
-            if device.type == "cuda":
-                log.warning("%s: %s", record.name or "a graph", record.notes[-1])
+            slow[f"FP8 is emulated on {device.type}: the numbers of a Hopper GPU, slowly"] = device.type == "cuda"
+        elif dtype == torch.float16:
+            slow["FP8 of float16 models is emulated, slowly: cast the model to bfloat16"] = True
+    record.notes += slow
+    for note, warns in slow.items():
+        if warns:
+            log.warning("%s: %s", record.name or "a graph", note)
 
 
-def _devices(graph: fx.Graph) -> Iterator[torch.device]:
-    """Where matrices are multiplied in FP8."""
+def _multiplied(graph: fx.Graph) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Where matrices are multiplied in FP8, and what dtype the rows have."""
     for target in (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default):
         for node in graph.find_nodes(op="call_function", target=target):
-            yield fake_of(node.args[0]).device
+            rows = fake_of(node.args[0])
+            yield rows.device, rows.dtype
 
 
 def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> None:

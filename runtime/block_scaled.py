@@ -113,22 +113,27 @@ class BlockScaled(Tensor):
 
     def blocks(self) -> tuple[Tensor, Tensor] | None:
         """Values and scales as `from_blocks` takes them; None if gate and up have blocks that do not lie in this."""
-        *_, n, k = self.shape if not self.lie.transposed else self.mT.shape
-        if self.lie.gate_up == "interleaved" or (self.lie.gate_up == "halves" and n // 2 % BLOCK):
+        if not _is_whole(self.shape, self.lie):
             return None
+        *_, n, k = self.shape if not self.lie.transposed else (*self.shape[:-2], self.shape[-1], self.shape[-2])
         values = self.e4m3.view(torch.uint8)[..., :n, :k]
         scales = self.scales[..., : blocks_in(n, BLOCK), : blocks_in(k, BLOCK)]
         values, scales = (values.mT, scales.mT) if self.lie.transposed else (values, scales)
         return values.contiguous().view(E4M3), scales.contiguous()
 
     def gate_and_up(self) -> tuple[BlockScaled, BlockScaled] | None:
-        """Of experts (E, 2 N, K) the two halves, which share memory with this; None if they lie or share otherwise."""
-        experts, n, k = self.shape
-        if self.lie.transposed or self.lie.gate_up == "interleaved" or (self.lie == Lie() and n % (2 * BLOCK)):
+        """Of experts (E, 2 N, K) that are known to have gate and then up: these, sharing memory with this."""
+        if self.lie != Lie("halves"):
             return None
+        experts, n, k = self.shape
         halves = zip(self.e4m3.chunk(2, 1), self.scales.chunk(2, 1), strict=True)
         gate, up = (BlockScaled(*half, (experts, n // 2, k), self.dtype, Lie()) for half in halves)
         return gate, up
+
+    def laid(self, lie: Lie) -> BlockScaled | None:
+        """The same matrix as products ask for it, with the same bits; None if blocks lie otherwise."""
+        held = _held(self, None, lie)
+        return None if held is None else BlockScaled(*held, self.shape, self.dtype, lie)
 
     def dequantized(self) -> Tensor:
         """The matrix in its dtype, contiguous."""
@@ -214,18 +219,29 @@ def _quantize_weights(
 
 
 def _held(w: Tensor, w_up: Tensor | None, lie: Lie) -> tuple[Tensor, Tensor] | None:
-    """Values and scales as they are asked for, if they are held so."""
+    """Values and scales as they are asked for, if they are held so, or turned."""
     if not isinstance(w, BlockScaled):
         return None
     if lie.gate_up == "separate":
-        if not isinstance(w_up, BlockScaled) or {w.lie, w_up.lie} != {Lie("single", lie.transposed)}:
+        each = Lie("single", lie.transposed)
+        gate, up = _held(w, None, each), None if w_up is None else _held(w_up, None, each)
+        if gate is None or up is None:
             return None
-        side_by_side = torch.cat([w.e4m3.view(torch.uint8), w_up.e4m3.view(torch.uint8)], 1).view(E4M3)
-        return side_by_side, torch.cat([w.scales, w_up.scales], 1)
-    whole_blocks = w.shape[-2] % (2 * BLOCK) == 0  # gate and up lie one behind the other then, however they are taken
-    if w.lie == lie or (w.lie == Lie() and lie == Lie("halves") and whole_blocks):
+        values = torch.cat([gate[0].view(torch.uint8), up[0].view(torch.uint8)], 1).view(E4M3)
+        return values, torch.cat([gate[1], up[1]], 1)
+    if w.lie == lie:
         return w.e4m3, w.scales
-    return None
+    if not (_is_whole(w.shape, w.lie) and _is_whole(w.shape, lie)):
+        return None
+    if w.lie.transposed == lie.transposed:
+        return w.e4m3, w.scales
+    return transposed_copy(w.e4m3.view(torch.uint8)).view(E4M3), transposed_copy(w.scales)
+
+
+def _is_whole(shape: Sequence[int], lie: Lie) -> bool:
+    """Whether blocks are those of the whole matrix, wherever gate and up are in it."""
+    features = shape[-1 if lie.transposed else -2]
+    return lie.gate_up == "single" or (lie.gate_up == "halves" and features % (2 * BLOCK) == 0)
 
 
 def _each(function: Any, matrix: BlockScaled, *args: Any, **kwargs: Any) -> BlockScaled:
@@ -271,6 +287,14 @@ def _select(function: Any, matrix: BlockScaled, dim: int, index: int) -> Tensor:
     return BlockScaled(values, scales, matrix.shape[1:], matrix.dtype, matrix.lie)
 
 
+def _unbind(function: Any, matrix: BlockScaled, dim: int = 0) -> Sequence[Tensor]:
+    """All experts' matrices, of which each is dequantised when it is read."""
+    if matrix.dim() != 3 or dim not in (0, -3):
+        plain: Sequence[Tensor] = function(matrix.dequantized(), dim)
+        return plain
+    return [_select(aten.select.int, matrix, 0, expert) for expert in range(matrix.shape[0])]
+
+
 def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """What `load_state_dict` does: an FP8 matrix is taken as it is, another one quantised, in the format there was."""
     if not isinstance(target, BlockScaled):
@@ -284,9 +308,10 @@ def _copy_(function: Any, target: Tensor, source: Tensor, non_blocking: bool = F
         plain = source.dequantized() if isinstance(source, BlockScaled) else source
         powers = torch.equal(power_above(target.scales), target.scales)
         how = {**target.lie._asdict(), "scale_format": POWER_OF_TWO if powers else FLOAT32}
-        source = BlockScaled.of(plain.to(target.dtype), **how)
+        source = BlockScaled.of(plain.to(target.dtype).reshape(-1, *plain.shape[-2:]), **how)
     for name in ("e4m3", "scales"):
-        getattr(target, name).copy_(getattr(source, name), non_blocking)
+        own: Tensor = getattr(target, name)
+        own.copy_(getattr(source, name).view(own.shape), non_blocking)
     return target
 
 
@@ -299,6 +324,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: _copy_,
     aten.stack.default: _stack,
     aten.select.int: _select,
+    aten.unbind.int: _unbind,
 }
 
 

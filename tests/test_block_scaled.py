@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moecompile.runtime.block_scaled import BlockScaled
+from moecompile.runtime.block_scaled import BlockScaled, Lie
 from moecompile.runtime.quantize import BLOCK, E4M3
 
 ops = torch.ops.moecompile
@@ -139,10 +139,11 @@ def test_a_layer_reads_it_dequantised() -> None:
     assert torch.equal(kept[3], kept.dequantized()[3])
 
 
+@pytest.mark.parametrize("loops", [False, True], ids=["by number", "over all"])
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("layout", [{}, {"gate_up": "halves"}, {"transposed": True}], ids=str)
 def test_a_loop_over_experts_dequantises_one_at_a_time(
-    layout: dict[str, Any], fullgraph: bool, monkeypatch: pytest.MonkeyPatch
+    layout: dict[str, Any], fullgraph: bool, loops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, x = BlockScaled.of(matrix(3, 256, 256), **layout), torch.randn(4, 256).bfloat16()
     expected = torch.stack([x @ each for each in kept * 1.0])
@@ -155,7 +156,7 @@ def test_a_loop_over_experts_dequantises_one_at_a_time(
     monkeypatch.setattr(BlockScaled, "dequantized", noted)
 
     def loop(w: Tensor, x: Tensor) -> Tensor:
-        return torch.stack([x @ w[expert] for expert in range(3)])
+        return torch.stack([x @ each for each in (w if loops else (w[expert] for expert in range(3)))])
 
     run = torch.compile(loop, backend="aot_eager", fullgraph=True) if fullgraph else loop
     assert torch.equal(run(kept, x), expected)
@@ -170,6 +171,32 @@ def test_blocks_are_those_of_the_matrix(shape: tuple[int, ...], layout: dict[str
     blocks = kept.blocks()
     assert blocks is not None and blocks[0].shape == shape and all(each.is_contiguous() for each in blocks)
     assert torch.equal(BlockScaled.from_blocks(*blocks, torch.bfloat16) * 1.0, kept * 1.0)
+
+
+@pytest.mark.parametrize("asked", [{"gate_up": "single"}, {"gate_up": "halves"}], ids=str)
+@pytest.mark.parametrize("scale_format", ["power_of_two", "float32"])
+def test_what_is_held_otherwise_is_turned_not_cast(asked: dict[str, Any], scale_format: str) -> None:
+    """A checkpoint's matrices do not say how they lie: their numbers and scales are kept."""
+    kept = BlockScaled.of(matrix(3, 140, 256), transposed=True, scale_format=scale_format)
+    blocks = kept.blocks()
+    assert blocks is not None
+    again = BlockScaled.from_blocks(*blocks, torch.bfloat16)
+    how = {**asked, "transposed": True}
+    assert same(ops.quantize_weights(again, **how), ops.quantize_weights(kept, transposed=True))
+    laid = again.laid(Lie(asked["gate_up"], True))
+    assert laid is not None and same([laid.e4m3, laid.scales], [kept.e4m3, kept.scales])
+    assert again.laid(Lie("interleaved")) is None
+    pair = ops.quantize_weights(again, again, gate_up="separate", transposed=True)
+    assert same(pair, ops.quantize_weights(kept, kept, gate_up="separate", transposed=True))
+
+
+def test_one_expert_is_written() -> None:
+    for layout in ({}, {"gate_up": "halves"}, {"gate_up": "interleaved"}, {"transposed": True}):
+        w, other = matrix(3, 256, 256), matrix(256, 256).flip(0)
+        kept = BlockScaled.of(w, **layout)
+        kept[1] = other
+        expected = BlockScaled.of(torch.stack([w[0], other, w[2]]), **layout)
+        assert same([kept.e4m3, kept.scales], [expected.e4m3, expected.scales])
 
 
 def test_gate_and_up_apart() -> None:
@@ -189,7 +216,7 @@ def test_gate_and_up_apart() -> None:
         BlockScaled.from_blocks(both[0], scales, torch.bfloat16, gate_up="halves")
     with pytest.raises(ValueError, match=r"expected values \(experts, 2 N, K\)"):
         BlockScaled.from_blocks(both[0][:, 1:], both[1], torch.bfloat16, gate_up="halves")
-    for layout in ({}, {"gate_up": "interleaved"}, {"gate_up": "halves", "transposed": True}):
+    for layout in ({}, {"gate_up": "interleaved"}, {"gate_up": "halves", "transposed": True}):  # nobody knows
         assert BlockScaled.of(matrix(3, 2 * 192, 2 * 192), **layout).gate_and_up() is None
     assert BlockScaled.of(w, gate_up="interleaved").blocks() is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def test_there_and_back(name: str, scale_format: str, single_experts: bool) -> N
 
 
 def test_in_files_of_safetensors(tmp_path: Path) -> None:
-    """Written by transformers' `save_pretrained`, too, and read from all files of a folder."""
+    """Of all files of a folder, as Hugging Face's hub has large models."""
+    from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file
 
     model, ids = made()
@@ -58,7 +60,7 @@ def test_in_files_of_safetensors(tmp_path: Path) -> None:
     moecompile.convert_to_fp8(model, ids)
     stored = moecompile.fp8_state_dict(model.model)
     assert all(each.is_contiguous() for each in stored.values())
-    model.model.save_pretrained(tmp_path, state_dict=stored, max_shard_size="1MB")
+    save_torch_state_dict(stored, tmp_path, max_shard_size="1MB")
     files = [*tmp_path.glob("*.safetensors")]
     assert len(files) > 1
     read = {name: each for file in files for name, each in load_file(file).items()}
@@ -100,10 +102,57 @@ def test_gate_and_up_that_share_a_block() -> None:
 
 
 def test_what_lies_otherwise_stays_one_tensor() -> None:
+    """What is beside interleaved projections may be transposed, or something else altogether."""
     model = Experts(128, gate_up="interleaved")
     exact = model.gate_up_proj * 1.0
     stored = moecompile.fp8_state_dict(nn.ModuleDict({"experts": model}))
-    assert torch.equal(stored["experts.gate_up_proj"], exact) and "experts.0.down_proj.weight" in stored
+    assert {*stored} == {f"experts.{each}" for each in ("gate_up_proj", "down_proj", "down_proj" + SCALES)}
+    assert torch.equal(stored["experts.gate_up_proj"], exact)
+
+
+def test_names_that_are_taken_stay() -> None:
+    """And a module without a path has names without a dot in front."""
+    alone = moecompile.fp8_state_dict(Experts(128))
+    assert "0.gate_proj.weight" in alone and not any(each.startswith(".") for each in alone)
+    model = Experts(128)
+    model.add_module("0", nn.ModuleDict({"down_proj": nn.Linear(128, 128)}))
+    stored = moecompile.fp8_state_dict(model)
+    assert {"down_proj", "down_proj" + SCALES, "0.down_proj.weight", "0.gate_proj.weight"} <= stored.keys()
+    assert torch.equal(stored["0.down_proj.weight"], model.get_parameter("0.down_proj.weight"))
+
+
+def test_tied_matrices_are_stored_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    first, second = (nn.Linear(128, 128, bias=False) for _ in range(2))
+    first.weight = second.weight = nn.Parameter(BlockScaled.of(torch.randn(128, 128).bfloat16()), requires_grad=False)
+    model = nn.Sequential(first, second)
+    save_file(moecompile.fp8_state_dict(model), tmp_path / "model.safetensors")
+    fresh = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False))
+    fresh[1].weight = fresh[0].weight
+    assert moecompile.load_fp8(fresh, load_file(tmp_path / "model.safetensors")) == ("0.weight", "1.weight")
+    assert torch.equal(fresh.get_parameter("1.weight") * 1.0, first.weight * 1.0)
+
+
+def test_layouts_come_back() -> None:
+    """A checkpoint does not tell that experts are (E, K, N); converting a model that has loaded one lays them out."""
+    tiny, ids = model_of("gpt_oss", layers=1)
+    model = Called(tiny).eval()
+    fresh = emptied(model)
+    options = {"fp8_scale_format": "float32"}
+    moecompile.convert_to_fp8(model, ids, moecompile_options=options)
+    stored = moecompile.fp8_state_dict(model.model)
+    assert not any(".experts.0." in each for each in stored)
+    moecompile.load_fp8(fresh.model, stored)
+    name = "model.model.layers.0.mlp.experts.down_proj"
+    before: Any = fresh.get_parameter(name)
+    assert before.lie != cast(Any, model.get_parameter(name)).lie
+    assert {*moecompile.fp8_state_dict(fresh.model)} == {*stored}, "still nobody knows what is in them"
+    (gates,) = (each for each in moecompile.convert_to_fp8(fresh, ids, moecompile_options=options) if "experts" in each)
+    assert gates.endswith("gate_up_proj")
+    after, held = (cast(Any, each.get_parameter(name)) for each in (fresh, model))
+    assert isinstance(after, BlockScaled) and after.lie == held.lie
+    assert torch.equal(after.e4m3.float(), held.e4m3.float()) and torch.equal(after.scales, held.scales)
 
 
 def test_what_is_not_in_fp8_is_refused() -> None:

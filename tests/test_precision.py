@@ -68,10 +68,15 @@ def test_emulation_is_noted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         report = moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
         assert [note for note in report.graphs[0].notes if "emulated" in note] == expected
     assert "emulated" not in caplog.text
-    monkeypatch.setattr(pipeline, "_devices", lambda graph: [torch.device("cuda", 0)])
-    monkeypatch.setattr(pipeline, "has_kernels", lambda device: False)
-    moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
-    assert "FP8 is emulated on cuda: the numbers of a Hopper GPU, slowly" in caplog.text
+    for dtype, kernels, words in (
+        (torch.bfloat16, False, "FP8 is emulated on cuda: the numbers of a Hopper GPU, slowly"),
+        (torch.float16, True, "FP8 of float16 models is emulated, slowly: cast the model to bfloat16"),
+    ):
+        found = [(torch.device("cuda", 0), dtype)]
+        monkeypatch.setattr(pipeline, "_multiplied", lambda graph, found=found: found)
+        monkeypatch.setattr(pipeline, "has_kernels", lambda device, kernels=kernels: kernels)
+        moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
+        assert words in caplog.text
 
 
 def test_inference_saves_nothing() -> None:
