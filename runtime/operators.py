@@ -121,6 +121,8 @@ ROOMS = {
     "linear_fp8": ("quantize", "quantize_gradient", "along_tokens", "scaled_mm", "linear_fp8"),
 }
 """The module that computes an operator, and its fake."""
+ABOVE = {"kernels": "autograd", "fp8_experts": "autograd", "linear_fp8": "autograd_linear"}
+"""The module with their derivatives."""
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
@@ -142,7 +144,7 @@ for _schema in SCHEMAS:
 for _room, _names in ROOMS.items():
     for _name in _names:
         library.impl(_name, _late(_room, _name), "CompositeExplicitAutograd")
-        library.impl(_name, _late("autograd", "batched"), "FuncTorchBatched")
+        library.impl(_name, _late("derivatives", "batched"), "FuncTorchBatched")
         torch.library.register_fake(f"moecompile::{_name}", _late(_room, f"fake_{_name}"), lib=library)
         if _name != "plan":  # which takes and gives integers
-            library.impl(_name, _late("autograd", _name), "Autograd")
+            library.impl(_name, _late(ABOVE[_room], _name), "Autograd")

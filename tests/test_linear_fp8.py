@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import fp8_by_hand as by_hand
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile.runtime import hopper_linear, linear_fp8
 from moecompile.runtime.once import warn_once
-from moecompile.runtime.quantize import ALONG_FEATURES, FLOAT32, SQUARE, dequantize, quantize
+from moecompile.runtime.quantize import ALONG_FEATURES, E4M3, FLOAT32, SQUARE, dequantize, quantize
 
 ops = torch.ops.moecompile
 
@@ -299,6 +300,25 @@ def test_the_gradient_of_the_weight_alone_reads_no_transposed_copies() -> None:
         copies = list(ops.quantize_weights(weight, backward=backward))
         found.append(gradients(ops.linear_fp8(x.detach(), weight, bias, *rows, copies), (weight, bias)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["rows", "weight", "bias"])
+def test_what_no_gradient_reads_is_not_held(wanted: int) -> None:
+    leaves = [each for each in given(70) if each is not None]
+    whole = gradients(linear(*leaves), leaves)
+    alone = [each.detach().requires_grad_(number == wanted) for number, each in enumerate(leaves)]
+    sizes = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.add((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = linear(*alone)
+    found = gradients(result, alone[wanted : wanted + 1])
+    assert torch.equal(found[1], whole[1 + wanted])
+    in_fp8 = {shape for shape, dtype in sizes if dtype == E4M3}
+    assert in_fp8 == ({(256, 128)}, {(70, 256)}, set[Any]())[wanted]
 
 
 @pytest.mark.parametrize("how", ["turned", "one row for all", "every other", "four bytes on"])
