@@ -88,8 +88,8 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
     """The state of a model that has matrices in FP8, as plain tensors, under the names of DeepSeek-V3's checkpoints.
 
     A matrix in FP8 is `name`, its e4m3 values, and `name_scale_inv`, float32 scales of 128x128 by which they are to be
-    multiplied; everything else is as `state_dict` has it. So it fits into safetensors files, and `load_fp8` takes it
-    back.
+    multiplied; everything else is as `state_dict` has it. All are tensors that safetensors files hold, and `load_fp8`
+    takes them back.
 
     Args:
         model: after `convert_to_fp8` or `load_fp8`; compiled or not.
@@ -100,8 +100,8 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
             dtype, dequantised, which loses nothing where scales are powers of two.
 
     Returns:
-        name to tensor. Tensors share memory with the model, but for single experts'. A matrix in FP8 that has
-        several names is there under the first.
+        name to tensor. What was not moved, as single experts are, shares memory with the model. A matrix in FP8 that
+        has several names is there under the first.
 
     Raises:
         TypeError: `model` is no module.
@@ -113,12 +113,13 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
         words = "expected a model with matrices in FP8, this one has none"
         raise ValueError(f"moecompile.fp8_state_dict: {words}; call moecompile.convert_to_fp8 first")
     stored: dict[str, Any] = {}
-    seen = set[int]()
+    seen = set[Any]()
     for name, each in state.items():
         if isinstance(each, BlockScaled):
-            if each.e4m3.data_ptr() in seen:  # tied: files hold it once, and `load_fp8` gives it to all
+            memory = (each.e4m3.untyped_storage()._cdata, each.e4m3.storage_offset(), each.shape)
+            if memory in seen:  # tied: files hold it once, and `load_fp8` gives it to all
                 continue
-            seen.add(each.e4m3.data_ptr())
+            seen.add(memory)
         for part, matrix in _parts(name, each, state) if single_experts else ((name, each),):
             blocks = matrix.blocks() if isinstance(matrix, BlockScaled) else None
             if blocks is not None:

@@ -19,7 +19,7 @@ from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes.decompose import decompose
 from moecompile.passes.printer import input_names
-from moecompile.passes.recast import recast
+from moecompile.passes.recast import Counts, recast
 from moecompile.report import GraphReport, discard
 
 Compiled = Callable[..., Any]
@@ -55,9 +55,16 @@ def _lower(
         setattr(record, kind, text_of(graph_module, collapse=True, inputs=inputs))
         record.log_artifacts()
 
-    joint = recast if options.fp8_recast_weights else None
+    kept: list[str] = []  # what is said of transposed copies
+
+    def divide(graph: fx.Graph) -> None:
+        kept.extend(_of_copies(recast(graph)))
+
+    joint = divide if options.fp8_recast_weights else None
     if options.lowering == "eager":
-        return eager(gm, example_inputs, seen=note, joint=joint)
+        compiled = eager(gm, example_inputs, seen=note, joint=joint)
+        record.notes += kept
+        return compiled
 
     patches = dict(options.inductor)
     _refuse_ahead_of_time(patches)
@@ -71,15 +78,29 @@ def _lower(
     patches = cache.salted(patches, salt, joint)
     compiled = inductor(gm, example_inputs, patches=patches, seen=note_and_store, name=name)
     record.cached = "miss" if record.forward else "hit"
+    for text in kept:
+        sidecar.write("kept", text)
     if record.cached == "hit":
         remembered = sidecar.read()
+        kept = [remembered["kept"]] if "kept" in remembered else []
         record.forward, record.backward = remembered.get("forward"), remembered.get("backward")
         if not remembered:
             record.notes.append(
                 "compiled code came from torch's caches; its forward and backward graphs are not stored here"
             )
         record.log_artifacts()
+    record.notes += kept
     return compiled
+
+
+def _of_copies(found: Counts) -> list[str]:
+    """What is said of matrices whose transposed copies are held all the same."""
+    if not found.kept:
+        return []
+    which = f"{found.kept} of {found.divided + found.kept} casts"
+    return [
+        f"fp8_recast_weights: the transposed copies of {which} are held for the backward; docs/options.md says of which"
+    ]
 
 
 def _refuse_ahead_of_time(patches: Mapping[str, Any]) -> None:

@@ -100,7 +100,7 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
 
 
 def _kernels(options: Options) -> str | None:
-    """As operators take it."""
+    """The option `kernels` as the attribute of operators: None is the fastest that there are."""
     return None if options.kernels == "auto" else options.kernels
 
 

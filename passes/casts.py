@@ -57,7 +57,7 @@ class Casting:
 
     @property
     def of_layers(self) -> dict[str, Any]:
-        """The same of `linear_fp8`."""
+        """Attributes of `linear_fp8`; what is usual is left out."""
         return self.of_rows | ({} if self.kernels is None else {"kernels": self.kernels})
 
     @property

@@ -3,9 +3,12 @@
 Contract
 - On entry the graph is AOTAutograd's of forward and backward together, not divided yet; `moecompile::quantize_weights`
   makes, of a matrix that is differentiated, what the forward reads and the transposed copies that the backward reads.
-- A cast becomes two, one for each; the second needs nothing but the matrix, and so ends up in the backward.
-- Of a matrix whose gate and up projection have blocks that the whole matrix has not, the transposed copy is no cast of
-  the transposed matrix: it stays as it is. So do casts that activation checkpointing has laid down where they run.
+  A graph without a backward stays as it is.
+- A cast of an input, or of an input in another dtype, becomes two. The second needs nothing but that input, which a
+  parameter is held anyway: so the partitioner puts it into the backward.
+- Others keep their copies, and are counted: of matrices that are computed, of gate and up projection that are
+  interleaved, apart, or in blocks that the whole matrix has not, and casts that activation checkpointing has laid down
+  where they run.
 
     v, s, v_t, s_t = moecompile.quantize_weights(W)
         becomes v, s, _, _ = moecompile.quantize_weights(W, backward=False)
@@ -17,52 +20,83 @@ It costs reading each matrix twice in a step, and saves a byte for each of its n
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import cast_for
+from moecompile.passes.casts import call_for, cast_for
 from moecompile.runtime.fp8_contract import check_weights
 from moecompile.runtime.quantize import BLOCK, POWER_OF_TWO
 
-ops = torch.ops.moecompile
+ops, aten, prims = torch.ops.moecompile, torch.ops.aten, torch.ops.prims
+CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
+TANGENTS = "tangents"
+"""What AOTAutograd's names for the gradients that a backward gets begin with."""
 INPUTS = "eager_input_vals"
 """What an operator was traced with: Inductor lays its inputs out so."""
 USUAL: dict[str, Any] = {"gate_up": "single", "transposed": False, "scale_format": POWER_OF_TWO}
 
 
-def recast(graph: fx.Graph) -> int:
-    """Rewrite the graph in place; returns how many casts became two. The caller recompiles the GraphModule."""
+class Counts(NamedTuple):
+    """Of casts whose transposed copies a backward reads: how many became two, and how many keep theirs."""
+
+    divided: int
+    kept: int
+
+
+def recast(graph: fx.Graph) -> Counts:
+    """Rewrite the graph in place. The caller recompiles the GraphModule."""
+    if not any(str(node.target).startswith(TANGENTS) for node in graph.find_nodes(op="placeholder")):
+        return Counts(0, 0)
     casts = graph.find_nodes(op="call_function", target=ops.quantize_weights.default)
+    turned = [node for node in casts if _is_turned(node)]
+    divided = [node for node in turned if _is_divisible(node)]
+    counts = Counts(_different(divided), _different(turned) - _different(divided))
     absent: dict[fx.Node, list[fx.Node]] = {}
-    divided = list(filter(_is_divisible, casts))
     for node in divided:
         _divide(node, absent)
     for user, (values, scales) in absent.items():
-        copies: Any = user.kwargs["quantized"]
-        nothing = (None, None, values, scales) * 2
-        kept = [none or each for none, each in zip(nothing, copies, strict=True)]
-        user.update_kwarg("quantized", kept)
-        if INPUTS in user.meta:
-            args, kwargs = user.meta[INPUTS]
-            user.meta[INPUTS] = args, {**kwargs, "quantized": [fake_of(each) for each in kept]}
-    return len(divided)
+        _hand_on_nothing(user, values, scales)
+    return counts
+
+
+def _different(casts: list[fx.Node]) -> int:
+    """How many there are: the partitioner takes equal ones for one."""
+    return len({(node.args, *node.kwargs.items()) for node in casts})
+
+
+def _is_turned(node: fx.Node) -> bool:
+    """Whether somebody reads transposed copies."""
+    return any(user.target is operator.getitem and user.args[1] in (2, 3) and user.users for user in node.users)
 
 
 def _is_divisible(node: fx.Node) -> bool:
-    """Whether somebody reads transposed copies, and these are what casting the transposed matrix gives."""
-    matrix, *more = node.args
-    if more or "w_up" in node.kwargs or "recompute" in node.meta or not node.kwargs.get("backward", True):
+    """Whether transposed copies are what casting the transposed matrix gives, and that can be done later."""
+    given: tuple[Any, ...] = node.args
+    matrix, *more = given
+    if more or "w_up" in node.kwargs or "recompute" in node.meta:
         return False
-    parts = [user for user in node.users if user.target is operator.getitem]
-    if len(parts) < len(node.users) or not any(part.args[1] in (2, 3) and part.users for part in parts):
+    if any(user.target is not operator.getitem for user in node.users) or _input_of(matrix) is None:
         return False
-    assert isinstance(matrix, fx.Node)
     layout = node.kwargs.get("gate_up", "single")
-    rows = fake_of(matrix).shape[-1 if node.kwargs.get("transposed", False) else -2]
+    shape: Any = fake_of(matrix).shape
+    rows = shape[-1 if node.kwargs.get("transposed", False) else -2]
     return layout == "single" or bool(layout == "halves" and rows % (2 * BLOCK) == 0)
+
+
+def _input_of(matrix: Any) -> fx.Node | None:
+    """The graph's input that a matrix is, or that it is a copy of in another dtype."""
+    given: fx.Node
+    if matrix.op == "placeholder":
+        given = matrix
+        return given
+    if matrix.target not in CONVERSIONS or matrix.args[0].op != "placeholder":
+        return None
+    others = {name for name, value in matrix.kwargs.items() if value is not None} - {"dtype"}
+    given = matrix.args[0]
+    return None if others else given
 
 
 def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
@@ -70,14 +104,10 @@ def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
     given: Any = node.args[0]
     attributes = {**USUAL, **node.kwargs, "backward": False}
     turned = {**attributes, "gate_up": "single", "transposed": not attributes["transposed"]}
-    matrix = fake_of(given)
     with node.graph.inserting_before(node):
-        # all attributes are written out: what recomputes GEMM1's rows casts the same matrix in the backward, and is not
-        # to be taken for a second look at what the forward has made
-        forward, backward = (
-            cast_for(node, ops.quantize_weights.default, (given,), how, _specs(matrix, how))
-            for how in (attributes, turned)
-        )
+        # The partitioner takes calls with equal arguments for one. What recomputes GEMM1's rows casts the same matrix,
+        # too, and stays apart by attributes that are written out here; a dtype's conversion, by how that is given.
+        forward, backward = _cast(node, given, attributes), _cast(node, _again(node, given), turned)
     for part in list(node.users):
         number: Any = part.args[1]
         for user in list(part.users):
@@ -88,5 +118,33 @@ def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
     node.graph.erase_node(node)
 
 
-def _specs(matrix: torch.Tensor, attributes: dict[str, Any]) -> Any:
-    return check_weights(matrix, None, attributes["gate_up"], attributes["transposed"], backward=False)
+def _again(node: fx.Node, matrix: fx.Node) -> fx.Node:
+    """The matrix for the backward: converted there once more, if it is a converted input."""
+    given, fake = _input_of(matrix), fake_of(matrix)
+    if given is matrix:
+        return matrix
+    made = call_for(node, prims.convert_element_type.default, (given,), {"dtype": fake.dtype})
+    made.meta["val"] = fake
+    return made
+
+
+def _cast(node: fx.Node, matrix: fx.Node, attributes: dict[str, Any]) -> list[fx.Node]:
+    """The four results of a cast in the place of another."""
+    fake = fake_of(matrix)
+    specs = check_weights(fake, None, attributes["gate_up"], attributes["transposed"], backward=False)
+    parts = cast_for(node, ops.quantize_weights.default, (matrix,), attributes, specs)
+    if INPUTS in node.meta:
+        made: Any = parts[0].args[0]
+        made.meta[INPUTS] = (fake,), attributes
+    return parts
+
+
+def _hand_on_nothing(user: fx.Node, values: fx.Node, scales: fx.Node) -> None:
+    """Gives a forward of experts tensors without elements for all transposed copies: it takes all of them or none."""
+    copies: Any = user.kwargs["quantized"]
+    nothing = (None, None, values, scales) * 2
+    kept = [none or each for none, each in zip(nothing, copies, strict=True)]
+    user.update_kwarg("quantized", kept)
+    if INPUTS in user.meta:
+        args, kwargs = user.meta[INPUTS]
+        user.meta[INPUTS] = args, {**kwargs, "quantized": [fake_of(each) for each in kept]}

@@ -14,6 +14,8 @@ from moecompile.runtime.quantize import POWER_OF_TWO
 
 Parts = list[Tensor]
 LINEAR = "linear_fp8"
+COPIES = 4
+"""Of a matrix: values, scales, and both transposed."""
 
 
 class _LinearFp8(torch.autograd.Function):
@@ -64,7 +66,7 @@ class _LinearFp8(torch.autograd.Function):
                 found.append(grad.reshape(-1, features).sum(0, dtype=torch.float32).to(weight.dtype))
         parts = iter(refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
         needed = (next(parts) if needed else None for needed in (of_x, of_weight, of_bias))
-        return (None, None, *needed, *(None,) * (4 + len(turned)))
+        return (None, None, *needed, None, None, *(None,) * COPIES)
 
 
 def quantize(x: Tensor, **attributes: Any) -> Any:

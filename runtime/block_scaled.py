@@ -139,6 +139,15 @@ class BlockScaled(Tensor):
         """The matrix in its dtype, contiguous."""
         return _unpacked(dequantize(self.e4m3, self.scales, SQUARE), self.shape, self.lie).to(self.dtype)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Quantises one expert's matrix into its place; other parts, which read as copies, are refused."""
+        if not (isinstance(index, int) and self.dim() == 3):
+            words = f"a part [{index}] of a matrix that is kept in FP8, of shape {tuple(self.shape)}, is written"
+            raise RuntimeError(
+                f"{words}; blocks of 128x128 share a scale: write one expert's whole matrix, or all of it"
+            )
+        self[index].copy_(torch.as_tensor(value, device=self.device).expand(self.shape[1:]))
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's stubs mangle the name
         return f"BlockScaled(shape={tuple(self.shape)}, dtype={self.dtype}, {self.lie}, device={self.device})"
 

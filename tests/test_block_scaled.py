@@ -199,6 +199,17 @@ def test_one_expert_is_written() -> None:
         assert same([kept.e4m3, kept.scales], [expected.e4m3, expected.scales])
 
 
+@pytest.mark.parametrize("index", [slice(0, 1), (0, 3), (slice(None), 0), ..., torch.tensor([1])], ids=str)
+def test_parts_are_not_written(index: Any) -> None:
+    kept = BlockScaled.of(matrix(3, 256, 128))
+    with pytest.raises(RuntimeError, match=r"a part .* of a matrix that is kept in FP8, .* is written"):
+        kept[index] = 0
+    with pytest.raises(RuntimeError, match="kept in FP8"):
+        BlockScaled.of(matrix(256, 128))[0] = 0
+    kept[-1] = 0
+    assert not kept.e4m3[2].float().any() and kept.e4m3[1].float().any()
+
+
 def test_gate_and_up_apart() -> None:
     w = matrix(3, 2 * 192, 140)
     kept = BlockScaled.of(w, gate_up="halves")

@@ -134,6 +134,13 @@ def test_tied_matrices_are_stored_once(tmp_path: Path) -> None:
     assert torch.equal(fresh.get_parameter("1.weight") * 1.0, first.weight * 1.0)
 
 
+def test_on_the_meta_device_nothing_is_tied() -> None:
+    model = nn.Sequential(nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False))
+    for layer in model.children():
+        layer.weight = nn.Parameter(BlockScaled.of(torch.randn(128, 128).bfloat16()), requires_grad=False)
+    assert len(moecompile.fp8_state_dict(model.to("meta"))) == 4
+
+
 def test_layouts_come_back() -> None:
     """A checkpoint does not tell that experts are (E, K, N); converting a model that has loaded one lays them out."""
     tiny, ids = model_of("gpt_oss", layers=1)

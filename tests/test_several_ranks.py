@@ -92,6 +92,8 @@ def with_fsdp(rank: int) -> None:
             optimizer.zero_grad()
             first_of(model(tokens(x, step, 0, rank))).square().mean().backward()
             optimizer.step()
+        again = "moecompile.quantize_weights(" in (moecompile.last_report().graphs[-1].backward or "")
+        assert again == ("fp8_recast_weights" in options)
         ends.append([each.full_tensor() if how == "fsdp" else each.detach() for each in model.parameters()])
     first, *others = ends
     assert not all(torch.equal(*pair) for pair in zip(first, module.parameters(), strict=True)), "nothing was learnt"
