@@ -7,6 +7,7 @@ float32 for the optimizer; the model's are these rounded.
 
 from __future__ import annotations
 
+import functools
 import math
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -182,8 +183,9 @@ def share(number: int, setup: Setup) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * done)
 
 
+@functools.cache
 def library_text(most: int) -> Tensor:
-    """Bytes of the modules of Python's own library, in the order of their names."""
+    """Bytes of the modules of Python's own library, in the order of their names; read once, and not to be written."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found, size = list[bytes](), 0
     for path in sorted(root.rglob("*.py")):

@@ -137,7 +137,7 @@ class Sidecar:
         self.path = cache_directory() / "graphs" / key[:2] / f"{key}.json"
 
     def read(self) -> dict[str, str]:
-        """Kind ("forward", "backward") to text; empty if nothing usable is stored."""
+        """Kind ("forward", "backward", "kept" for a note) to text; empty if nothing usable is stored."""
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -164,14 +164,12 @@ class Options:
                     f"moecompile: option `{field.name}` is about FP8, which precision={self.precision!r} does not "
                     "use. Add precision='fp8', or leave it out."
                 )
+            if field.name.endswith("_layers") and value < 0:
+                raise ValueError(f"moecompile: option `{field.name}`: expected 0 or more, got {value}.")
         if self.fp8_cache_weights and self.fp8_recast_weights:
             raise ValueError(
                 "moecompile: `fp8_cache_weights` keeps the copies that `fp8_recast_weights` is to save. Leave one out."
             )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_layers") and value < 0:
-                raise ValueError(f"moecompile: option `{field.name}`: expected 0 or more, got {value}.")
 
     @classmethod
     def parse(cls, mode: str | None, options: Mapping[str, Any] | Options | None) -> Options:

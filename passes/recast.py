@@ -27,8 +27,9 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for, cast_for
+from moecompile.runtime.block_scaled import Lie, is_whole
 from moecompile.runtime.fp8_contract import check_weights
-from moecompile.runtime.quantize import BLOCK, POWER_OF_TWO
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 ops, aten, prims = torch.ops.moecompile, torch.ops.aten, torch.ops.prims
 CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
@@ -80,23 +81,19 @@ def _is_divisible(node: fx.Node) -> bool:
         return False
     if any(user.target is not operator.getitem for user in node.users) or _input_of(matrix) is None:
         return False
-    layout = node.kwargs.get("gate_up", "single")
-    shape: Any = fake_of(matrix).shape
-    rows = shape[-1 if node.kwargs.get("transposed", False) else -2]
-    return layout == "single" or bool(layout == "halves" and rows % (2 * BLOCK) == 0)
+    attributes = {**USUAL, **node.kwargs}
+    return is_whole(fake_of(matrix).shape, Lie(attributes["gate_up"], attributes["transposed"]))
 
 
-def _input_of(matrix: Any) -> fx.Node | None:
+def _input_of(matrix: fx.Node) -> fx.Node | None:
     """The graph's input that a matrix is, or that it is a copy of in another dtype."""
-    given: fx.Node
     if matrix.op == "placeholder":
-        given = matrix
-        return given
-    if matrix.target not in CONVERSIONS or matrix.args[0].op != "placeholder":
+        return matrix
+    if matrix.target not in CONVERSIONS:
         return None
+    given: Any = matrix.args[0]
     others = {name for name, value in matrix.kwargs.items() if value is not None} - {"dtype"}
-    given = matrix.args[0]
-    return None if others else given
+    return None if others or given.op != "placeholder" else given
 
 
 def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class _LinearFp8(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        attributes: dict[str, Any],
+        kernels: str | None,
+        scale_format: str,
         trace: Tensor | None,
         x: Tensor,
         weight: Tensor,
@@ -36,37 +37,37 @@ class _LinearFp8(torch.autograd.Function):
         scales: Tensor,
         *quantized: Tensor,
     ) -> Tensor:
-        of_x, of_weight = ctx.needs_input_grad[2:4]
+        of_x, of_weight = ctx.needs_input_grad[3:5]
         if of_x:
             linear.check_copies_for_backward(quantized)
-        ctx.attributes = attributes
+        ctx.kernels, ctx.scale_format = kernels, scale_format
         # each gradient's operands, and no other's, are held
         rows, turned = (values, scales) if of_weight else (None, None), quantized[2:] if of_x else (None, None)
         ctx.save_for_backward(trace, weight, *rows, *turned)
         with torch._C._AutoDispatchBelowAutograd():
-            return _product(weight, bias, values, scales, quantized, attributes)
+            return _product(weight, bias, values, scales, quantized, kernels)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         trace, weight, values, scales, *turned = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad[2:5]
+        of_x, of_weight, of_bias = ctx.needs_input_grad[3:6]
         (features, inner), ops, found = weight.shape, torch.ops.moecompile, list[Tensor]()
-        of_casts, of_products = _split(ctx.attributes)
-        sizes = {"out_features": inner, "dtype": weight.dtype, **of_products}
+        how = {"scale_format": ctx.scale_format}
+        sizes = {"out_features": inner, "dtype": weight.dtype, "kernels": ctx.kernels}
         with torch._C._AutoDispatchBelowAutograd():
             grad = grads[0].to(weight.dtype)
             cast = ops.quantize_gradient if of_weight else ops.quantize
-            g = cast(grad, **of_casts) if of_weight or of_x else ()
+            g = cast(grad, **how) if of_weight or of_x else ()
             if of_x:
                 found.append(ops.scaled_mm(*g[:2], *turned, **sizes))
             if of_weight:
-                x_t = ops.along_tokens(values, scales, scale_block="128x128", **of_casts)
+                x_t = ops.along_tokens(values, scales, scale_block="128x128", **how)
                 found.append(ops.scaled_mm(*g[2:], *x_t, **sizes))
             if of_bias:
                 found.append(grad.reshape(-1, features).sum(0, dtype=torch.float32).to(weight.dtype))
         parts = iter(refusing(found, LINEAR, (grads[0], trace, weight)) if torch.is_grad_enabled() else found)
         needed = (next(parts) if needed else None for needed in (of_x, of_weight, of_bias))
-        return (None, None, *needed, None, None, *(None,) * COPIES)
+        return (None, None, None, *needed, None, None, *(None,) * COPIES)
 
 
 def quantize(x: Tensor, **attributes: Any) -> Any:
@@ -104,17 +105,17 @@ def scaled_mm(*args: Any, **attributes: Any) -> Tensor:
 
 
 def linear_fp8(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Parts,
-    **attributes: Any,
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, scales: Tensor, quantized: Parts, *,
+    scale_format: str = POWER_OF_TWO, kernels: str | None = None,
 ) -> Tensor:  # fmt: skip
     """linear_fp8 above autograd: recorded where something requires grad; below it is scaled_mm, as graphs show it."""
-    chosen = {"scale_format": POWER_OF_TWO, **attributes}
-    linear.check_linear(x, weight, bias, values, scales, quantized, **chosen)
+    linear.check_linear(x, weight, bias, values, scales, quantized, scale_format, kernels)
     if differentiates((x, weight, bias), LINEAR):
-        result: Tensor = _LinearFp8.apply(attributes, trace_of(x), x, weight, bias, values, scales, *quantized)
+        given = (trace_of(x), x, weight, bias, values, scales, *quantized)
+        result: Tensor = _LinearFp8.apply(kernels, scale_format, *given)
         return result
     with torch._C._AutoDispatchBelowAutograd():
-        return _product(weight, bias, values, scales, quantized, attributes)
+        return _product(weight, bias, values, scales, quantized, kernels)
 
 
 def _product(
@@ -123,15 +124,9 @@ def _product(
     values: Tensor,
     scales: Tensor,
     quantized: Sequence[Tensor],
-    attributes: Mapping[str, Any],
+    kernels: str | None,
 ) -> Tensor:
-    given, (_, chosen) = (values, scales, *quantized[:2], bias), _split(attributes)
+    given = (values, scales, *quantized[:2], bias)
     run = _of_linear("scaled_mm", given)
-    found: Tensor = run(*given, out_features=weight.shape[0], dtype=weight.dtype, **chosen)
+    found: Tensor = run(*given, out_features=weight.shape[0], dtype=weight.dtype, kernels=kernels)
     return found
-
-
-def _split(attributes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Attributes of `linear_fp8` that are of its casts, and those of its products."""
-    of_casts = {name: value for name, value in attributes.items() if name != "kernels"}
-    return of_casts, {name: value for name, value in attributes.items() if name == "kernels"}

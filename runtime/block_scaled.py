@@ -113,7 +113,7 @@ class BlockScaled(Tensor):
 
     def blocks(self) -> tuple[Tensor, Tensor] | None:
         """Values and scales as `from_blocks` takes them; None if gate and up have blocks that do not lie in this."""
-        if not _is_whole(self.shape, self.lie):
+        if not is_whole(self.shape, self.lie):
             return None
         *_, n, k = self.shape if not self.lie.transposed else (*self.shape[:-2], self.shape[-1], self.shape[-2])
         values = self.e4m3.view(torch.uint8)[..., :n, :k]
@@ -240,14 +240,14 @@ def _held(w: Tensor, w_up: Tensor | None, lie: Lie) -> tuple[Tensor, Tensor] | N
         return values, torch.cat([gate[1], up[1]], 1)
     if w.lie == lie:
         return w.e4m3, w.scales
-    if not (_is_whole(w.shape, w.lie) and _is_whole(w.shape, lie)):
+    if not (is_whole(w.shape, w.lie) and is_whole(w.shape, lie)):
         return None
     if w.lie.transposed == lie.transposed:
         return w.e4m3, w.scales
     return transposed_copy(w.e4m3.view(torch.uint8)).view(E4M3), transposed_copy(w.scales)
 
 
-def _is_whole(shape: Sequence[int], lie: Lie) -> bool:
+def is_whole(shape: Sequence[int], lie: Lie) -> bool:
     """Whether blocks are those of the whole matrix, wherever gate and up are in it."""
     features = shape[-1 if lie.transposed else -2]
     return lie.gate_up == "single" or (lie.gate_up == "halves" and features % (2 * BLOCK) == 0)

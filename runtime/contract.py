@@ -214,8 +214,7 @@ class Arguments:
     def _check_attributes(self) -> None:
         if self.gate_up not in GATE_UP:
             raise _error(ValueError, f"gate_up must be one of {', '.join(GATE_UP)}; got {self.gate_up!r}")
-        if self.kernels not in KERNELS:
-            raise _error(ValueError, f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {self.kernels!r}")
+        check_kernels("experts", self.kernels)
         hidden = {"hidden"} if self.gate_up == "single" else {"gate", "up"}
         for name, allowed in (("input", {"x"}), ("activation", hidden), ("output", {"out"})):
             found = expression_leaves(getattr(self, name))
@@ -269,6 +268,13 @@ _RANKS = (
 
 def _error(kind: type[Exception], message: str) -> Exception:
     return kind(f"moecompile::experts: {message}")
+
+
+def check_kernels(operator: str, kernels: str | None) -> None:
+    """Raises ValueError for a value that the attribute does not take."""
+    if kernels not in KERNELS:
+        words = f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {kernels!r}"
+        raise ValueError(f"moecompile::{operator}: {words}")
 
 
 def _expect(tensor: Tensor, name: str, shape: tuple[int, ...], words: str) -> None:

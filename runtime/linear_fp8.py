@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moecompile.runtime import quantize as quantizer
 from moecompile.runtime.autocast import exact
-from moecompile.runtime.contract import KERNELS, expect_shape
+from moecompile.runtime.contract import check_kernels, expect_shape
 from moecompile.runtime.fp8_contract import GEMM_DTYPES, NOTHING, check_scale_format, checked, weight_specs
 from moecompile.runtime.once import warn_once
 from moecompile.runtime.quantize import (
@@ -317,7 +317,7 @@ def _check_scaled_mm(
     kernels: str | None,
 ) -> None:
     operator = "scaled_mm"
-    _check_kernels(operator, kernels)
+    check_kernels(operator, kernels)
     _check_rows(operator, "a", a, "a_scales", a_scales)
     if dtype not in GEMM_DTYPES:
         raise TypeError(f"moecompile::{operator}: dtype must be bfloat16 or float16, got {dtype}")
@@ -336,7 +336,7 @@ def check_linear(
 ) -> None:  # fmt: skip
     """Raises ValueError or TypeError unless the arguments of `linear_fp8` are of one layer."""
     operator = "linear_fp8"
-    _check_kernels(operator, kernels)
+    check_kernels(operator, kernels)
     check_scale_format(operator, scale_format)
     _check_weight(weight, quantized, operator)
     n, k = weight.shape
@@ -351,12 +351,6 @@ def check_linear(
         expect_shape(operator, tensor, name, shape, "by weight and x")
         if tensor.dtype != dtype:
             raise TypeError(f"moecompile::{operator}: {name} must be {dtype}, got {tensor.dtype}; cast it")
-
-
-def _check_kernels(operator: str, kernels: str | None) -> None:
-    if kernels not in KERNELS:
-        words = f"kernels must be one of {', '.join(map(repr, KERNELS))}; got {kernels!r}"
-        raise ValueError(f"moecompile::{operator}: {words}")
 
 
 def _check_weight(weight: Tensor, quantized: Sequence[Tensor], operator: str) -> None:

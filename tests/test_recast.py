@@ -16,6 +16,8 @@ from moecompile.lowering import eager
 from moecompile.passes.recast import recast
 from moecompile.pipeline import run_passes
 from moecompile.report import GraphReport
+from test_cached_weights import Checkpointed
+from test_conversion import Called
 from test_fp8_models import model_of
 from test_precision import GRADIENT, block_of, relative, run
 from tiny_transformers import known_to_transformers
@@ -61,25 +63,14 @@ def held(graph: GraphReport) -> list[str]:
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_the_same_numbers(name: str, lowering: str, more: dict[str, Any]) -> None:
     """Of a whole layer: experts, and linear layers."""
-
-    class Logits(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: Tensor) -> Tensor:
-            found: Tensor = self.model(input_ids=ids).logits
-            return found
-
     model, ids = model_of(name, layers=1)
-    module, how = Logits(model), {**more, "lowering": lowering}
+    module, how = Called(model), {**more, "lowering": lowering}
     expected, before = trained(module, (ids,), **{**EACH, **how})
     found, after = trained(module, (ids,), **{**RECAST, **how})
     assert same(found, expected, lowering)
-    assert before.forward and before.backward and after.forward and after.backward
-    casts, again = before.forward.count(QUANTIZE), before.backward.count(QUANTIZE)
+    casts, again = casts_of(before)
     assert casts >= 6 and again == ("recompute" in more)
-    assert after.forward.count(QUANTIZE) == casts and after.backward.count(QUANTIZE) == casts + again
+    assert casts_of(after) == (casts, casts + again) and after.forward
     assert all("backward=False" in line for line in after.forward.splitlines() if QUANTIZE in line)
 
 
@@ -95,7 +86,7 @@ def test_blocks_of_other_kinds(name: str) -> None:
 
 def test_what_is_held() -> None:
     """Of what the forward gives the backward, transposed copies are gone, and nothing has come."""
-    held = []
+    sizes = []
     for joint in (None, recast):
         module, inputs = block_of("qwen3_moe")
         kept: list[fx.GraphModule] = []
@@ -108,9 +99,9 @@ def test_what_is_held() -> None:
         torch.compile(module, backend=backend, fullgraph=True)(*inputs)
         (output,) = kept[0].graph.find_nodes(op="output")
         values = [each.meta["val"] for each in output.all_input_nodes if each.op != "placeholder"]
-        held.append(sum(each.nbytes for each in values if isinstance(each, Tensor)))
+        sizes.append(sum(each.nbytes for each in values if isinstance(each, Tensor)))
     down = module.get_parameter("experts.down_proj")  # gate and up share a block
-    assert held[0] - held[1] == len(down) * (128 * 128 + 4)
+    assert sizes[0] - sizes[1] == len(down) * (128 * 128 + 4)
 
 
 class Twice(nn.Module):
@@ -147,16 +138,7 @@ def test_matrices_written_before_the_backward_are_an_error(lowering: str) -> Non
 
 
 def test_checkpointed_regions_stay() -> None:
-    class Region(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
-            return found
-
-    module, x = Region(Twice()), torch.randn(70, 128).bfloat16().requires_grad_()
+    module, x = Checkpointed(Twice()), torch.randn(70, 128).bfloat16().requires_grad_()
     expected, before = trained(module, (x,), **EACH)
     found, after = trained(module, (x,), **RECAST)
     assert same(found, expected) and after.forward == before.forward and after.backward == before.backward
