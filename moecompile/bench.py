@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help=f"turns of each contender (default: {ROUNDS})")
     parser.add_argument("--quick", action="store_true", help=f"fewer sizes, {QUICK_ROUNDS} turns: a first look")
-    parser.add_argument("--profile", action="store_true", help="also list the kernels of each block and their times")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of each block or step")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all rows to PATH, after each of them")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=argparse.SUPPRESS)
     return parser

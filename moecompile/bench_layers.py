@@ -34,7 +34,7 @@ from moecompile.bench_cases import (
 )
 from moecompile.bench_compiled import OPTIONS, checked, compiled, forward, step
 from moecompile.bench_modules import missing
-from moecompile.bench_profile import averages
+from moecompile.bench_profile import averages, dearest
 from moecompile.bench_proof import EMULATED
 from moecompile.bench_results import Kernel, Memory, Setting, Speed, Target, ratios
 from moecompile.bench_stacks import Stack
@@ -53,6 +53,8 @@ KINDS = (
 )
 """What a kernel is for, by a part of its name; the first that fits."""
 REST = "the rest"
+LISTED = 40
+"""Kernels of a step that `--profile` lists by name."""
 
 
 def measure_layers(setting: Setting, shape: Shape, layers: int, sequence: int) -> None:
@@ -61,12 +63,12 @@ def measure_layers(setting: Setting, shape: Shape, layers: int, sequence: int) -
         setting.results.head(f"model  {shape.title}")
         setting.results.add(Speed("model", shape.name, FORWARD, OURS, note=reason))
         return
-    torch._dynamo.reset()
     moecompile.reset()
     stack = Stack.of(shape, layers, sequence, setting.device)
     runs = {INDUCTOR: compiled(stack.module)}
     runs |= {name: compiled(stack.module, options) for name, options in OPTIONS.items()}
     for what, make in ((FORWARD, forward), (STEP, step)):
+        torch._dynamo.reset()  # graphs of the other are of no use here, and Dynamo allows a function so many only
         if what == STEP:
             runs[FP8_TWICE] = compiled(stack.module, OPTIONS[FP8_EACH] | {"fp8_recast_weights": True})
         setting.results.head(f"model  {stack.title}  {what}")
@@ -155,15 +157,19 @@ def _add_kinds(setting: Setting, stack: Stack, contenders: Sequence[Contender]) 
         setting.results.head(f"    where the step of {contender.name} goes{apart}")
         contender.call(0)
         contender.call(1)
+        kernels = averages(setting, contender)
         found = dict.fromkeys((*(kind for kind, _ in KINDS), REST), (0.0, 0.0))
-        for name, count, milliseconds in averages(setting, contender):
+        for name, count, milliseconds in kernels:
             kind = kind_of(name)
             found[kind] = found[kind][0] + count, found[kind][1] + milliseconds
         total = sum(milliseconds for _, milliseconds in found.values()) or 1.0
+        row = ("model", stack.case, STEP, contender.name)
         for kind, (count, milliseconds) in found.items():
             judged = setting.device == "cuda" and kind == CASTS and contender.name == FP8_EACH
-            row = ("model", stack.case, STEP, contender.name, kind, count, milliseconds, milliseconds / total)
-            setting.results.add(Kernel(*row, most=MOST_CASTS if judged else None))
+            share = milliseconds / total
+            setting.results.add(Kernel(*row, kind, count, milliseconds, share, most=MOST_CASTS if judged else None))
+        if setting.profile:
+            setting.results.add(*(Kernel(*row, *each) for each in dearest(kernels, LISTED)))
 
 
 def kind_of(kernel: str) -> str:

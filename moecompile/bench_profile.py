@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,18 +28,31 @@ def kernels(setting: Setting, contender: Contender, section: str, case: str, wha
     Returns:
         the first SHOWN of them, then one for all others.
     """
-    found = averages(setting, contender)
-    found.sort(key=lambda each: -each[2])
-    total = sum(milliseconds for _, _, milliseconds in found) or 1.0
-    rest = found[SHOWN:]
-    shown = found[:SHOWN]
+    row = (section, case, what, contender.name)
+    return [Kernel(*row, *each) for each in dearest(averages(setting, contender), SHOWN)]
+
+
+def dearest(found: Iterable[tuple[str, float, float]], most: int) -> list[tuple[str, float, float, float]]:
+    """So many kernels, those that cost most first, one entry for the others, and one for all.
+
+    Args:
+        found: as `averages` has it.
+        most: how many have an entry of their own.
+
+    Returns:
+        the same with each one's share of the time.
+    """
+    ordered = sorted(found, key=lambda each: -each[2])
+    shown, rest = ordered[:most], ordered[most:]
     if rest:
-        shown.append((f"{len(rest)} others", sum(each[1] for each in rest), sum(each[2] for each in rest)))
-    shown.append(("all", sum(each[1] for each in found), sum(each[2] for each in found)))
-    return [
-        Kernel(section, case, what, contender.name, name, count, milliseconds, milliseconds / total)
-        for name, count, milliseconds in shown
-    ]
+        shown.append((f"{len(rest)} others", *_sums(rest)))
+    shown.append(("all", *_sums(ordered)))
+    total = shown[-1][2] or 1.0
+    return [(*each, each[2] / total) for each in shown]
+
+
+def _sums(found: Sequence[tuple[str, float, float]]) -> tuple[float, float]:
+    return sum(each[1] for each in found), sum(each[2] for each in found)
 
 
 def own_kernels(setting: Setting, contender: Contender) -> tuple[float, float]:

@@ -60,6 +60,18 @@ def test_layers_are_compiled_and_compared(setting: Setting, quickly: None, capsy
     assert len([row for row in casts if row.kind == "experts" and row.cast]) == 2
 
 
+def test_forward_and_step_do_not_share_what_dynamo_allows_a_function(setting: Setting, quickly: None) -> None:
+    with torch._dynamo.config.patch(recompile_limit=5):
+        bench_layers.measure_layers(setting, TINY, 1, 48)
+    assert not setting.results.failures
+
+
+def test_kernels_of_a_step_are_listed(setting: Setting, quickly: None, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_layers.measure_layers(replace(setting, profile=True), TINY, 1, 48)
+    listed = capsys.readouterr().out.partition("where the step of ours FP8, quantising goes")[2]
+    assert "moecompile::experts_fp8" in listed and "others\n" in listed and listed.rstrip().endswith("  all")
+
+
 def test_layers_that_are_not_rewritten_are_a_failure(setting: Setting, quickly: None, monkeypatch) -> None:
     monkeypatch.setitem(bench_layers.OPTIONS, OURS, {"disable": ("detect",)})
     bench_layers.measure_layers(setting, TINY, 1, 48)
