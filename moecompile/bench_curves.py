@@ -3,61 +3,115 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 860, 460, 60, 40, 190, 20
-COLORS = ("#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#7f7f7f")
-POINTS = 150
+WIDTH, LEFT, RIGHT = 900, 60, 240
+PANELS, HEIGHT, GAP = (20, 300), 600, 280
+"""Where panels begin, and how high the picture and each of them with its axis is."""
+COLORS = ("#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+POINTS, DIFFERENCES = 150, 40
+"""How many means of neighbouring steps a line has: of losses, and of differences, which are noisier."""
+
+Runs = Mapping[str, Sequence[Sequence[float]]]
 
 
-def draw(losses: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """A line for each recipe, the mean of its seeds, and the room between its lowest and highest.
+@dataclass(frozen=True)
+class Panel:
+    """A part of the picture with axes of its own.
+
+    Attributes:
+        top: where it begins.
+        low: the least value.
+        high: the largest.
+        places: of a line.
+    """
+
+    top: int
+    low: float
+    high: float
+    places: int
+
+    def at(self, place: float, value: float) -> str:
+        """The point of a line."""
+        return f"{self.x(place / max(1, self.places - 1)):.1f},{self.y(value):.1f}"
+
+    def x(self, share: float) -> float:
+        """Of the steps."""
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Of a value, those outside on the edge."""
+        share = (min(max(value, self.low), self.high) - self.low) / ((self.high - self.low) or 1.0)
+        return self.top + (1 - share) * (GAP - 40)
+
+
+def draw(losses: Runs, against: str) -> str:
+    """Losses, and below them how far each recipe is from one of them, relative, in per cent.
+
+    A line for each recipe, the mean of its seeds, and the room between its lowest and highest.
 
     Args:
         losses: by recipe, of each seed, of each step.
+        against: the recipe whose runs of the same seeds the others are compared with.
 
     Returns:
         the SVG as text.
     """
-    curves = {name: [_smooth(each) for each in runs] for name, runs in losses.items()}
-    every = [value for runs in curves.values() for run in runs for value in run[len(run) // 20 :]]
-    low, high = min(every), max(every)
     steps = max(len(run) for runs in losses.values() for run in runs)
-
-    def x(place: float) -> float:
-        return LEFT + place * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        share = (min(value, high) - low) / ((high - low) or 1.0)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
+    right = [_means(run, DIFFERENCES) for run in losses[against]]
+    apart = {
+        name: [
+            [100 * (one / other - 1) for one, other in zip(_means(run, DIFFERENCES), base, strict=True)]
+            for run, base in zip(runs, right, strict=True)
+        ]
+        for name, runs in losses.items()
+    }
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"',
         '     font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        *_panel(PANELS[0], {name: [_means(run, POINTS) for run in runs] for name, runs in losses.items()}, steps, ""),
+        *_panel(PANELS[1], apart, steps, "%"),
     ]
-    for number in range(6):
-        value, place = low + (high - low) * number / 5, number / 5
-        parts += [
-            f'<line x1="{x(0)}" x2="{x(1)}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#ddd"/>',
-            f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>',
-            f'<text x="{x(place):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{round(steps * place)}</text>',
-        ]
-    for number, (name, runs) in enumerate(curves.items()):
-        color, columns = COLORS[number % len(COLORS)], list(zip(*runs, strict=True))
-        places = [x(place / max(1, len(columns) - 1)) for place in range(len(columns))]
-        upper = [f"{at:.1f},{y(max(column)):.1f}" for at, column in zip(places, columns, strict=True)]
-        lower = [f"{at:.1f},{y(min(column)):.1f}" for at, column in zip(places, columns, strict=True)]
-        middle = [f"{at:.1f},{y(sum(column) / len(column)):.1f}" for at, column in zip(places, columns, strict=True)]
-        parts += [
-            f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{color}" opacity="0.15"/>',
-            f'<polyline points="{" ".join(middle)}" fill="none" stroke="{color}" stroke-width="1.5"/>',
-            f'<text x="{x(1) + 12:.1f}" y="{TOP + 18 + 20 * number}" fill="{color}">{escape(name)}</text>',
-        ]
+    for number, name in enumerate(losses):
+        x, y = WIDTH - RIGHT + 12, PANELS[0] + 18 + 20 * number
+        parts.append(f'<text x="{x}" y="{y}" fill="{_color(number)}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _smooth(run: Sequence[float]) -> list[float]:
-    """At most POINTS means of neighbouring steps."""
-    size = max(1, len(run) // POINTS)
-    return [sum(run[start : start + size]) / len(run[start : start + size]) for start in range(0, len(run), size)]
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
+
+
+def _panel(top: int, curves: Runs, steps: int, unit: str) -> list[str]:
+    """The axes and the lines; what the first twentieth of the steps does may leave the panel."""
+    every = [value for runs in curves.values() for run in runs for value in run[len(run) // 20 :]]
+    finite = [value for value in every if abs(value) < float("inf")] or [0.0]
+    places = max(len(run) for runs in curves.values() for run in runs)
+    panel, parts = Panel(top, min(finite), max(finite), places), list[str]()
+    for number in range(6):
+        share = number / 5
+        value = panel.low + (panel.high - panel.low) * share
+        x, y = panel.x(share), panel.y(value)
+        parts += [
+            f'<line x1="{panel.x(0)}" x2="{panel.x(1)}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>',
+            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}{unit}</text>',
+            f'<text x="{x:.1f}" y="{top + GAP - 22}" text-anchor="middle">{round(steps * share)}</text>',
+        ]
+    for number, runs in enumerate(curves.values()):
+        columns = list(enumerate(zip(*runs, strict=True)))
+        upper = [panel.at(place, max(column)) for place, column in columns]
+        lower = [panel.at(place, min(column)) for place, column in columns]
+        middle = [panel.at(place, sum(column) / len(column)) for place, column in columns]
+        parts += [
+            f'<polygon points="{" ".join(upper + lower[::-1])}" fill="{_color(number)}" opacity="0.12"/>',
+            f'<polyline points="{" ".join(middle)}" fill="none" stroke="{_color(number)}" stroke-width="1.5"/>',
+        ]
+    return parts
+
+
+def _means(run: Sequence[float], points: int) -> list[float]:
+    """At most so many means of neighbouring steps; the last steps that make no whole one are left out."""
+    size = -(-len(run) // points)
+    return [sum(run[start : start + size]) / size for start in range(0, len(run) - size + 1, size)]

@@ -30,10 +30,12 @@ from moecompile.runtime.quantize import (
 )
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
-PER_TENSOR, SQUARE_GRADIENTS, ROUTER = "one scale a tensor", "gradients 128x128", "router in FP8"
+PER_TENSOR, SQUARE_GRADIENTS, ROUTER, HEAD = "one scale a tensor", "gradients 128x128", "router in FP8", "head in FP8"
 FAST = "one scale a tensor, sums not promoted"
 COARSE = "two bits of mantissa"
-"""Twice the rounding error, of rows, gradients and matrices: what it costs shows how much less a run can tell."""
+"""As e5m2 has; of rows, gradients and matrices. Twice the rounding error, which shows how much a run can tell."""
+INCLUDED: Mapping[str, tuple[str, ...]] = {ROUTER: ("*.gate",), HEAD: ("lm_head",)}
+"""Modules that are cast besides."""
 
 
 def per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
                 (fp8_experts, "quantize_weights"),
             ):
                 replace(module, attribute, _coarsely(getattr(module, attribute)))
-        yield {"fp8_include": ("*.gate",)} if name == ROUTER else {}
+        yield {"fp8_include": INCLUDED[name]} if name is not None and name in INCLUDED else {}
 
 
 def _anew(operator: str, tensors: Any, attributes: Any, run: Callable[..., list[Tensor]]) -> list[Tensor]:

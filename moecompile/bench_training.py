@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,39 +38,39 @@ class Setup:
         inner: features inside an expert.
         context: bytes of a sequence. Longer ones can be copied from, which some seeds learn much earlier than others.
         batch: sequences of a step.
-        steps: of each run.
+        steps: of each run; seeds differ by 3 % where the loss still falls fast, by 0.2 % after four times as many.
         rate: of learning, at its highest.
         warmup: steps until then.
         text: bytes of text at most.
     """
 
-    hidden: int = 768
+    hidden: int = 512
     layers: int = 4
     dense: int = 2
     experts: int = 16
     top_k: int = 2
-    inner: int = 768
+    inner: int = 512
     context: int = 128
     batch: int = 64
-    steps: int = 2500
+    steps: int = 5000
     rate: float = 1e-3
-    warmup: int = 100
+    warmup: int = 200
     text: int = 24 * 2**20
 
 
-TINY = Setup(128, 2, 1, 4, 2, 128, 32, 2, 10, 1e-3, 2, 2**16)
+TINY = Setup(128, 2, 1, 16, 2, 128, 32, 2, 10, 1e-3, 2, 2**16)
 """For a look at the command on a CPU."""
 
 
 def runs(
-    setup: Setup, options: Mapping[str, Any] | None, seeds: int, data: Tensor, nudged: bool = False
-) -> Iterator[list[float]]:
-    """The losses of each seed, of each step; compiled and captured once.
+    setup: Setup, options: Mapping[str, Any] | None, seeds: Iterable[int], data: Tensor, nudged: bool = False
+) -> Iterator[tuple[int, list[float]]]:
+    """Each seed with its losses, of each step; compiled and captured once.
 
     Args:
         setup: what is trained.
         options: of the backend.
-        seeds: how many; batches are the same for all.
+        seeds: of the weights; batches are the same for all.
         data: (bytes,) uint8, where it is to be trained.
         nudged: whether weights begin NUDGE away from the seed's.
     """
@@ -78,8 +78,8 @@ def runs(
     model = build(setup, data.device)
     compiled = torch.compile(model, backend="moecompile", fullgraph=True, options=dict(options or {}))
     training = Training(setup, model, compiled, data)
-    for seed in range(seeds):
-        yield training.run(seed, nudged)
+    for seed in seeds:
+        yield seed, training.run(seed, nudged)
 
 
 def build(setup: Setup, device: torch.device) -> nn.Module:
@@ -176,11 +176,11 @@ class Training:
 
 
 def share(number: int, setup: Setup) -> float:
-    """Of the highest rate: up, then down along a cosine to a tenth."""
+    """Of the highest rate: up, then down along a cosine to nothing, where runs come to rest."""
     if number < setup.warmup:
         return (number + 1) / setup.warmup
     done = (number - setup.warmup) / max(1, setup.steps - setup.warmup)
-    return 0.55 + 0.45 * math.cos(math.pi * done)
+    return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
 import pytest
@@ -13,8 +13,8 @@ from torch import Tensor
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_accuracy
 from moecompile.bench_curves import draw
-from moecompile.bench_recipes import COARSE, FAST, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, coarse, wrong
-from moecompile.bench_training import TINY, Training, build, library_text, share
+from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, coarse, wrong
+from moecompile.bench_training import TINY, Setup, Training, build, library_text, share
 from moecompile.commands import main
 from moecompile.runtime import linear_fp8
 from moecompile.runtime.quantize import ALONG_FEATURES, E4M3, SQUARE, dequantize
@@ -113,6 +113,8 @@ def test_nothing_stays_wrong() -> None:
         assert linear_fp8.quantize is not before and options == {}
     with wrong(ROUTER) as options:
         assert linear_fp8.quantize is before and options == {"fp8_include": ("*.gate",)}
+    with wrong(HEAD) as options:
+        assert linear_fp8.quantize is before and options == {"fp8_include": ("lm_head",)}
     with wrong(None) as options:
         assert linear_fp8.quantize is before and options == {}
 
@@ -127,6 +129,7 @@ def test_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_accuracy.judge({**told, ROUTER: bad}) == 1, "less than seeds differ by tells nothing"
     assert bench_accuracy.judge({**told, "FP8": bad}) == 1
     assert bench_accuracy.judge({"bfloat16": wide, "FP8": good}) == 0
+    assert "+0.100% ± 0.000%" in printed and bench_accuracy.mean([1.0, 3.0]) == (2.0, 1.0)
     nan = [[float("nan")] * 10] * 2
     assert bench_accuracy.judge({**told, ROUTER: nan}) == 0, "what diverges is told"
 
@@ -140,15 +143,19 @@ def test_seeds_begin_anew() -> None:
     first, other, again, nudged = training.run(0), training.run(1), training.run(0), training.run(0, nudged=True)
     assert first == again != other and first[-1] < first[0] - 0.3
     assert nudged != first and max(abs(one - two) for one, two in zip(first, nudged, strict=True)) < 0.02
-    assert share(0, TINY) == 0.5 and share(2, TINY) == 1.0 and share(TINY.steps, TINY) == pytest.approx(0.1)
+    assert share(0, TINY) == 0.5 and share(2, TINY) == 1.0 and share(TINY.steps, TINY) == pytest.approx(0.0)
 
 
 def test_the_picture() -> None:
-    losses = {"bfloat16": [[5.0 - step / 100 for step in range(400)]] * 3, "a <b>": [[4.0] * 400, [3.0] * 400]}
-    root = ElementTree.fromstring(draw(losses))
-    words = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert "bfloat16" in words and "a <b>" in words and "400" in words
-    assert sum(element.tag.endswith("polyline") for element in root.iter()) == 2
+    losses = {"bfloat16": [[5.0 - step / 100 for step in range(401)]] * 2, "a <b>": [[4.0] * 401, [float("nan")] * 401]}
+    losses["worse"] = [[each * 1.01 for each in run] for run in losses["bfloat16"]]
+    root = ElementTree.fromstring(draw(losses, "bfloat16"))
+    words = [element.text or "" for element in root.iter() if element.tag.endswith("text")]
+    assert {"bfloat16", "a <b>", "401"} <= {*words} and sum(each.endswith("%") for each in words) == 6
+    lines = [element.attrib["points"] for element in root.iter() if element.tag.endswith("polyline")]
+    assert len(lines) == 6
+    heights = [{point.split(",")[1] for point in lines[place].split()} for place in (3, 5)]
+    assert all(len(each) == 1 for each in heights) and float(*heights[0]) > float(*heights[1]), "1 % lies above 0 %"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -158,22 +165,65 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_recipes_run_one_by_one_or_beside_each_other(jobs: int) -> None:
-    counting: Any = len  # any function will do
-    found = [*bench_accuracy._every(["a", "bcd"], counting, jobs)]
-    assert {(recipe, str(losses)) for recipe, losses, _ in found} == {("a", "1"), ("bcd", "3")}
-    assert all(seconds >= 0 for _, _, seconds in found)
+    found = [*bench_accuracy._every({"a": [0, 2], "bcd": [1]}, _told, jobs)]
+    assert {(recipe, seed, *losses) for recipe, seed, losses, _ in found} == {
+        ("a", 0, 1.0),
+        ("a", 2, 1.0),
+        ("bcd", 1, 3.0),
+    }
+    assert all(seconds >= 0 for *_, seconds in found)
+
+
+def test_a_recipe_that_fails_is_no_silence() -> None:
+    found = bench_accuracy._every({"a": [0], "fails": [0, 1]}, _told, 2)
+    with pytest.raises(ValueError, match="no such recipe"):
+        list(found)
+
+
+def _told(recipe: str, seeds: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
+    """In the place of training, also in another process."""
+    for seed in seeds:
+        if recipe == "fails" and seed:
+            raise ValueError("no such recipe")
+        yield seed, [float(len(recipe))]
+
+
+def test_runs_that_a_file_has_are_not_run_again(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Sequence[int]]] = []
+
+    def losses_of(setup: Setup, device: str, recipe: str, seeds: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
+        asked.append((recipe, seeds))
+        for seed in seeds:
+            yield seed, [1.0 + seed / 1000] * 10
+
+    monkeypatch.setattr(bench_accuracy, "_losses", losses_of)
+    given = ["bench", "accuracy", "--device", "cpu", "--json", str(tmp_path / "losses.json")]
+    assert main([*given, "--seeds", "1", "--recipes"]) == 0
+    assert asked == [("bfloat16", [0]), ("bfloat16, nudged", [0]), ("FP8", [0])]
+    asked.clear()
+    assert main([*given, "--seeds", "2", "--recipes", HEAD]) == 1
+    assert asked == [("bfloat16", [1]), ("bfloat16, nudged", [1]), ("FP8", [1]), (HEAD, [0, 1])]
+    asked.clear()
+    assert main([*given, "--seeds", "2", "--recipes"]) == 0 and not asked
+    assert "differs by 0.10% from seed to seed" in capsys.readouterr().out
+    assert main([*given, "--steps", "7"]) == 2 and not asked
+    assert "another set-up (steps 10 there, 7 here)" in capsys.readouterr().out
+    for text in ("{", "[]", '{"setup": {}}', '{"setup": {}, "losses": {"FP8": [[1.0]]}}'):
+        (tmp_path / "losses.json").write_text(text)
+        assert main(given) == 2 and "name another file" in capsys.readouterr().out
+        assert (tmp_path / "losses.json").read_text() == text
 
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    given = ["bench", "accuracy", "--device", "cpu", "--seeds", "1", "--steps", "8", "--recipes", ROUTER]
+    given = ["bench", "accuracy", "--device", "cpu", "--seeds", "1", "--steps", "8", "--recipes", ROUTER, HEAD]
     status = main([*given, "--json", str(tmp_path / "losses.json"), "--svg", str(tmp_path / "losses.svg")])
     printed = capsys.readouterr().out
     losses = json.loads((tmp_path / "losses.json").read_text())["losses"]
-    assert losses.keys() == {"bfloat16", "bfloat16, nudged", "FP8", ROUTER} and all(
-        len(run) == 8 for runs in losses.values() for run in runs
-    )
-    assert losses["bfloat16"][0][-1] < losses["bfloat16"][0][0] - 0.3 and losses["FP8"] != losses["bfloat16"]
+    assert losses.keys() == {"bfloat16", "bfloat16, nudged", "FP8", ROUTER, HEAD}
+    assert all(len(run) == 8 for runs in losses.values() for run in runs.values())
+    wide, right, router, head = (losses[name]["0"] for name in ("bfloat16", "FP8", ROUTER, HEAD))
+    assert wide[-1] < wide[0] - 0.3 and right not in (wide, router, head)
     assert (
         (tmp_path / "losses.svg").read_text().startswith("<svg") and status in (0, 1) and "told to be worse" in printed
     )
