@@ -4,10 +4,13 @@ Contract
 - The graph computes the same, gradients included; only the Sites' own nodes are taken out, and only those that nobody
   else uses.
 - The router stays: its ids and weights become operands. Routing values with users outside the Site stay alive.
+- A float32 sum that is rounded to 16 bits, and is nobody else's, is rounded by the operator: the same numbers and
+  gradients, without a float32 tensor.
 
     plan   = moecompile.plan(expert_ids, num_experts)
     result = moecompile.experts(x, weights, *plan, w_in, w_out, ..., activation=...)
     result = base + result                       # where the model adds into something, in place if it did
+    to(experts(...), bfloat16)                   # becomes experts(..., out_dtype=bfloat16)
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +28,14 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.aliases import empty_fake, fake_of, lies_in_order
-from moecompile.passes.calls import writes
+from moecompile.passes.calls import bind, writes
 from moecompile.passes.layout import Layout
 from moecompile.passes.region import only_reads_dtype, removable
 from moecompile.passes.site import Operand, Site
 from moecompile.runtime import kernels
 
 _TENSORS = ("w_up", "b_in", "b_up", "b_out")
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def fuse(graph: fx.Graph, sites: Sequence[Site], layout: Layout | None = None) -> int:
@@ -41,6 +45,7 @@ def fuse(graph: fx.Graph, sites: Sequence[Site], layout: Layout | None = None) -
     """
     replaced: dict[fx.Node, fx.Node] = {}
     layout = layout or Layout(graph)
+    modes = layout.mode  # of the graph as it is: nodes are about to go
     for site in sites:
         _free_from_metadata(graph, site)
     for found in sites:
@@ -52,6 +57,9 @@ def fuse(graph: fx.Graph, sites: Sequence[Site], layout: Layout | None = None) -
         with graph.inserting_before(site.node):
             result = emit(graph, site)
             replaced |= _replace(graph, site, result, layout)
+        final = replaced[site.node]
+        if not any(user in other.region for other in sites for user in final.users):
+            replaced |= _round_at_once(site, result, final, modes)
         for node in gone:
             if not node.users:  # a base that the sum is added into stays
                 graph.erase_node(node)
@@ -269,3 +277,39 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> di
     node.replace_all_uses_with(final)
     graph.erase_node(node)
     return replaced | {node: final}
+
+
+def _round_at_once(
+    site: Site, result: fx.Node, final: fx.Node, modes: Mapping[fx.Node, object]
+) -> dict[fx.Node, fx.Node]:
+    """Has the operator round its sum, where the model does nothing else with it.
+
+    Args:
+        site: that was replaced.
+        result: the operator's node.
+        final: what the Site's users got: `result`, in the model's shape, or with what it is added into.
+        modes: that hold at each node of the graph as it was.
+
+    Returns:
+        the cast that is gone, with the node that holds the same.
+    """
+    shaped = final is result or (final.target == "reshape" and final.args[0] is result and len(result.users) == 1)
+    users = [*final.users]
+    if not shaped or len(users) != 1 or site.out_dtype is not None or fake_of(result).dtype != torch.float32:
+        return {}
+    (cast,), call = users, bind(users[0])
+    narrow = call is not None and call.name == "cast" and not call.inplace and cast.all_input_nodes == [final]
+    fake = fake_of(cast) if narrow else None
+    if not isinstance(fake, torch.Tensor) or fake.dtype not in _HALVES or fake.device != fake_of(final).device:
+        return {}
+    if fake.shape != fake_of(final).shape or not lies_in_order(fake) or modes[cast] != modes[site.node]:
+        return {}
+    result.kwargs = {**result.kwargs, "out_dtype": fake.dtype}
+    key = "example_value" if "example_value" in result.meta else "val"
+    rounded = empty_fake(fake, tuple(fake_of(result).shape), fake.dtype)
+    result.meta[key], final.meta[key] = rounded.requires_grad_(fake_of(result).requires_grad), fake
+    if final is result:
+        result.meta[key] = fake
+    cast.replace_all_uses_with(final)
+    cast.graph.erase_node(cast)
+    return {cast: final}
