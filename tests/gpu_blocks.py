@@ -50,6 +50,7 @@ class Block:
     weight_dtype: torch.dtype = torch.bfloat16
     weighted: bool = True
     scale_format: str = "power_of_two"
+    out_dtype: torch.dtype | None = None
 
     @classmethod
     def of_counts(cls, name: str, *counts: int, **given: Any) -> Block:
@@ -63,6 +64,7 @@ class Block:
             "output": self.output,
             "w_in_transposed": self.in_transposed,
             "w_out_transposed": self.out_transposed,
+            "out_dtype": self.out_dtype,
         }
 
     def tensors(self) -> Tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,3 +212,18 @@ def test_more_than_two_to_the_31_elements() -> None:
     for name, value in alone.all().items():
         rows = found.all()[name][-last:].double()
         assert worst_row(rows, value.double()) < 4e-3, name
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_result_that_is_rounded_has_the_bits_of_a_cast(dtype: torch.dtype, fp8: bool) -> None:
+    """What passes/fuse.py makes of a float32 sum that the model rounds, gradients included."""
+    block = Block("float32 weights", weight_dtype=torch.float32, dropped=True)
+    tensors = block.tensors()
+    cotangent = torch.randn(block.tokens, block.hidden, device="cuda").to(dtype)
+    cast, rounded = (
+        run(replace(block, out_dtype=each), tensors, fp8=fp8, cotangent=cotangent) for each in (None, dtype)
+    )
+    assert cast.result.dtype == torch.float32 and torch.equal(rounded.result, cast.result.to(dtype))
+    assert cast.gradients.keys() == rounded.gradients.keys()
+    assert all(torch.equal(each, rounded.gradients[name]) for name, each in cast.gradients.items())
