@@ -13,14 +13,13 @@ divided among several calls.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import asdict, fields, replace
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from moecompile.bench_curves import draw
+from moecompile.bench_losses import check_paths, keep, kept
 from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
 from moecompile.bench_training import TINY, Setup, library_text, runs
 
@@ -35,9 +35,6 @@ WIDE, NUDGED, RIGHT = "bfloat16", "bfloat16, nudged", "FP8"
 WRONG = (PER_TENSOR, FAST, SQUARE_GRADIENTS, ROUTER, HEAD, COARSE)
 BOUND = 0.0025
 """How far FP8's loss may be from bfloat16's, relative."""
-
-Losses = dict[str, dict[int, list[float]]]
-"""By recipe, by seed, of each step."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,9 +50,11 @@ def main(argv: Sequence[str]) -> int:
     usual = TINY if chosen.device == "cpu" else Setup()
     setup = replace(usual, **{name: value for name, value in given.items() if value is not None})
     try:
-        losses = _kept(chosen.json, setup)
+        setup.check()
+        check_paths(chosen.json, chosen.svg)
+        losses = kept(chosen.json, setup)
     except ValueError as error:
-        print(f"bench accuracy: --json: {error}")
+        print(f"bench accuracy: {error}")
         return 2
     recipes = [WIDE, NUDGED, RIGHT, *(chosen.recipes if chosen.recipes is not None else WRONG)]
     wanted = {name: [seed for seed in range(chosen.seeds) if seed not in losses.get(name, {})] for name in recipes}
@@ -65,33 +64,11 @@ def main(argv: Sequence[str]) -> int:
         losses.setdefault(recipe, {})[seed] = found
         print(f"{recipe:<34} seed {seed}  last tenth {end(found):.4f}   {seconds:.0f} s", flush=True)
         if chosen.json is not None:
-            chosen.json.write_text(json.dumps({"setup": asdict(setup), "losses": losses}), encoding="utf-8")
+            keep(chosen.json, setup, losses)
     runs = {name: [losses[name][seed] for seed in range(chosen.seeds)] for name in recipes}
     if chosen.svg is not None:
         chosen.svg.write_text(draw(runs, WIDE), encoding="utf-8")
     return judge(runs)
-
-
-def _kept(path: Path | None, setup: Setup) -> Losses:
-    """Those of an earlier call with the same set-up.
-
-    Raises:
-        ValueError: the file is of another set-up, or not of this command.
-    """
-    if path is None or not path.exists() or not path.stat().st_size:
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        of, losses = dict(found["setup"]), dict(found["losses"])
-        kept = {str(name): {int(seed): list(each) for seed, each in by.items()} for name, by in losses.items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: expected losses that this command wrote, got {error!r}; name another file"
-        ) from error
-    if other := [name for name, value in asdict(setup).items() if of.get(name) != value]:
-        differ = ", ".join(f"{name} {of.get(name)} there, {getattr(setup, name)} here" for name in other)
-        raise ValueError(f"{path} has runs of another set-up ({differ}): name another file, or give the same sizes")
-    return kept
 
 
 def _losses(setup: Setup, device: str, recipe: str, seeds: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
@@ -119,12 +96,14 @@ def _every(wanted: Mapping[str, Sequence[int]], losses_of: LossesOf, jobs: int) 
     with context.Manager() as manager, ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
         done: queue.Queue[Run] = manager.Queue()
         waiting = {pool.submit(_put, done, losses_of, *each) for each in wanted.items()}
+        ended = set[Future[None]]()
         while waiting:
-            ended, waiting = wait(waiting, timeout=1)
+            more, waiting = wait(waiting, timeout=1)
+            ended |= more
             while not done.empty():
                 yield done.get()
-            for each in ended:
-                each.result()
+        for each in ended:  # where one has failed, the others' runs are not lost
+            each.result()
 
 
 def _timed(losses_of: LossesOf, recipe: str, seeds: Sequence[int]) -> Iterator[Run]:

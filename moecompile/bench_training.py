@@ -20,6 +20,12 @@ from torch import Tensor, nn
 
 WARM = 3
 """Steps before the capture: the first compiles, the second records the kernels' calls, the third repeats them."""
+HEAD = 64
+LEAST = {
+    "hidden": HEAD, "layers": 1, "dense": 0, "experts": 1, "top_k": 1, "inner": 1, "context": 1, "batch": 1, "steps": 1,
+    "warmup": 0, "text": 2**12,
+}  # fmt: skip
+"""Of a set-up's numbers, at least."""
 NUDGE = 2.0**-20
 """How far, relative, weights are from a seed's where chance is looked at; bfloat16 rounds most of them alike."""
 
@@ -57,6 +63,24 @@ class Setup:
     warmup: int = 200
     text: int = 24 * 2**20
 
+    def check(self) -> Setup:
+        """Itself.
+
+        Raises:
+            ValueError: nothing of these sizes can be trained.
+        """
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        for name, most in (("dense", "layers"), ("top_k", "experts"), ("context", "text")):
+            if getattr(self, name) > getattr(self, most):
+                raise ValueError(f"{name}: expected {most} {getattr(self, most)} or less, got {getattr(self, name)}")
+        if self.hidden % HEAD:
+            raise ValueError(f"hidden: expected a multiple of {HEAD}, the size of a head, got {self.hidden}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate: expected a positive number, got {self.rate}")
+        return self
+
 
 TINY = Setup(128, 2, 1, 16, 2, 128, 32, 2, 10, 1e-3, 2, 2**16)
 """For a look at the command on a CPU."""
@@ -87,8 +111,8 @@ def build(setup: Setup, device: torch.device) -> nn.Module:
     from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe
 
     config = configuration_qwen3_moe.Qwen3MoeConfig(
-        vocab_size=256, hidden_size=setup.hidden, num_hidden_layers=setup.layers, head_dim=64,
-        num_attention_heads=setup.hidden // 64, num_key_value_heads=max(1, setup.hidden // 128),
+        vocab_size=256, hidden_size=setup.hidden, num_hidden_layers=setup.layers, head_dim=HEAD,
+        num_attention_heads=setup.hidden // HEAD, num_key_value_heads=max(1, setup.hidden // HEAD // 2),
         num_experts=setup.experts, num_experts_per_tok=setup.top_k, moe_intermediate_size=setup.inner,
         mlp_only_layers=list(range(setup.dense)), intermediate_size=4 * setup.hidden,
         decoder_sparse_step=1, norm_topk_prob=True, max_position_embeddings=setup.context,

@@ -28,7 +28,7 @@ _F = "torch.nn.functional."
 _NN = "torch._C._nn."
 TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     # views and copies
-    "view": ("input *shape", (".view", ".reshape", "torch.reshape")),
+    "view": ("input *shape", (".view", ".reshape", "torch.reshape", "torch.ops.aten._unsafe_view")),
     "view_as": ("input other", (".view_as", ".reshape_as")),
     "flatten": ("input start_dim=0 end_dim=-1", ("torch.flatten", ".flatten", ".ravel", "torch.ravel")),
     "unflatten": ("input dim sizes", ("torch.unflatten", ".unflatten")),

@@ -254,7 +254,8 @@ def _replace(graph: fx.Graph, site: Site, result: fx.Node, layout: Layout) -> di
     made = _Emitter(graph, site)
     shape = fake_of(node if base is None or fake_of(node) is not None else base).shape
     if len(shape) != 2:
-        result = made.method("reshape", (result, *(size if isinstance(size, int) else -1 for size in shape)))
+        sizes = [size if isinstance(size, int) else -1 for size in shape]
+        result = made.call(torch.ops.aten._unsafe_view.default, (result, sizes))  # no view: the model's sum is none
     final, replaced = result, {}
     if base is not None and writes(node):
         position = layout.position
@@ -293,7 +294,7 @@ def _round_at_once(
     Returns:
         the cast that is gone, with the node that holds the same.
     """
-    shaped = final is result or (final.target == "reshape" and final.args[0] is result and len(result.users) == 1)
+    shaped = final is result or (final.target is torch.ops.aten._unsafe_view.default and final.args[0] is result)
     users = [*final.users]
     if not shaped or len(users) != 1 or site.out_dtype is not None or fake_of(result).dtype != torch.float32:
         return {}

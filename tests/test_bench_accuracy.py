@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_accuracy
 from moecompile.bench_curves import draw
+from moecompile.bench_losses import keep, kept
 from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, coarse, wrong
 from moecompile.bench_training import TINY, Setup, Training, build, library_text, share
 from moecompile.commands import main
@@ -174,10 +178,45 @@ def test_recipes_run_one_by_one_or_beside_each_other(jobs: int) -> None:
     assert all(seconds >= 0 for *_, seconds in found)
 
 
-def test_a_recipe_that_fails_is_no_silence() -> None:
-    found = bench_accuracy._every({"a": [0], "fails": [0, 1]}, _told, 2)
+def test_a_recipe_that_fails_is_no_silence_and_costs_no_other_its_runs() -> None:
+    found = bench_accuracy._every({"fails": [0, 1], "a": [0], "b": [0, 1]}, _told, 2)
+    runs: list[tuple[str, int]] = []
     with pytest.raises(ValueError, match="no such recipe"):
-        list(found)
+        runs.extend((recipe, seed) for recipe, seed, *_ in found)
+    assert {*runs} == {("fails", 0), ("a", 0), ("b", 0), ("b", 1)}
+
+
+def test_losses_are_written_at_once_and_beside_another_calls(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run = tmp_path / "losses.json", [1.0] * TINY.steps
+    keep(path, TINY, {"FP8": {0: run}})
+    keep(path, TINY, {HEAD: {0: run}})
+    assert kept(path, TINY).keys() == {"FP8", HEAD} and [*tmp_path.iterdir()] == [path]
+
+    def killed(*_: Any) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(OSError, match="killed"):
+        keep(path, TINY, {"FP8": {1: run}})
+    assert kept(path, TINY) == {"FP8": {0: run}, HEAD: {0: run}}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--steps", "0"], "steps: expected 1 or more, got 0"),
+        (["--hidden", "100"], "hidden: expected a multiple of 64, the size of a head, got 100"),
+        (["--dense", "5"], "dense: expected layers 2 or less, got 5"),
+        (["--rate", "nan"], "rate: expected a positive number, got nan"),
+        (["--text", "3"], "text: expected 4096 or more, got 3"),
+        (["--json", "/nowhere/a.json"], "--json: expected a file in a directory that there is"),
+        (["--svg", "/"], "--svg: expected a file in a directory that there is"),
+        (["--json", "a", "--svg", "./a"], "expected two files"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before(given: list[str], words: str, capsys) -> None:
+    assert main(["bench", "accuracy", "--device", "cpu", *given]) == 2
+    assert words in capsys.readouterr().out
 
 
 def _told(recipe: str, seeds: Sequence[int]) -> Iterator[tuple[int, list[float]]]:
@@ -208,7 +247,10 @@ def test_runs_that_a_file_has_are_not_run_again(tmp_path, capsys, monkeypatch: p
     assert "differs by 0.10% from seed to seed" in capsys.readouterr().out
     assert main([*given, "--steps", "7"]) == 2 and not asked
     assert "another set-up (steps 10 there, 7 here)" in capsys.readouterr().out
-    for text in ("{", "[]", '{"setup": {}}', '{"setup": {}, "losses": {"FP8": [[1.0]]}}'):
+    wrong = ('["a"]', '"1.0"', "[null]", "[[1.0]]", '{"a": 1}', "[]", "[3.0, 3.0]", "[1" + 400 * "0" + "]")
+    setup = json.dumps(asdict(TINY))
+    runs = [f'{{"setup": {setup}, "losses": {{"FP8": {{"0": {run}}}}}}}' for run in wrong]
+    for text in ("{", "[]", "[" * 9999, '{"setup": {}}', '{"setup": {}, "losses": {"FP8": [[1.0]]}}', *runs):
         (tmp_path / "losses.json").write_text(text)
         assert main(given) == 2 and "name another file" in capsys.readouterr().out
         assert (tmp_path / "losses.json").read_text() == text

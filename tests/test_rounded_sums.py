@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import moecompile  # noqa: F401  (registers the operators)
+import moecompile
 from moecompile.passes import fuse
 from rewriting import rewrite
 from zoo_capture import Captured, captured
@@ -54,6 +54,31 @@ class Gathered(Block):
         gate, up = torch.einsum("tkih,th->tki", self.gate_up_proj[ids], x).chunk(2, dim=-1)
         rows = torch.einsum("tkhi,tki->tkh", self.down_proj[ids], F.silu(gate) * up)
         return (rows * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class Biased(Gathered):
+    """GEMM2 adds a bias, of which the routing weights have a gradient, too."""
+
+    def __init__(self, end: Callable[[Tensor, Tensor], Any], dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(end, dtype)
+        self.down_bias = nn.Parameter(torch.randn(E, H).to(dtype))
+
+    def summed(self, x: Tensor) -> Tensor:
+        weights, ids = F.softmax(self.gate(x), dim=-1, dtype=torch.float).topk(K, dim=-1)
+        gate, up = torch.einsum("tkih,th->tki", self.gate_up_proj[ids], x).chunk(2, dim=-1)
+        rows = torch.einsum("tkhi,tki->tkh", self.down_proj[ids], F.silu(gate) * up) + self.down_bias[ids]
+        return (rows * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class Batched(Block):
+    """A sum (2, T / 2, H), which is a tensor of its own and no view."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.reshape(2, T // 2, H)
+        weights, ids = F.softmax(self.gate(x), dim=-1, dtype=torch.float).topk(K, dim=-1)
+        gate, up = torch.einsum("bskih,bsh->bski", self.gate_up_proj[ids], x).chunk(2, dim=-1)
+        rows = torch.einsum("bskhi,bski->bskh", self.down_proj[ids], F.silu(gate) * up)
+        return self.end((rows * weights.unsqueeze(-1)).sum(dim=-2), x)
 
 
 class Twice(Block):
@@ -139,10 +164,12 @@ def test_the_operator_rounds_to_the_same_bits(kind: type[Block], end: str, monke
     assert [each.dtype for each in found] == [each.dtype for each in expected]
 
 
+@pytest.mark.parametrize("end", ["half", "method"])
+@pytest.mark.parametrize("kind", [Gathered, Biased, Batched])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_of_other_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = pair(Gathered(ROUNDED["half"], dtype), monkeypatch)
-    assert operators(ours) == [HALF]
+def test_of_other_rows(dtype: torch.dtype, kind: type[Block], end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pair(kind(ROUNDED[end], dtype), monkeypatch)
+    assert operators(ours) == [HALF if end == "half" else BF16]
     assert all(map(torch.equal, run(ours), run(theirs)))
 
 
@@ -167,3 +194,39 @@ def test_a_cast_inside_of_the_next_block_stays(monkeypatch: pytest.MonkeyPatch) 
     assert rewrite(theirs.gm) == 2
     assert all(map(torch.equal, run(ours), run(theirs)))
     assert operators(ours)[-1] == BF16
+
+
+def hooked(rounded: Tensor, _: Tensor) -> Tensor:
+    """Of a view the hook would be lost."""
+    rounded.register_hook(lambda grad: grad * 2)
+    return rounded.mul_(2)
+
+
+ENDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "a hook, then written in place": hooked,
+    "detached": lambda rounded, x: rounded.detach_() * x,
+    "written in place": lambda rounded, x: rounded.add_(x),
+}
+
+
+@pytest.mark.parametrize("cast", [True, False], ids=["rounded", "float32"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_sum_of_three_dimensions_is_no_view(end: str, cast: bool) -> None:
+    """Autograd tells views from tensors of their own."""
+    module = Batched(lambda summed, x: ENDS[end](summed.to(x.dtype) if cast else summed, x))
+    x = torch.randn(T, H, dtype=BF16)
+
+    def gradients(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(), *module.parameters()]
+        result = run(leaves[0])
+        assert not result._is_view()
+        found = torch.autograd.grad(result.float().square().sum(), leaves, allow_unused=True)
+        return [result.detach(), *(each for each in found if each is not None)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="moecompile", options={"lowering": "eager"})
+    found, expected = gradients(compiled), gradients(module)
+    is_refused = not cast and "hook" in end
+    assert bool(moecompile.last_report().graphs[0].sites) != is_refused and len(found) == len(expected)
+    for ours, right in zip(found, expected, strict=True):
+        assert float((ours - right).float().norm() / right.float().norm()) < 0.03
