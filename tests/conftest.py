@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from moecompile.codegen.cubins import NOWHERE, cache_directory
+
 GOLDENS = Path(__file__).parent / "goldens"
 Golden = Callable[[str, str], None]
 
@@ -31,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     os.environ["COLUMNS"] = "100"  # what is printed does not depend on where the tests run
+    if cache_directory() != NOWHERE:  # beside the texts of its graphs: of what others here have compiled there are none
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "torchinductor"))
     logging.getLogger("torch.__trace").propagate = False  # thousands of empty lines under every failure otherwise
     config.stash[_USED] = set()
     config.stash[_OUTCOMES] = {}
