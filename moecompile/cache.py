@@ -110,9 +110,14 @@ def graph_key(salt: str, graph: str, example_inputs: Sequence[Any], patches: Map
         graph,
         repr([_input_facts(value) for value in example_inputs]),
         repr((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)),
-        repr(sorted((name, _config_fact(value)) for name, value in patches.items())),
-        repr((autograd_config.get_hash(), inductor_config.get_hash())),
+        _config_facts(patches),
+        repr(autograd_config.get_hash()),
+        _config_facts(inductor_config.save_config_portable(ignore_private_configs=False)),  # as torch's own caches do
     )
+
+
+def _config_facts(config: Mapping[str, Any]) -> str:
+    return repr(sorted((name, _config_fact(value)) for name, value in config.items()))
 
 
 def _input_facts(value: Any) -> Any:

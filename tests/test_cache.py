@@ -196,6 +196,8 @@ def test_the_key_of_a_graph():
     with config.patch(max_autotune=True):
         others.append(key())
     assert len({same, *others}) == len(others) + 1
+    with config.patch({"cuda.cutlass_dir": "/another/environment"}):
+        assert key() == same, "torch finds its compiled code from there, too"
 
 
 def test_the_sidecar_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
