@@ -5,7 +5,7 @@ Contract
   else uses.
 - The router stays: its ids and weights become operands. Routing values with users outside the Site stay alive.
 - A float32 sum that is rounded to 16 bits, and is nobody else's, is rounded by the operator: the same numbers and
-  gradients, without a float32 tensor.
+  gradients, without a float32 tensor. Not where GEMM2 has biases: gradients would not be the same.
 
     plan   = moecompile.plan(expert_ids, num_experts)
     result = moecompile.experts(x, weights, *plan, w_in, w_out, ..., activation=...)
@@ -297,6 +297,8 @@ def _round_at_once(
     shaped = final is result or (final.target is torch.ops.aten._unsafe_view.default and final.args[0] is result)
     users = [*final.users]
     if not shaped or len(users) != 1 or site.out_dtype is not None or fake_of(result).dtype != torch.float32:
+        return {}
+    if "b_out" in site.operands:  # routing weights' gradients multiply it by the result's, in the wider of both dtypes
         return {}
     (cast,), call = users, bind(users[0])
     narrow = call is not None and call.name == "cast" and not call.inplace and cast.all_input_nodes == [final]

@@ -102,8 +102,7 @@ class _Backward:
             of_product = _uncast(of_product.to(args.dtypes.weighted), product, form.after)
         unscaled = self._gemm2(of_product)
         if args.b_out is not None:
-            # of the product's dtype, for two numbers of 16 bits would be multiplied in 16 bits
-            self._add_to_weight(slice(None), self.rows.bias_dot(args.b_out, of_product.to(product)))
+            self._add_to_weight(slice(None), self.rows.bias_dot(args.b_out, of_product))
         a, of_hidden = self._activation(unscaled, weight)
         if not {"w_out", "b_out"}.isdisjoint(self.needs):
             self._gemm2_parameters(self._of_y(form), a)
