@@ -95,12 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=_positives, default=LAYERS, metavar="N,N", help=f"model: layers (default: {_joined(LAYERS)})"
     )
     parser.add_argument(
-        "--sequence", type=_positive, metavar="N", help=f"model: tokens of a sequence (default: {SEQUENCE})"
+        "--sequence", type=positive, metavar="N", help=f"model: tokens of a sequence (default: {SEQUENCE})"
     )
     parser.add_argument(
         "--shapes", type=_split, default=(), metavar="NAMES", help=f"sizes, of {','.join(_names('cuda'))}"
     )
-    parser.add_argument("--rounds", type=_positive, metavar="N", help=f"turns of each contender (default: {ROUNDS})")
+    parser.add_argument("--rounds", type=positive, metavar="N", help=f"turns of each contender (default: {ROUNDS})")
     parser.add_argument("--quick", action="store_true", help=f"fewer sizes, {QUICK_ROUNDS} turns: a first look")
     parser.add_argument("--profile", action="store_true", help="also list the kernels of each block or step")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write all rows to PATH, after each of them")
@@ -120,14 +120,15 @@ def _sections(text: str) -> tuple[str, ...]:
 
 
 def _positives(text: str) -> tuple[int, ...]:
-    return tuple(map(_positive, _split(text)))
+    return tuple(map(positive, _split(text)))
 
 
 def _joined(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument of the command line that is a whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return int(text)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from moecompile.bench import positive
 from moecompile.bench_curves import draw
 from moecompile.bench_losses import check_paths, keep, kept
 from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="runs of each recipe (default: 3)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each recipe (default: 3)")
     for each in fields(Setup):
         convert = float if each.name == "rate" else int
         parser.add_argument(
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"wrong ones to run besides, of {', '.join(map(repr, WRONG))} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=_positive, default=1, metavar="N", help="recipes that run beside each other (default: 1)"
+        "--jobs", type=positive, default=1, metavar="N", help="recipes that run beside each other (default: 1)"
     )
     parser.add_argument(
         "--json", type=Path, metavar="PATH", help="write the losses to PATH, and go on from what it has"
@@ -143,12 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--svg", type=Path, metavar="PATH", help="also draw them to PATH")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text!r}")
-    return int(text)
 
 
 def judge(losses: Mapping[str, Sequence[Sequence[float]]]) -> int:

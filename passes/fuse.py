@@ -142,7 +142,7 @@ class _Emitter:
         node = self._graph.call_function(torch.ops.moecompile.plan.default, arguments)
         fake = fake_of(ids)
         shapes = kernels.plan_shapes(fake, self._site.num_experts)
-        return self._known(node, tuple(empty_fake(fake, shape, torch.int32) for shape in shapes))
+        return self.known(node, tuple(empty_fake(fake, shape, torch.int32) for shape in shapes))
 
     def experts(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> fx.Node:
         """The experts' results, summed into tokens."""
@@ -151,31 +151,31 @@ class _Emitter:
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
         result = empty_fake(args[0], *kernels.experts_shape(*args, **kwargs))
         given = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, torch.Tensor)]
-        return self._known(node, result.requires_grad_(any(tensor.requires_grad for tensor in given)))
+        return self.known(node, result.requires_grad_(any(tensor.requires_grad for tensor in given)))
 
     def part(self, node: fx.Node, number: int) -> fx.Node:
         """One of several results."""
         part = self._graph.call_function(operator.getitem, (node, number))
-        return self._known(part, node.meta[self._key][number])
+        return self.known(part, node.meta[self._key][number])
 
     def method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
         """A method call with its example value computed."""
         node = self._graph.call_method(name, arguments)
         if name == "reshape" and (view := _view(fake_of(arguments[0]), arguments[1:])) is not None:
-            return self._known(node, view)
+            return self.known(node, view)
         return self._with_meta(node, lambda args, kwargs: getattr(args[0], name)(*args[1:], **kwargs))
 
     def add_(self, base: fx.Node, result: fx.Node) -> fx.Node:
         """An addition in place. Its example value is the base's: to run it would write into what may be a leaf."""
-        return self._known(self._graph.call_method("add_", (base, result)), fake_of(base))
+        return self.known(self._graph.call_method("add_", (base, result)), fake_of(base))
 
     def _with_meta(self, node: fx.Node, run: Any) -> fx.Node:
         arguments = fx.node.map_arg((node.args, node.kwargs), fake_of)
         fakes = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, FakeTensor)]
         with fakes[0].fake_mode if fakes else contextlib.nullcontext():
-            return self._known(node, run(*arguments))
+            return self.known(node, run(*arguments))
 
-    def _known(self, node: fx.Node, value: Any) -> fx.Node:
+    def known(self, node: fx.Node, value: Any) -> fx.Node:
         """The node with its example value, and where it comes from."""
         node.meta.update(self._meta)
         node.meta[self._key] = value
@@ -308,11 +308,10 @@ def _round_at_once(
     if fake.shape != fake_of(final).shape or not lies_in_order(fake) or modes[cast] != modes[site.node]:
         return {}
     result.kwargs = {**result.kwargs, "out_dtype": fake.dtype}
-    key = "example_value" if "example_value" in result.meta else "val"
-    rounded = empty_fake(fake, tuple(fake_of(result).shape), fake.dtype)
-    result.meta[key], final.meta[key] = rounded.requires_grad_(fake_of(result).requires_grad), fake
-    if final is result:
-        result.meta[key] = fake
+    made, summed = _Emitter(cast.graph, site), fake_of(result)
+    made.known(result, empty_fake(fake, tuple(summed.shape), fake.dtype).requires_grad_(summed.requires_grad))
+    if final is not result:
+        made.known(final, fake)
     cast.replace_all_uses_with(final)
     cast.graph.erase_node(cast)
     return {cast: final}
