@@ -229,6 +229,73 @@ def test_transposed_rows(
     assert bool((beyond == POISON).all()), "columns of no expert were written"
 
 
+def scaled(low: int, high: int) -> Tensor:
+    """Powers of two between these, both among them."""
+    exponents = torch.randint(low, high + 1, (BLOCK,))
+    exponents[:2] = torch.tensor([low, high])
+    return torch.exp2(exponents[torch.randperm(BLOCK)].double()).float()
+
+
+def a_tile(kind: str) -> tuple[Tensor, Tensor]:
+    """128 x 128 numbers, e4m3 in float32, and the scales of their rows."""
+    values = torch.randint(0, 256, (BLOCK, BLOCK), dtype=torch.uint8).view(E4M3).float().nan_to_num(1.0)
+    values[values.abs() < 2.0**-8], scales = 0.0, scaled(-10, 11)
+    row = int(scales.argmin())
+    if kind in ("near", "far"):
+        scales = scaled(-10, 11 if kind == "near" else 12)
+        values[:, 5] = 0  # a column that the farthest row has alone
+        values[scales.argmin(), 5] = 2.0**-9
+    elif kind in ("zero rows", "a row that is nearly zero"):
+        values[row], scales[row] = 0, SMALLEST_SCALE
+        values[row, 7] = 2.0**-9 if kind != "zero rows" else -0.0
+    elif kind == "small columns":
+        scales = scaled(0, 16)
+        values[:, 9], values[scales.argmin(), 9] = 0, 2.0**-9
+    elif kind == "columns as small as fp16 does":
+        scales[:] = 1.0
+        values[:, 9], values[row, 9], values[:, 10] = 0, 2.0**-9, 0
+    elif kind == "smallest":
+        scales[:] = SMALLEST_SCALE
+    elif kind == "all zero":
+        values, scales = values * 0, torch.full((BLOCK,), SMALLEST_SCALE)
+    elif kind == "infinite":
+        values[row], scales[row] = 0, torch.inf
+        values[row, 3] = torch.nan
+    elif kind == "NaN":
+        values[row, 3], values[:, 4] = torch.nan, torch.nan
+    elif kind == "loud":
+        scales = scaled(105, 119)
+    elif kind == "no powers of two":
+        scales = scales * 1.5
+    return values, scales
+
+
+TILES = (
+    *("ordinary", "near", "far", "zero rows", "a row that is nearly zero", "small columns"),
+    *("columns as small as fp16 does", "smallest", "all zero", "infinite", "NaN", "loud", "no powers of two"),
+)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["rows", "tokens"])
+def test_tiles_that_fp16_can_do_and_others(gathered: bool) -> None:
+    torch.manual_seed(0)
+    tiles = [a_tile(kind) for kind in TILES for _ in range(3)]
+    values = torch.cat([values for values, _ in tiles]).to(E4M3)
+    scales = torch.cat([scales for _, scales in tiles])[:, None]
+    expected, expected_scales = quantize.requantize_along_tokens(values.float(), scales)
+    given = scales if gathered else F.pad(scales.T, (0, -len(scales) % 4)).contiguous()
+    order = torch.arange(len(values)).int().cuda() if gathered else None
+    with fenced(least=2):
+        found = hopper_quantize.transpose_rows(
+            values.cuda(), given.cuda(), order, top_k=1 if gathered else None, per_column=True
+        )
+    wrong = (found.scales.cpu() != expected_scales).any(1)
+    assert not wrong.any(), [TILES[tile // 3] for tile in wrong.nonzero().flatten()]
+    bits = (each.contiguous().view(torch.uint8) for each in (found.values.cpu().T, expected))
+    differ = torch.ne(*bits).view(len(tiles), -1).sum(1)
+    assert not differ.any(), {TILES[tile // 3]: int(count) for tile, count in enumerate(differ) if count}
+
+
 def in_columns(
     values: Tensor, scales: Tensor, sources: Tensor, counts: tuple[int, ...], per_column: bool
 ) -> tuple[Tensor, Tensor]:

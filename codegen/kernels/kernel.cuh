@@ -9,12 +9,22 @@ struct KernelFacts {
     i32 shared_bytes, argument_bytes, threads, blocks_of_a_cluster;
 };
 
+// Blocks that a multiprocessor is to hold at once, so many at least: RESIDENT, where an instantiation says it.
+template <typename Instance, typename = void>
+struct Resident {
+    static constexpr i32 BLOCKS = 1;
+};
+template <typename Instance>
+struct Resident<Instance, decltype(void(Instance::RESIDENT))> {
+    static constexpr i32 BLOCKS = Instance::RESIDENT;
+};
+
 #define MOECOMPILE_KERNEL(name, ...)                                                                        \
     using Instance = __VA_ARGS__;                                                                        \
     static_assert(sizeof(Instance::Shared) <= SHARED_LIMIT, "a block has 227 KiB of shared memory");          \
     extern "C" __constant__ KernelFacts facts = {sizeof(Instance::Shared), sizeof(Instance::Arguments),  \
                                                  Instance::THREADS, Instance::BLOCKS};                   \
     extern "C" __global__ void __cluster_dims__(Instance::BLOCKS, 1, 1)                                  \
-        __launch_bounds__(Instance::THREADS, 1) name(const __grid_constant__ Instance::Arguments arguments) { \
+        __launch_bounds__(Instance::THREADS, Resident<Instance>::BLOCKS) name(const __grid_constant__ Instance::Arguments arguments) { \
         Instance::run(arguments);                                                                        \
     }

@@ -294,20 +294,36 @@ __device__ __forceinline__ u16 pack_e4m3(float low, float high) {
     return packed;
 }
 
-// Two fp16 numbers to two e4m3 numbers, and back.
-__device__ __forceinline__ u16 narrow_e4m3(u32 packed) {
-    u16 narrow;
-    asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(narrow) : "r"(packed));
+// Four fp16 numbers to four e4m3 numbers, and back.
+__device__ __forceinline__ u32 narrow_e4m3(u32 low, u32 high) {
+    u32 narrow;
+    asm("{\n"
+        ".reg .b16 l, h;\n"
+        "cvt.rn.satfinite.e4m3x2.f16x2 l, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f16x2 h, %2;\n"
+        "mov.b32 %0, {l, h};\n"
+        "}\n"
+        : "=r"(narrow)
+        : "r"(low), "r"(high));
     return narrow;
 }
 
-__device__ __forceinline__ u32 widen_e4m3(u16 narrow) {
-    u32 packed;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(packed) : "h"(narrow));
-    return packed;
+__device__ __forceinline__ void widen_e4m3(u32 narrow, u32& low, u32& high) {
+    asm("{\n"
+        ".reg .b16 l, h;\n"
+        "mov.b32 {l, h}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, l;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, h;\n"
+        "}\n"
+        : "=r"(low), "=r"(high)
+        : "r"(narrow));
 }
 
-__device__ __forceinline__ void unpack_e4m3(u16 narrow, float& low, float& high) { unpack_fp16(widen_e4m3(narrow), low, high); }
+__device__ __forceinline__ void unpack_e4m3(u16 narrow, float& low, float& high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(packed) : "h"(narrow));
+    unpack_fp16(packed, low, high);
+}
 
 // Two products of fp16 numbers.
 __device__ __forceinline__ u32 multiply_fp16(u32 a, u32 b) {
@@ -327,6 +343,13 @@ __device__ __forceinline__ u32 larger_fp16(u32 a, u32 b) {
     u32 larger;
     asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
     return larger;
+}
+
+// The larger magnitude of each of two numbers, with any sign; of a number and NaN, the number's.
+__device__ __forceinline__ u32 farther_fp16(u32 a, u32 b) {
+    u32 farther;
+    asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(farther) : "r"(a), "r"(b));
+    return farther;
 }
 
 // Two bytes of shared memory.

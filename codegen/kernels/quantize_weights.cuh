@@ -5,14 +5,14 @@
 // zeros to whole blocks: where they were interleaved, or two tensors, they come to lie side by side. A block of threads has
 // one block of the matrix.
 #pragma once
-#include "fp8.cuh"
 #include "kernel.cuh"
+#include "tile.cuh"
 #include "wgmma.cuh"
 
 // COLUMN_STEP: 2 where the halves' columns are interleaved; then `second` is `first`, and the other half of every pair is it.
 template <typename Input, i32 COLUMN_STEP, typename Scales>
 struct QuantizeWeights {
-    static constexpr i32 THREADS = fp8::TILE_THREADS, BLOCKS = 1, OWN = 8;  // columns of a thread, in each of eight rows
+    static constexpr i32 THREADS = tile::THREADS, BLOCKS = 1, RESIDENT = 3, OWN = tile::OWN;
     struct Arguments {
         const u16 *first, *second;          // each half of the first expert
         u8* same;                           // (E, padded rows, padded columns)
@@ -24,7 +24,6 @@ struct QuantizeWeights {
         i32 row_halves, column_halves;      // 1 or 2
     };
     struct Shared {
-        u8 tile[fp8::BLOCK * fp8::BLOCK];
         u8 turned[fp8::BLOCK * fp8::BLOCK];
         float most[THREADS / 32];
     };
@@ -39,34 +38,34 @@ struct QuantizeWeights {
         i64 expert = blockIdx.x / all_columns / all_rows;
         bool up = row_block >= half_rows || column_block >= half_columns;
         const u16* from = (up ? arguments.second : arguments.first) + expert * arguments.expert_stride;
-        u32 pairs[8][OWN / 2];
+        u32 pairs[OWN][OWN / 2];
         load(arguments, from, row_block % half_rows * fp8::BLOCK, column_block % half_columns * fp8::BLOCK, up, pairs);
         fp8::Scale scale = scale_of_block(shared, pairs);
         i64 row = (expert * all_rows + row_block) * fp8::BLOCK, column = (expert * all_columns + column_block) * fp8::BLOCK;
         i64 row_bytes = i64(all_columns) * fp8::BLOCK, column_bytes = i64(all_rows) * fp8::BLOCK;
         u8* same = arguments.same ? arguments.same + row * row_bytes + column_block * fp8::BLOCK : nullptr;
-        write(shared, same, row_bytes, pairs, scale.inverse);
+        uint2 rows[OWN];
+        quantize(pairs, scale.inverse, rows);
+        if (same) write_rows(same, row_bytes, rows);
         if (threadIdx.x == 0 && same)
             arguments.same_scales[(expert * all_rows + row_block) * all_columns + column_block] = scale.value;
         if (!arguments.transposed) return;
+        tile::put(shared.turned, rows);
         __syncthreads();
-        turn(shared);
-        __syncthreads();
-        fp8::write_transposed(shared.turned, arguments.transposed + column * column_bytes + row_block * fp8::BLOCK, column_bytes,
-                              fp8::BLOCK);
+        tile::write(shared.turned, arguments.transposed + column * column_bytes + row_block * fp8::BLOCK, column_bytes, fp8::BLOCK);
         if (threadIdx.x == 0)
             arguments.transposed_scales[(expert * all_columns + column_block) * all_rows + row_block] = scale.value;
     }
 
-    // A thread has eight columns of rows threadIdx.x / 16 + 16 i.
+    // A thread's eight columns of eight rows.
     static __device__ __forceinline__ void load(const Arguments& arguments, const u16* from, i32 row, i32 column, bool up,
-                                                u32 (&pairs)[8][OWN / 2]) {
-        column += threadIdx.x % 16 * OWN, row += threadIdx.x / 16;
+                                                u32 (&pairs)[OWN][OWN / 2]) {
+        column += tile::first_column(), row += tile::first_row();
 #pragma unroll
-        for (i32 i = 0; i < 8; i++) {
+        for (i32 i = 0; i < OWN; i++) {
             uint4 found[COLUMN_STEP] = {};
-            if (row + 16 * i < arguments.rows && column < arguments.columns) {
-                const u16* place = from + i64(row + 16 * i) * arguments.row_stride + column * COLUMN_STEP;
+            if (row + i < arguments.rows && column < arguments.columns) {
+                const u16* place = from + i64(row + i) * arguments.row_stride + column * COLUMN_STEP;
 #pragma unroll
                 for (i32 step = 0; step < COLUMN_STEP; step++) found[step] = __ldcs(reinterpret_cast<const uint4*>(place) + step);
             }
@@ -78,10 +77,10 @@ struct QuantizeWeights {
         }
     }
 
-    static __device__ __forceinline__ fp8::Scale scale_of_block(Shared& shared, const u32 (&pairs)[8][OWN / 2]) {
+    static __device__ __forceinline__ fp8::Scale scale_of_block(Shared& shared, const u32 (&pairs)[OWN][OWN / 2]) {
         u32 most = 0;
 #pragma unroll
-        for (i32 i = 0; i < 8 * OWN / 2; i++) most = Input::larger(most, pairs[i / (OWN / 2)][i % (OWN / 2)] & 0x7fff7fff);
+        for (i32 i = 0; i < OWN * OWN / 2; i++) most = Input::larger(most, pairs[i / (OWN / 2)][i % (OWN / 2)] & 0x7fff7fff);
 #pragma unroll
         for (i32 other = 1; other < 32; other *= 2) most = Input::larger(most, __shfl_xor_sync(~0u, most, other));
         float low, high;
@@ -94,10 +93,9 @@ struct QuantizeWeights {
         return Scales::of(all);
     }
 
-    static __device__ __forceinline__ void write(Shared& shared, u8* to, i64 pitch, const u32 (&pairs)[8][OWN / 2], float inverse) {
-        i32 column = threadIdx.x % 16 * OWN, row = threadIdx.x / 16;
+    static __device__ __forceinline__ void quantize(const u32 (&pairs)[OWN][OWN / 2], float inverse, uint2 (&rows)[OWN]) {
 #pragma unroll
-        for (i32 i = 0; i < 8; i++) {
+        for (i32 i = 0; i < OWN; i++) {
             u16 narrow[OWN / 2];
 #pragma unroll
             for (i32 pair = 0; pair < OWN / 2; pair++) {
@@ -105,16 +103,13 @@ struct QuantizeWeights {
                 Input::unpack(pairs[i][pair], low, high);
                 narrow[pair] = ptx::pack_e4m3(low * inverse, high * inverse);
             }
-            uint2 eight = make_uint2(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16);
-            if (to) *reinterpret_cast<uint2*>(to + (row + 16 * i) * pitch + column) = eight;
-            *reinterpret_cast<uint2*>(shared.tile + (row + 16 * i) * fp8::BLOCK + column) = eight;
+            rows[i] = make_uint2(narrow[0] | narrow[1] << 16, narrow[2] | narrow[3] << 16);
         }
     }
 
-    static __device__ __forceinline__ void turn(Shared& shared) {
-        u32 words[16];
+    static __device__ __forceinline__ void write_rows(u8* to, i64 pitch, const uint2 (&rows)[OWN]) {
 #pragma unroll
-        for (i32 i = 0; i < 16; i++) words[i] = fp8::word_of(shared.tile, i);
-        fp8::put_transposed(shared.turned, words);
+        for (i32 i = 0; i < OWN; i++)
+            *reinterpret_cast<uint2*>(to + (tile::first_row() + i) * pitch + tile::first_column()) = rows[i];
     }
 };

@@ -13,8 +13,8 @@
 //     otherwise        one for 128 columns, the largest of the rows', or the power of two above: the values are shifted to
 //                      it, which is exact but for what falls below the smallest number if Scales are powers of two
 #pragma once
-#include "fp8.cuh"
 #include "kernel.cuh"
+#include "requantize.cuh"
 
 struct PadOffsets {
     static constexpr i32 THREADS = 32, BLOCKS = 1;
@@ -50,7 +50,7 @@ struct PadOffsets {
 // GATHERED: a row of the values is a token's, found through the row's assignment.
 template <bool GATHERED, bool PER_COLUMN, typename Scales>
 struct TransposeRows {
-    static constexpr i32 THREADS = fp8::TILE_THREADS, BLOCKS = 1, WARPS = THREADS / 32;
+    static constexpr i32 THREADS = tile::THREADS, BLOCKS = 1, RESIDENT = PER_COLUMN ? 3 : 4, OWN = tile::OWN;
     struct Arguments {
         const u8* values;     // (rows or tokens, columns)
         const float* scales;  // of a row or token and a block of columns, by the strides below
@@ -64,11 +64,8 @@ struct TransposeRows {
         // half are lines 0, step, 2 step, ... of the result, and those of the second begin with line `second`.
         i32 half, features, step, second;
     };
-    struct Shared {
-        u8 tile[fp8::BLOCK * fp8::BLOCK];
-        u8 turned[fp8::BLOCK * fp8::BLOCK];
-        float scales[fp8::BLOCK];
-        float most[WARPS][fp8::BLOCK];
+    struct Shared : requantize::Shared {
+        i32 sources[tile::SIZE];  // the rows or tokens of a tile; -1 where there is none
     };
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
@@ -82,24 +79,36 @@ struct TransposeRows {
             begin -= expert ? __ldg(arguments.padded + expert - 1) - __ldg(arguments.offsets + expert - 1) : 0;
             end = __ldg(arguments.offsets + expert);
         }
-        i32 count = min(fp8::BLOCK, end - begin);
-        i64 sources[4];  // the rows or tokens of this thread's sixteens of columns; -1 where there is none
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) sources[i] = source(arguments, begin, count, threadIdx.x / 8 + 32 * i);
+        i32 own = threadIdx.x % fp8::BLOCK, source = -1;
+        if (begin + own < end) source = GATHERED ? __ldg(arguments.order + begin + own) / arguments.top_k : begin + own;
+        if (threadIdx.x < fp8::BLOCK) shared.sources[own] = source;
+        __syncthreads();
         i32 blocks = (arguments.columns + fp8::BLOCK - 1) / fp8::BLOCK, step = gridDim.x / arguments.row_blocks;
-        i64 scaled = source(arguments, begin, count, threadIdx.x % fp8::BLOCK);
-        for (i32 block = blockIdx.x / arguments.row_blocks; block < blocks; block += step) {
-            load(shared, arguments, sources, scaled, block);
+        uint2 rows[OWN];
+        float scale;
+        auto load = [&](i32 block) {
+            find(shared, arguments, block, rows);
+            scale = source < 0 ? 0 : __ldg(arguments.scales + i64(source) * arguments.scale_row + i64(block) * arguments.scale_block);
+        };
+        i32 block = blockIdx.x / arguments.row_blocks;
+        load(block);
+        for (; block < blocks; block += step) {
+            if (threadIdx.x < fp8::BLOCK) shared.scales[threadIdx.x] = scale;
             __syncthreads();
-            if constexpr (PER_COLUMN)
-                requantize(shared, arguments, row_block, block);
-            else
-                shift(shared, arguments, row_block, block, count);
+            Lines lines(arguments, block);
+            if constexpr (PER_COLUMN) {
+                fp8::Scale scales[4];
+                requantize::columns(shared, rows, [&](uint2(&once_more)[OWN]) { find(shared, arguments, block, once_more); }, scales);
+                float* out = arguments.out_scales + i64(row_block) * arguments.scale_pitch + lines.first;
+                requantize::write_scales(scales, out, arguments.step, lines.count);
+            } else {
+                shift(shared, rows, arguments.out_scales + i64(block) * arguments.scale_pitch + row_block);
+            }
+            if (block + step < blocks) load(block + step);  // on its way while this one is written
             __syncthreads();
             i64 pitch = i64(arguments.row_blocks) * fp8::BLOCK;
-            Lines lines(arguments, block);
-            fp8::write_transposed(shared.turned, arguments.out + lines.first * pitch + row_block * fp8::BLOCK,
-                                  arguments.step * pitch, lines.count);
+            tile::write(shared.turned, arguments.out + lines.first * pitch + row_block * fp8::BLOCK, arguments.step * pitch,
+                        lines.count);
         }
     }
 
@@ -123,71 +132,46 @@ struct TransposeRows {
         }
     };
 
-    static __device__ __forceinline__ i64 source(const Arguments& arguments, i32 begin, i32 count, i32 row) {
-        if (row >= count) return -1;
-        return GATHERED ? __ldg(arguments.order + begin + row) / arguments.top_k : begin + row;
-    }
-
-    static __device__ __forceinline__ void load(Shared& shared, const Arguments& arguments, const i64 (&sources)[4], i64 scaled,
-                                                i32 block) {
-        i32 column = block * fp8::BLOCK + threadIdx.x % 8 * 16;
-        uint4 found[4];
+    static __device__ __forceinline__ void find(const Shared& shared, const Arguments& arguments, i32 block, uint2 (&rows)[OWN]) {
+        i32 column = block * fp8::BLOCK + tile::first_column();
 #pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            found[i] = make_uint4(0, 0, 0, 0);
-            if (sources[i] >= 0 && column < arguments.columns)
-                found[i] = __ldg(reinterpret_cast<const uint4*>(arguments.values + sources[i] * arguments.columns + column));
+        for (i32 i = 0; i < OWN; i++) {
+            i32 source = shared.sources[tile::first_row() + i];
+            rows[i] = make_uint2(0, 0);
+            if (source >= 0 && column < arguments.columns)
+                rows[i] = __ldg(reinterpret_cast<const uint2*>(arguments.values + i64(source) * arguments.columns + column));
         }
-        if (threadIdx.x < fp8::BLOCK)
-            shared.scales[threadIdx.x] =
-                scaled < 0 ? 0 : __ldg(arguments.scales + scaled * arguments.scale_row + i64(block) * arguments.scale_block);
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) reinterpret_cast<uint4*>(shared.tile)[threadIdx.x + THREADS * i] = found[i];
     }
 
-    static __device__ __forceinline__ void shift(Shared& shared, const Arguments& arguments, i32 row_block, i32 block, i32 count) {
-        i32 lane = threadIdx.x % 32;
-        float most = 0;
-        for (i32 row = lane; row < count; row += 32) most = larger(most, shared.scales[row]);
-        for (i32 other = 1; other < 32; other *= 2) most = larger(most, __shfl_xor_sync(~0u, most, other));
+    // Brings the tile to one scale, the largest. Scales are positive, so that their bits are ordered; infinite ones infect: no
+    // NaN is lost.
+    static __device__ __forceinline__ void shift(Shared& shared, const uint2 (&rows)[OWN], float* out) {
+        uint4 four = reinterpret_cast<const uint4*>(shared.scales)[threadIdx.x % 32];
+        float most = __uint_as_float(__reduce_max_sync(~0u, max(max(four.x, four.y), max(four.z, four.w))));
         if constexpr (!Scales::EXACT) most = fp8::power_above(most);
-        float inverse = fp8::inverse_of(most);
-        u32 words[16];
+        float ratio = shared.scales[tile::own_row()] * fp8::inverse_of(most);
+        u32 factor = Scales::EXACT ? ptx::pack_fp16(ratio, ratio) : __float_as_uint(ratio);
+        uint2 shifted[OWN];
 #pragma unroll
-        for (i32 i = 0; i < 16; i++) {
-            float ratio = shared.scales[threadIdx.x / 32 * 16 + i] * inverse;
-            words[i] = times(fp8::word_of(shared.tile, i), ratio);
+        for (i32 i = 0; i < OWN; i++) {
+            u32 of_row = tile::of_row(factor, i);
+            shifted[i] = make_uint2(times(rows[i].x, of_row), times(rows[i].y, of_row));
         }
-        fp8::put_transposed(shared.turned, words);
-        if (threadIdx.x == 0) arguments.out_scales[i64(block) * arguments.scale_pitch + row_block] = most;
+        tile::put(shared.turned, shifted);
+        if (threadIdx.x == 0) *out = most;
     }
 
-    // Four numbers times a ratio, at most 1.
-    static __device__ __forceinline__ u32 times(u32 found, float ratio) {
-        if constexpr (Scales::EXACT) {  // below 2^-24, which fp16 does not have, nothing is left of e4m3 either
-            u32 factor = ptx::pack_fp16(ratio, ratio);
-            u16 low = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found & 0xffff), factor));
-            u16 high = ptx::narrow_e4m3(ptx::multiply_fp16(ptx::widen_e4m3(found >> 16), factor));
-            return low | u32(high) << 16;
+    // Four numbers times a ratio, at most 1: in fp16 if they are exact, for below 2^-24, which that does not have, nothing is
+    // left of e4m3 either.
+    static __device__ __forceinline__ u32 times(u32 found, u32 factor) {
+        if constexpr (Scales::EXACT) {
+            u32 low, high;
+            ptx::widen_e4m3(found, low, high);
+            return ptx::narrow_e4m3(ptx::multiply_fp16(low, factor), ptx::multiply_fp16(high, factor));
         } else {
-            float v[4];
-            ptx::unpack_e4m3(found & 0xffff, v[0], v[1]);
-            ptx::unpack_e4m3(found >> 16, v[2], v[3]);
+            float v[4], ratio = __uint_as_float(factor);
+            ptx::unpack_e4m3(found, v[0], v[1]), ptx::unpack_e4m3(found >> 16, v[2], v[3]);
             return ptx::pack_e4m3(v[0] * ratio, v[1] * ratio) | u32(ptx::pack_e4m3(v[2] * ratio, v[3] * ratio)) << 16;
         }
-    }
-
-    // Scales are positive, and infinite ones infect: no NaN is lost.
-    static __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
-
-    static __device__ __forceinline__ void requantize(Shared& shared, const Arguments& arguments, i32 row_block, i32 block) {
-        fp8::Scale scales[4];
-        fp8::requantize_columns(shared, scales);
-        Lines lines(arguments, block);
-        float* out = arguments.out_scales + i64(row_block) * arguments.scale_pitch + lines.first;
-        i32 column = threadIdx.x % 32 * 4;
-#pragma unroll
-        for (i32 j = 0; j < 4; j++)
-            if (threadIdx.x < 32 && column + j < lines.count) out[(column + j) * arguments.step] = scales[j].value;
     }
 };
