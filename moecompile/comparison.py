@@ -28,7 +28,7 @@ from moecompile.capture import gpus_in_use, safe_inputs
 from moecompile.passes.casts import Cast
 from moecompile.passes.provenance import module_of
 from moecompile.report import Compared, GraphReport
-from moecompile.runtime.quantize import ALONG_FEATURES, POWER_OF_TWO, SQUARE, dequantize
+from moecompile.runtime.quantize import ALONG_FEATURES, LARGEST, POWER_OF_TWO, SQUARE, dequantize
 
 log = logging.getLogger("moecompile")
 
@@ -36,8 +36,8 @@ ROWS = 256
 """Sampled of a result, evenly."""
 EXPERTS = 4
 """Of which numbers that are lost are counted."""
-LARGEST = 448.0
-"""Of e4m3."""
+BEYOND = LARGEST * (1 + 1 / 28)
+"""What is larger is cut off: half way to the number that would come after e4m3's largest."""
 Observe = Callable[..., None]
 
 
@@ -82,7 +82,7 @@ class _Lost:
         spread = dequantize(torch.ones_like(values), scales, block)
         self.count += int(present.sum())
         self.flushed += int((present & (values.float() == 0)).sum())
-        self.saturated += int((present & (exact.abs() > LARGEST * spread * (1 + 2**-4))).sum())
+        self.saturated += int((present & (exact.abs() > BEYOND * spread)).sum())
 
 
 @dataclass

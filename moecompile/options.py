@@ -241,15 +241,6 @@ def environment_disabled_passes() -> tuple[str, ...]:
     return names
 
 
-def disabled_passes(options: Options) -> frozenset[str]:
-    """The passes to leave out: those of the option `disable` and those of MOECOMPILE_DISABLE_PASSES.
-
-    Raises:
-        ValueError: the environment variable names no pass.
-    """
-    return frozenset((*options.disable, *environment_disabled_passes()))
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name that is nearest, or nothing where none is near."""
     lowered = {each.lower(): each for each in known}

@@ -83,7 +83,8 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 
 def cast_to_fp8(piece: Piece, options: Options) -> None:
     """Turns linear layers and experts to FP8."""
-    graph, whole = piece.module.graph, piece.whole or Whole.of([piece.module.graph])
+    graph, whole = piece.module.graph, piece.whole
+    assert whole is not None
     uncast, places = copy_graph(graph) if options.fp8_compare else (None, {})
     casting = Casting(piece.differentiable, options.fp8_scale_format, _kernels(options))
     table = cast(graph, _exclusions(options), whole, casting)

@@ -52,20 +52,17 @@ class Lifted:
 def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
     """Rewrite the graph in place; returns what was lifted and what was not. The caller recompiles the GraphModule."""
     places = {node: number for number, node in enumerate(graph.find_nodes(op="placeholder"))}
-    layout, lifted, kept, last = (
-        Layout(graph),
-        dict[Lifted, list[fx.Node]](),
-        list[Kept](),
-        next(reversed(places), None),
-    )
+    layout, last = Layout(graph), next(reversed(places), None)
+    lifted, kept = dict[Lifted, list[fx.Node]](), list[Kept]()
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.quantize_weights.default):
         matrices = [argument for argument in (*node.args, node.kwargs.get("w_up")) if argument is not None]
         if all(isinstance(fake_of(each), BlockScaled) for each in matrices):
             continue  # there is nothing to cast
         reason = _obstacle(matrices, places, layout)
-        if reason or last is None:
+        if reason:
             kept.append(Kept(module_of(node), reason))
             continue
+        assert last is not None  # matrices are inputs
         given: Any = {"gate_up": "single", "transposed": False, "backward": True, "scale_format": POWER_OF_TWO}
         given |= {name: value for name, value in node.kwargs.items() if name in given}
         one = Lifted(tuple(places[each] for each in matrices), **given)

@@ -26,7 +26,7 @@ from moecompile.passes.aliases import empty_fake, fake_of
 from moecompile.passes.casts import Cast, Casting, Replaced, call_for, cast_for, key_of
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.contract import Arguments
-from moecompile.runtime.fp8_contract import check_fp8, check_weights
+from moecompile.runtime.fp8_contract import Specs, check_fp8, check_weights
 
 
 def cast_experts(
@@ -45,12 +45,13 @@ def cast_experts(
     rows: list[tuple[Cast, Replaced | None]] = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
         experts, module = _Experts(graph, node, casting), module_of(node)
-        reason, refused, replaced = excluded(module), False, None
-        try:
-            if reason is None:
-                replaced = experts.quantize()
-        except (TypeError, ValueError) as error:
-            reason, refused = str(error), True
+        reason, refused = excluded(module), False
+        if reason is None:
+            try:
+                experts.check()
+            except (TypeError, ValueError) as error:
+                reason, refused = str(error), True
+        replaced = experts.quantize() if reason is None else None
         shape = tuple(experts.taken.w_in.shape)
         rows.append((Cast(module, "experts", shape, reason is None, reason or "experts", refused), replaced))
     return rows
@@ -65,12 +66,17 @@ class _Experts:
         kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
         self.taken = Arguments(*args, **kwargs)
 
-    def quantize(self) -> Replaced:
-        """Replaces the call; raises ValueError or TypeError if the FP8 operator does not take it."""
-        node, taken, backward = self._node, self.taken, self._casting.backward
+    def check(self) -> tuple[Specs, Specs]:
+        """What casting each of the matrices gives; raises ValueError or TypeError if the operators do not take them."""
+        taken, backward = self.taken, self._casting.backward
         of_in = check_weights(taken.w_in, taken.w_up, taken.gate_up, taken.w_in_transposed, backward)
         of_out = check_weights(taken.w_out, None, "single", taken.w_out_transposed, backward)
         check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
+        return of_in, of_out
+
+    def quantize(self) -> Replaced:
+        """Replaces the call, which has been checked."""
+        node, taken, (of_in, of_out) = self._node, self.taken, self.check()
         with self._graph.inserting_before(node):
             given = (node.args[5], node.kwargs.get("w_up"))
             cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)

@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+_BEFORE, _BEHIND = fnmatch.translate("x").split("x")
+"""What this Python writes around a pattern."""
 _NUMBERS = re.compile(r"\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\]")
 
 
@@ -119,7 +121,7 @@ def _pattern(words: str) -> re.Pattern[str]:
 
 
 def _translated(words: str) -> str:
-    return fnmatch.translate(words).removeprefix("(?s:").removesuffix(")\\Z") if words else ""
+    return fnmatch.translate(words).removeprefix(_BEFORE).removesuffix(_BEHIND) if words else ""
 
 
 def _numbers(ranges: str) -> list[int]:

@@ -107,7 +107,8 @@ def quantize_weights(
     kernel = load(QuantizeWeights(dtype_name(w.dtype), interleaved, scale_format), w.device.index)
     first, second = halves[0], halves[0] if interleaved else halves[-1]
     written = [each if each.numel() else None for each in (*same, *turned)]
-    values: tuple[Value, ...] = (first, second, *written, *first.stride()[:2], rows, columns, *split)
+    stride = first.stride(0) if experts > 1 else 0  # one matrix may have more numbers than 32 bits count
+    values: tuple[Value, ...] = (first, second, *written, stride, first.stride(1), rows, columns, *split)
     Launch(kernel, experts * down * across, values).run()
     return (*turned, *same) if along_columns else (*same, *turned)
 

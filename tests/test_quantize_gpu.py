@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fences import POISON, fenced
-from moecompile.runtime import hopper_quantize, quantize
+from moecompile.runtime import hopper_linear, hopper_quantize, linear_fp8, quantize
 from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.quantize import (
     ALONG_FEATURES,
@@ -23,6 +23,7 @@ from moecompile.runtime.quantize import (
     blocks_in,
     pad,
 )
+from special_tiles import TILES, tile_of
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -229,57 +230,10 @@ def test_transposed_rows(
     assert bool((beyond == POISON).all()), "columns of no expert were written"
 
 
-def scaled(low: int, high: int) -> Tensor:
-    """Powers of two between these, both among them."""
-    exponents = torch.randint(low, high + 1, (BLOCK,))
-    exponents[:2] = torch.tensor([low, high])
-    return torch.exp2(exponents[torch.randperm(BLOCK)].double()).float()
-
-
-def a_tile(kind: str) -> tuple[Tensor, Tensor]:
-    """128 x 128 numbers, e4m3 in float32, and the scales of their rows."""
-    values = torch.randint(0, 256, (BLOCK, BLOCK), dtype=torch.uint8).view(E4M3).float().nan_to_num(1.0)
-    values[values.abs() < 2.0**-8], scales = 0.0, scaled(-10, 11)
-    row = int(scales.argmin())
-    if kind in ("near", "far"):
-        scales = scaled(-10, 11 if kind == "near" else 12)
-        values[:, 5] = 0  # a column that the farthest row has alone
-        values[scales.argmin(), 5] = 2.0**-9
-    elif kind in ("zero rows", "a row that is nearly zero"):
-        values[row], scales[row] = 0, SMALLEST_SCALE
-        values[row, 7] = 2.0**-9 if kind != "zero rows" else -0.0
-    elif kind == "small columns":
-        scales = scaled(0, 16)
-        values[:, 9], values[scales.argmin(), 9] = 0, 2.0**-9
-    elif kind == "columns as small as fp16 does":
-        scales[:] = 1.0
-        values[:, 9], values[row, 9], values[:, 10] = 0, 2.0**-9, 0
-    elif kind == "smallest":
-        scales[:] = SMALLEST_SCALE
-    elif kind == "all zero":
-        values, scales = values * 0, torch.full((BLOCK,), SMALLEST_SCALE)
-    elif kind == "infinite":
-        values[row], scales[row] = 0, torch.inf
-        values[row, 3] = torch.nan
-    elif kind == "NaN":
-        values[row, 3], values[:, 4] = torch.nan, torch.nan
-    elif kind == "loud":
-        scales = scaled(105, 119)
-    elif kind == "no powers of two":
-        scales = scales * 1.5
-    return values, scales
-
-
-TILES = (
-    *("ordinary", "near", "far", "zero rows", "a row that is nearly zero", "small columns"),
-    *("columns as small as fp16 does", "smallest", "all zero", "infinite", "NaN", "loud", "no powers of two"),
-)
-
-
 @pytest.mark.parametrize("gathered", [False, True], ids=["rows", "tokens"])
 def test_tiles_that_fp16_can_do_and_others(gathered: bool) -> None:
     torch.manual_seed(0)
-    tiles = [a_tile(kind) for kind in TILES for _ in range(3)]
+    tiles = [tile_of(kind) for kind in TILES for _ in range(3)]
     values = torch.cat([values for values, _ in tiles]).to(E4M3)
     scales = torch.cat([scales for _, scales in tiles])[:, None]
     expected, expected_scales = quantize.requantize_along_tokens(values.float(), scales)
@@ -294,6 +248,18 @@ def test_tiles_that_fp16_can_do_and_others(gathered: bool) -> None:
     bits = (each.contiguous().view(torch.uint8) for each in (found.values.cpu().T, expected))
     differ = torch.ne(*bits).view(len(tiles), -1).sum(1)
     assert not differ.any(), {TILES[tile // 3]: int(count) for tile, count in enumerate(differ) if count}
+
+
+def test_tiles_of_a_gradient() -> None:
+    """The rows' own scales are what the quantiser finds; that float32 takes over does not lose a row."""
+    torch.manual_seed(0)
+    tiles = [tile_of(kind) for kind in TILES for _ in range(3)]
+    x = torch.cat([(values * scales[:, None]).bfloat16() for values, scales in tiles])
+    expected = linear_fp8.quantize_gradient(x)
+    with fenced(least=4):
+        found = hopper_linear.quantize_gradient(x.cuda(), POWER_OF_TWO)
+    for name, ours, theirs in zip(PARTS, found, expected, strict=True):
+        assert_same(name, ours if name in ("values", "values transposed") else ours.t(), theirs)
 
 
 def in_columns(

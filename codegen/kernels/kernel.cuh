@@ -25,6 +25,7 @@ struct Resident<Instance, decltype(void(Instance::RESIDENT))> {
     extern "C" __constant__ KernelFacts facts = {sizeof(Instance::Shared), sizeof(Instance::Arguments),  \
                                                  Instance::THREADS, Instance::BLOCKS};                   \
     extern "C" __global__ void __cluster_dims__(Instance::BLOCKS, 1, 1)                                  \
-        __launch_bounds__(Instance::THREADS, Resident<Instance>::BLOCKS) name(const __grid_constant__ Instance::Arguments arguments) { \
+        __launch_bounds__(Instance::THREADS, Resident<Instance>::BLOCKS)                                 \
+        name(const __grid_constant__ Instance::Arguments arguments) {                                    \
         Instance::run(arguments);                                                                        \
     }

@@ -31,7 +31,8 @@ struct QuantizeGradient {
         write_rows(shared, arguments, row_block, block, rows, scales);
         __syncthreads();
         fp8::Scale turned[4];
-        requantize::columns(shared, rows, [&](uint2(&again)[OWN]) { quantize(arguments, row_block, block, again, scales); }, turned);
+        auto again = [&](uint2(&found)[OWN]) { quantize(arguments, row_block, block, found, scales); };
+        requantize::columns(shared, rows, again, turned);
         i32 first = block * fp8::BLOCK, left = arguments.columns - first;
         requantize::write_scales(turned, arguments.turned_scales + i64(row_block) * arguments.columns + first, 1, left);
         __syncthreads();

@@ -47,7 +47,8 @@ struct PadOffsets {
     }
 };
 
-// GATHERED: a row of the values is a token's, found through the row's assignment.
+// GATHERED: a row of the values is a token's, found through the row's assignment. Scales are the format of what is given;
+// PER_COLUMN takes both.
 template <bool GATHERED, bool PER_COLUMN, typename Scales>
 struct TransposeRows {
     static constexpr i32 THREADS = tile::THREADS, BLOCKS = 1, RESIDENT = PER_COLUMN ? 3 : 4, OWN = tile::OWN;
@@ -79,26 +80,30 @@ struct TransposeRows {
             begin -= expert ? __ldg(arguments.padded + expert - 1) - __ldg(arguments.offsets + expert - 1) : 0;
             end = __ldg(arguments.offsets + expert);
         }
-        i32 own = threadIdx.x % fp8::BLOCK, source = -1;
-        if (begin + own < end) source = GATHERED ? __ldg(arguments.order + begin + own) / arguments.top_k : begin + own;
-        if (threadIdx.x < fp8::BLOCK) shared.sources[own] = source;
+        i32 row = begin + threadIdx.x, source = -1;
+        if (threadIdx.x < tile::SIZE) {
+            if (row < end) source = GATHERED ? __ldg(arguments.order + row) / arguments.top_k : row;
+            shared.sources[threadIdx.x] = source;
+        }
         __syncthreads();
         i32 blocks = (arguments.columns + fp8::BLOCK - 1) / fp8::BLOCK, step = gridDim.x / arguments.row_blocks;
         uint2 rows[OWN];
         float scale;
         auto load = [&](i32 block) {
             find(shared, arguments, block, rows);
-            scale = source < 0 ? 0 : __ldg(arguments.scales + i64(source) * arguments.scale_row + i64(block) * arguments.scale_block);
+            i64 place = i64(source) * arguments.scale_row + i64(block) * arguments.scale_block;
+            scale = source < 0 ? 0 : __ldg(arguments.scales + place);
         };
         i32 block = blockIdx.x / arguments.row_blocks;
         load(block);
         for (; block < blocks; block += step) {
-            if (threadIdx.x < fp8::BLOCK) shared.scales[threadIdx.x] = scale;
+            if (threadIdx.x < tile::SIZE) shared.scales[threadIdx.x] = scale;
             __syncthreads();
             Lines lines(arguments, block);
             if constexpr (PER_COLUMN) {
                 fp8::Scale scales[4];
-                requantize::columns(shared, rows, [&](uint2(&once_more)[OWN]) { find(shared, arguments, block, once_more); }, scales);
+                auto again = [&](uint2(&found)[OWN]) { find(shared, arguments, block, found); };
+                requantize::columns(shared, rows, again, scales);
                 float* out = arguments.out_scales + i64(row_block) * arguments.scale_pitch + lines.first;
                 requantize::write_scales(scales, out, arguments.step, lines.count);
             } else {
