@@ -17,8 +17,9 @@ import torch
 
 from gpu_blocks import GPT_OSS, Block, main_of, run
 from moecompile import bench_proof
-from moecompile.runtime import hopper_experts, hopper_fp8, hopper_linear, hopper_routing
-from moecompile.runtime.quantize import FLOAT32, SCALE_FORMATS
+from moecompile.runtime import hopper_experts, hopper_fp8, hopper_linear, hopper_quantize, hopper_routing
+from moecompile.runtime.quantize import E4M3, FLOAT32, SCALE_FORMATS
+from special_tiles import TILES, tile_of
 
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
@@ -61,12 +62,26 @@ def layers() -> None:
         assert all(each.isfinite().all() for each in (result, x.grad, weight.grad))
 
 
+def tiles() -> None:
+    """Rows and gradients whose tiles are turned in fp16, and such that take float32."""
+    made = [tile_of(kind) for kind in TILES]
+    values = torch.cat([values for values, _ in made])
+    scales = torch.cat([scales for _, scales in made])[:, None]
+    gradient = (values * scales).nan_to_num().bfloat16().cuda()
+    torch.ops.moecompile.quantize_gradient(gradient)
+    rows = values.to(E4M3).cuda(), scales.cuda()
+    torch.ops.moecompile.along_tokens(*rows, scale_block="1x128")
+    order = torch.arange(len(values), dtype=torch.int32, device="cuda")
+    hopper_quantize.transpose_rows(*rows, order, top_k=1, per_column=True)
+
+
 def main(precisions: list[str]) -> None:
     """Forward and backward of each block in each precision: rows saved or not, dispatched or not; main ones."""
     with bench_proof.launched() as names:
         for precision in precisions:
             if precision == "linear":
                 layers()
+                tiles()
                 continue
             for block in BLOCKS:
                 tensors = block.tensors()
