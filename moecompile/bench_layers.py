@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +98,7 @@ def casts_apart() -> Iterator[None]:
     They take somewhat longer so than fused with a norm or an activation.
     """
     torch._dynamo.reset()  # another graph of the same code; and Dynamo allows a function so many only
-    apart = mock.patch.object(decompose, "_is_worth_fusing", lambda node: False)
-    with apart, inductor_config.patch(force_disable_caches=True):
+    with decompose.casts_apart(), inductor_config.patch(force_disable_caches=True):
         yield
 
 

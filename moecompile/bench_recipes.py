@@ -28,6 +28,7 @@ from moecompile.runtime.quantize import (
     pad,
     quantize,
 )
+from moecompile.runtime.remembered import Memory
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 PER_TENSOR, SQUARE_GRADIENTS, ROUTER, HEAD = "one scale a tensor", "gradients 128x128", "router in FP8", "head in FP8"
@@ -141,8 +142,8 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
 
         stack.enter_context(inductor_config.patch(force_disable_caches=True))
         if name in (PER_TENSOR, FAST, SQUARE_GRADIENTS, COARSE):
-            replace(linear_fp8, "_remembered", _anew)
-            replace(decompose, "_is_worth_fusing", lambda node: False)
+            replace(linear_fp8, "CALLS", _Forgetful())
+            stack.enter_context(decompose.casts_apart())
         if name == FAST:
             replace(linear_fp8, "scaled_mm", _not_promoted)
         if name in (PER_TENSOR, FAST):
@@ -160,6 +161,11 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
         yield {"fp8_include": INCLUDED[name]} if name is not None and name in INCLUDED else {}
 
 
-def _anew(operator: str, tensors: Any, attributes: Any, run: Callable[..., list[Tensor]]) -> list[Tensor]:
-    """Nothing of the right recipe is remembered, nor anything of this one."""
-    return run(linear_fp8._hopper(next(each for each in tensors if each is not None).device))
+class _Forgetful(Memory):
+    """Nothing of the right recipe is made again within, nor anything of this one afterwards."""
+
+    def again(self, *_: Any) -> None:
+        return None
+
+    def first(self, operator: str, tensors: Any, attributes: Any, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        return run()

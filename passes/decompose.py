@@ -17,8 +17,9 @@ Contract
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,22 @@ _SEEN_THROUGH = {
 }
 _COPIES = {aten.clone.default, aten.copy.default}
 Decompositions = dict[Any, Callable[..., Any]]
+
+
+class _Casts:
+    """What holds for casts of rows in all threads: autograd's compile backward graphs, too."""
+
+    fused = True
+
+
+@contextlib.contextmanager
+def casts_apart() -> Iterator[None]:
+    """Within, casts of rows are left as they are: to be timed by themselves, or replaced."""
+    before, _Casts.fused = _Casts.fused, False
+    try:
+        yield
+    finally:
+        _Casts.fused = before
 
 
 def decompose(graph: fx.Graph, decompositions: Decompositions) -> int:
@@ -80,7 +97,7 @@ def _is_worth_fusing(node: fx.Node) -> bool:
     features = x.shape[-1]
     whole = isinstance(features, int) and features % BLOCK == 0 and not (isinstance(x.numel(), int) and x.numel() == 0)
     exact = node.kwargs.get("scale_format", POWER_OF_TWO) == POWER_OF_TWO
-    return exact and whole and (not linear_fp8.has_kernels(x.device) or is_computed_for(node))
+    return _Casts.fused and exact and whole and (not linear_fp8.has_kernels(x.device) or is_computed_for(node))
 
 
 def is_computed_for(cast: fx.Node) -> bool:

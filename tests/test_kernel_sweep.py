@@ -1,7 +1,7 @@
 """Every kernel of a GEMM with an activation: tiles, activations of real models, precisions, directions.
 
 All of them are compiled by `pytest -m slow tests/test_kernel_sweep.py`, in some minutes unless an earlier run has left
-its verdicts in moecompile's cache; a tenth of them always, chosen so that everything occurs.
+their machine code in moecompile's cache; a tenth of them always, chosen so that everything occurs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from moecompile.codegen.instances import PadOffsets
 from moecompile.runtime import hopper_tiles
 from moecompile.runtime.hopper_tiles import Projection
 from surveyed_activations import SURVEY, Surveyed, collected
-from verdicts import judged
 
 sass.require_compiler()
 
@@ -96,13 +95,14 @@ TENTH = EVERY[::11]  # 11 has no factor in common with the 51 of an architecture
 )
 def test_machine_code(swept: Swept) -> None:
     """Nothing between two products waits or goes through local memory; epilogues may spill what they cannot hold."""
-    made = judged(swept.instance)
+    made = sass.machine(swept.instance)
     wanted, other = ("QGMMA", "HGMMA") if swept.precision == FP8 else ("HGMMA", "QGMMA")
-    assert made.operations.get(wanted) and not made.operations.get(other)
-    assert made.operations.get("UTMALDG") and made.operations.get("UTMASTG"), "tiles do not travel by bulk copies"
-    assert made.operations.get("USETMAXREG") == 2, "registers do not move from the producer to the consumers"
-    assert made.between_products.get(wanted), "no loop of products was found"
-    spilled = {name: made.between_products[name] for name in ("LDL", "STL") if name in made.between_products}
+    assert made.counts.get(wanted) and not made.counts.get(other)
+    assert made.counts.get("UTMALDG") and made.counts.get("UTMASTG"), "tiles do not travel by bulk copies"
+    assert made.counts.get("USETMAXREG") == 2, "registers do not move from the producer to the consumers"
+    between = made.between_products()
+    assert between.get(wanted), "no loop of products was found"
+    spilled = {name: between[name] for name in ("LDL", "STL") if name in between}
     assert not spilled, f"values go through local memory between products: {spilled}"
     assert made.registers <= 65536 // 384, "a block of 384 threads does not fit"
     assert not made.serialised
@@ -118,14 +118,14 @@ def test_the_tenth_has_everything() -> None:
     )
 
 
-def test_a_verdict_is_kept_until_its_kernel_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_code_is_kept_until_its_kernel_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOECOMPILE_CACHE_DIR", str(tmp_path))
-    first = judged(PadOffsets())
-    monkeypatch.setattr(sass, "machine", None)
-    assert judged(PadOffsets()) == first and first.registers > 0 and "STG" in first.operations
+    first = sass.machine(PadOffsets())
+    monkeypatch.setattr(sass, "_taken_apart", None)
+    assert sass.machine(PadOffsets()) == first and first.registers > 0 and "STG" in first.counts
     monkeypatch.setattr(cubins, "_sources_digest", lambda: "other")
     with pytest.raises(TypeError, match="not callable"):
-        judged(PadOffsets())
+        sass.machine(PadOffsets())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
