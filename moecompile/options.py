@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moecompile.passes.exclusions import check_pattern
+
 # The passes over the captured graph, in the order in which they run; `Options.disable` takes these names.
 PASSES: dict[str, str] = {
     "detect": "finds the mixture-of-experts blocks; without it none is rewritten",
@@ -166,6 +168,11 @@ class Options:
                 )
             if field.name.endswith("_layers") and value < 0:
                 raise ValueError(f"moecompile: option `{field.name}`: expected 0 or more, got {value}.")
+            for pattern in value if field.name in ("fp8_exclude", "fp8_include") else ():
+                try:
+                    check_pattern(pattern)
+                except ValueError as error:
+                    raise ValueError(f"moecompile: option `{field.name}`: {error}.") from None
         if self.fp8_cache_weights and self.fp8_recast_weights:
             raise ValueError(
                 "moecompile: `fp8_cache_weights` keeps the copies that `fp8_recast_weights` is to save. Leave one out."
@@ -257,7 +264,10 @@ def _unknown_option(name: str, value: Any) -> str:
             f'Write options={{"inductor": {{{name!r}: {value!r}}}}}.'
         )
     known = list(Options.__dataclass_fields__)
-    return f"moecompile: unknown option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}."
+    hint = did_you_mean(name, known)
+    if not hint and any(word in name.lower() for word in ("fp8", "float8")):
+        hint = ' FP8 is options={"precision": "fp8"}.'
+    return f"moecompile: unknown option {name!r}.{hint} Known: {', '.join(known)}."
 
 
 def _check(name: str, annotation: Any, value: Any) -> None:
@@ -301,6 +311,8 @@ def _spelled(annotation: Any) -> str:
         return "None"
     if typing.get_origin(annotation) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple and typing.get_args(annotation) == (str, ...):
+        return "a tuple of strings"
     if typing.get_origin(annotation) is not None and typing.get_origin(annotation) is not tuple:
         return " or ".join(_spelled(part) for part in typing.get_args(annotation))
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
@@ -308,9 +320,8 @@ def _spelled(annotation: Any) -> str:
 
 def _names(option: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        raise ValueError(
-            f"moecompile: option `{option}`: expected a tuple of names, got {value!r}. Write ({value!r},)."
-        )
+        hint = f" Write ({value!r},)." if isinstance(value, str) else ""
+        raise ValueError(f"moecompile: option `{option}`: expected a tuple of names, got {value!r}.{hint}")
     return tuple(value)
 
 

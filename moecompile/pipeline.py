@@ -25,11 +25,12 @@ from moecompile.options import Options
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.detect import detect
-from moecompile.passes.exclusions import Exclusions, near
+from moecompile.passes.exclusions import Exclusions, Wishes, near
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
-from moecompile.passes.precision import Whole, cast
+from moecompile.passes.precision import cast, modules_of, purposes_of
 from moecompile.passes.printer import count_changes, op_counts
+from moecompile.passes.purposes import Purposes
 from moecompile.passes.site import NearMiss, Site
 from moecompile.report import GraphReport, PassRecord
 from moecompile.runtime.linear_fp8 import has_kernels
@@ -48,7 +49,8 @@ class Piece:
     """One body of the captured graph, and what is known of it so far.
 
     Attributes:
-        whole: what is known of all bodies, where the pass `precision` runs.
+        wishes: the user's for layers that could be cast, where the pass `precision` runs.
+        purposes: what layers are for, likewise, when the passes before it are done.
         differentiable: whether somebody may call its backward.
         casts: what was cast to FP8, and what was kept.
         uncast: the body as it was before that, where it is to be compared.
@@ -62,7 +64,8 @@ class Piece:
     layout: Layout | None = None
     casts: tuple[Cast, ...] = ()
     uncast: Uncast | None = None
-    whole: Whole | None = None
+    wishes: Wishes | None = None
+    purposes: Purposes | None = None
     differentiable: bool = True
     changed: bool = False
     notes: list[str] = field(default_factory=list)
@@ -83,11 +86,11 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 
 def cast_to_fp8(piece: Piece, options: Options) -> None:
     """Turns linear layers and experts to FP8."""
-    graph, whole = piece.module.graph, piece.whole
-    assert whole is not None
+    graph = piece.module.graph
+    assert piece.wishes is not None and piece.purposes is not None
     uncast, places = copy_graph(graph) if options.fp8_compare else (None, {})
     casting = Casting(piece.differentiable, options.fp8_scale_format, _kernels(options))
-    table = cast(graph, _exclusions(options), whole, casting)
+    table = cast(graph, piece.wishes, piece.purposes, casting)
     piece.changed, piece.casts = True, table.rows
     if uncast is not None:
         layers = tuple(Layer(row, places[before], after) for row, before, after in table.replaced)
@@ -142,6 +145,8 @@ def run_passes(
                 if name == "precision":
                     log.warning("%s: precision='fp8' casts nothing: the pass precision is disabled", record.name)
             else:
+                if name == "precision":
+                    _find_purposes(gm, pieces)
                 record.passes.append(_run_pass(number, name, run, pieces, options))
     for piece in pieces:
         if piece.changed:
@@ -186,19 +191,28 @@ def _multiplied(graph: fx.Graph) -> Iterator[tuple[torch.device, torch.dtype]]:
             yield rows.device, rows.dtype
 
 
+def _find_purposes(gm: fx.GraphModule, pieces: list[Piece]) -> None:
+    purposes = purposes_of(gm)
+    for piece in pieces:
+        piece.purposes = purposes
+
+
 def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> None:
     """What the pass `precision` has to know of all bodies; notes the user's patterns that name nothing."""
     if options.precision == "model" or "precision" in options.disable:
         return
-    whole = Whole.of(piece.module.graph for piece in pieces)
+    modules, exclusions = modules_of(piece.module.graph for piece in pieces), _exclusions(options)
     for piece in pieces:
-        piece.whole = whole
-    unused = _exclusions(options).unused(whole.modules)
-    for pattern in unused:
-        meant = near(pattern, whole.modules)
+        piece.wishes = exclusions.within(modules)
+    for pattern in exclusions.unused(modules):
+        meant = near(pattern, modules)
         asked = f"; did you mean {meant!r}?" if meant else ""
         record.notes.append(f"the pattern {pattern!r} names no module of this graph{asked}")
         log.warning("%s: %s; patterns are of whole paths", record.name or "a graph", record.notes[-1])
+    if (options.fp8_keep_first_layers or options.fp8_keep_last_layers) and not exclusions.numbered(modules):
+        words = "fp8_keep_first_layers and fp8_keep_last_layers keep nothing of this graph: its modules have no numbers"
+        record.notes.append(f"{words}, as those of a list have; name them in fp8_exclude")
+        log.warning("%s: %s", record.name or "a graph", record.notes[-1])
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

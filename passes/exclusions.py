@@ -38,17 +38,23 @@ class Exclusions:
 
     def within(self, modules: Iterable[str]) -> Wishes:
         """What holds for a captured graph that these modules compute."""
-        numbers: dict[str, set[int]] = {}
+        edges: dict[tuple[str, int], str] = {}
+        for layers, ordered in self.numbered(modules).items():
+            last = ordered[len(ordered) - min(self.last_layers, len(ordered)) :]
+            edges |= {(layers, number): f"fp8_keep_last_layers={self.last_layers}" for number in last}
+            first = ordered[: self.first_layers]
+            edges |= {(layers, number): f"fp8_keep_first_layers={self.first_layers}" for number in first}
+        return Wishes(self.exclude, self.include, edges)
+
+    @staticmethod
+    def numbered(modules: Iterable[str]) -> dict[str, list[int]]:
+        """The module lists that these modules are in, and the numbers there, in order."""
+        found: dict[str, set[int]] = {}
         for module in modules:
             layers, number = layer_of(module)
             if number is not None:
-                numbers.setdefault(layers, set()).add(number)
-        edges = {}
-        for layers, found in numbers.items():
-            ordered = sorted(found)
-            last = ordered[len(ordered) - min(self.last_layers, len(ordered)) :]
-            edges[layers] = frozenset((*ordered[: self.first_layers], *last))
-        return Wishes(self.exclude, self.include, edges)
+                found.setdefault(layers, set()).add(number)
+        return {layers: sorted(numbers) for layers, numbers in found.items()}
 
     def unused(self, modules: Iterable[str]) -> list[str]:
         """The patterns that match none of these modules."""
@@ -73,21 +79,20 @@ class Wishes:
     Attributes:
         exclude: as of `Exclusions`.
         include: likewise.
-        edges: module lists, and the numbers of those of their layers that are kept.
+        edges: module list and number of each layer that is kept for its number, and the option that says so.
     """
 
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
-    edges: dict[str, frozenset[int]] = field(default_factory=dict)
+    edges: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def excluded(self, module: str) -> str | None:
         """Why the module is kept, if the user wants it kept."""
         if _matches(module, self.exclude):
             return "fp8_exclude names it"
         layers, number = layer_of(module)
-        if number in self.edges.get(layers, ()) and not self.included(module):
-            return f"layer {number} is one of the first or last of {layers or 'the model'}"
-        return None
+        option = None if number is None or self.included(module) else self.edges.get((layers, number))
+        return option and f"it is in a layer of {layers or 'the model'} that {option} keeps"
 
     def included(self, module: str) -> bool:
         """Whether the user wants the module cast, whatever it is for."""
@@ -95,6 +100,11 @@ class Wishes:
 
 
 NO_WISHES = Wishes()
+
+
+def check_pattern(words: str) -> None:
+    """Raises ValueError, which says why, for a pattern that can name nothing."""
+    _pattern(words)
 
 
 def layer_of(module: str) -> tuple[str, int | None]:
@@ -111,6 +121,10 @@ def _matches(module: str, patterns: tuple[str, ...]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _pattern(words: str) -> re.Pattern[str]:
     """A pattern as a regular expression."""
+    if not words:
+        raise ValueError("an empty pattern names nothing, and '*' all modules")
+    if words.count("[") != words.count("]"):
+        raise ValueError(f"{words!r} has a bracket too many or too few")
     made, begin = "", 0
     for found in _NUMBERS.finditer(words):
         if not {"-", ","} & set(found[1]):  # [01] is a 0 or a 1, as ever
@@ -128,6 +142,8 @@ def _numbers(ranges: str) -> list[int]:
     found: list[int] = []
     for part in ranges.split(","):
         low, _, high = part.partition("-")
+        if int(high or low) < int(low):
+            raise ValueError(f"[{ranges}] names nothing: expected a range from low to high")
         found += range(int(low), int(high or low) + 1)
     return found
 

@@ -16,18 +16,18 @@ normalisation and the products of activations in attention, of which the last tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from moecompile.passes import purposes
 from moecompile.passes.aliases import Aliases, fake_of, is_foreign
 from moecompile.passes.calls import bind
 from moecompile.passes.exclusions import NO_WISHES, Wishes
 from moecompile.passes.provenance import module_of
+from moecompile.passes.purposes import PRODUCTS, Purposes, is_layer
 from moecompile.passes.spelling import operation_name
 from moecompile.runtime.fp8_contract import GEMM_DTYPES
 from moecompile.runtime.linear_fp8 import LINE
@@ -47,6 +47,13 @@ class Linear:
     rows: fx.Node
     matrix: fx.Node
     bias: fx.Node | None
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Linear:
+        """Of a node that is one (`purposes.is_layer`)."""
+        call = bind(node)
+        assert call is not None
+        return cls(node, call["input"], call["weight"], call["bias"])
 
 
 @dataclass(frozen=True)
@@ -73,27 +80,22 @@ class Verdict:
         return "linear" if self.linear is not None else "other"
 
 
-def verdicts(graph: fx.Graph, wishes: Wishes = NO_WISHES, embeddings: Sequence[Tensor] = ()) -> list[Verdict]:
+def verdicts(graph: fx.Graph, wishes: Wishes = NO_WISHES, purposes: Purposes | None = None) -> list[Verdict]:
     """A verdict for each linear layer, in program order.
 
     Args:
         graph: of Dynamo's.
         wishes: the user's, for this graph.
-        embeddings: matrices of embeddings in other bodies of the captured graph, as fake tensors.
+        purposes: what layers are for in the captured graph that this is a body of; None: it is all of it.
     """
-    calls = {node: call for node in graph.nodes if node.op.startswith("call") and (call := bind(node)) is not None}
-    linears = {
-        node: Linear(node, call["input"], call["weight"], call["bias"])
-        for node, call in calls.items()
-        if call.name == "linear" and isinstance(call["weight"], fx.Node)
-    }
-    facts, found = _Facts.of(graph, wishes, [*linears], embeddings), list[Verdict]()
+    facts, found = _Facts.of(graph, wishes, purposes or Purposes.of(graph)), list[Verdict]()
     for node in graph.nodes:
-        if (linear := linears.get(node)) is not None:
+        if is_layer(node):
+            linear = Linear.of(node)
             reason = next((words for rule in RULES if (words := rule(linear, facts)) is not None), None)
             shape = _shape(_given(linear.matrix) or linear.matrix)
             found.append(Verdict(module_of(node), shape, reason is None, reason or "a linear layer", linear))
-        elif node.op.startswith("call") and operation_name(node) in purposes.PRODUCTS:
+        elif node.op.startswith("call") and operation_name(node) in PRODUCTS:
             if (matrix := _given_factor(node)) is not None:
                 words = f"it is written as {operation_name(node)}"
                 found.append(Verdict(module_of(node), _shape(matrix), False, words))
@@ -105,24 +107,20 @@ class _Facts:
     """What the rules know of the whole graph.
 
     Attributes:
-        choosing: layer -> what it decides.
-        embeddings: the matrices of embeddings, in whichever body.
-        scores: where layers' results go.
+        purposes: what layers are for.
+        aliases: of this body.
+        tables: embeddings' matrices in this body.
     """
 
     wishes: Wishes
-    choosing: dict[fx.Node, str]
-    embeddings: list[Tensor]
-    scores: purposes.Scores
+    purposes: Purposes
     aliases: Aliases
     tables: list[fx.Node]
 
     @classmethod
-    def of(cls, graph: fx.Graph, wishes: Wishes, layers: Sequence[fx.Node], embeddings: Sequence[Tensor]) -> _Facts:
-        own = purposes.embeddings(graph)
-        tables = [node for node in graph.nodes if any(fake_of(node) is each for each in own)]
-        choosing = purposes.choosers(graph, layers)
-        return cls(wishes, choosing, [*embeddings, *own], purposes.Scores.of(graph, layers), Aliases(graph), tables)
+    def of(cls, graph: fx.Graph, wishes: Wishes, purposes: Purposes) -> _Facts:
+        tables = [node for node in graph.nodes if any(fake_of(node) is each for each in purposes.embeddings)]
+        return cls(wishes, purposes, Aliases(graph), tables)
 
 
 # ---- the rules: why a layer is kept, or None if the rule does not speak of it
@@ -150,22 +148,23 @@ def _named(linear: Linear, facts: _Facts) -> str | None:
 def _purpose(linear: Linear, facts: _Facts) -> str | None:
     if facts.wishes.included(module_of(linear.node)):
         return None
-    return facts.choosing.get(linear.node) or _head(linear, facts)
+    return facts.purposes.choosing.get(linear.node) or _head(linear, facts)
 
 
 def _head(linear: Linear, facts: _Facts) -> str | None:
     """Why it is taken for an output head, if it is."""
     (n, k), matrix = _shape(linear.matrix), fake_of(linear.matrix)
+    scores, tables = facts.purposes.scores, facts.purposes.embeddings
     shared = any(facts.aliases.share(linear.matrix, each) for each in facts.tables)
-    if shared or any(_same_memory(matrix, each) for each in facts.embeddings):
+    if shared or any(_same_memory(matrix, each) for each in tables):
         return "its matrix is an embedding's"
-    if linear.node not in facts.scores.leaving | facts.scores.labelled:
+    if linear.node not in scores.leaving | scores.labelled:
         return None
-    if any(each.shape[0] == n != each.shape[1] for each in facts.embeddings):
+    if any(each.shape[0] == n and (n != each.shape[1] or linear.node in scores.alone) for each in tables):
         return f"it has as many output features as an embedding has rows, {n}"
-    if linear.node in facts.scores.labelled:
+    if linear.node in scores.labelled:
         return "its result meets labels"
-    if linear.node in facts.scores.alone and isinstance(n, int) and isinstance(k, int) and n >= WIDE * k:
+    if linear.node in scores.alone and isinstance(n, int) and isinstance(k, int) and n >= WIDE * k:
         return f"its result, {n} features of {k}, leaves the graph as scores of a vocabulary would"
     return None
 
@@ -178,7 +177,7 @@ def _bias(linear: Linear, facts: _Facts) -> str | None:
     bias = None if linear.bias is None else fake_of(linear.bias)
     if bias is None or (bias.shape == fake_of(linear.matrix).shape[:1] and bias.dtype in DTYPES):
         return None
-    return f"its bias has the shape {tuple(bias.shape)}"
+    return f"its bias has the shape {tuple(bias.shape)} and is in {_short(bias.dtype)}"
 
 
 def _dtype(linear: Linear, facts: _Facts) -> str | None:
@@ -201,7 +200,7 @@ def _sizes(linear: Linear, facts: _Facts) -> str | None:
 
 def _narrow(linear: Linear, facts: _Facts) -> str | None:
     (n, k), wished = _shape(linear.matrix), facts.wishes.included(module_of(linear.node))
-    if wished or n * NARROW > k or linear.node not in facts.scores.alone:
+    if wished or n * NARROW > k or linear.node not in facts.purposes.scores.alone:
         return None
     return f"its result, {n} features of {k}, leaves the graph as a router's would: nobody sees what it chooses"
 

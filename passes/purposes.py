@@ -3,32 +3,43 @@
     s = linear(h, W_r); topk(softmax(s) + bias, 8)                  s chooses
     y = linear(h, W_o) / 2; return y        loss = cross_entropy(y.view(-1, V), labels)        y are scores
 
-A layer chooses if its result reaches a choice (CHOICES) without passing another layer or a residual, x + f(x) where f
-multiplies by a matrix (noise that is made of x does not); so does the layer before it that is there for it alone.
-A choice is what makes whole numbers or truth of others, and what rounds them. Scores leave the graph, or meet labels,
-without passing another layer.
+A layer chooses if its result reaches a choice without passing another layer; so do the layers before it that are there
+for it alone, back to a norm or a residual, x + f(x) where f multiplies by a matrix (noise that is made of x does not).
+A choice is what makes whole numbers or truth of others, what rounds them, and what picks features by number. What looks
+at numbers one by one does not choose among those of a residual. Scores leave the graph, or meet labels, without passing
+another layer.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from moecompile.passes.aliases import fake_of
+from moecompile.passes.calls import bind
 from moecompile.passes.main_gradients import OPERATORS
 from moecompile.passes.provenance import tensor_of
 from moecompile.passes.spelling import operation_name
 
+SELECTIONS = frozenset(
+    "topk sort argsort msort kthvalue argmax argmin max min aminmax mode median nanmedian multinomial gumbel_softmax "
+    "quantile nanquantile gather take_along_dim getitem".split()
+)
+"""Those choices that are made among features. The others look at numbers one by one."""
 CHOICES = frozenset(
     "topk sort argsort msort kthvalue multinomial bernoulli gumbel_softmax quantile nanquantile round sign sgn "
     "heaviside gt lt ge le eq ne greater less greater_equal less_equal not_equal "
     "logical_and logical_or logical_xor logical_not".split()
 )
 """By name, also where the result is no whole number; in place, too."""
+NORMS = frozenset("rms_norm layer_norm group_norm batch_norm instance_norm normalize".split())
+ROOTS = frozenset("rsqrt sqrt norm vector_norm std var".split())
+"""What norms that are written out multiply or divide by, maybe after a small number has been added."""
 QUESTIONS = frozenset("isnan isinf isfinite isposinf isneginf signbit allclose equal".split())
 """What asks about numbers without choosing among them."""
 LOSSES = frozenset(
@@ -43,6 +54,39 @@ GROUPED = frozenset(("grouped_mm", "_grouped_mm"))
 LOOKUPS = frozenset("embedding embedding_bag index_select getitem index".split())
 
 
+@dataclass(frozen=True)
+class Purposes:
+    """What the layers of a captured graph are for.
+
+    Attributes:
+        choosing: layer -> what it decides.
+        scores: where layers' results go.
+        embeddings: the matrices of embeddings, as fake tensors.
+    """
+
+    choosing: Mapping[fx.Node, str]
+    scores: Scores
+    embeddings: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, origins: Mapping[fx.Node, fx.Node] | None = None) -> Purposes:
+        """Of a graph; or of what it is a flat copy of (passes/flatten.py), whose nodes `origins` has."""
+        layers = [node for node in graph.nodes if is_layer(node)]
+        choosing, scores = choosers(graph, layers), Scores.of(graph, layers)
+        if origins is not None:
+            choosing = {origins[node]: reason for node, reason in choosing.items()}
+            scores = Scores(
+                *({origins[node] for node in own} for own in (scores.leaving, scores.alone, scores.labelled))
+            )
+        return cls(choosing, scores, tuple(embeddings(graph)))
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether it multiplies rows by a matrix that the graph is given or makes."""
+    call = bind(node) if node.op.startswith("call") else None
+    return call is not None and call.name == "linear" and isinstance(call["weight"], fx.Node)
+
+
 def choosers(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Node, str]:
     """The layers that choose experts, or anything else: each with the reason to keep it."""
     found: dict[fx.Node, str] = {}
@@ -54,10 +98,8 @@ def choosers(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Node, str]
             for each in ancestors(chosen) - ancestors([x]):
                 if each in layers:
                     found.setdefault(each, "it chooses experts")
-    for node in graph.nodes:
-        if _is_choice(node):
-            for each in _before_choice(node, layers):
-                found.setdefault(each, f"it feeds {operation_name(node)}")
+    for each, reason in _before_choices(graph, layers).items():
+        found.setdefault(each, reason)
     return found
 
 
@@ -101,17 +143,26 @@ class Scores:
 
 
 def embeddings(graph: fx.Graph) -> list[Tensor]:
-    """The matrices of which rows are looked up by number."""
+    """The matrices of which rows are looked up by number, or by a product with ones in places that numbers tell."""
     found: list[Tensor] = []
     for node in graph.nodes:
-        if not node.op.startswith("call") or operation_name(node) not in LOOKUPS:
-            continue
-        given = [(each, tensor_of(each)) for each in node.all_input_nodes]
-        numbers = [value for _, value in given if isinstance(value, Tensor) and not value.is_floating_point()]
-        tables = [value for _, value in given if isinstance(value, nn.Parameter) and value.dim() == 2]
-        if tables and numbers:
+        name = operation_name(node) if node.op.startswith("call") else ""
+        given = node.all_input_nodes
+        if name in LOOKUPS:
+            by_number = any(isinstance(tensor_of(each), Tensor) and not _is_float(each) for each in given)
+        else:
+            by_number = name in PRODUCTS | {"linear"} and any(map(_is_one_hot, given))
+        tables = [value for each in given if isinstance(value := tensor_of(each), nn.Parameter) and value.dim() == 2]
+        if tables and by_number:
             found.append(tables[0])
     return found
+
+
+def _is_one_hot(node: fx.Node) -> bool:
+    """Whether it is ones in places that numbers tell, cast or not."""
+    while node.op == "call_method" and operation_name(node) in ("to", "float", "bfloat16", "half", "type", "type_as"):
+        node = node.all_input_nodes[0]
+    return node.op.startswith("call") and operation_name(node) == "one_hot"
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -149,29 +200,93 @@ def _taken(node: fx.Node) -> int | None:
     return place if isinstance(place, int) else {"values": 0, "indices": 1}.get(str(place))
 
 
-def _before_choice(node: fx.Node, layers: Collection[fx.Node]) -> set[fx.Node]:
-    """The first layers on each way back, and the ones before these that are there for them alone."""
-    first, waiting, seen = set[fx.Node](), [*node.all_input_nodes], set[fx.Node]()
-    while waiting:
-        each = waiting.pop()
-        if each in layers:
-            first.add(each)
-        elif each not in seen and not _is_residual(each, layers):
-            waiting += each.all_input_nodes
-        seen.add(each)
-    return first | {before for layer in first if (before := _layer_of_its_own(layer, layers)) is not None}
+def _picked(node: fx.Node) -> list[fx.Node]:
+    """What a node picks features of by number; nothing if it picks whole rows, or picks nothing."""
+    if not node.op.startswith("call"):
+        return []
+    name, source = operation_name(node), node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not _is_float(source):
+        return []
+    last = fake_of(source).dim() - 1
+    if name == "gather":
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return [source] if dim in (-1, last) else []
+    if name == "take_along_dim":
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        return [source] if dim in (None, -1, last) else []
+    if name == "getitem" and isinstance(node.args[1], tuple | fx.Node):
+        places = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        whole = len(places) > last or Ellipsis in places
+        return [source] if whole and places and _is_whole_number(places[-1]) else []
+    return []
 
 
-def _layer_of_its_own(layer: fx.Node, layers: Collection[fx.Node]) -> fx.Node | None:
-    """The layer before, if its result goes through elementwise steps to this one and to nobody else."""
-    user = layer
-    while True:
-        computed = [each for each in user.all_input_nodes if each.op.startswith("call")]
-        if len(computed) != 1 or set(computed[0].users) != {user}:
-            return None
-        (user,) = computed
-        if user in layers:
-            return user
+def _is_whole_number(place: Any) -> bool:
+    fake = fake_of(place) if isinstance(place, fx.Node) else None
+    return isinstance(fake, Tensor) and not fake.is_floating_point() and fake.dtype != torch.bool
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a node is reached from a choice, backwards.
+
+    Attributes:
+        reason: to keep a layer there.
+        selects: whether the choice is among features.
+        passed: whether a layer has been passed; then only what is there for the choice alone is of interest.
+    """
+
+    reason: str
+    selects: bool
+    passed: bool
+
+
+def _before_choices(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Node, str]:
+    """The layers that choices are made by. Backwards, so that all users of a node have been seen before it."""
+    onward = dict[fx.Node, _Way]()  # of nodes: how what they are computed from is reached through them
+    picking = dict[fx.Node, list[_Way]]()
+    found = dict[fx.Node, str]()
+    for node in reversed(graph.nodes):
+        reason = f"it feeds {operation_name(node)}" if node.op.startswith("call") else ""
+        for source in _picked(node):
+            picking.setdefault(source, []).append(_Way(reason, True, False))
+        ways = picking.pop(node, []) + [onward[user] for user in node.users if user in onward]
+        way = next((each for each in ways if not each.passed), None)
+        if way is None and ways and all(user in onward for user in node.users):
+            way = ways[0]
+        if _is_choice(node):
+            selects = operation_name(node).rstrip("_") in SELECTIONS
+            onward[node] = _Way(reason, selects, False)
+        elif way is None:
+            continue
+        elif node in layers:
+            found[node] = way.reason
+            onward[node] = _Way(way.reason, way.selects, True)
+        elif not _ends(node, way, layers):
+            onward[node] = way
+    return found
+
+
+def _ends(node: fx.Node, way: _Way, layers: Collection[fx.Node]) -> bool:
+    """Whether what a node is computed from is of no interest to the choice."""
+    if way.passed and (_is_norm(node) or node.target in OPERATORS):
+        return True
+    return (way.passed or not way.selects) and _is_residual(node, layers)
+
+
+def _is_norm(node: fx.Node) -> bool:
+    """Whether it norms features, by name or written out: divides by a root, or multiplies by its inverse."""
+    if not node.op.startswith("call"):
+        return False
+    if operation_name(node) in NORMS:
+        return True
+    if operation_name(node).rstrip("_") not in ("mul", "div", "truediv"):
+        return False
+    return any(_is_root(each) or any(map(_is_root, each.all_input_nodes)) for each in node.all_input_nodes)
+
+
+def _is_root(node: fx.Node) -> bool:
+    return node.op.startswith("call") and operation_name(node) in ROOTS
 
 
 def _is_residual(node: fx.Node, layers: Collection[fx.Node]) -> bool:
@@ -185,7 +300,7 @@ def _is_residual(node: fx.Node, layers: Collection[fx.Node]) -> bool:
 
 
 def _multiplies(start: fx.Node, end: fx.Node, layers: Collection[fx.Node]) -> bool:
-    """Whether there is a way from one to the other, and a product on it."""
+    """Whether there is a way from one to the other, with a product on it, that is no choice's."""
     before, waiting, seen = ancestors([end]), [start], set[fx.Node]()
     while waiting:
         each = waiting.pop()
@@ -194,7 +309,7 @@ def _multiplies(start: fx.Node, end: fx.Node, layers: Collection[fx.Node]) -> bo
         seen.add(each)
         if each is not start and (each in layers or _is_product(each)):
             return True
-        waiting += each.users
+        waiting += [user for user in each.users if not _is_choice(user)]
     return False
 
 

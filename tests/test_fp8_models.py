@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 
 import moecompile
 from moecompile.passes.casts import Cast, Casting
-from moecompile.passes.exclusions import Exclusions
+from moecompile.passes.exclusions import NO_WISHES
 from moecompile.passes.linears import Verdict
-from moecompile.passes.precision import Whole, cast
+from moecompile.passes.precision import cast, purposes_of
 from moecompile.pipeline import Piece, _transforms_hidden
 from moecompile.report import GraphReport, Report
 from plain_layers import Plain
@@ -264,7 +264,7 @@ def graphs_of(model: nn.Module, ids: Tensor) -> list[tuple[fx.GraphModule, tuple
     def backend(gm: fx.GraphModule, _: list[Any]) -> Any:
         with _transforms_hidden([Piece(gm)], GraphReport()):
             wanted = fused(gm)
-            table = cast(gm.graph, Exclusions(), Whole.of([gm.graph]), Casting())
+            table = cast(gm.graph, NO_WISHES, purposes_of(gm), Casting())
         gm.graph.lint()
         found.append((gm, table.rows, wanted))
         gm.recompile()
