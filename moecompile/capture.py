@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from moecompile.bodies import copy_tree
 from moecompile.passes.layout import Layout
 
+MANY = 1 << 20
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -156,8 +158,9 @@ def _module_left_alone(module: Any) -> Iterator[None]:
 def _dynamo_left_alone(backend: Callable[..., Any]) -> Iterator[None]:
     """Within: Dynamo tries every frame, even those it gave up before. After: it remembers nothing of `backend`.
 
-    What is compiled by other backends stays compiled. Sizes seen within do not count as seen, so that they make no
-    later compilation dynamic, in this process or, through the file that Dynamo keeps of them, in the next.
+    What is compiled by other backends stays compiled, and does not count among what a function may have. Sizes seen
+    within do not count as seen, so that they make no later compilation dynamic, in this process or, through the file
+    that Dynamo keeps of them, in the next.
     """
     from torch._dynamo import config, pgo
 
@@ -166,7 +169,12 @@ def _dynamo_left_alone(backend: Callable[..., Any]) -> Iterator[None]:
     sizes.clear()
     _forget_frames(backend)
     try:
-        with config.patch(automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False):
+        with config.patch(
+            automatic_dynamic_local_pgo=False,
+            automatic_dynamic_remote_pgo=False,
+            recompile_limit=MANY,
+            accumulated_recompile_limit=MANY,
+        ):
             yield
     finally:
         _forget_frames(backend)

@@ -36,8 +36,8 @@ def load_fp8(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict: bool
     """Loads a checkpoint that has matrices in FP8 with a scale for each 128x128, as DeepSeek-V3's do, as they are.
 
     A matrix `name` is in FP8 if there is `name_scale_inv`, and the model has no such parameter itself. Experts that the
-    model keeps in one parameter, `experts.gate_up_proj` and `experts.down_proj`, are put together from those of single
-    experts, `experts.0.gate_proj.weight` and so on. Everything else is loaded by `load_state_dict`.
+    model keeps in one parameter, `experts.gate_up_proj` (gate first) and `experts.down_proj`, are put together from
+    those of single experts, `experts.0.gate_proj.weight` and so on. Everything else is loaded by `load_state_dict`.
 
     Args:
         model: in any dtype, which stays what parameters stand for; with parameters on the device where they are to be,
@@ -100,8 +100,8 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
             dtype, dequantised, which loses nothing where scales are powers of two.
 
     Returns:
-        name to tensor. What was not moved, as single experts are, shares memory with the model. A matrix in FP8 that
-        has several names is there under the first.
+        name to tensor. Each has memory of its own, or shares the model's where that holds nothing else. A matrix in FP8
+        that has several names is there under the first.
 
     Raises:
         TypeError: `model` is no module.
@@ -123,11 +123,15 @@ def fp8_state_dict(model: nn.Module, *, single_experts: bool = True) -> dict[str
         for part, matrix in _parts(name, each, state) if single_experts else ((name, each),):
             blocks = matrix.blocks() if isinstance(matrix, BlockScaled) else None
             if blocks is not None:
-                # of single experts copies: who writes files refuses parts of one memory
-                stored[part], stored[part + SCALES] = blocks if part == name else [own.clone() for own in blocks]
+                stored[part], stored[part + SCALES] = map(_alone, blocks)
             else:
                 stored[part] = matrix.dequantized() if isinstance(matrix, BlockScaled) else matrix
     return stored
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor with memory of its own: who writes files refuses parts of one memory."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _parts(name: str, each: Any, state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -162,9 +166,9 @@ def _inside(path: str, name: str) -> str:
 def _matrix_of(name: str, parameter: nn.Parameter, left: dict[str, Tensor]) -> BlockScaled | Tensor | None:
     """The checkpoint's matrix for a parameter, taken out of what is left of it; None: it is loaded as usual."""
     if name + SCALES in left and name in left:
+        if left[name].shape != parameter.shape:
+            raise _error(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(left[name].shape)}")
         made = _from_blocks(name, left.pop(name), left.pop(name + SCALES), parameter)
-        if made.shape != parameter.shape:
-            raise _error(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(made.shape)}")
         return made
     path, _, last = name.rpartition(".")
     if name in left or last not in PACKED or parameter.dim() != 3:
@@ -196,7 +200,8 @@ def _packed(
     if scaled == {False}:
         return torch.stack([torch.cat([left.pop(each) for each in row]) for row in names])
     if scaled != {True}:
-        raise _error(f"experts of {name} are in FP8 in part: all or none must have their scales beside them")
+        lacking = next(each for each in every if each + SCALES not in left)
+        raise _error(f"{lacking} has no {lacking}{SCALES} beside it, and others of {name} have: all or none must")
     blocks = (blocks_in(expected[0], BLOCK), blocks_in(k, BLOCK))
     for each in every:
         if tuple(left[each + SCALES].shape) != blocks:
@@ -222,6 +227,8 @@ def _from_blocks(
     gate_up: Literal["single", "halves"] = "single",
 ) -> BlockScaled:
     device = values.device if parameter.is_meta else parameter.device
+    if not (scales.isfinite().all() and (scales >= 0).all()):
+        raise _error(f"{name}{SCALES} must hold finite numbers from 0 on; it has NaN, infinity or numbers below")
     try:
         own = scales.to(device, copy=True)  # what is written into later is not the checkpoint's
         return BlockScaled.from_blocks(values.to(device), own, parameter.dtype, gate_up=gate_up)
@@ -248,7 +255,9 @@ def _check_state(state_dict: object) -> None:
 def _check_scales(left: Mapping[str, Tensor]) -> None:
     """Raises ValueError for numbers in FP8 that nothing scales: as they are they mean nothing."""
     for name, each in left.items():
-        if isinstance(each, Tensor) and not isinstance(each, BlockScaled) and each.dtype in FP8_DTYPES:
+        if not isinstance(each, Tensor) or isinstance(each, BlockScaled) or name + SCALES in left:
+            continue  # with scales, but of no parameter: an unexpected name
+        if each.dtype in FP8_DTYPES:
             raise _error(f"{name} is {each.dtype}, and the checkpoint has no {name}{SCALES} beside it")
 
 

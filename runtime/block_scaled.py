@@ -12,7 +12,7 @@ no gradient. Under torch.compile it is the two tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -45,18 +45,26 @@ class Lie(NamedTuple):
 
 
 class BlockScaled(Tensor):
-    """A matrix (N, K), or experts' (E, N, K) or (E, K, N), in FP8. Made by `of` and `from_blocks`."""
+    """A matrix (N, K), or experts' (E, N, K) or (E, K, N), in FP8. Made by `of` and `from_blocks`.
+
+    Attributes:
+        e4m3: values, and scales their scales, as products read them.
+        lie: how the matrix lies.
+        gate_first: whether of "halves" the first is the one that a nonlinearity is applied to.
+    """
 
     e4m3: Tensor
     scales: Tensor
     lie: Lie
+    gate_first: bool
 
     @staticmethod
     def __new__(  # noqa: D102 - the class says how it is made
-        cls: type[BlockScaled], values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, lie: Lie
-    ) -> BlockScaled:
+        cls: type[BlockScaled], values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, lie: Lie,
+        gate_first: bool = True,
+    ) -> BlockScaled:  # fmt: skip
         made: BlockScaled = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device)
-        made.e4m3, made.scales, made.lie = values, scales, lie
+        made.e4m3, made.scales, made.lie, made.gate_first = values, scales, lie, gate_first
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -64,8 +72,9 @@ class BlockScaled(Tensor):
 
     @classmethod
     def of(
-        cls, matrix: Tensor, *, gate_up: str = "single", transposed: bool = False, scale_format: str = POWER_OF_TWO
-    ) -> BlockScaled:
+        cls, matrix: Tensor, *, gate_up: str = "single", transposed: bool = False, scale_format: str = POWER_OF_TWO,
+        gate_first: bool = True,
+    ) -> BlockScaled:  # fmt: skip
         """Quantises a matrix. With gate_up="separate" gate and up projection are kept each for itself.
 
         Raises:
@@ -75,7 +84,7 @@ class BlockScaled(Tensor):
         lie = Lie("single" if gate_up == "separate" else gate_up, transposed)
         attributes = {**lie._asdict(), "backward": False, "scale_format": scale_format}
         values, scales, *_ = ops.quantize_weights(matrix.detach(), **attributes)
-        return cls(values, scales, matrix.shape, matrix.dtype, lie)
+        return cls(values, scales, matrix.shape, matrix.dtype, lie, gate_first)
 
     @classmethod
     def from_blocks(
@@ -123,7 +132,7 @@ class BlockScaled(Tensor):
 
     def gate_and_up(self) -> tuple[BlockScaled, BlockScaled] | None:
         """Of experts (E, 2 N, K) that are known to have gate and then up: these, sharing memory with this."""
-        if self.lie != Lie("halves"):
+        if self.lie != Lie("halves") or not self.gate_first:
             return None
         experts, n, k = self.shape
         halves = zip(self.e4m3.chunk(2, 1), self.scales.chunk(2, 1), strict=True)
@@ -133,7 +142,7 @@ class BlockScaled(Tensor):
     def laid(self, lie: Lie) -> BlockScaled | None:
         """The same matrix as products ask for it, with the same bits; None if blocks lie otherwise."""
         held = _held(self, None, lie)
-        return None if held is None else BlockScaled(*held, self.shape, self.dtype, lie)
+        return None if held is None else BlockScaled(*held, self.shape, self.dtype, lie, self.gate_first)
 
     def dequantized(self) -> Tensor:
         """The matrix in its dtype, contiguous."""
@@ -141,12 +150,47 @@ class BlockScaled(Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Quantises one expert's matrix into its place; other parts, which read as copies, are refused."""
-        if not (isinstance(index, int) and self.dim() == 3):
+        if type(index) is not int or self.dim() != 3:
             words = f"a part [{index}] of a matrix that is kept in FP8, of shape {tuple(self.shape)}, is written"
             raise RuntimeError(
                 f"{words}; blocks of 128x128 share a scale: write one expert's whole matrix, or all of it"
             )
         self[index].copy_(torch.as_tensor(value, device=self.device).expand(self.shape[1:]))
+
+    def requires_grad_(self, requires_grad: bool = True) -> BlockScaled:
+        """Nothing to do; raises RuntimeError if a gradient is wanted, which could not be added to what is held."""
+        if requires_grad:
+            words = f"a matrix that is kept in FP8, of shape {tuple(self.shape)}, has no gradient"
+            raise RuntimeError(f"{words}; train the model in its own precision, or parameters beside this one")
+        return self
+
+    def share_memory_(self) -> BlockScaled:
+        """Moves what is held to memory that other processes have, too."""
+        for own in (self.e4m3, self.scales):
+            own.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether it lies there."""
+        return self.e4m3.is_shared() and self.scales.is_shared()
+
+    @property
+    def data(self) -> Tensor:
+        """The same without a gradient."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """Takes what another such matrix holds; raises RuntimeError for others, which nothing here could hold."""
+        if not isinstance(value, BlockScaled) or (value.shape, value.dtype) != (self.shape, self.dtype):
+            words = f"`.data` of a matrix that is kept in FP8, of shape {tuple(self.shape)}, is set to a tensor"
+            raise RuntimeError(f"{words} {tuple(value.shape)}; `copy_` quantises what it is given")
+        self.e4m3, self.scales, self.lie, self.gate_first = value.e4m3, value.scales, value.lie, value.gate_first
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and torch.save: what is held."""
+        held = (self.e4m3, self.scales, tuple(self.shape), self.dtype, tuple(self.lie), self.gate_first)
+        return _rebuilt, (*held, isinstance(self, torch.nn.Parameter))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's stubs mangle the name
         return f"BlockScaled(shape={tuple(self.shape)}, dtype={self.dtype}, {self.lie}, device={self.device})"
@@ -154,7 +198,7 @@ class BlockScaled(Tensor):
     # ---- PyTorch's protocol for tensors that wrap others
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return ["e4m3", "scales"], (self.dtype, self.lie)
+        return ["e4m3", "scales"], (self.dtype, self.lie, self.gate_first)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -256,7 +300,7 @@ def is_whole(shape: Sequence[int], lie: Lie) -> bool:
 def _each(function: Any, matrix: BlockScaled, *args: Any, **kwargs: Any) -> BlockScaled:
     """Does it to both tensors."""
     made = [function(each, *args, **kwargs) for each in (matrix.e4m3, matrix.scales)]
-    return BlockScaled(made[0], made[1], matrix.shape, matrix.dtype, matrix.lie)
+    return BlockScaled(made[0], made[1], matrix.shape, matrix.dtype, matrix.lie, matrix.gate_first)
 
 
 def _clone(function: Any, matrix: BlockScaled, **_: Any) -> BlockScaled:
@@ -271,7 +315,7 @@ def _to_copy(function: Any, matrix: BlockScaled, **kwargs: Any) -> Tensor:
         converted: Tensor = function(matrix.dequantized(), dtype=dtype, **kwargs)
         return converted
     moved = _each(function, matrix, **kwargs)
-    return BlockScaled(moved.e4m3, moved.scales, matrix.shape, dtype, matrix.lie)
+    return BlockScaled(moved.e4m3, moved.scales, matrix.shape, dtype, matrix.lie, matrix.gate_first)
 
 
 def _stack(function: Any, matrices: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -293,7 +337,7 @@ def _select(function: Any, matrix: BlockScaled, dim: int, index: int) -> Tensor:
         plain: Tensor = function(matrix.dequantized(), dim, index)
         return plain
     values, scales = (function(each, 0, index) for each in (matrix.e4m3, matrix.scales))
-    return BlockScaled(values, scales, matrix.shape[1:], matrix.dtype, matrix.lie)
+    return BlockScaled(values, scales, matrix.shape[1:], matrix.dtype, matrix.lie, matrix.gate_first)
 
 
 def _unbind(function: Any, matrix: BlockScaled, dim: int = 0) -> Sequence[Tensor]:
@@ -348,4 +392,13 @@ def _unpacked(packed: Tensor, shape: Sequence[int], lie: Lie) -> Tensor:
     return (matrix.mT if lie.transposed else matrix).contiguous()
 
 
-torch.serialization.add_safe_globals([BlockScaled, Lie])
+def _rebuilt(
+    values: Tensor, scales: Tensor, shape: Sequence[int], dtype: torch.dtype, lie: tuple[str, bool], gate_first: bool,
+    parameter: bool,
+) -> BlockScaled:  # fmt: skip
+    """What was pickled."""
+    made: Any = BlockScaled(values, scales, shape, dtype, Lie(*lie), gate_first)
+    return cast(BlockScaled, torch.nn.Parameter(made, requires_grad=False) if parameter else made)
+
+
+torch.serialization.add_safe_globals([_rebuilt])
