@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from moecompile.bodies import text_of
 from moecompile.lifting import nested_nodes, own_graph, say, with_graph
 from moecompile.passes.cached_weights import Lifted, lift_casts
+from moecompile.remarks import listed
 from moecompile.report import GraphReport
 from moecompile.runtime.weight_copies import COPIES
 
@@ -54,8 +55,9 @@ def lift(
         return gm, list(inputs), []
     graph = own_graph(gm)
     lifted, kept = lift_casts(graph)
-    for each in kept:
-        say(record, OPTION, f"matrices of {each.module or 'the function'} are cast in every forward: {each.reason}")
+    for reason in dict.fromkeys(each.reason for each in kept):
+        where = listed(each.module or "the function" for each in kept if each.reason == reason)
+        say(record, OPTION, f"matrices of {where} are cast in every forward: {reason}")
     if any("quantize_weights" in str(node.target) for node in nested_nodes(gm)):
         say(record, OPTION, "inside a checkpointed or another nested region matrices are cast in every forward")
     if not lifted:

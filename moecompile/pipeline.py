@@ -22,18 +22,17 @@ from torch.utils import _pytree as pytree
 from moecompile.bodies import bodies_of, copy_graph, text_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
-from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Cast, Casting
 from moecompile.passes.detect import detect
-from moecompile.passes.exclusions import Exclusions, Wishes, near
+from moecompile.passes.exclusions import Exclusions, Wishes
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast, modules_of, purposes_of
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.purposes import Purposes
 from moecompile.passes.site import NearMiss, Site
+from moecompile.remarks import remark, remark_on_wishes
 from moecompile.report import GraphReport, PassRecord
-from moecompile.runtime.linear_fp8 import has_kernels
 
 log = logging.getLogger("moecompile")
 
@@ -96,11 +95,6 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
         layers = tuple(Layer(row, places[before], after) for row, before, after in table.replaced)
         plans = graph.find_nodes(op="call_function", target=torch.ops.moecompile.plan.default)
         piece.uncast = Uncast(piece.module, uncast, layers, tuple((places[plan], plan) for plan in plans))
-    for each in table.rows:
-        if each.kind == "experts" and not each.cast and each.refused:
-            note = f"experts of {each.module or 'the function'} stay in their precision: {each.reason}"
-            log.warning("%s", note)
-            piece.notes.append(note)
 
 
 def _kernels(options: Options) -> str | None:
@@ -156,39 +150,9 @@ def run_passes(
     record.sites = tuple(map(without_graph, sites))
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.casts = tuple(row for piece in pieces for row in piece.casts)
-    _say_if_nothing_is_cast(record)
-    _say_if_emulated(modules, record)
+    remark(record, options, modules)
     record.after = text_of(gm)
     return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
-
-
-def _say_if_nothing_is_cast(record: GraphReport) -> None:
-    if record.casts and not any(row.cast for row in record.casts):
-        reasons = "; ".join(dict.fromkeys(row.reason for row in record.casts))
-        record.notes.append(f"nothing of it is cast to FP8: {reasons}")
-        log.warning("%s: %s", record.name or "a graph", record.notes[-1])
-
-
-def _say_if_emulated(modules: Iterable[fx.GraphModule], record: GraphReport) -> None:
-    """Notes that what is cast is computed without kernels; on a GPU the log says it, too."""
-    slow = dict[str, bool]()
-    for device, dtype in (found for module in modules for found in _multiplied(module.graph)):
-        if not has_kernels(device):
-            slow[f"FP8 is emulated on {device.type}: the numbers of a Hopper GPU, slowly"] = device.type == "cuda"
-        elif dtype == torch.float16:
-            slow["FP8 of float16 models is emulated, slowly: cast the model to bfloat16"] = True
-    record.notes += slow
-    for note, warns in slow.items():
-        if warns:
-            log.warning("%s: %s", record.name or "a graph", note)
-
-
-def _multiplied(graph: fx.Graph) -> Iterator[tuple[torch.device, torch.dtype]]:
-    """Where matrices are multiplied in FP8, and what dtype the rows have."""
-    for target in (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            rows = fake_of(node.args[0])
-            yield rows.device, rows.dtype
 
 
 def _find_purposes(gm: fx.GraphModule, pieces: list[Piece]) -> None:
@@ -204,15 +168,7 @@ def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> 
     modules, exclusions = modules_of(piece.module.graph for piece in pieces), _exclusions(options)
     for piece in pieces:
         piece.wishes = exclusions.within(modules)
-    for pattern in exclusions.unused(modules):
-        meant = near(pattern, modules)
-        asked = f"; did you mean {meant!r}?" if meant else ""
-        record.notes.append(f"the pattern {pattern!r} names no module of this graph{asked}")
-        log.warning("%s: %s; patterns are of whole paths", record.name or "a graph", record.notes[-1])
-    if (options.fp8_keep_first_layers or options.fp8_keep_last_layers) and not exclusions.numbered(modules):
-        words = "fp8_keep_first_layers and fp8_keep_last_layers keep nothing of this graph: its modules have no numbers"
-        record.notes.append(f"{words}, as those of a list have; name them in fp8_exclude")
-        log.warning("%s: %s", record.name or "a graph", record.notes[-1])
+    remark_on_wishes(record, options, exclusions, modules)
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

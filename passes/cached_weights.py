@@ -75,8 +75,10 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
 
 def _obstacle(matrices: list[fx.Node], places: dict[fx.Node, int], layout: Layout) -> str:
     """Why a cast of these has to stay, if it has to."""
+    if any(each.target is torch.stack for each in matrices):
+        return "experts are modules of their own; put their matrices into one parameter"
     if not all(each in places and isinstance(fake_of(each), nn.Parameter) for each in matrices):
-        return f"{' and '.join(map(str, matrices))}: no parameter that the graph is given"
+        return "they are no parameters that the graph is given"
     for target in (target for targets in layout.writers.values() for target in targets):
         if any(layout.aliases.share(target, each) for each in matrices):
             return f"{target} is written in the graph itself"

@@ -65,6 +65,10 @@ class Exclusions:
 def near(pattern: str, modules: Iterable[str]) -> str | None:
     """What the user may have meant by a pattern that matches nothing: the end of a path, or names like its own."""
     paths = {path for module in modules for path in _outer(module)}
+    if (module := pattern.removesuffix(".weight").removesuffix(".bias")) != pattern and any(
+        map(_pattern(module).fullmatch, paths)
+    ):
+        return module
     names = sorted({name for path in paths for name in path.split(".")})
     alike = (difflib.get_close_matches(part, names, n=1) or [part] for part in pattern.split("."))
     spelt = ".".join(found[0] for found in alike)
@@ -93,6 +97,10 @@ class Wishes:
         layers, number = layer_of(module)
         option = None if number is None or self.included(module) else self.edges.get((layers, number))
         return option and f"it is in a layer of {layers or 'the model'} that {option} keeps"
+
+    def includes_any(self, modules: Iterable[str]) -> bool:
+        """Whether one of these modules is to be cast, whatever it is for."""
+        return any(map(self.included, modules))
 
     def included(self, module: str) -> bool:
         """Whether the user wants the module cast, whatever it is for."""

@@ -188,8 +188,15 @@ class BlockScaled(Tensor):
         self.e4m3, self.scales, self.lie, self.gate_first = value.e4m3, value.scales, value.lie, value.gate_first
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle and torch.save: what is held."""
-        held = (self.e4m3, self.scales, tuple(self.shape), self.dtype, tuple(self.lie), self.gate_first)
+        """For pickle, which PyTorch has not for e4m3, and torch.save: what is held."""
+        held = (
+            self.e4m3.view(torch.uint8),
+            self.scales,
+            tuple(self.shape),
+            self.dtype,
+            tuple(self.lie),
+            self.gate_first,
+        )
         return _rebuilt, (*held, isinstance(self, torch.nn.Parameter))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's stubs mangle the name
@@ -397,7 +404,7 @@ def _rebuilt(
     parameter: bool,
 ) -> BlockScaled:  # fmt: skip
     """What was pickled."""
-    made: Any = BlockScaled(values, scales, shape, dtype, Lie(*lie), gate_first)
+    made: Any = BlockScaled(values.view(E4M3), scales, shape, dtype, Lie(*lie), gate_first)
     return cast(BlockScaled, torch.nn.Parameter(made, requires_grad=False) if parameter else made)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -284,6 +285,40 @@ def test_nobody_writes_into_it() -> None:
     assert torch.equal(kept * 1.0, before)
     with pytest.raises(RuntimeError, match=r"expected a matrix of shape \(130, 256\)"):
         kept.copy_(torch.zeros(1, 256))
+
+
+def test_data_is_taken_from_its_like_alone() -> None:
+    kept, other = BlockScaled.of(matrix(130, 256)), BlockScaled.of(-matrix(130, 256))
+    before = kept * 1.0
+    parameters = [nn.Parameter(kept, requires_grad=False)]
+    for value in (torch.zeros(130, 256).bfloat16(), torch.zeros(3, 5).bfloat16()):
+        with pytest.raises(RuntimeError, match="`copy_` quantises what it is given"):
+            parameters[0].data = value
+    with pytest.raises(RuntimeError, match="kept in FP8"):
+        nn.utils.vector_to_parameters(torch.zeros(130 * 256).bfloat16(), parameters)
+    assert torch.equal(parameters[0] * 1.0, before)
+    parameters[0].data = other
+    assert torch.equal(parameters[0] * 1.0, -before) and torch.equal(parameters[0].data * 1.0, -before)
+
+
+def test_it_has_no_gradient() -> None:
+    layer = nn.Linear(256, 130, bias=False).bfloat16()
+    layer.weight = nn.Parameter(BlockScaled.of(layer.weight), requires_grad=False)
+    assert not layer.requires_grad_(False).weight.requires_grad
+    with pytest.raises(RuntimeError, match=r"of shape \(130, 256\), has no gradient; train the model in its own"):
+        layer.requires_grad_(True)
+
+
+def test_it_is_pickled_and_shared() -> None:
+    layer = nn.Linear(256, 130, bias=False).bfloat16()
+    kept = BlockScaled.of(layer.weight, gate_first=False)
+    layer.weight = nn.Parameter(kept, requires_grad=False)
+    read = pickle.loads(pickle.dumps(layer)).weight
+    assert isinstance(read, BlockScaled) and isinstance(read, nn.Parameter) and not read.gate_first
+    assert same((read.e4m3, read.scales), (kept.e4m3, kept.scales)) and read.lie == Lie()
+    assert not pickle.loads(pickle.dumps(kept)).gate_first
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.weight.e4m3.is_shared()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

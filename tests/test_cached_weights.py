@@ -329,7 +329,9 @@ def test_weights_that_are_no_parameters_are_cast_each_time(made: list[int]) -> N
         assert torch.equal(infer(kept, inputs), infer(each, inputs))
     assert len(made) == 1  # of GEMM2's
     notes = [note for graph in moecompile.last_report().graphs for note in graph.notes]
-    assert any("are cast in every forward" in note and "no parameter that the graph is given" in note for note in notes)
+    assert any(
+        "are cast in every forward" in note and "no parameters that the graph is given" in note for note in notes
+    )
 
 
 class Updating(nn.Module):

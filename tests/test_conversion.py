@@ -283,6 +283,38 @@ def test_what_is_no_model_for_inference() -> None:
     assert not in_fp8(model)
 
 
+def test_calls_that_mean_something_else() -> None:
+    model, ids = made()
+    with pytest.raises(ValueError, match="are `moecompile_options`"):
+        moecompile.convert_to_fp8(model, ids, options={"precision": "fp8"})
+    with pytest.raises(ValueError, match="on the meta device; load the model first"):
+        moecompile.convert_to_fp8(copy.deepcopy(model).to("meta"), ids)
+    assert not in_fp8(model)
+
+
+def test_beside_many_graphs_of_the_same_code() -> None:
+    model, ids = made()
+    expected = moecompile.convert_to_fp8(copy.deepcopy(model), ids)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        infer(compiled(copy.deepcopy(model).float()), ids)
+        assert expected and moecompile.convert_to_fp8(model, ids) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp8", "fp8_exclude": ("*.q_proj",)}], ids=["model", "excluded"])
+def test_what_is_dequantised_in_every_call_is_told(options: dict[str, Any]) -> None:
+    model, ids = made()
+    moecompile.convert_to_fp8(model, ids)
+    infer(compiled(copy.deepcopy(model)), ids)
+    assert not any("dequantised" in note for note in moecompile.last_report().graphs[-1].notes)
+    torch._dynamo.reset()
+    moecompile.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="moecompile", options={"lowering": "eager", **options})(ids)
+    (graph,) = moecompile.last_report().graphs
+    (note,) = (each for each in graph.notes if "dequantised in every call" in each)
+    assert "(model.model.layers.0.self_attn.q_proj.weight, for one)" in note
+
+
 def test_between_graphs_nobody_sees_who_reads() -> None:
     """A tied embedding that is looked up outside of all graphs."""
 

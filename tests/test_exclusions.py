@@ -71,6 +71,30 @@ def test_patterns_that_name_nothing_are_noted() -> None:
     ]
 
 
+def test_wishes_that_change_nothing_are_noted() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(H, dtype=torch.bfloat16)
+            self.up = nn.Linear(H, H, dtype=torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.up(self.norm(x))
+            return result
+
+    compiled(Model(), fp8_keep_first_layers=1, fp8_include=("norm", "up"), fp8_exclude=("up.weight",))(
+        torch.randn(4, H).bfloat16()
+    )
+    (graph,) = moecompile.last_report().graphs
+    assert [row.cast for row in graph.casts] == [True]
+    assert [note for note in graph.notes if "fp8_" in note or "pattern" in note] == [
+        "the pattern 'up.weight' names no module of this graph; did you mean 'up'?",
+        "fp8_keep_first_layers and fp8_keep_last_layers keep nothing of this graph: its modules have no numbers, as "
+        "those of a list have; name them in fp8_exclude",
+        "the pattern 'norm' of fp8_include names no linear layer and no experts of this graph",
+    ]
+
+
 def test_experts_can_be_kept() -> None:
     model, ids = model_of("qwen3_moe")
     with torch.no_grad():

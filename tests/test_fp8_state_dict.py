@@ -110,6 +110,64 @@ def test_what_lies_otherwise_stays_one_tensor() -> None:
     assert torch.equal(stored["experts.gate_up_proj"], exact)
 
 
+class Routed(nn.Module):
+    """Experts whose gate is one half of a packed parameter, and which half is `gate_first`'s to say."""
+
+    def __init__(self, activation: Any, gate_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.activation, self.gate_first = activation, gate_first
+        self.router = nn.Linear(128, 16, bias=False, dtype=torch.bfloat16)
+        self.gate_up_proj = nn.Parameter((torch.randn(16, 256, 128) / 16).bfloat16())
+        self.down_proj = nn.Parameter((torch.randn(16, 128, 128) / 11).bfloat16())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        order = ids.flatten().argsort(stable=True)
+        offsets = nn.functional.one_hot(ids.flatten(), 16).sum(0).cumsum(0).to(torch.int32)
+        first, second = torch._grouped_mm(x[order // 2], self.gate_up_proj.mT, offsets).chunk(2, -1)
+        gate, up = (first, second) if self.gate_first else (second, first)
+        rows = torch._grouped_mm(self.activation(gate) * up, self.down_proj.mT, offsets)
+        return torch.zeros_like(x).index_add(0, order // 2, rows * weights.flatten()[order][:, None])
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate_first", "known"),
+    [
+        (nn.functional.silu, True, True),
+        (lambda gate: gate.clamp(max=7.0) * torch.sigmoid(gate * 1.7), True, True),
+        (nn.functional.silu, False, False),
+        (lambda gate: gate * 2, True, False),
+    ],
+    ids=["gate first", "written out", "up first", "neither"],
+)
+def test_single_experts_where_the_gate_is_known(activation: Any, gate_first: bool, known: bool) -> None:
+    model, x = Routed(activation, gate_first).eval(), torch.randn(64, 128).bfloat16()
+    own = model.gate_up_proj.detach().clone()
+    assert {*moecompile.convert_to_fp8(model, x)} == {"gate_up_proj", "down_proj"}
+    stored = moecompile.fp8_state_dict(copy.deepcopy(model))
+    assert ("0.gate_proj.weight" in stored) == known
+    if known:
+        gate = BlockScaled.from_blocks(
+            stored["0.gate_proj.weight"], stored["0.gate_proj.weight" + SCALES], torch.bfloat16
+        )
+        assert (gate.dequantized() - own[0, :128]).norm() < 0.04 * own[0, :128].norm()
+    again = Routed(activation, gate_first).eval()
+    moecompile.load_fp8(again, stored)
+    assert torch.equal(infer(compiled(again), x), infer(compiled(model), x))
+
+
+def test_each_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
+    """Also where rows are no whole blocks, as of DeepSeek-V3's `kv_a_proj_with_mqa`."""
+    from huggingface_hub import save_torch_state_dict
+
+    model = nn.Sequential(nn.Linear(256, 192), nn.Linear(192, 256)).bfloat16().eval()
+    moecompile.convert_to_fp8(model, torch.randn(8, 256).bfloat16())
+    stored = moecompile.fp8_state_dict(model)
+    save_torch_state_dict(stored, tmp_path)
+    assert all(each.untyped_storage().nbytes() == each.nbytes for name, each in stored.items() if SCALES in name)
+
+
 def test_names_that_are_taken_stay() -> None:
     """And a module without a path has names without a dot in front."""
     alone = moecompile.fp8_state_dict(Experts(128))

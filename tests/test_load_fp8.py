@@ -226,6 +226,24 @@ def test_wrong_checkpoints_change_nothing(change: str, error: type[Exception], w
     assert not in_fp8(model) and not any(each.any() for each in model.parameters())
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -1.0])
+def test_scales_that_scale_nothing_are_refused(number: float) -> None:
+    model, _ = made()
+    stored, _ = checkpoint(model.model, single=True)
+    stored["model.layers.0.self_attn.q_proj.weight" + SCALES][0, 0] = number
+    with pytest.raises(ValueError, match=r"q_proj\.weight_scale_inv must hold finite numbers from 0 on"):
+        moecompile.load_fp8(model.model, stored)
+    assert not in_fp8(model)
+
+
+def test_names_of_another_model_are_named() -> None:
+    model, _ = made()
+    stored, _ = checkpoint(model.model, single=True)
+    with pytest.raises(RuntimeError, match=r"missing lm_head.*; unexpected module\."):
+        moecompile.load_fp8(model.model, {f"module.{name}": each for name, each in stored.items()})
+    assert not in_fp8(model)
+
+
 def test_what_is_not_strict() -> None:
     model, _ = made()
     stored, _ = checkpoint(model.model, single=True)

@@ -64,6 +64,11 @@ def test_defaults():
         ({"verify": True}, r"`verify`: expected 'first_call' or None, got True"),
         ({"disable": "fuse"}, r"`disable`: expected a tuple of names, got 'fuse'\. Write \('fuse',\)"),
         ({"disable": 3}, r"`disable`: expected a tuple of names, got 3"),
+        ({"fp8_exclude": None}, r"`fp8_exclude`: expected a tuple of names, got None\.$"),
+        ({"precision": "fp8", "fp8_exclude": ("",)}, r"`fp8_exclude`: an empty pattern names nothing"),
+        ({"precision": "fp8", "fp8_include": ("*.[3-1].up",)}, r"`fp8_include`: \[3-1\] names nothing"),
+        ({"precision": "fp8", "fp8_exclude": ("layers.[0-",)}, r"'layers\.\[0-' has a bracket too many or too few"),
+        ({"fp8": True}, r"unknown option 'fp8'\. FP8 is options="),
         ({"disable": (3,)}, r"`disable`: expected a tuple of strings, got \(3,\)"),
         ({"disable": ("fusee",)}, r"names the pass 'fusee'.*Did you mean 'fuse'\? Passes: detect, fuse"),
         (

@@ -1,0 +1,116 @@
+"""What users are told of FP8 in a graph's report, and, where they will not have expected it, in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import fx
+
+from moecompile.options import Options
+from moecompile.passes.aliases import fake_of
+from moecompile.passes.exclusions import Exclusions, Wishes, near
+from moecompile.passes.precision import modules_of
+from moecompile.passes.provenance import input_name
+from moecompile.report import GraphReport
+from moecompile.runtime.block_scaled import BlockScaled
+from moecompile.runtime.linear_fp8 import has_kernels
+
+log = logging.getLogger("moecompile")
+
+
+def remark(record: GraphReport, options: Options, modules: Collection[fx.GraphModule]) -> None:
+    """After all passes, on what is cast and what is not.
+
+    Args:
+        record: of the graph; has its table.
+        options: that hold for it.
+        modules: its bodies.
+    """
+    _say_what_is_not_cast(record)
+    included = Exclusions(include=options.fp8_include if record.casts else ())
+    for pattern in {*included.include} - {*included.unused(modules_of(module.graph for module in modules))}:
+        if not Wishes(include=(pattern,)).includes_any(row.module for row in record.casts):
+            warn(record, f"the pattern {pattern!r} of fp8_include names no linear layer and no experts of this graph")
+    _say_if_emulated(modules, record)
+    _say_if_dequantised(modules, record)
+
+
+def remark_on_wishes(record: GraphReport, options: Options, exclusions: Exclusions, modules: Collection[str]) -> None:
+    """On patterns and numbers of layers that mean nothing in a graph that these modules compute."""
+    for pattern in exclusions.unused(modules):
+        meant = near(pattern, modules)
+        asked = f"; did you mean {meant!r}?" if meant else ""
+        warn(record, f"the pattern {pattern!r} names no module of this graph{asked}", "patterns are of whole paths")
+    if (options.fp8_keep_first_layers or options.fp8_keep_last_layers) and not exclusions.numbered(modules):
+        words = "fp8_keep_first_layers and fp8_keep_last_layers keep nothing of this graph: its modules have no numbers"
+        warn(record, f"{words}, as those of a list have; name them in fp8_exclude")
+
+
+def warn(record: GraphReport, note: str, *hints: str) -> None:
+    """Says it in the report and in the log; hints in the log alone."""
+    record.notes.append(note)
+    log.warning("%s: %s", record.name or "a graph", "; ".join((note, *hints)))
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of these names, and how many others there are."""
+    first, *others = dict.fromkeys(names)
+    return f"{first} and {len(others)} others" if len(others) > 1 else " and ".join((first, *others))
+
+
+def _say_what_is_not_cast(record: GraphReport) -> None:
+    """Of what could be expected: experts, anything at all."""
+    refused = [row for row in record.casts if row.kind == "experts" and row.refused]
+    for reason in dict.fromkeys(row.reason for row in refused):
+        modules = listed(row.module or "the function" for row in refused if row.reason == reason)
+        warn(record, f"experts of {modules} stay in their precision: {reason}")
+    if record.casts and not any(row.cast for row in record.casts):
+        reasons = "; ".join(dict.fromkeys(row.reason for row in record.casts))
+        warn(record, f"nothing of it is cast to FP8: {reasons}")
+
+
+def _say_if_dequantised(modules: Iterable[fx.GraphModule], record: GraphReport) -> None:
+    """Matrices that are kept in FP8 (`convert_to_fp8`) and that the graph multiplies in another precision."""
+    read = [
+        node
+        for module in modules
+        for node in module.graph.find_nodes(op="placeholder")
+        if isinstance(fake_of(node), BlockScaled)
+        and any(user.op.startswith("call") and user.target not in _TAKE_FP8 for user in node.users)
+    ]
+    if read:
+        several = f"{len(read)} matrices that are" if len(read) > 1 else "a matrix that is"
+        words = f"{several} kept in FP8 {'are' if len(read) > 1 else 'is'} dequantised in every call"
+        warn(record, f"{words} ({input_name(read[0])}, for one); what precision='fp8' casts is read as it is")
+
+
+_TAKE_FP8 = (
+    torch.ops.moecompile.quantize_weights.default,
+    torch.ops.moecompile.linear_fp8.default,
+    torch.ops.moecompile.experts_fp8.default,
+    torch.stack,
+)
+
+
+def _say_if_emulated(modules: Iterable[fx.GraphModule], record: GraphReport) -> None:
+    """Notes that what is cast is computed without kernels; on a GPU the log says it, too."""
+    slow = dict[str, bool]()
+    for device, dtype in (found for module in modules for found in _multiplied(module.graph)):
+        if not has_kernels(device):
+            slow[f"FP8 is emulated on {device.type}: the numbers of a Hopper GPU, slowly"] = device.type == "cuda"
+        elif dtype == torch.float16:
+            slow["FP8 of float16 models is emulated, slowly: cast the model to bfloat16"] = True
+    record.notes += slow
+    for note, warns in slow.items():
+        if warns:
+            log.warning("%s: %s", record.name or "a graph", note)
+
+
+def _multiplied(graph: fx.Graph) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Where matrices are multiplied in FP8, and what dtype the rows have."""
+    for target in (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            rows = fake_of(node.args[0])
+            yield rows.device, rows.dtype
