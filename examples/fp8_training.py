@@ -1,6 +1,6 @@
 """Training in FP8: a small model of bytes learns this project's README in bfloat16, and again in FP8.
 
-    python examples/fp8_training.py                     # compiled by Inductor: half a minute
+    python examples/fp8_training.py                     # compiled by Inductor: a minute or two
     python examples/fp8_training.py --lowering eager    # quicker: the rewritten graph is run by PyTorch itself
     python examples/fp8_training.py --exclude mix       # one layer less in FP8: read the table in the report
 

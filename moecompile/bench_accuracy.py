@@ -1,4 +1,4 @@
-"""`python -m moecompile bench accuracy`: a model of bytes learns Python's library in bfloat16, in FP8, in wrong FP8.
+"""`python -m moecompile bench accuracy`: a model of bytes learns Python code in bfloat16, in FP8, in wrong FP8.
 
     for each recipe, for each seed:   the seed's weights, the same batches for all, so many steps; the loss of each
     last tenth of the steps:          FP8's mean loss against bfloat16's of the same seed; bfloat16's from seed to seed
