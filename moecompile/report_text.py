@@ -253,13 +253,18 @@ def _compared(graph: GraphReport, width: int) -> list[str]:
 
 
 def worst_first(compared: Iterable[Compared]) -> list[Compared]:
-    """Choices of experts, then layers by their signal to noise."""
-    return sorted(compared, key=lambda each: -math.inf if each.alone is None else each.alone)
+    """Choices of experts by how many are the same, then layers by their signal to noise."""
+
+    def badness(each: Compared) -> tuple[bool, float]:
+        found = each.agreement if each.alone is None else each.alone
+        return each.alone is not None, -math.inf if found is None else found
+
+    return sorted(compared, key=badness)
 
 
 def compared_cells(each: Compared) -> tuple[str, ...]:
     """The cells of `COMPARED_COLUMNS`."""
-    decibels = ("" if value is None else f"{value:.1f} dB" for value in (each.alone, each.in_model))
+    decibels = ("" if value is None else f"{value:.1f}{_GLUE}dB" for value in (each.alone, each.in_model))
     shares = ("" if value is None else f"{value:.2%}" for value in (each.agreement, each.flushed))
     same, flushed = shares
     return each.module or "(no module)", each.kind, *decibels, same, flushed, str(each.saturated or "")

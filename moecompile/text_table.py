@@ -13,7 +13,7 @@ def table(headers: Sequence[str], rows: Sequence[tuple[tuple[str, ...], str]], w
     """
     columns = [[header, *(row[place] for row, _ in rows)] for place, header in enumerate(headers)]
     wanted = [max(map(len, column)) for column in columns]
-    words = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    words = [max((len(word) for cell in column for word in cell.split(" ")), default=0) for column in columns]
     widths = _narrowed(wanted, words, width)
     if _width(widths) > width:
         widths = _narrowed(wanted, [8] * len(wanted), width)
