@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -83,13 +84,7 @@ def _copies(lifted: Sequence[Lifted], given: Sequence[Any]) -> list[Tensor]:
     return [
         copy
         for each in lifted
-        for copy in COPIES.of(
-            tuple(given[place] for place in each.matrices),
-            each.gate_up,
-            each.transposed,
-            each.backward,
-            each.scale_format,
-        )
+        for copy in COPIES.of(tuple(given[place] for place in each.matrices), **asdict(each.how))
     ]
 
 

@@ -20,6 +20,7 @@ from moecompile import pipeline
 from moecompile.capture import capture
 from moecompile.codegen.expression import Apply, Expression, leaves, parse
 from moecompile.options import Options
+from moecompile.passes.casts import MatrixCast
 from moecompile.report import GraphReport
 from moecompile.runtime.block_scaled import BlockScaled, Lie
 
@@ -176,9 +177,9 @@ def _uses_of(node: fx.Node) -> set[Use | None]:
     found = set[Use | None]()
     for user in node.users:
         if user.target is torch.ops.moecompile.quantize_weights.default:
-            gate_up, transposed = user.kwargs.get("gate_up", "single"), user.kwargs.get("transposed", False)
-            lie = Lie("single" if gate_up == "separate" else str(gate_up), bool(transposed))
-            found.add((lie, gate_up != "halves" or _is_gate_first(user)))
+            how = MatrixCast.of(user)
+            lie = Lie("single" if how.gate_up == "separate" else how.gate_up, how.transposed)
+            found.add((lie, how.gate_up != "halves" or _is_gate_first(user)))
         elif user.target is torch.stack and len(user.args) == 1 and not user.kwargs:
             found.add(ALONE if _uses_of(user) == {ALONE} else None)
         elif user.target not in _MULTIPLY_COPIES or node is user.args[0]:

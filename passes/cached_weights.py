@@ -21,11 +21,10 @@ import torch
 from torch import fx, nn
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import Kept
+from moecompile.passes.casts import Kept, MatrixCast
 from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.block_scaled import BlockScaled
-from moecompile.runtime.quantize import POWER_OF_TWO
 
 RESULTS = ("values", "scales", "values_t", "scales_t")
 
@@ -36,17 +35,11 @@ class Lifted:
 
     Attributes:
         matrices: which of the graph's inputs it casts: one, or gate and up projection.
-        gate_up: how these lie, as of `moecompile::quantize_weights`.
-        transposed: likewise.
-        backward: likewise.
-        scale_format: likewise.
+        how: it casts them.
     """
 
     matrices: tuple[int, ...]
-    gate_up: str
-    transposed: bool
-    backward: bool
-    scale_format: str
+    how: MatrixCast
 
 
 def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
@@ -63,9 +56,7 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
             kept.append(Kept(module_of(node), reason))
             continue
         assert last is not None  # matrices are inputs
-        given: Any = {"gate_up": "single", "transposed": False, "backward": True, "scale_format": POWER_OF_TWO}
-        given |= {name: value for name, value in node.kwargs.items() if name in given}
-        one = Lifted(tuple(places[each] for each in matrices), **given)
+        one = Lifted(tuple(places[each] for each in matrices), MatrixCast.of(node))
         if one not in lifted:  # experts that are used twice are cast once
             lifted[one] = _inputs(graph, node, f"{matrices[0].name.rstrip('_')}_fp8", len(lifted), last)
             last = lifted[one][-1]

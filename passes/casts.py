@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from torch import fx
@@ -34,6 +34,22 @@ class Cast:
     cast: bool
     reason: str
     refused: bool = False
+
+
+@dataclass(frozen=True)
+class MatrixCast:
+    """The attributes of a call of `moecompile::quantize_weights`, with its defaults."""
+
+    gate_up: str = "single"
+    transposed: bool = False
+    backward: bool = True
+    scale_format: str = POWER_OF_TWO
+
+    @classmethod
+    def of(cls, node: fx.Node) -> MatrixCast:
+        """Of a node that is one."""
+        given: dict[str, Any] = dict(node.kwargs)
+        return cls(**{each.name: given[each.name] for each in fields(cls) if each.name in given})
 
 
 @dataclass(frozen=True)

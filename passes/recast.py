@@ -20,16 +20,16 @@ It costs reading each matrix twice in a step, and saves a byte for each of its n
 from __future__ import annotations
 
 import operator
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import call_for, cast_for
+from moecompile.passes.casts import MatrixCast, call_for, cast_for
 from moecompile.runtime.block_scaled import Lie, is_whole
 from moecompile.runtime.fp8_contract import check_weights
-from moecompile.runtime.quantize import POWER_OF_TWO
 
 ops, aten, prims = torch.ops.moecompile, torch.ops.aten, torch.ops.prims
 CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
@@ -37,7 +37,6 @@ TANGENTS = "tangents"
 """What AOTAutograd's names for the gradients that a backward gets begin with."""
 INPUTS = "eager_input_vals"
 """What an operator was traced with: Inductor lays its inputs out so."""
-USUAL: dict[str, Any] = {"gate_up": "single", "transposed": False, "scale_format": POWER_OF_TWO}
 
 
 class Counts(NamedTuple):
@@ -81,8 +80,8 @@ def _is_divisible(node: fx.Node) -> bool:
         return False
     if any(user.target is not operator.getitem for user in node.users) or _input_of(matrix) is None:
         return False
-    attributes = {**USUAL, **node.kwargs}
-    return is_whole(fake_of(matrix).shape, Lie(attributes["gate_up"], attributes["transposed"]))
+    how = MatrixCast.of(node)
+    return is_whole(fake_of(matrix).shape, Lie(how.gate_up, how.transposed))
 
 
 def _input_of(matrix: fx.Node) -> fx.Node | None:
@@ -99,12 +98,12 @@ def _input_of(matrix: fx.Node) -> fx.Node | None:
 def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
     """Puts two casts in the place of one; notes forwards of experts, which only hand transposed copies on."""
     given: Any = node.args[0]
-    attributes = {**USUAL, **node.kwargs, "backward": False}
-    turned = {**attributes, "gate_up": "single", "transposed": not attributes["transposed"]}
+    how = replace(MatrixCast.of(node), backward=False)
+    turned = asdict(replace(how, gate_up="single", transposed=not how.transposed))
     with node.graph.inserting_before(node):
         # The partitioner takes calls with equal arguments for one. What recomputes GEMM1's rows casts the same matrix,
         # too, and stays apart by attributes that are written out here; a dtype's conversion, by how that is given.
-        forward, backward = _cast(node, given, attributes), _cast(node, _again(node, given), turned)
+        forward, backward = _cast(node, given, asdict(how)), _cast(node, _again(node, given), turned)
     for part in list(node.users):
         number: Any = part.args[1]
         for user in list(part.users):
