@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -234,11 +234,14 @@ class _Way:
         reason: to keep a layer there.
         selects: whether the choice is among features.
         passed: whether a layer has been passed; then only what is there for the choice alone is of interest.
+        picks: whether features are picked by number, whose layer is the next product, or none: attention picks
+            positions from what it has multiplied.
     """
 
     reason: str
     selects: bool
-    passed: bool
+    passed: bool = False
+    picks: bool = False
 
 
 def _before_choices(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Node, str]:
@@ -249,19 +252,19 @@ def _before_choices(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Nod
     for node in reversed(graph.nodes):
         reason = f"it feeds {operation_name(node)}" if node.op.startswith("call") else ""
         for source in _picked(node):
-            picking.setdefault(source, []).append(_Way(reason, True, False))
+            picking.setdefault(source, []).append(_Way(reason, selects=True, picks=True))
         ways = picking.pop(node, []) + [onward[user] for user in node.users if user in onward]
-        way = next((each for each in ways if not each.passed), None)
+        way = min((each for each in ways if not each.passed), key=lambda each: each.picks, default=None)
         if way is None and ways and all(user in onward for user in node.users):
             way = ways[0]
         if _is_choice(node):
             selects = operation_name(node).rstrip("_") in SELECTIONS
-            onward[node] = _Way(reason, selects, False)
+            onward[node] = _Way(reason, selects)
         elif way is None:
             continue
         elif node in layers:
             found[node] = way.reason
-            onward[node] = _Way(way.reason, way.selects, True)
+            onward[node] = replace(way, passed=True, picks=False)
         elif not _ends(node, way, layers):
             onward[node] = way
     return found
@@ -270,6 +273,8 @@ def _before_choices(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Nod
 def _ends(node: fx.Node, way: _Way, layers: Collection[fx.Node]) -> bool:
     """Whether what a node is computed from is of no interest to the choice."""
     if way.passed and (_is_norm(node) or node.target in OPERATORS):
+        return True
+    if way.picks and _is_product(node):
         return True
     return (way.passed or not way.selects) and _is_residual(node, layers)
 

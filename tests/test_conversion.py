@@ -53,8 +53,13 @@ def in_fp8(model: nn.Module) -> dict[str, Any]:
     return {name: each for name, each in model.named_parameters() if isinstance(each, BlockScaled)}
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "lowering"),
+    [
+        *((name, "eager") for name in MODELS),
+        *(pytest.param(name, "inductor", marks=pytest.mark.slow if name != MODELS[0] else ()) for name in MODELS),
+    ],
+)
 def test_the_same_numbers(name: str, lowering: str) -> None:
     model, ids = made(name)
     expected = infer(compiled(copy.deepcopy(model), lowering=lowering), ids)

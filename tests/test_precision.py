@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import moecompile
-from moecompile import pipeline
+from moecompile import remarks
 from tiny_sizes import Sizes
 from tiny_transformers import build_block, known_to_transformers
 
@@ -64,7 +64,7 @@ def test_emulation_is_noted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     module, inputs = block_of("qwen3_moe")
     said = "FP8 is emulated on cpu: the numbers of a Hopper GPU, slowly"
     for kernels, expected in ((False, [said]), (True, [])):
-        monkeypatch.setattr(pipeline, "has_kernels", lambda device, kernels=kernels: kernels)
+        monkeypatch.setattr(remarks, "has_kernels", lambda device, kernels=kernels: kernels)
         report = moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
         assert [note for note in report.graphs[0].notes if "emulated" in note] == expected
     assert "emulated" not in caplog.text
@@ -73,8 +73,8 @@ def test_emulation_is_noted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
         (torch.float16, True, "FP8 of float16 models is emulated, slowly: cast the model to bfloat16"),
     ):
         found = [(torch.device("cuda", 0), dtype)]
-        monkeypatch.setattr(pipeline, "_multiplied", lambda graph, found=found: found)
-        monkeypatch.setattr(pipeline, "has_kernels", lambda device, kernels=kernels: kernels)
+        monkeypatch.setattr(remarks, "_multiplied", lambda graph, found=found: found)
+        monkeypatch.setattr(remarks, "has_kernels", lambda device, kernels=kernels: kernels)
         moecompile.explain(module, *inputs, moecompile_options={"precision": "fp8"})
         assert words in caplog.text
 

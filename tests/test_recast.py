@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,19 @@ def held(graph: GraphReport) -> list[str]:
     return [note.split(" are held")[0].rpartition("copies of ")[2] for note in notes]
 
 
-@pytest.mark.parametrize("more", [{}, {"recompute": True}, {"fp8_scale_format": "float32"}], ids=str)
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+CHOICES: list[dict[str, Any]] = [{}, {"recompute": True}, {"fp8_scale_format": "float32"}]
+COMPILED = (("deepseek_v3", CHOICES[0]), ("qwen3_moe", CHOICES[1]))
+"""Which of them go through Inductor always: that takes a minute each on two cores."""
+
+
+@pytest.mark.parametrize(
+    ("name", "lowering", "more"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[1] == "inductor" and case[::2] not in COMPILED else ())
+        for case in itertools.product(("qwen3_moe", "deepseek_v3"), ("eager", "inductor"), CHOICES)
+    ],
+    ids=str,
+)
 def test_the_same_numbers(name: str, lowering: str, more: dict[str, Any]) -> None:
     """Of a whole layer: experts, and linear layers."""
     model, ids = model_of(name, layers=1)

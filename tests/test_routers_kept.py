@@ -113,6 +113,10 @@ OTHERS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, int]]]] = {
         lambda m, x: (two_best(m.router(x)), m.inner(x)[torch.arange(8)]),
         {"inner": (HIDDEN, HIDDEN), "router": (HIDDEN, EXPERTS)},
     ),
+    "positions picked from a product": (
+        lambda m, x: ((m.inner(x) @ x.mT).gather(-1, torch.arange(8).expand(len(x), 8)), two_best(m.router(x))),
+        {"inner": (HIDDEN, HIDDEN), "router": (HIDDEN, EXPERTS)},
+    ),
     "a checkpoint beside the choice": (
         lambda m, x: (two_best(m.router(x)), checkpoint(m.inner, x, use_reentrant=False)),
         {"inner": (HIDDEN, HIDDEN), "router": (HIDDEN, EXPERTS)},
