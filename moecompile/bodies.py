@@ -7,12 +7,11 @@ below the main one.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
+from moecompile.passes.flatten import body_of
 from moecompile.passes.printer import graph_text
 
 
@@ -26,8 +25,8 @@ def bodies_of(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
     while waiting:
         prefix, module = waiting.pop()
         for node in module.graph.find_nodes(op="get_attr"):
-            body: Any = functools.reduce(getattr, str(node.target).split("."), module)
-            if isinstance(body, fx.GraphModule) and body not in found.values():
+            body = body_of(module, node)
+            if body is not None and body not in found.values():
                 path = f"{prefix}{node.target}"
                 found[path] = body
                 waiting.append((f"{path}.", body))

@@ -166,10 +166,8 @@ def _inside(path: str, name: str) -> str:
 def _matrix_of(name: str, parameter: nn.Parameter, left: dict[str, Tensor]) -> BlockScaled | Tensor | None:
     """The checkpoint's matrix for a parameter, taken out of what is left of it; None: it is loaded as usual."""
     if name + SCALES in left and name in left:
-        if left[name].shape != parameter.shape:
-            raise _error(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(left[name].shape)}")
-        made = _from_blocks(name, left.pop(name), left.pop(name + SCALES), parameter)
-        return made
+        _check_shapes({name: parameter}, left)
+        return _from_blocks(name, left.pop(name), left.pop(name + SCALES), parameter)
     path, _, last = name.rpartition(".")
     if name in left or last not in PACKED or parameter.dim() != 3:
         return None
@@ -227,13 +225,14 @@ def _from_blocks(
     gate_up: Literal["single", "halves"] = "single",
 ) -> BlockScaled:
     device = values.device if parameter.is_meta else parameter.device
-    if not (scales.isfinite().all() and (scales >= 0).all()):
-        raise _error(f"{name}{SCALES} must hold finite numbers from 0 on; it has NaN, infinity or numbers below")
     try:
         own = scales.to(device, copy=True)  # what is written into later is not the checkpoint's
-        return BlockScaled.from_blocks(values.to(device), own, parameter.dtype, gate_up=gate_up)
+        made = BlockScaled.from_blocks(values.to(device), own, parameter.dtype, gate_up=gate_up)
     except (TypeError, ValueError) as error:
         raise type(error)(f"moecompile.load_fp8: {name}: {error}") from None
+    if not ((own >= 0) & own.isfinite()).all():
+        raise _error(f"{name}{SCALES} must hold finite numbers from 0 on; it has NaN, infinity or numbers below")
+    return made
 
 
 def _without_ignored(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,9 +254,8 @@ def _check_state(state_dict: object) -> None:
 def _check_scales(left: Mapping[str, Tensor]) -> None:
     """Raises ValueError for numbers in FP8 that nothing scales: as they are they mean nothing."""
     for name, each in left.items():
-        if not isinstance(each, Tensor) or isinstance(each, BlockScaled) or name + SCALES in left:
-            continue  # with scales, but of no parameter: an unexpected name
-        if each.dtype in FP8_DTYPES:
+        alone = name + SCALES not in left  # with scales, but of no parameter: an unexpected name
+        if alone and isinstance(each, Tensor) and not isinstance(each, BlockScaled) and each.dtype in FP8_DTYPES:
             raise _error(f"{name} is {each.dtype}, and the checkpoint has no {name}{SCALES} beside it")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -26,6 +26,7 @@ from moecompile.runtime.block_scaled import BlockScaled, Lie
 
 Use = tuple[Lie, bool]
 """How a matrix lies for a cast, and whether it is known to have the gate first."""
+ALONE: Use = (Lie(), True)
 Uses = dict[int, set[Use | None]]
 """How parameters, by their identity, are given to casts; None: somebody else reads it."""
 Places = dict[int, list[tuple[nn.Module, str]]]
@@ -78,7 +79,8 @@ def convert_to_fp8(
             (use, *others) = uses.get(id(parameter)) or {None}
             if use is None or others:
                 continue
-            (lie, gate_first), held = use, cast(Any, parameter)
+            lie, gate_first = use
+            held: Any = parameter
             if isinstance(held, BlockScaled):
                 if held.lie != lie and (laid := held.laid(lie)) is not None:
                     put(places, parameter, laid)
@@ -204,7 +206,5 @@ def _bent(expression: Expression) -> set[str]:
 
 
 _STRAIGHT = frozenset(("add", "sub", "mul", "div", "neg", "clamp", "cast", "minimum", "maximum"))
-ALONE: Use = (Lie(), True)
-
 _MULTIPLY_COPIES = (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default)
 """Of a matrix itself, which they get behind their rows, these ask for nothing but its shape."""

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,6 @@ class Piece:
         casts: what was cast to FP8, and what was kept.
         uncast: the body as it was before that, where it is to be compared.
         changed: whether some pass rewrote it.
-        notes: what users should know, for the report.
     """
 
     module: fx.GraphModule
@@ -67,7 +66,6 @@ class Piece:
     purposes: Purposes | None = None
     differentiable: bool = True
     changed: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def detect_sites(piece: Piece, options: Options) -> None:
@@ -146,7 +144,6 @@ def run_passes(
         if piece.changed:
             piece.module.recompile()
     sites = tuple(site for piece in pieces for site in piece.sites)
-    record.notes += [note for piece in pieces for note in piece.notes]
     record.sites = tuple(map(without_graph, sites))
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.casts = tuple(row for piece in pieces for row in piece.casts)

@@ -10,7 +10,7 @@ from torch import fx
 
 from moecompile.options import Options
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.exclusions import Exclusions, Wishes, near
+from moecompile.passes.exclusions import Exclusions, near
 from moecompile.passes.precision import modules_of
 from moecompile.passes.provenance import input_name
 from moecompile.report import GraphReport
@@ -29,10 +29,13 @@ def remark(record: GraphReport, options: Options, modules: Collection[fx.GraphMo
         modules: its bodies.
     """
     _say_what_is_not_cast(record)
-    included = Exclusions(include=options.fp8_include if record.casts else ())
-    for pattern in {*included.include} - {*included.unused(modules_of(module.graph for module in modules))}:
-        if not Wishes(include=(pattern,)).includes_any(row.module for row in record.casts):
-            warn(record, f"the pattern {pattern!r} of fp8_include names no linear layer and no experts of this graph")
+    if options.fp8_include and record.casts:
+        included = Exclusions(include=options.fp8_include)
+        unknown = included.unused(modules_of(module.graph for module in modules))
+        for pattern in included.unused(row.module for row in record.casts):
+            if pattern not in unknown:
+                note = f"the pattern {pattern!r} of fp8_include names no linear layer and no experts of this graph"
+                warn(record, note)
     _say_if_emulated(modules, record)
     _say_if_dequantised(modules, record)
 

@@ -45,13 +45,13 @@ def cast_experts(
     rows: list[tuple[Cast, Replaced | None]] = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.experts.default):
         experts, module = _Experts(graph, node, casting), module_of(node)
-        reason, refused = excluded(module), False
+        reason, refused, specs = excluded(module), False, None
         if reason is None:
             try:
-                experts.check()
+                specs = experts.check()
             except (TypeError, ValueError) as error:
                 reason, refused = str(error), True
-        replaced = experts.quantize() if reason is None else None
+        replaced = None if specs is None else experts.quantize(*specs)
         shape = tuple(experts.taken.w_in.shape)
         rows.append((Cast(module, "experts", shape, reason is None, reason or "experts", refused), replaced))
     return rows
@@ -74,9 +74,9 @@ class _Experts:
         check_fp8(taken, [empty_fake(taken.w_in, *spec) for spec in (*of_in, *of_out)])
         return of_in, of_out
 
-    def quantize(self) -> Replaced:
-        """Replaces the call, which has been checked."""
-        node, taken, (of_in, of_out) = self._node, self.taken, self.check()
+    def quantize(self, of_in: Specs, of_out: Specs) -> Replaced:
+        """Replaces the call; takes what `check` gave."""
+        node, taken = self._node, self.taken
         with self._graph.inserting_before(node):
             given = (node.args[5], node.kwargs.get("w_up"))
             cast_in = self._cast(given, {"gate_up": taken.gate_up, "transposed": taken.w_in_transposed}, of_in)

@@ -98,10 +98,6 @@ class Wishes:
         option = None if number is None or self.included(module) else self.edges.get((layers, number))
         return option and f"it is in a layer of {layers or 'the model'} that {option} keeps"
 
-    def includes_any(self, modules: Iterable[str]) -> bool:
-        """Whether one of these modules is to be cast, whatever it is for."""
-        return any(map(self.included, modules))
-
     def included(self, module: str) -> bool:
         """Whether the user wants the module cast, whatever it is for."""
         return _matches(module, self.include)

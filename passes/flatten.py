@@ -61,7 +61,7 @@ def _copy(flat: Flat, gm: fx.GraphModule, inputs: list[Any] | None, leaving: lis
         if node.op == "placeholder" and inputs is not None:
             known[node] = next(given)
             continue
-        if (body := _body(gm, node)) is not None:
+        if (body := body_of(gm, node)) is not None:
             bodies[node] = body
         called = _called(node, bodies)
         if called is not None:
@@ -79,7 +79,7 @@ def _copy(flat: Flat, gm: fx.GraphModule, inputs: list[Any] | None, leaving: lis
     raise AssertionError("a graph without an output")
 
 
-def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     """The body that a node takes from its graph module."""
     if node.op != "get_attr":
         return None

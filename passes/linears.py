@@ -27,7 +27,7 @@ from moecompile.passes.aliases import Aliases, fake_of, is_foreign
 from moecompile.passes.calls import bind
 from moecompile.passes.exclusions import NO_WISHES, Wishes
 from moecompile.passes.provenance import module_of
-from moecompile.passes.purposes import PRODUCTS, Purposes, is_layer
+from moecompile.passes.purposes import PRODUCTS, Purposes, layer_call
 from moecompile.passes.spelling import operation_name
 from moecompile.runtime.fp8_contract import GEMM_DTYPES
 from moecompile.runtime.linear_fp8 import LINE
@@ -47,13 +47,6 @@ class Linear:
     rows: fx.Node
     matrix: fx.Node
     bias: fx.Node | None
-
-    @classmethod
-    def of(cls, node: fx.Node) -> Linear:
-        """Of a node that is one (`purposes.is_layer`)."""
-        call = bind(node)
-        assert call is not None
-        return cls(node, call["input"], call["weight"], call["bias"])
 
 
 @dataclass(frozen=True)
@@ -90,8 +83,8 @@ def verdicts(graph: fx.Graph, wishes: Wishes = NO_WISHES, purposes: Purposes | N
     """
     facts, found = _Facts.of(graph, wishes, purposes or Purposes.of(graph)), list[Verdict]()
     for node in graph.nodes:
-        if is_layer(node):
-            linear = Linear.of(node)
+        if (call := layer_call(node)) is not None:
+            linear = Linear(node, call["input"], call["weight"], call["bias"])
             reason = next((words for rule in RULES if (words := rule(linear, facts)) is not None), None)
             shape = _shape(_given(linear.matrix) or linear.matrix)
             found.append(Verdict(module_of(node), shape, reason is None, reason or "a linear layer", linear))

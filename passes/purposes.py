@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.calls import bind
+from moecompile.passes.calls import Call, bind
 from moecompile.passes.main_gradients import OPERATORS
 from moecompile.passes.provenance import tensor_of
 from moecompile.passes.spelling import operation_name
 
 SELECTIONS = frozenset(
     "topk sort argsort msort kthvalue argmax argmin max min aminmax mode median nanmedian multinomial gumbel_softmax "
-    "quantile nanquantile gather take_along_dim getitem".split()
+    "quantile nanquantile".split()
 )
 """Those choices that are made among features. The others look at numbers one by one."""
 CHOICES = frozenset(
@@ -71,7 +71,7 @@ class Purposes:
     @classmethod
     def of(cls, graph: fx.Graph, origins: Mapping[fx.Node, fx.Node] | None = None) -> Purposes:
         """Of a graph; or of what it is a flat copy of (passes/flatten.py), whose nodes `origins` has."""
-        layers = [node for node in graph.nodes if is_layer(node)]
+        layers = [node for node in graph.nodes if layer_call(node) is not None]
         choosing, scores = choosers(graph, layers), Scores.of(graph, layers)
         if origins is not None:
             choosing = {origins[node]: reason for node, reason in choosing.items()}
@@ -81,10 +81,10 @@ class Purposes:
         return cls(choosing, scores, tuple(embeddings(graph)))
 
 
-def is_layer(node: fx.Node) -> bool:
-    """Whether it multiplies rows by a matrix that the graph is given or makes."""
+def layer_call(node: fx.Node) -> Call | None:
+    """The arguments of a layer, which multiplies rows by a matrix that the graph is given or makes; None of others."""
     call = bind(node) if node.op.startswith("call") else None
-    return call is not None and call.name == "linear" and isinstance(call["weight"], fx.Node)
+    return call if call is not None and call.name == "linear" and isinstance(call["weight"], fx.Node) else None
 
 
 def choosers(graph: fx.Graph, layers: Collection[fx.Node]) -> dict[fx.Node, str]:

@@ -158,11 +158,11 @@ class BlockScaled(Tensor):
         self[index].copy_(torch.as_tensor(value, device=self.device).expand(self.shape[1:]))
 
     def requires_grad_(self, requires_grad: bool = True) -> BlockScaled:
-        """Nothing to do; raises RuntimeError if a gradient is wanted, which could not be added to what is held."""
+        """As of any tensor; raises RuntimeError if a gradient is wanted, which could not be added to what is held."""
         if requires_grad:
             words = f"a matrix that is kept in FP8, of shape {tuple(self.shape)}, has no gradient"
             raise RuntimeError(f"{words}; train the model in its own precision, or parameters beside this one")
-        return self
+        return cast(BlockScaled, super().requires_grad_(False))
 
     def share_memory_(self) -> BlockScaled:
         """Moves what is held to memory that other processes have, too."""
