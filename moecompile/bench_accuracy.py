@@ -29,11 +29,11 @@ import torch
 from moecompile.bench import positive
 from moecompile.bench_curves import draw
 from moecompile.bench_losses import check_paths, keep, kept
-from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, wrong
+from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, UNSCALED, wrong
 from moecompile.bench_training import TINY, Setup, library_text, runs
 
 WIDE, NUDGED, RIGHT = "bfloat16", "bfloat16, nudged", "FP8"
-WRONG = (PER_TENSOR, FAST, SQUARE_GRADIENTS, ROUTER, HEAD, COARSE)
+WRONG = (PER_TENSOR, FAST, SQUARE_GRADIENTS, ROUTER, HEAD, COARSE, UNSCALED)
 BOUND = 0.0025
 """How far FP8's loss may be from bfloat16's, relative."""
 

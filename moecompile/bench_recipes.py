@@ -33,6 +33,7 @@ from moecompile.runtime.remembered import Memory
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 PER_TENSOR, SQUARE_GRADIENTS, ROUTER, HEAD = "one scale a tensor", "gradients 128x128", "router in FP8", "head in FP8"
 FAST = "one scale a tensor, sums not promoted"
+UNSCALED = "gradients without scales"
 COARSE = "two bits of mantissa"
 """As e5m2 has; of rows, gradients and matrices. Twice the rounding error, which shows how much a run can tell."""
 INCLUDED: Mapping[str, tuple[str, ...]] = {ROUTER: ("*.gate",), HEAD: ("lm_head",)}
@@ -61,6 +62,15 @@ def _gradient_per_tensor(grad: Tensor, **_: Any) -> Four:
         turned,
         scale.expand(turned.shape[1] // BLOCK, turned.shape[0]).contiguous().t(),
     )
+
+
+def _gradient_unscaled(grad: Tensor, **_: Any) -> Four:
+    """As they are: most gradients of a mean over a batch lie below e4m3's smallest number, 2^-9, and become zero."""
+    values = grad.clamp(-448, 448).to(E4M3)
+    turned = _token_major(values.reshape(-1, values.shape[-1]))
+    one = torch.ones((), device=grad.device)
+    of_features = one.expand(turned.shape[1] // BLOCK, turned.shape[0]).contiguous().t()
+    return values, _filled(grad, one), turned, of_features
 
 
 def _gradient_in_squares(grad: Tensor, **_: Any) -> Four:
@@ -141,7 +151,7 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
             stack.enter_context(mock.patch.object(module, attribute, value))
 
         stack.enter_context(inductor_config.patch(force_disable_caches=True))
-        if name in (PER_TENSOR, FAST, SQUARE_GRADIENTS, COARSE):
+        if name in (PER_TENSOR, FAST, SQUARE_GRADIENTS, UNSCALED, COARSE):
             replace(linear_fp8, "CALLS", _Forgetful())
             stack.enter_context(decompose.casts_apart())
         if name == FAST:
@@ -152,6 +162,8 @@ def wrong(name: str | None) -> Iterator[Mapping[str, Any]]:
             replace(fp8_experts, "quantize_weights", _matrices_per_tensor(fp8_experts.quantize_weights))
         if name == SQUARE_GRADIENTS:
             replace(linear_fp8, "quantize_gradient", _gradient_in_squares)
+        if name == UNSCALED:
+            replace(linear_fp8, "quantize_gradient", _gradient_unscaled)
         if name == COARSE:
             for module, attribute in (
                 *((linear_fp8, each) for each in ("quantize", "quantize_gradient")),

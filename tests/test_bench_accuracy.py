@@ -17,7 +17,7 @@ import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompil
 from moecompile import bench_accuracy
 from moecompile.bench_curves import draw
 from moecompile.bench_losses import keep, kept
-from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, coarse, wrong
+from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, UNSCALED, coarse, wrong
 from moecompile.bench_training import TINY, Setup, Training, build, library_text, share
 from moecompile.commands import main
 from moecompile.runtime import linear_fp8
@@ -74,6 +74,22 @@ def test_two_bits_of_mantissa() -> None:
         torch.equal(coarse(ours).float(), theirs.float()) for ours, theirs in zip(right[::2], found[::2], strict=True)
     )
     assert torch.equal(right[1], found[1]) and torch.equal(right[3], found[3])
+
+
+def test_gradients_without_scales() -> None:
+    """What lies in e4m3's range is rounded to it, what lies below is lost, what lies above saturates."""
+    torch.manual_seed(0)
+    grad = torch.randn(2, 90, 272).bfloat16() * torch.logspace(-6, 3, 272).bfloat16()
+    right = ops.quantize_gradient(grad)
+    with wrong(UNSCALED):
+        found = ops.quantize_gradient(grad)
+    for ours, theirs in zip(found, right, strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
+    values, scales, turned, turned_scales = found
+    assert torch.equal(values.float(), grad.float().clamp(-448, 448).to(E4M3).float())
+    assert not values[..., grad.abs().flatten(0, 1).amax(0) < 2**-10].float().any() and bool(values.float().any())
+    assert torch.equal(turned[:, :180].float(), values.reshape(180, 272).t().float())
+    assert bool((scales == 1).all() and (turned_scales == 1).all())
 
 
 def test_sums_that_are_not_promoted() -> None:
