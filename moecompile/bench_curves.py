@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,9 +10,11 @@ from html import escape
 WIDTH, LEFT, RIGHT = 900, 60, 240
 PANELS, HEIGHT, GAP = (20, 300), 600, 280
 """Where panels begin, and how high the picture and each of them with its axis is."""
-COLORS = ("#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+COLORS = ("#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 POINTS, DIFFERENCES = 150, 40
 """How many means of neighbouring steps a line has: of losses, and of differences, which are noisier."""
+FARTHEST = 2.0
+"""Per cent: what is further off than this, either way, stays on the edge, so that what is not can be told apart."""
 
 Runs = Mapping[str, Sequence[Sequence[float]]]
 
@@ -49,7 +52,8 @@ class Panel:
 def draw(losses: Runs, against: str) -> str:
     """Losses, and below them how far each recipe is from one of them, relative, in per cent.
 
-    A line for each recipe, the mean of its seeds, and the room between its lowest and highest.
+    A line for each recipe, the mean of its seeds, and the room between its lowest and highest. Differences
+    beyond FARTHEST are on the edge.
 
     Args:
         losses: by recipe, of each seed, of each step.
@@ -62,7 +66,7 @@ def draw(losses: Runs, against: str) -> str:
     right = [_means(run, DIFFERENCES) for run in losses[against]]
     apart = {
         name: [
-            [100 * (one / other - 1) for one, other in zip(_means(run, DIFFERENCES), base, strict=True)]
+            [_difference(one, other) for one, other in zip(_means(run, DIFFERENCES), base, strict=True)]
             for run, base in zip(runs, right, strict=True)
         ]
         for name, runs in losses.items()
@@ -78,6 +82,12 @@ def draw(losses: Runs, against: str) -> str:
         x, y = WIDTH - RIGHT + 12, PANELS[0] + 18 + 20 * number
         parts.append(f'<text x="{x}" y="{y}" fill="{_color(number)}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _difference(loss: float, right: float) -> float:
+    """In per cent, within what is drawn; NaN stays."""
+    found = 100 * (loss / right - 1)
+    return found if math.isnan(found) else min(max(found, -FARTHEST), FARTHEST)
 
 
 def _color(number: int) -> str:

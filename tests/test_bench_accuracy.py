@@ -176,6 +176,9 @@ def test_the_picture() -> None:
     assert len(lines) == 6
     heights = [{point.split(",")[1] for point in lines[place].split()} for place in (3, 5)]
     assert all(len(each) == 1 for each in heights) and float(*heights[0]) > float(*heights[1]), "1 % lies above 0 %"
+    root = ElementTree.fromstring(draw({**losses, "lost": [[30.0] * 401] * 2}, "bfloat16"))
+    words = [element.text or "" for element in root.iter() if element.tag.endswith("text")]
+    assert "2.00%" in words, "what is far off hides no difference between the others"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
