@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moecompile.explanation import explain
     from moecompile.options import Options
     from moecompile.report import last_report, reset
+    from moecompile.sharding import shard_experts
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "last_report",
     "load_fp8",
     "reset",
+    "shard_experts",
 ]
 
 # Where each name lives. No module may bear one of these names: importing it would put the module in the name's place.
@@ -42,6 +44,7 @@ _HOME = {
     "last_report": "moecompile.report",
     "load_fp8": "moecompile.checkpoints",
     "reset": "moecompile.report",
+    "shard_experts": "moecompile.sharding",
 }
 
 

@@ -20,6 +20,8 @@ from moecompile.passes.exclusions import check_pattern
 PASSES: dict[str, str] = {
     "detect": "finds the mixture-of-experts blocks; without it none is rewritten",
     "fuse": "replaces each block found by moecompile's operators; without it blocks are only reported",
+    "exchange": "exchanges tokens between the ranks that share a block's experts (`moecompile.shard_experts`); without "
+    "it each rank gathers all experts",
     "precision": "casts linear layers and experts to FP8 where the option `precision` asks for it",
 }
 
@@ -124,6 +126,11 @@ class Options:
         "and gradients in training (in the bodies of cond, map, scan and other operators than checkpoint: outputs "
         "alone)",
     )
+    ep_capacity: int | None = _option(
+        None,
+        "tokens that a rank brings to an exchange with the ranks that share its experts, at most; every rank has to "
+        "give the same number. Without it the ranks agree on the most of the first graph that they compile",
+    )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = dataclasses.field(
@@ -151,6 +158,8 @@ class Options:
             _check(field.name, annotations[field.name], getattr(self, field.name))
         _check_passes(self.disable, "the option `disable`")
         self._check_fp8()
+        if self.ep_capacity is not None and self.ep_capacity < 1:
+            raise ValueError(f"moecompile: option `ep_capacity`: expected 1 or more, got {self.ep_capacity}.")
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
                 f"moecompile: options for Inductor ({', '.join(dict(self.inductor))}) came together with "

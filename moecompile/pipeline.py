@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from moecompile.bodies import bodies_of, copy_graph, text_of
+from moecompile.capacity import capacity_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
-from moecompile.passes.casts import Cast, Casting
+from moecompile.passes.casts import Cast, Casting, Kept
 from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions, Wishes
+from moecompile.passes.expert_parallel import Exchanged, exchange_tokens, share_gathers
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast, modules_of, purposes_of
@@ -53,6 +56,8 @@ class Piece:
         differentiable: whether somebody may call its backward.
         casts: what was cast to FP8, and what was kept.
         uncast: the body as it was before that, where it is to be compared.
+        exchanged: blocks whose tokens are exchanged between ranks.
+        gathered: blocks whose experts are gathered instead, and why.
         changed: whether some pass rewrote it.
     """
 
@@ -65,6 +70,8 @@ class Piece:
     wishes: Wishes | None = None
     purposes: Purposes | None = None
     differentiable: bool = True
+    exchanged: tuple[Exchanged, ...] = ()
+    gathered: tuple[Kept, ...] = ()
     changed: bool = False
 
 
@@ -79,6 +86,13 @@ def detect_sites(piece: Piece, options: Options) -> None:
 def fuse_sites(piece: Piece, _: Options) -> None:
     """Replaces each block by our operators."""
     piece.changed |= fuse(piece.module.graph, piece.sites, piece.layout) > 0
+
+
+def exchange(piece: Piece, options: Options) -> None:
+    """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
+    done, kept = exchange_tokens(piece.module.graph, partial(capacity_of, asked=options.ep_capacity))
+    piece.exchanged, piece.gathered = tuple(done), tuple(kept)
+    piece.changed |= bool(done)
 
 
 def cast_to_fp8(piece: Piece, options: Options) -> None:
@@ -110,6 +124,7 @@ def _exclusions(options: Options) -> Exclusions:
 PASSES: dict[str, Callable[[Piece, Options], None]] = {
     "detect": detect_sites,
     "fuse": fuse_sites,
+    "exchange": exchange,
     "precision": cast_to_fp8,
 }
 
@@ -127,6 +142,8 @@ def run_passes(
     differentiable = torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in modules)
     pieces = [Piece(module, differentiable=differentiable) for module in modules]
     record.before = text_of(gm)
+    for piece in pieces:
+        share_gathers(piece.module.graph)
     with _transforms_hidden(pieces, record), without_collections():
         _look_at_all(pieces, options, record)
         for number, (name, run) in enumerate(PASSES.items(), start=1):

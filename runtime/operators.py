@@ -15,12 +15,21 @@
     experts_fp8_forward(the same) -> (result, saved)
     experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
     experts_fp8_backward_adding(the same, main gradients) -> likewise
+    exchange_plan(expert_ids, num_experts, ranks, capacity) -> (sent, home)
+    dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights) waits for
+    combine_start(y, weights, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) waits for
+    gather_experts(local, ranks, group, mean) -> whole
+    scatter_gradient(grad, ranks, group, mean) -> local
+    own_experts(whole, ranks, group) -> local
+    among_others(own, ranks, group) -> whole
+    mean_gradient(local, ranks) -> itself
 
 `experts` differentiates through `experts_forward` and `experts_backward`, so that AOTAutograd's graphs hold `experts`
 in inference and the other two in training; `experts_fp8` likewise. Its products are of FP8 operands, its gradients
 those of x, of the biases and of the master weights w_in, w_up and w_out, which it multiplies by nothing itself.
 `linear_fp8` is `scaled_mm`, with a derivative made of `quantize_gradient`, `along_tokens` and `scaled_mm`; these are
-what AOTAutograd's graphs hold.
+what AOTAutograd's graphs hold. The exchange of tokens between ranks is described in `moecompile.runtime.exchange`,
+experts that are spread over ranks in `moecompile.runtime.sharded`.
 
 Shapes, for T tokens of H features, K experts a token, E experts of inner size I, results of H2 features:
 
@@ -108,6 +117,18 @@ SCHEMAS = (
     f"experts_fp8_backward(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
     f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs, "
     f"{ADDED_TO}) -> {ALL}",
+    "exchange_plan(Tensor expert_ids, *, int num_experts, int ranks, int capacity) -> (Tensor sent, Tensor home)",
+    "dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, Tensor sent, Tensor home, *, int ranks, str group) "
+    "-> (Tensor rows, Tensor ids, Tensor weights)",
+    "dispatch_wait(Tensor rows, Tensor ids, Tensor weights, *, int num_experts, int ranks, str group) "
+    "-> (Tensor rows, Tensor ids, Tensor weights)",
+    "combine_start(Tensor y, Tensor? weights, *, int ranks, str group) -> (Tensor y, Tensor weights)",
+    "combine_wait(Tensor y, Tensor weights, Tensor sent, Tensor home, *, int ranks, str group) "
+    "-> (Tensor result, Tensor weights)",
+    "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
+    "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",
+    "own_experts(Tensor whole, *, int ranks, str group) -> Tensor",
+    "among_others(Tensor own, *, int ranks, str group) -> Tensor",
 )
 ROOMS = {
     "kernels": ("plan", "experts", "experts_forward", "experts_backward", "experts_backward_adding"),
@@ -119,10 +140,20 @@ ROOMS = {
         "experts_fp8_backward_adding",
     ),
     "linear_fp8": ("quantize", "quantize_gradient", "along_tokens", "scaled_mm", "linear_fp8"),
+    "exchange": ("exchange_plan", "dispatch_start", "dispatch_wait", "combine_start", "combine_wait"),
+    "sharded": ("gather_experts", "scatter_gradient", "own_experts", "among_others"),
 }
 """The module that computes an operator, and its fake."""
-ABOVE = {"kernels": "autograd", "fp8_experts": "autograd", "linear_fp8": "autograd_linear"}
+ABOVE = {
+    "kernels": "autograd",
+    "fp8_experts": "autograd",
+    "linear_fp8": "autograd_linear",
+    "exchange": "autograd_exchange",
+    "sharded": "autograd_exchange",
+}
 """The module with their derivatives."""
+INTEGERS = ("plan", "exchange_plan")
+"""Operators that take and give nothing else, and have none."""
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
@@ -146,5 +177,9 @@ for _room, _names in ROOMS.items():
         library.impl(_name, _late(_room, _name), "CompositeExplicitAutograd")
         library.impl(_name, _late("derivatives", "batched"), "FuncTorchBatched")
         torch.library.register_fake(f"moecompile::{_name}", _late(_room, f"fake_{_name}"), lib=library)
-        if _name != "plan":  # which takes and gives integers
+        if _name not in INTEGERS:
             library.impl(_name, _late(ABOVE[_room], _name), "Autograd")
+
+# A view, which autograd and functionalization have to see: they get what it is made of.
+library.define("mean_gradient(Tensor(a) local, *, int ranks) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
+library.impl("mean_gradient", _late("autograd_exchange", "mean_gradient"), "CompositeImplicitAutograd")

@@ -1,0 +1,148 @@
+"""`moecompile.shard_experts`: each rank of a mesh keeps its share of a model's experts.
+
+Stacked parameters of experts (E, ...) become DTensors, sharded along their first dimension. Whoever reads one while the
+model runs gets it whole, gathered from all ranks: so the model computes what it did, eagerly or compiled by anyone.
+`torch.compile(backend="moecompile")` exchanges tokens instead (passes/expert_parallel.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+GATHERED = "_moecompile_gathered"
+"""The attribute of a module that holds its parameters whole, while its forward runs eagerly."""
+
+
+def shard_experts(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    parameters: Sequence[str] | None = None,
+    gradients: Literal["mean", "sum"] = "mean",
+    src_data_rank: int | None = 0,
+) -> nn.Module:
+    """Spreads the experts of a model over the ranks of a mesh, in place: each rank keeps E / ranks of E.
+
+    What is stacked in one parameter counts as experts: the parameters of a module that has two or more of three
+    dimensions, all with the same first size. They become DTensors with the placement `Shard(0)`: checkpoints of
+    torch.distributed.checkpoint, FSDP2, optimizers and gradient clipping know what to do with these, and full
+    checkpoints are loaded as before. Every rank has to call it, and then the model, as often as the others.
+
+    Args:
+        model: on every rank the same, before it is wrapped (DDP, FSDP2) or compiled.
+        mesh: of one dimension.
+        parameters: names, as in `named_parameters`, to spread instead of those that are found.
+        gradients: of the experts are the "mean" over the mesh's ranks, as DDP and FSDP2 make it of the other
+            parameters, or the "sum".
+        src_data_rank: the rank of the mesh whose values count; None if all have the same, which saves sending them.
+
+    Returns:
+        the model.
+
+    Raises:
+        TypeError: it is no module, or no mesh.
+        ValueError: the mesh has several dimensions, or ranks cannot share the experts evenly; there are no experts, or
+            no such parameters. Nothing is changed then.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"moecompile.shard_experts: expected a module and a DeviceMesh, got {model!r} and {mesh!r}")
+    if mesh.ndim != 1:
+        raise ValueError(f"moecompile.shard_experts: expected a mesh of one dimension, got {mesh}; slice it by name")
+    if gradients not in ("mean", "sum"):
+        raise ValueError(f"moecompile.shard_experts: gradients: expected 'mean' or 'sum', got {gradients!r}")
+    found = [*_experts_of(model)] if parameters is None else [*_named(model, parameters)]
+    if not found:
+        raise ValueError(
+            "moecompile.shard_experts: found no experts: no module has two parameters (E, ., .) of the same E; name "
+            "them in `parameters`. Put experts that are modules of their own into one parameter first"
+        )
+    for module, name in found:
+        _check(module, name, mesh)
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a parameter may have several names
+    for module, name in found:
+        parameter = getattr(module, name)
+        if parameter not in made:
+            local = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank)
+            made[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+        module._parameters[name] = made[parameter]
+    for module in dict.fromkeys(module for module, _ in found):
+        names = tuple(name for owner, name in found if owner is module)
+        _read_whole(module, names, mean=gradients == "mean")
+    return model
+
+
+def _experts_of(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    for module in model.modules():
+        stacked = {name: each for name, each in module._parameters.items() if each is not None and each.dim() == 3}
+        sizes = {each.shape[0] for each in stacked.values()}
+        if len(stacked) > 1 and len(sizes) == 1:
+            yield from ((module, name) for name in stacked)
+
+
+def _named(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[nn.Module, str]]:
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if name not in every:
+            raise ValueError(f"moecompile.shard_experts: the model has no parameter {name!r}")
+        path, _, own = name.rpartition(".")
+        yield model.get_submodule(path), own
+
+
+def _check(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    parameter = getattr(module, name)
+    if isinstance(parameter, DTensor):
+        raise ValueError(f"moecompile.shard_experts: {name} is a DTensor already: {parameter.placements}")
+    if parameter.dim() < 1 or parameter.shape[0] % mesh.size():
+        raise ValueError(
+            f"moecompile.shard_experts: expected a number of experts that {mesh.size()} ranks can share evenly, got "
+            f"{name} of shape {tuple(parameter.shape)}"
+        )
+
+
+def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
+    """Lets whoever reads these parameters while the module runs have them whole.
+
+    Eagerly they are gathered once, before the module's forward: it may read them as often as it likes, and on every
+    rank another number of times. In a compiled graph every reading is a node, and equal ones become one.
+    """
+    cls = type(module)
+    attributes = {name: _reader(name, mean) for name in names}
+    module.__class__ = type(f"Sharded{cls.__name__}", (cls,), {**attributes, "__module__": cls.__module__})
+
+    def gather(module: nn.Module, _: Any) -> None:
+        if not torch.compiler.is_compiling():
+            module.__dict__[GATHERED] = {name: _whole(module, name, mean) for name in names}
+
+    def forget(module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            module.__dict__.pop(GATHERED, None)
+
+    module.register_forward_pre_hook(gather)
+    module.register_forward_hook(forget, always_call=True)
+
+
+def _reader(name: str, mean: bool) -> property:
+    """What a module gives for a sharded parameter of its."""
+
+    def read(module: nn.Module) -> Any:
+        if torch.compiler.is_compiling():
+            return _whole(module, name, mean)
+        gathered = module.__dict__.get(GATHERED)
+        return module._parameters[name] if gathered is None else gathered[name]
+
+    return property(read)
+
+
+def _whole(module: nn.Module, name: str, mean: bool) -> Tensor:
+    parameter: Any = module._parameters[name]
+    mesh = parameter.device_mesh
+    found: Tensor = torch.ops.moecompile.gather_experts.default(
+        parameter.to_local(), ranks=mesh.size(), group=mesh.get_group().group_name, mean=mean
+    )
+    return found

@@ -1,0 +1,257 @@
+"""Exchange tokens between the ranks that hold the experts, instead of gathering the experts for the tokens.
+
+Contract
+- On entry blocks are `moecompile::plan` and `moecompile::experts` (passes/fuse.py), which read parameters that
+  `moecompile::gather_experts` gathers from all ranks of a group. The graph is right as it is, and slow.
+- A block is rewritten if all its sharded parameters are gathered by one group, and nothing but casts, transpositions
+  and copies of single experts lies between. What every rank has whole (biases, say) is cut to this rank's part.
+- The result is the same sum over a token's experts, divided by ranks: each rank's part is rounded once to the result's
+  dtype, and the parts are summed in float32, in the order of ranks. Gradients likewise.
+- Others keep their gathered parameters, and are returned with the reason.
+
+    w_in, w_out = gather_experts(w_in_here), gather_experts(w_out_here)
+    result = experts(x, weights, *plan(expert_ids, E), w_in, w_out)
+        becomes
+    sent, home = exchange_plan(expert_ids, num_experts=E, ranks=R, capacity=C)
+    rows, ids, row_weights = dispatch_wait(*dispatch_start(x, expert_ids, weights, sent, home))
+    y = experts(rows, row_weights, *plan(ids, E / R), w_in_here, w_out_here)
+    result, _ = combine_wait(*combine_start(y), sent, home)
+
+A start and its wait are nodes of their own, so that what does not need the tokens can run between them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import empty_fake, fake_of
+from moecompile.passes.calls import bind
+from moecompile.passes.casts import Kept, call_for, key_of
+from moecompile.passes.provenance import module_of
+
+ops = torch.ops.moecompile
+GATHER = ops.gather_experts.default
+MATRICES = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+ARGUMENTS = ("x", "weights", "offsets", "slots", "order", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+STEPS = ("cast", "contiguous", "clone", "transpose")
+"""What may lie between a gathered parameter and the block: it treats each expert by itself."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that share experts, as `gather_experts` names them."""
+
+    name: str
+    ranks: int
+    mean: bool
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """A block whose tokens are exchanged.
+
+    Attributes:
+        module: of the block.
+        group: that shares its experts.
+        num_experts: of all ranks.
+        capacity: tokens of a rank at most.
+    """
+
+    module: str
+    group: Group
+    num_experts: int
+    capacity: int
+
+
+CapacityOf = Callable[[Group, Any], int]
+"""The capacity of a group of ranks, one of which has so many tokens."""
+
+
+def share_gathers(graph: fx.Graph) -> None:
+    """Makes one of several nodes that gather the same parameter: models read parameters more than once.
+
+    Contract: nothing between them writes the parameter; where something does, they stay apart.
+    """
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=GATHER):
+        local: Any = node.args[0]
+        parameter = _source(local)
+        earlier = first.setdefault((parameter, *node.kwargs.items()), node)
+        if earlier is not node and not _is_written(parameter):
+            node.replace_all_uses_with(earlier)
+            graph.erase_node(node)
+            if local is not parameter and not local.users:
+                graph.erase_node(local)
+
+
+def exchange_tokens(graph: fx.Graph, capacity_of: CapacityOf) -> tuple[list[Exchanged], list[Kept]]:
+    """Rewrite the graph in place; returns the blocks that were rewritten, and the others. The caller recompiles.
+
+    Args:
+        graph: of Dynamo's.
+        capacity_of: what ranks have agreed on.
+    """
+    done, kept = list[Exchanged](), list[Kept]()
+    for node in graph.find_nodes(op="call_function", target=ops.experts.default):
+        block = _Block(graph, node)
+        if not block.groups:
+            continue
+        if reason := block.obstacle():
+            kept.append(Kept(module_of(node), reason))
+            continue
+        done.append(block.exchange(capacity_of))
+    for node in reversed(graph.find_nodes(op="call_function", target=GATHER)):
+        if not node.users:
+            graph.erase_node(node)
+    return done, kept
+
+
+class _Block:
+    """One call of the experts, whose arguments are known by name. Nothing changes before `exchange`."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
+        self._graph, self._node = graph, node
+        self._given: dict[str, Any] = {**dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}
+        self._sharded = {name: _gathered(each) for name in MATRICES if (each := self._given.get(name)) is not None}
+        self.groups = {_group_of(gather) for gather in self._sharded.values() if gather is not None}
+
+    def obstacle(self) -> str:
+        """Why tokens cannot be exchanged, if they cannot."""
+        if len(self.groups) > 1:
+            return f"its parameters are spread over different groups of ranks: {sorted(map(str, self.groups))}"
+        offsets = self._given["offsets"]
+        if offsets.target is not operator.getitem or offsets.args[0].target is not ops.plan.default:
+            return "nobody knows where its plan comes from"
+        return ""
+
+    def exchange(self, capacity_of: CapacityOf) -> Exchanged:
+        """Puts dispatch, the experts of this rank, and combine in the block's place."""
+        (group,), node, given = self.groups, self._node, self._given
+        plan: Any = given["offsets"].args[0]
+        ids, num_experts = plan.args
+        x, weights = given["x"], given.get("weights")
+        capacity = capacity_of(group, fake_of(x).shape[0])
+        among = {"ranks": group.ranks, "group": group.name}
+        here = {"num_experts": num_experts, "ranks": group.ranks}
+        with self._graph.inserting_before(node):
+            sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity}, 2)
+            parts = self._several(ops.dispatch_start.default, (x, ids, weights, sent, home), among, 3)
+            rows, row_ids, row_weights = self._several(
+                ops.dispatch_wait.default, (*parts,), {"num_experts": num_experts, **among}, 3
+            )
+            planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), {}, 4)
+            y = self._experts(group, rows, None if weights is None else row_weights, planned)
+            back = self._several(ops.combine_start.default, (y, None), among, 2)
+            result, _ = self._several(ops.combine_wait.default, (*back, sent, home), among, 2)
+        result.meta[key_of(node)] = node.meta[key_of(node)]
+        node.replace_all_uses_with(result)
+        self._graph.erase_node(node)
+        for part in [*plan.users]:
+            if not part.users:
+                self._graph.erase_node(part)
+        if not plan.users:
+            self._graph.erase_node(plan)
+        return Exchanged(module_of(y), group, num_experts, capacity)
+
+    def _experts(self, group: Group, rows: fx.Node, weights: fx.Node | None, planned: list[fx.Node]) -> fx.Node:
+        """The block on the rows that came, with this rank's experts."""
+        _, offsets, slots, order = planned
+        local = {name: self._local(name, group) for name in self._sharded}
+        positional = (rows, weights, offsets, slots, order, local.pop("w_in"), local.pop("w_out"))
+        attributes = {name: value for name, value in self._node.kwargs.items() if name not in MATRICES}
+        node = call_for(self._node, ops.experts.default, positional, {**local, **attributes})
+        before = fake_of(self._node)
+        shape = (fake_of(rows).shape[0], before.shape[1])
+        node.meta[key_of(node)] = empty_fake(before, shape, before.dtype).requires_grad_(before.requires_grad)
+        return node
+
+    def _local(self, name: str, group: Group) -> fx.Node:
+        """This rank's part of a parameter of the block."""
+        whole, gather = self._given[name], self._sharded[name]
+        if gather is None:
+            attributes = {"ranks": group.ranks, "group": group.name}
+            return self._one(ops.own_experts.default, (whole,), attributes)
+        local: Any = gather.args[0]
+        if group.mean:
+            local = self._one(ops.mean_gradient.default, (local,), {"ranks": group.ranks})
+        return self._repeated(whole, gather, local)
+
+    def _repeated(self, node: fx.Node, gather: fx.Node, local: fx.Node) -> fx.Node:
+        """What becomes of the gathered parameter on its way to the block, done to this rank's part alone."""
+        if node is gather:
+            return local
+        given = self._repeated(node.all_input_nodes[0], gather, local)
+        copy = self._graph.node_copy(node, lambda _: given)
+        fake, before = fake_of(node), fake_of(given)
+        copy.meta[key_of(node)] = empty_fake(fake, (before.shape[0], *fake.shape[1:]), fake.dtype).requires_grad_(
+            fake.requires_grad
+        )
+        return copy
+
+    def _one(self, target: Any, arguments: tuple[Any, ...], attributes: dict[str, Any]) -> fx.Node:
+        node = call_for(self._node, target, arguments, attributes)
+        node.meta[key_of(node)] = _run(node)
+        return node
+
+    def _several(
+        self, target: Any, arguments: tuple[Any, ...], attributes: dict[str, Any], count: int
+    ) -> list[fx.Node]:
+        """The results of an operator that has so many."""
+        node = self._one(target, arguments, attributes)
+        parts = []
+        for number in range(count):
+            part = call_for(self._node, operator.getitem, (node, number), {})
+            part.meta[key_of(node)] = node.meta[key_of(node)][number]
+            parts.append(part)
+        return parts
+
+
+def _run(node: fx.Node) -> Any:
+    """The example value of an operator's result."""
+    args: Any = fx.node.map_arg(node.args, fake_of)
+    kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
+    first = next(each for each in args if isinstance(each, torch.Tensor))
+    with first.fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _gathered(node: fx.Node) -> fx.Node | None:
+    """The gather behind a parameter of a block, with nothing but STEPS of each expert between."""
+    while node.target is not GATHER:
+        call = bind(node)
+        if call is None or call.name not in STEPS or call.inplace or len(node.all_input_nodes) != 1:
+            return None
+        if call.name == "transpose" and not _keeps_experts(node):
+            return None
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _keeps_experts(node: fx.Node) -> bool:
+    """Whether a transposition leaves the first dimension where it is."""
+    call, rank = bind(node), fake_of(node).dim()
+    assert call is not None
+    return all(call.arguments[name] % rank for name in ("dim0", "dim1"))
+
+
+def _group_of(gather: fx.Node) -> Group:
+    attributes: Any = gather.kwargs
+    return Group(attributes["group"], attributes["ranks"], attributes["mean"])
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The parameter, a DTensor, that the node is this rank's part of; the node itself, if it is of none."""
+    given: Any = node.args[0] if node.op == "call_method" and node.target == "to_local" else node
+    return given  # type: ignore[no-any-return]
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether the graph writes a sharded parameter."""
+    calls = [bind(user) for user in node.users]
+    return any(call is not None and call.inplace for call in calls)

@@ -1,0 +1,201 @@
+"""The derivatives of the token exchange and of gathered experts: each the reverse, in flight while others compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime.derivatives import differentiates
+
+Attributes = dict[str, Any]
+Found = tuple[Tensor | None, ...]
+
+
+class _DispatchStart(torch.autograd.Function):
+    """Its derivative waits for the sums of the gradients of rows and of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *_, weights, sent, home = tensors
+        ctx.attributes, ctx.weighted = attributes, weights is not None
+        ctx.save_for_backward(sent, home)
+        with torch._C._AutoDispatchBelowAutograd():
+            found: tuple[Tensor, ...] = torch.ops.moecompile.dispatch_start(*tensors, **attributes)
+        ctx.mark_non_differentiable(*_without_gradient(found, ctx.weighted))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        rows, _, weights = grads
+        given = weights if ctx.weighted else rows.new_empty(0)
+        x, of_weights = torch.ops.moecompile.combine_wait(rows, given, *ctx.saved_tensors, **ctx.attributes)
+        return None, x, None, of_weights if ctx.weighted else None, None, None
+
+
+class _DispatchWait(torch.autograd.Function):
+    """Its derivative begins to send the gradients of rows and of weights back."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.attributes = {name: attributes[name] for name in ("ranks", "group")}
+        ctx.weighted = tensors[2].dim() == 2
+        with torch._C._AutoDispatchBelowAutograd():
+            found: tuple[Tensor, ...] = torch.ops.moecompile.dispatch_wait(*tensors, **attributes)
+        ctx.mark_non_differentiable(*_without_gradient(found, ctx.weighted))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        rows, _, weights = grads
+        given = weights if ctx.weighted else None
+        back, of_weights = torch.ops.moecompile.combine_start(rows, given, **ctx.attributes)
+        return None, back, None, of_weights if ctx.weighted else None
+
+
+class _CombineStart(torch.autograd.Function):
+    """Its derivative waits for the gradients of the rows that were sent back."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.attributes = attributes
+        with torch._C._AutoDispatchBelowAutograd():
+            rows, others = torch.ops.moecompile.combine_start(y, weights, **attributes)
+        ctx.mark_non_differentiable(others)
+        return rows, others
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        rows, _ = grads
+        nothing = rows.new_empty(0)
+        attributes = {**ctx.attributes, "num_experts": ctx.attributes["ranks"]}  # of none
+        back, _, _ = torch.ops.moecompile.dispatch_wait(rows, nothing, nothing, **attributes)
+        return None, back, None
+
+
+class _CombineWait(torch.autograd.Function):
+    """Its derivative begins to send the gradients of tokens to the ranks of their experts."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.attributes = attributes
+        ctx.save_for_backward(*tensors[2:])
+        with torch._C._AutoDispatchBelowAutograd():
+            result, others = torch.ops.moecompile.combine_wait(*tensors, **attributes)
+        ctx.mark_non_differentiable(others)
+        return result, others
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        grad, _ = grads
+        rows, _, _ = torch.ops.moecompile.dispatch_start(grad, None, None, *ctx.saved_tensors, **ctx.attributes)
+        return None, rows, None, None, None
+
+
+class _GatherExperts(torch.autograd.Function):
+    """Its derivative gives each rank what the ranks' gradients of its own experts come to."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, local: Tensor) -> Tensor:
+        ctx.attributes = attributes
+        with torch._C._AutoDispatchBelowAutograd():
+            found: Tensor = torch.ops.moecompile.gather_experts(local, **attributes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        return None, torch.ops.moecompile.scatter_gradient(grads[0], **ctx.attributes)
+
+
+class _ScatterGradient(torch.autograd.Function):
+    """Linear as well, so that whoever differentiates twice finds no gap here."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, grad: Tensor) -> Tensor:
+        ctx.attributes = attributes
+        with torch._C._AutoDispatchBelowAutograd():
+            found: Tensor = torch.ops.moecompile.scatter_gradient(grad, **attributes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        whole = torch.ops.moecompile.gather_experts(grads[0], **ctx.attributes)
+        return None, whole / ctx.attributes["ranks"] if ctx.attributes["mean"] else whole
+
+
+class _OwnExperts(torch.autograd.Function):
+    """Its derivative is zero for the others' experts."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, whole: Tensor) -> Tensor:
+        ctx.attributes = attributes
+        with torch._C._AutoDispatchBelowAutograd():
+            found: Tensor = torch.ops.moecompile.own_experts(whole, **attributes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        return None, torch.ops.moecompile.among_others(grads[0], **ctx.attributes)
+
+
+class _AmongOthers(torch.autograd.Function):
+    """Likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, attributes: Attributes, own: Tensor) -> Tensor:
+        ctx.attributes = attributes
+        with torch._C._AutoDispatchBelowAutograd():
+            found: Tensor = torch.ops.moecompile.among_others(own, **attributes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        return None, torch.ops.moecompile.own_experts(grads[0], **ctx.attributes)
+
+
+class _MeanGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is divided."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Found:
+        return grads[0] / ctx.ranks, None
+
+
+def mean_gradient(local: Tensor, *, ranks: int) -> Tensor:
+    """The tensor itself; of its gradient, a sum over all ranks' tokens, the mean over the ranks."""
+    found: Tensor = _MeanGradient.apply(local, ranks)
+    return found
+
+
+def _without_gradient(found: tuple[Tensor, ...], weighted: bool) -> tuple[Tensor, ...]:
+    """Of a dispatch's results: the ids, and weights that are not there."""
+    return found[1:2] if weighted else found[1:]
+
+
+def _above(operator: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The operator above autograd: recorded where something requires grad."""
+
+    def call(*tensors: Tensor | None, **attributes: Any) -> Any:
+        if differentiates(tensors, operator):
+            return function.apply(attributes, *tensors)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.moecompile, operator)(*tensors, **attributes)
+
+    return call
+
+
+dispatch_start = _above("dispatch_start", _DispatchStart)
+dispatch_wait = _above("dispatch_wait", _DispatchWait)
+combine_start = _above("combine_start", _CombineStart)
+combine_wait = _above("combine_wait", _CombineWait)
+gather_experts = _above("gather_experts", _GatherExperts)
+scatter_gradient = _above("scatter_gradient", _ScatterGradient)
+own_experts = _above("own_experts", _OwnExperts)
+among_others = _above("among_others", _AmongOthers)
