@@ -20,8 +20,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from moecompile.agreement import agree
 from moecompile.bodies import bodies_of, copy_graph, text_of
-from moecompile.capacity import capacity_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
 from moecompile.passes.casts import Cast, Casting, Kept
@@ -34,7 +34,7 @@ from moecompile.passes.precision import cast, modules_of, purposes_of
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.purposes import Purposes
 from moecompile.passes.site import NearMiss, Site
-from moecompile.remarks import remark, remark_on_wishes
+from moecompile.remarks import remark, remark_on_ranks, remark_on_wishes
 from moecompile.report import GraphReport, PassRecord
 
 log = logging.getLogger("moecompile")
@@ -90,7 +90,8 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 
 def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
-    done, kept = exchange_tokens(piece.module.graph, partial(capacity_of, asked=options.ep_capacity))
+    why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
+    done, kept = exchange_tokens(piece.module.graph, partial(agree, capacity=options.ep_capacity, why=why))
     piece.exchanged, piece.gathered = tuple(done), tuple(kept)
     piece.changed |= bool(done)
 
@@ -165,6 +166,8 @@ def run_passes(
     record.near_misses = tuple(miss for piece in pieces for miss in piece.near_misses)
     record.casts = tuple(row for piece in pieces for row in piece.casts)
     remark(record, options, modules)
+    for piece in pieces:
+        remark_on_ranks(record, piece.module, piece.exchanged, piece.gathered)
     record.after = text_of(gm)
     return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
 

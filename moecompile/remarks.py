@@ -1,16 +1,18 @@
-"""What users are told of FP8 in a graph's report, and, where they will not have expected it, in the log."""
+"""What users are told of FP8 and of ranks in a report, and, where they will not have expected it, in the log."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
 
 from moecompile.options import Options
 from moecompile.passes.aliases import fake_of
+from moecompile.passes.casts import Kept
 from moecompile.passes.exclusions import Exclusions, near
+from moecompile.passes.expert_parallel import Exchanged, gathers_left
 from moecompile.passes.precision import modules_of
 from moecompile.passes.provenance import input_name
 from moecompile.report import GraphReport
@@ -49,6 +51,20 @@ def remark_on_wishes(record: GraphReport, options: Options, exclusions: Exclusio
     if (options.fp8_keep_first_layers or options.fp8_keep_last_layers) and not exclusions.numbered(modules):
         words = "fp8_keep_first_layers and fp8_keep_last_layers keep nothing of this graph: its modules have no numbers"
         warn(record, f"{words}, as those of a list have; name them in fp8_exclude")
+
+
+def remark_on_ranks(
+    record: GraphReport, module: fx.GraphModule, exchanged: Sequence[Exchanged], gathered: Sequence[Kept]
+) -> None:
+    """On experts that are spread over ranks: whose tokens are exchanged, and who gathers them instead."""
+    for group, capacity in dict.fromkeys((each.group, each.capacity) for each in exchanged):
+        blocks = [each.module for each in exchanged if (each.group, each.capacity) == (group, capacity)]
+        words = f"{group.ranks} ranks share the experts of {listed(each or 'the function' for each in blocks)}"
+        record.notes.append(f"{words}, and exchange tokens, at most {capacity} of each rank")
+    for kept in gathered:
+        warn(record, f"experts of {kept.module or 'the function'} are gathered from all ranks: {kept.reason}")
+    for name, readers in gathers_left(module.graph).items():
+        warn(record, f"{name} is gathered from all ranks for {readers}", "no block of experts that was found reads it")
 
 
 def warn(record: GraphReport, note: str, *hints: str) -> None:

@@ -7,13 +7,16 @@ model runs gets it whole, gathered from all ranks: so the model computes what it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 GATHERED = "_moecompile_gathered"
 """The attribute of a module that holds its parameters whole, while its forward runs eagerly."""
@@ -112,7 +115,8 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
     rank another number of times. In a compiled graph every reading is a node, and equal ones become one.
     """
     cls = type(module)
-    attributes = {name: _reader(name, mean) for name in names}
+    attributes: dict[str, Any] = {name: _reader(name, mean) for name in names}
+    attributes["forward"] = _with_tokens(cls.forward)
     module.__class__ = type(f"Sharded{cls.__name__}", (cls,), {**attributes, "__module__": cls.__module__})
 
     def gather(module: nn.Module, _: Any) -> None:
@@ -123,8 +127,48 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
         if not torch.compiler.is_compiling():
             module.__dict__.pop(GATHERED, None)
 
+    def cut(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in names:
+            state.update(_cut(state, f"{prefix}{name}", module._parameters[name]))
+
+    module.register_load_state_dict_pre_hook(cut)
     module.register_forward_pre_hook(gather)
     module.register_forward_hook(forget, always_call=True)
+
+
+def _with_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, of one token of zeros where there is none: the rank has to do its part for the others' tokens.
+
+    Nobody sees what becomes of it: it is cut off the result again.
+    """
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        if not any(_is_empty(leaf) for leaf in leaves):
+            return forward(self, *args, **kwargs)
+        given: Any = pytree.tree_unflatten([_filled(leaf) if _is_empty(leaf) else leaf for leaf in leaves], form)
+        result = forward(self, *given[0], **given[1])
+        shape = next(leaf.shape for leaf in leaves if _is_empty(leaf))
+        if not isinstance(result, Tensor) or result.dim() < len(shape):
+            raise NotImplementedError(
+                f"moecompile.shard_experts: {type(self).__name__} got no tokens ({tuple(shape)}), and what it returns "
+                "is no tensor of tokens: give this rank at least one"
+            )
+        for dim, size in enumerate(shape):
+            result = result.narrow(dim, 0, 0) if size == 0 else result
+        return result
+
+    return run
+
+
+def _is_empty(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and 0 in leaf.shape
+
+
+def _filled(leaf: Tensor) -> Tensor:
+    """One zero in each direction that has nothing."""
+    return functional.pad(leaf, [end for size in reversed(leaf.shape) for end in (0, int(size == 0))])
 
 
 def _reader(name: str, mean: bool) -> property:
@@ -137,6 +181,19 @@ def _reader(name: str, mean: bool) -> property:
         return module._parameters[name] if gathered is None else gathered[name]
 
     return property(read)
+
+
+def _cut(state: Mapping[str, Any], name: str, parameter: Any) -> dict[str, DTensor]:
+    """This rank's part of a plain tensor of a full checkpoint, which is left as it is; nothing if it does not fit.
+
+    Then torch's own message names what differs; so it does for what FSDP has sharded once more.
+    """
+    value = state.get(name)
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
+        return {}
+    if value.shape != parameter.shape or parameter.device_mesh.ndim != 1:
+        return {}
+    return {name: distribute_tensor(value.detach(), parameter.device_mesh, [Shard(0)], src_data_rank=None)}
 
 
 def _whole(module: nn.Module, name: str, mean: bool) -> Tensor:

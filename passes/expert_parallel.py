@@ -7,6 +7,7 @@ Contract
   and copies of single experts lies between. What every rank has whole (biases, say) is cut to this rank's part.
 - The result is the same sum over a token's experts, divided by ranks: each rank's part is rounded once to the result's
   dtype, and the parts are summed in float32, in the order of ranks. Gradients likewise.
+- All ranks rewrite the same blocks, whatever each of them has found: they agree on it.
 - Others keep their gathered parameters, and are returned with the reason.
 
     w_in, w_out = gather_experts(w_in_here), gather_experts(w_out_here)
@@ -23,7 +24,7 @@ A start and its wait are nodes of their own, so that what does not need the toke
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ from torch import fx
 from moecompile.passes.aliases import empty_fake, fake_of
 from moecompile.passes.calls import bind
 from moecompile.passes.casts import Kept, call_for, key_of
-from moecompile.passes.provenance import module_of
+from moecompile.passes.provenance import input_name, module_of, source_of
+from moecompile.passes.spelling import operation_name
 
 ops = torch.ops.moecompile
 GATHER = ops.gather_experts.default
@@ -69,8 +71,9 @@ class Exchanged:
     capacity: int
 
 
-CapacityOf = Callable[[Group, Any], int]
-"""The capacity of a group of ranks, one of which has so many tokens."""
+Agree = Callable[[Group, Sequence[str], Mapping[str, Any]], Mapping[str, int]]
+"""Given a group, the names of its parameters that this graph gathers, and the tokens of each block that this rank could
+exchange: the capacity of those that all ranks exchange."""
 
 
 def share_gathers(graph: fx.Graph) -> None:
@@ -90,26 +93,44 @@ def share_gathers(graph: fx.Graph) -> None:
                 graph.erase_node(local)
 
 
-def exchange_tokens(graph: fx.Graph, capacity_of: CapacityOf) -> tuple[list[Exchanged], list[Kept]]:
+def exchange_tokens(graph: fx.Graph, agree: Agree) -> tuple[list[Exchanged], list[Kept]]:
     """Rewrite the graph in place; returns the blocks that were rewritten, and the others. The caller recompiles.
 
     Args:
         graph: of Dynamo's.
-        capacity_of: what ranks have agreed on.
+        agree: with the other ranks, since all have to exchange the same blocks.
     """
+    gathered: dict[Group, list[str]] = {}
+    for gather in graph.find_nodes(op="call_function", target=GATHER):
+        gathered.setdefault(_group_of(gather), []).append(_name_of(gather))
     done, kept = list[Exchanged](), list[Kept]()
+    blocks: dict[Group, dict[str, _Block]] = {group: {} for group in gathered}
     for node in graph.find_nodes(op="call_function", target=ops.experts.default):
         block = _Block(graph, node)
-        if not block.groups:
-            continue
         if reason := block.obstacle():
             kept.append(Kept(module_of(node), reason))
-            continue
-        done.append(block.exchange(capacity_of))
+        elif block.groups:
+            (group,) = block.groups
+            blocks[group][f"{block.name}, block {len(blocks[group])}"] = block
+    for group, names in gathered.items():
+        capacities = agree(group, sorted(names), {name: block.tokens for name, block in blocks[group].items()})
+        for name, block in blocks[group].items():
+            if name in capacities:
+                done.append(block.exchange(capacities[name]))
+            else:
+                kept.append(Kept(block.module, "not all ranks found it"))
     for node in reversed(graph.find_nodes(op="call_function", target=GATHER)):
         if not node.users:
             graph.erase_node(node)
     return done, kept
+
+
+def gathers_left(graph: fx.Graph) -> dict[str, str]:
+    """Parameters that are still gathered, and who reads them: an operation and the user's line."""
+    return {
+        _name_of(gather): ", ".join(f"{operation_name(user)} ({source_of(user)})" for user in gather.users)
+        for gather in graph.find_nodes(op="call_function", target=GATHER)
+    }
 
 
 class _Block:
@@ -119,24 +140,26 @@ class _Block:
         self._graph, self._node = graph, node
         self._given: dict[str, Any] = {**dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}
         self._sharded = {name: _gathered(each) for name in MATRICES if (each := self._given.get(name)) is not None}
-        self.groups = {_group_of(gather) for gather in self._sharded.values() if gather is not None}
+        gathers = [gather for gather in self._sharded.values() if gather is not None]
+        self.groups = {_group_of(gather) for gather in gathers}
+        self.name, self.module = " ".join(map(_name_of, gathers)), module_of(node)
+        self.tokens = fake_of(self._given["x"]).shape[0]
 
     def obstacle(self) -> str:
         """Why tokens cannot be exchanged, if they cannot."""
         if len(self.groups) > 1:
             return f"its parameters are spread over different groups of ranks: {sorted(map(str, self.groups))}"
         offsets = self._given["offsets"]
-        if offsets.target is not operator.getitem or offsets.args[0].target is not ops.plan.default:
+        if self.groups and (offsets.target is not operator.getitem or offsets.args[0].target is not ops.plan.default):
             return "nobody knows where its plan comes from"
         return ""
 
-    def exchange(self, capacity_of: CapacityOf) -> Exchanged:
+    def exchange(self, capacity: int) -> Exchanged:
         """Puts dispatch, the experts of this rank, and combine in the block's place."""
         (group,), node, given = self.groups, self._node, self._given
         plan: Any = given["offsets"].args[0]
         ids, num_experts = plan.args
         x, weights = given["x"], given.get("weights")
-        capacity = capacity_of(group, fake_of(x).shape[0])
         among = {"ranks": group.ranks, "group": group.name}
         here = {"num_experts": num_experts, "ranks": group.ranks}
         with self._graph.inserting_before(node):
@@ -157,7 +180,7 @@ class _Block:
                 self._graph.erase_node(part)
         if not plan.users:
             self._graph.erase_node(plan)
-        return Exchanged(module_of(y), group, num_experts, capacity)
+        return Exchanged(self.module, group, num_experts, capacity)
 
     def _experts(self, group: Group, rows: fx.Node, weights: fx.Node | None, planned: list[fx.Node]) -> fx.Node:
         """The block on the rows that came, with this rank's experts."""
@@ -216,7 +239,7 @@ def _run(node: fx.Node) -> Any:
     """The example value of an operator's result."""
     args: Any = fx.node.map_arg(node.args, fake_of)
     kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
-    first = next(each for each in args if isinstance(each, torch.Tensor))
+    first: Any = next(each for each in args if isinstance(each, torch.Tensor))
     with first.fake_mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -245,10 +268,17 @@ def _group_of(gather: fx.Node) -> Group:
     return Group(attributes["group"], attributes["ranks"], attributes["mean"])
 
 
+def _name_of(gather: fx.Node) -> str:
+    """Of the parameter that it gathers, as the graph's input is called."""
+    local: Any = gather.args[0]
+    return input_name(_source(local))
+
+
 def _source(node: fx.Node) -> fx.Node:
     """The parameter, a DTensor, that the node is this rank's part of; the node itself, if it is of none."""
     given: Any = node.args[0] if node.op == "call_method" and node.target == "to_local" else node
-    return given  # type: ignore[no-any-return]
+    found: fx.Node = given
+    return found
 
 
 def _is_written(node: fx.Node) -> bool:

@@ -184,7 +184,7 @@ def _above(operator: str, function: type[torch.autograd.Function]) -> Callable[.
 
     def call(*tensors: Tensor | None, **attributes: Any) -> Any:
         if differentiates(tensors, operator):
-            return function.apply(attributes, *tensors)  # type: ignore[no-untyped-call]
+            return function.apply(attributes, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.moecompile, operator)(*tensors, **attributes)
 

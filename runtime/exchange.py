@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, distributed
 
 from moecompile.runtime.contract import INTEGERS
+from moecompile.runtime.reference import check_range
+from moecompile.runtime.sharded import process_group
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -62,13 +64,7 @@ def exchange_plan(expert_ids: Tensor, *, num_experts: int, ranks: int, capacity:
             f"moecompile::exchange_plan: expected {capacity} tokens a rank or less, got {tokens}; raise the option "
             "`ep_capacity` on all ranks"
         )
-    if expert_ids.device.type == "cpu" and expert_ids.numel():
-        low, high = map(int, torch.aminmax(expert_ids))
-        if low < -1 or high >= num_experts:
-            raise IndexError(
-                f"moecompile::exchange_plan: expected expert ids in [0, {num_experts}), or -1 for none, got "
-                f"{low if low < -1 else high}"
-            )
+    check_range(expert_ids, num_experts, "exchange_plan")
     owner = torch.where(expert_ids < 0, -1, expert_ids.div(here, rounding_mode="floor"))
     meets = (owner.unsqueeze(2) == torch.arange(ranks, device=owner.device)).any(1)
     place = meets.cumsum(0) - 1
@@ -130,7 +126,7 @@ def dispatch_wait(rows: Tensor, ids: Tensor, weights: Tensor, *, num_experts: in
     """Waits for what `dispatch_start` began; experts are now counted from this rank's first."""
     here = experts_here(num_experts, ranks, "dispatch_wait")
     rows, ids, weights = (_wait(each) if each.numel() else each.clone() for each in (rows, ids, weights))
-    first = here * distributed.get_rank(_group(group))
+    first = here * distributed.get_rank(process_group(group))
     if ids.numel():
         ids = torch.where((ids >= first) & (ids < first + here), ids - first, -1)
     return rows, ids, weights
@@ -214,10 +210,6 @@ def _summed(rows: Tensor, home: Tensor, ranks: int) -> Tensor:
         if part.shape[0]:
             total += torch.where(place.unsqueeze(1) < 0, 0, part.index_select(0, place.clamp(min=0)))
     return total.to(rows.dtype)
-
-
-def _group(name: str) -> distributed.ProcessGroup:
-    return distributed.distributed_c10d._resolve_process_group(name)
 
 
 def _all_to_all(rows: Tensor, ranks: int, group: str) -> Tensor:

@@ -25,7 +25,7 @@ from moecompile.runtime.grouped import CpuRows, DeviceRows, rows_of
 def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts, offsets, slots and order of `moecompile::plan`: a stable sort by expert, without atomics."""
     flat = expert_ids.reshape(-1).to(torch.int64)
-    _check_range(flat, num_experts)
+    check_range(flat, num_experts, "plan")
     sorted_key, assignment = torch.sort(torch.where(flat < 0, num_experts, flat), stable=True)
     experts = torch.arange(num_experts, device=flat.device)
     offsets = torch.searchsorted(sorted_key, experts, right=True, out_int32=True)
@@ -38,18 +38,19 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     return counts, offsets, slots.view(expert_ids.shape), order
 
 
-def _check_range(ids: Tensor, num_experts: int) -> None:
+def check_range(ids: Tensor, num_experts: int, operator: str) -> None:
+    """Raises IndexError on the CPU, and asserts on other devices, that each id is an expert's or -1."""
     if ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)
     if ids.device.type != "cpu":  # naming the id would make the host wait for the device
-        message = f"moecompile::plan: an expert id is outside [0, {num_experts}) and not -1 (no expert)"
+        message = f"moecompile::{operator}: an expert id is outside [0, {num_experts}) and not -1 (no expert)"
         torch._assert_async((low >= -1) & (high < num_experts), message)
         return
     for found in (int(low), int(high)):
         if not -1 <= found < num_experts:
             raise IndexError(
-                f"moecompile::plan: expert id {found} is outside [0, {num_experts}), num_experts={num_experts}; "
+                f"moecompile::{operator}: expert id {found} is outside [0, {num_experts}), num_experts={num_experts}; "
                 "mark a token that goes to no expert with id -1, or pass the number of experts that the ids count to"
             )
 

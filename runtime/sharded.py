@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def process_group(name: str) -> distributed.ProcessGroup:
+    """Of that name, as operators of graphs are given it."""
+    found: distributed.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return found
 
 
 def gather_experts(local: Tensor, *, ranks: int, group: str, mean: bool) -> Tensor:
@@ -48,7 +55,7 @@ def fake_scatter_gradient(grad: Tensor, *, ranks: int, group: str, mean: bool) -
 def own_experts(whole: Tensor, *, ranks: int, group: str) -> Tensor:
     """This rank's part of a parameter that every rank has whole: (E, ...) in, (E / ranks, ...) out, a copy."""
     here = whole.shape[0] // ranks
-    first = here * distributed.get_rank(distributed.distributed_c10d._resolve_process_group(group))
+    first = here * distributed.get_rank(process_group(group))
     return whole[first : first + here].clone()
 
 
@@ -61,7 +68,7 @@ def fake_own_experts(whole: Tensor, *, ranks: int, group: str) -> Tensor:
 
 def among_others(own: Tensor, *, ranks: int, group: str) -> Tensor:
     """The derivative of `own_experts`: this rank's part, with zeros in the place of the others'."""
-    first = own.shape[0] * distributed.get_rank(distributed.distributed_c10d._resolve_process_group(group))
+    first = own.shape[0] * distributed.get_rank(process_group(group))
     whole = own.new_zeros((own.shape[0] * ranks, *own.shape[1:]))
     whole[first : first + own.shape[0]] = own
     return whole

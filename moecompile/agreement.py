@@ -1,0 +1,103 @@
+"""What the ranks that share experts agree on: which blocks exchange their tokens, and how many tokens a rank may bring.
+
+A rank that gathers experts while another exchanges tokens would wait for ever. And sizes are fixed when a graph is
+compiled: they have to be the same on all ranks, whatever number of tokens each of them has. So ranks compare notes
+when they first compile a graph with a group's parameters. What was agreed holds from then on: a rank that compiles once
+more, for another number of tokens, finds it, or says why it cannot go on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import distributed
+
+from moecompile import ranks
+from moecompile.passes.expert_parallel import Group
+from moecompile.runtime.sharded import process_group
+
+_agreed: dict[tuple[str, str], dict[str, int]] = {}
+"""By group and parameters: blocks that exchange, and their capacity."""
+
+
+def agree(
+    group: Group, parameters: Sequence[str], tokens: Mapping[str, Any], capacity: int | None, why: str
+) -> dict[str, int]:
+    """The capacity of each block that all ranks exchange.
+
+    Args:
+        group: of ranks that share experts.
+        parameters: of the group, in the graph that is being compiled.
+        tokens: of each block that this rank has found: a number, or a symbol.
+        capacity: the option `ep_capacity`.
+        why: this rank has not found others, if it has not.
+
+    Raises:
+        ValueError: a rank has more tokens than agreed, or nobody knows how many there will be.
+        RuntimeError: not all ranks compile, or this one does not find what the ranks agreed on before.
+    """
+    key = group.name, " ".join(parameters)
+    if key not in _agreed:
+        _agreed[key] = _meet(group, key, tokens, capacity)
+    found = _agreed[key]
+    for name, most in found.items():
+        if name not in tokens:
+            raise RuntimeError(
+                f"moecompile: the ranks {members(group)} have agreed to exchange the tokens of {name}, and the graph "
+                f"that is being compiled here has no such block{': ' if why else ''}{why}. Disable the pass "
+                '"exchange" on all ranks, or run them alike.'
+            )
+        count = tokens[name]
+        if isinstance(count, int) and count > most:
+            raise ValueError(
+                f"moecompile: this rank has {count} tokens, and the ranks {members(group)} have room for {most} of "
+                "each: give all of them the option `ep_capacity`, the most tokens of a rank"
+            )
+    return found
+
+
+def forget() -> None:
+    """Ranks agree anew at the next graph; all of them have to forget."""
+    _agreed.clear()
+
+
+def members(group: Group) -> list[int]:
+    """Ranks of the job."""
+    found: list[int] = distributed.get_process_group_ranks(process_group(group.name))
+    return found
+
+
+def _meet(group: Group, key: tuple[str, str], tokens: Mapping[str, Any], capacity: int | None) -> dict[str, int]:
+    mine = {name: count if isinstance(count, int) else None for name, count in tokens.items()}
+    word = json.dumps({"tokens": mine, "capacity": capacity})
+    words = ranks.words_of_all(word, f"exchange {key}", members(group))
+    if words is None:
+        raise RuntimeError(
+            f"moecompile: not all of the ranks {members(group)}, which share experts, compiled within {ranks.PATIENCE};"
+            " each of them has to call the model"
+        )
+    notes = [json.loads(each) for each in words]
+    asked = {note["capacity"] for note in notes}
+    if len(asked) > 1:
+        raise ValueError(
+            f"moecompile: option `ep_capacity`: the ranks {members(group)} were given different ones: "
+            f"{[note['capacity'] for note in notes]}. Give all the same."
+        )
+    (most,) = asked
+    common = [name for name in notes[0]["tokens"] if all(name in note["tokens"] for note in notes)]
+    return {name: _capacity([note["tokens"][name] for note in notes], most) for name in common}
+
+
+def _capacity(counts: Sequence[int | None], asked: int | None) -> int:
+    """For these tokens of all ranks; None is a number that nobody knows yet."""
+    if asked is not None:
+        return asked
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        raise ValueError(
+            "moecompile: a rank's number of tokens is symbolic, so nobody knows how much room the others need for it: "
+            "give all ranks the option `ep_capacity`, the most tokens of a rank, or compile with dynamic=False"
+        )
+    return max(1, *known)

@@ -1,0 +1,355 @@
+"""What several ranks check together (tests/test_expert_parallel.py): each is a function of (rank, ranks)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
+
+import moecompile
+from moecompile import agreement
+
+ops = torch.ops.moecompile
+EXPERTS, HIDDEN, INNER, TOP_K = 8, 64, 32, 2
+
+
+class Stacked(nn.Module):
+    """Experts stacked in two parameters, sorted rows and grouped products."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False, dtype=dtype)
+        self.w_in = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * INNER, dtype=dtype) / 8)
+        self.w_out = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN, dtype=dtype) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).float().softmax(-1).topk(TOP_K, -1)
+        flat = ids.reshape(-1)
+        order = flat.argsort(stable=True)
+        ends = torch.bincount(flat, minlength=EXPERTS).cumsum(0).to(torch.int32)
+        gate, up = torch._grouped_mm(x[order // TOP_K], self.w_in, offs=ends).chunk(2, -1)
+        y = torch._grouped_mm(F.silu(gate) * up, self.w_out, offs=ends)
+        y = y.float() * weights.reshape(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, order // TOP_K, y).to(x.dtype)
+
+
+class Looped(nn.Module):
+    """Experts that are read one by one, those that some token chose: on every rank others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN) / 8)
+        self.w_out = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) / 6)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            token, place = torch.where(ids == expert)
+            gate, up = F.linear(x[token], self.w_in[expert]).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, self.w_out[expert]) * weights[token, place].unsqueeze(-1)
+            result.index_add_(0, token, y)
+        return result
+
+
+class Model(nn.Module):
+    """Two blocks of experts between projections, residuals around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16)
+        self.blocks = nn.ModuleList([Stacked(), Stacked()])
+        self.last = nn.Linear(HIDDEN, 8, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def mesh_of(ranks: int) -> DeviceMesh:
+    """All ranks in one dimension."""
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
+
+
+def tokens_of(rank: int, count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """This rank's own."""
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
+
+
+def local_of(parameter: Any) -> Tensor:
+    """This rank's part."""
+    found: Tensor = parameter.to_local()
+    return found
+
+
+def whole_of(parameter: Any) -> Tensor:
+    """All ranks' parts."""
+    found: Tensor = parameter.full_tensor()
+    return found
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
+    """By moecompile, with what the ranks agreed on before forgotten."""
+    agreement.forget()
+    moecompile.reset()
+    options = {"lowering": "eager"} | options
+    return torch.compile(model, backend="moecompile", fullgraph=True, options=options)
+
+
+def results(run: Callable[..., Tensor], model: nn.Module, *given: Tensor) -> list[Tensor]:
+    """Output, and gradients of the inputs and of all parameters, those of sharded ones whole."""
+    leaves = [each.clone().requires_grad_() if each.is_floating_point() else each for each in given]
+    model.zero_grad()
+    out = run(*leaves)
+    (out.float() ** 2).sum().backward()
+    found = [out.detach(), *(each.grad for each in leaves if each.grad is not None)]
+    for parameter in model.parameters():
+        grad = parameter.grad
+        assert grad is not None
+        found.append(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+    return found
+
+
+def meaned(found: list[Tensor], model: nn.Module, sharded: bool = False) -> list[Tensor]:
+    """The same with gradients of parameters as DDP makes them: the mean over all ranks.
+
+    Sharded ones have it already where the model is sharded.
+    """
+    parameters = [*model.parameters()]
+    for parameter, grad in zip(parameters, found[len(found) - len(parameters) :], strict=True):
+        if sharded and isinstance(parameter, DTensor):
+            continue
+        wide = grad.float()
+        distributed.all_reduce(wide)
+        grad.copy_(wide / distributed.get_world_size())
+    return found
+
+
+def with_mean_of_others(found: list[Tensor], model: nn.Module) -> list[Tensor]:
+    """Of a sharded model: gradients of what every rank has whole become the mean."""
+    return meaned(found, model, sharded=True)
+
+
+def close(found: list[Tensor], right: list[Tensor], bound: float) -> None:
+    """Relative, in the norm."""
+    for number, (one, other) in enumerate(zip(found, right, strict=True)):
+        error = float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))
+        assert one.shape == other.shape and error <= bound, f"result {number} is off by {error}"
+
+
+def check_eager_is_bitwise_what_it_was(rank: int, ranks: int) -> None:
+    model = Stacked()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 5 + 4 * rank)
+    assert moecompile.shard_experts(model, mesh_of(ranks)) is model
+    assert local_of(model.w_in).shape == (EXPERTS // ranks, HIDDEN, 2 * INNER)
+    assert isinstance(model.w_in, DTensor), "outside of a forward nobody gathers"
+    found, right = results(model, model, x), results(whole, whole, x)
+    assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
+    close(with_mean_of_others(found, model), meaned(right, whole), 4e-3)
+
+
+def check_experts_that_differ_between_ranks_do_not_hang(rank: int, ranks: int) -> None:
+    """Rank 0 reads one expert, the last one none: the gathers are as many on all."""
+    model = Looped()
+    whole = copy.deepcopy(model)
+    moecompile.shard_experts(model, mesh_of(ranks), gradients="sum")
+    count = 0 if rank == ranks - 1 else 3
+    x, weights = tokens_of(rank, count, torch.float32), torch.rand(count, TOP_K)
+    ids = torch.tensor([[rank, rank + 1]] * count).view(count, TOP_K)
+    assert torch.equal(model(x, ids, weights), whole(x, ids, weights))
+
+
+def check_compiled_exchanges_tokens(rank: int, ranks: int) -> None:
+    """Ranks with different numbers of tokens; nothing is gathered; results and gradients are the model's."""
+    model = Model()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 6 + 5 * rank)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    right = meaned(results(whole, whole, x), whole)
+    close(with_mean_of_others(results(compiled(model), model, x), model), right, 1.5e-2)
+    (graph,) = moecompile.last_report().graphs
+    assert "gather_experts" not in graph.after and graph.after.count("dispatch_start") == 2
+    assert f"capacity={6 + 5 * (ranks - 1)}" in graph.after, "the ranks agreed on the most"
+
+
+def check_a_rank_without_tokens(rank: int, ranks: int) -> None:
+    model = Stacked()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 7 if rank == 0 else 0)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    right = meaned(results(whole, whole, x), whole)
+    found = results(compiled(model), model, x)
+    assert found[0].shape == x.shape
+    close(with_mean_of_others(found, model), right, 1e-2)
+    assert "dispatch_start" in moecompile.last_report().graphs[-1].after
+
+
+def check_all_to_one(rank: int, ranks: int) -> None:
+    """All tokens of all ranks choose experts of the last rank."""
+    x, weights = tokens_of(rank, 9, torch.float32), torch.rand(9, TOP_K)
+    ids = torch.tensor([[EXPERTS - 1, EXPERTS - 2]] * 9)
+    ids[4] = torch.tensor([EXPERTS - 2, EXPERTS - 1])
+    sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=9)
+    assert sent.view(ranks, 9)[-1].tolist() == [*range(9)] and bool((sent.view(ranks, 9)[:-1] == -1).all())
+    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name}
+    parts = ops.dispatch_start(x, ids, weights, sent, home, **among)
+    rows, row_ids, row_weights = ops.dispatch_wait(*parts, num_experts=EXPERTS, **among)
+    here = EXPERTS // ranks
+    if rank == ranks - 1:
+        assert torch.equal(rows.view(ranks, 9, HIDDEN)[rank], x)
+        assert torch.equal(row_ids.view(ranks, 9, TOP_K)[rank], ids - EXPERTS + here)
+        assert torch.equal(row_weights.view(ranks, 9, TOP_K)[rank], weights)
+    else:
+        assert not rows.any() and bool((row_ids == -1).all())
+    back = ops.combine_start(rows * 2, None, **among)
+    result, _ = ops.combine_wait(*back, sent, home, **among)
+    assert torch.equal(result, x * 2)
+
+
+def check_sums_at_home_are_exact(rank: int, ranks: int) -> None:
+    """Bit for bit the emulation: each rank's part rounded once, summed in float32 by rank, rounded once."""
+    generator = torch.Generator().manual_seed(rank)
+    x = tokens_of(rank, 11)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(11)])
+    ids[3] = -1
+    ids[5, 1] = -1
+    here = EXPERTS // ranks
+    sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=11)
+    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name}
+    rows, _, _ = ops.dispatch_wait(*ops.dispatch_start(x, ids, None, sent, home, **among), num_experts=EXPERTS, **among)
+    result, _ = ops.combine_wait(*ops.combine_start(rows * (rank + 1) / 3, None, **among), sent, home, **among)
+    total = torch.zeros(11, HIDDEN)
+    for other in range(ranks):
+        meets = ((ids >= other * here) & (ids < (other + 1) * here)).any(1, keepdim=True)
+        total += torch.where(meets, (x * (other + 1) / 3).float(), 0)
+    assert torch.equal(result, total.to(torch.bfloat16)) and not result[3].any()
+
+
+def check_full_checkpoints(rank: int, ranks: int) -> None:
+    """Loaded from plain tensors, saved as plain tensors and through torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model = Model()
+    full = {name: torch.randn_like(each) for name, each in model.state_dict().items()}
+    before = {name: each.clone() for name, each in full.items()}
+    moecompile.shard_experts(model, mesh_of(ranks))
+    assert not model.load_state_dict(full).missing_keys
+    assert all(type(each) is Tensor and torch.equal(each, before[name]) for name, each in full.items())
+    sharded = model.state_dict()
+    assert sharded.keys() == full.keys() and isinstance(sharded["blocks.1.w_out"], DTensor)
+    whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert all(torch.equal(whole[name], each) for name, each in full.items() if rank == 0)
+    model.load_state_dict(sharded)
+    try:
+        model.load_state_dict({**full, "blocks.0.w_in": full["blocks.0.w_in"][:-1]})
+    except RuntimeError as error:
+        assert "blocks.0.w_in" in str(error)
+    else:
+        raise AssertionError("a checkpoint with fewer experts was taken")
+
+
+def check_distributed_checkpoint(rank: int, ranks: int) -> None:
+    import os
+    import tempfile
+
+    from torch.distributed import checkpoint
+
+    path = [tempfile.mkdtemp() if rank == 0 else ""]
+    distributed.broadcast_object_list(path)
+    whole = Model()
+    state = {name: torch.randn_like(each) for name, each in whole.state_dict().items()}
+    checkpoint.save({"model": state}, checkpoint_id=os.path.join(path[0], "full"))
+    model = Model()
+    moecompile.shard_experts(model, mesh_of(ranks))
+    into = {"model": model.state_dict()}
+    checkpoint.load(into, checkpoint_id=os.path.join(path[0], "full"))
+    model.load_state_dict(into["model"])
+    assert torch.equal(whole_of(dict(model.named_parameters())["blocks.1.w_out"]), state["blocks.1.w_out"])
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=os.path.join(path[0], "sharded"))
+    plain = {"model": whole.state_dict()}
+    checkpoint.load(plain, checkpoint_id=os.path.join(path[0], "sharded"))
+    assert all(torch.equal(plain["model"][name], each) for name, each in state.items())
+
+
+def check_what_is_refused(rank: int, ranks: int) -> None:
+    mesh = mesh_of(ranks)
+    for model, more, words in (
+        (nn.Linear(8, 8), {}, "found no experts"),
+        (Stacked(), {"parameters": ["w_inn"]}, "no parameter 'w_inn'"),
+        (Stacked(), {"gradients": "max"}, "expected 'mean' or 'sum'"),
+    ):
+        before = [id(each) for each in model.parameters()]
+        try:
+            moecompile.shard_experts(model, mesh, **more)
+        except ValueError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{words}: was taken")
+        assert before == [id(each) for each in model.parameters()]
+    odd = Stacked()
+    odd.w_out = nn.Parameter(torch.randn(EXPERTS, 1, 1))
+    odd.w_in = nn.Parameter(torch.randn(EXPERTS, 1, 1))
+    odd.third = nn.Parameter(torch.randn(ranks + 1, 1, 1))
+    try:
+        moecompile.shard_experts(odd, mesh, parameters=["w_in", "third"])
+    except ValueError as error:
+        assert "share evenly" in str(error) and not isinstance(odd.w_in, DTensor)
+    else:
+        raise AssertionError("experts that cannot be shared were taken")
+    again = moecompile.shard_experts(Stacked(), mesh)
+    try:
+        moecompile.shard_experts(again, mesh)
+    except ValueError as error:
+        assert "DTensor already" in str(error) or "found no experts" in str(error)
+    else:
+        raise AssertionError("sharded twice")
+
+
+def check_more_tokens_than_agreed(rank: int, ranks: int) -> None:
+    model = moecompile.shard_experts(Stacked(), mesh_of(ranks))
+    run = compiled(model)
+    run(tokens_of(rank, 4))
+    torch._dynamo.reset()
+    try:
+        torch.compile(model, backend="moecompile", fullgraph=True, options={"lowering": "eager"})(tokens_of(rank, 5))
+    except Exception as error:
+        assert "ep_capacity" in str(error), error
+    else:
+        raise AssertionError("more tokens than there is room for were taken")
+    run = compiled(model, ep_capacity=16)
+    run(tokens_of(rank, 5))
+    assert "capacity=16" in moecompile.last_report().graphs[-1].after
+
+
+def check_shards_that_are_read_by_others_are_gathered(rank: int, ranks: int) -> None:
+    """What is no block of experts still computes what it did, and the report says that it gathers."""
+
+    class Odd(Stacked):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.w_out.sum((0, 1)) + x @ self.w_in.sum(0)[:, :HIDDEN]
+
+    model = Odd()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 6)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    found = compiled(model)(x)
+    close([found], [whole(x)], 1e-2)
+    graph = moecompile.last_report().graphs[0]
+    assert "gather_experts" in graph.after and "dispatch_start" in graph.after
+
+
+def check_shards(rank: int, ranks: int) -> None:
+    """Each rank keeps its own experts, in order; rank 0's values count."""
+    torch.manual_seed(rank)
+    model = Stacked()
+    mine = model.w_in.detach().clone()
+    moecompile.shard_experts(model, mesh_of(ranks))
+    assert model._parameters["w_in"].placements == (Shard(0),)  # type: ignore[union-attr]
+    full = whole_of(model.w_in)
+    assert rank != 0 or torch.equal(full, mine)
+    here = EXPERTS // ranks
+    assert torch.equal(local_of(model.w_in), full[rank * here : (rank + 1) * here])

@@ -1,0 +1,54 @@
+"""Checks that several ranks run together: one set of processes on gloo for all of a file's checks.
+
+    results = run_on_ranks(2, "expert_parallel_checks", ["check_a", "check_b"], directory)
+    results["check_a"]      what each rank that failed says
+
+A check is a function of (rank, ranks). Each has a process group of its own, and begins when all ranks are done with the
+one before: what fails on a rank, and leaves the others waiting until `PATIENCE` is over, does not spoil the next.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from moecompile import ranks as moecompile_ranks
+
+PATIENCE = timedelta(seconds=20)
+
+
+def run_on_ranks(ranks: int, module: str, names: Sequence[str], directory: Path) -> dict[str, str]:
+    """What each check came to."""
+    torch.multiprocessing.spawn(_rank_main, (ranks, module, list(names), str(directory)), nprocs=ranks)
+    return {name: "".join(_note(directory, name, rank).read_text() for rank in range(ranks)) for name in names}
+
+
+def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directory: str) -> None:
+    torch.set_num_threads(1)
+    checks, place = importlib.import_module(module), Path(directory)
+    moecompile_ranks.PATIENCE = PATIENCE
+    for name in names:
+        said, store = "", f"file://{directory}/{name}"
+        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+        try:
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            getattr(checks, name)(rank, ranks)
+            distributed.barrier()
+        except Exception:
+            said = f"rank {rank}: {traceback.format_exc()}\n"
+        distributed.destroy_process_group()
+        _note(place, name, rank).write_text(said)
+        while not all(_note(place, name, other).exists() for other in range(ranks)):
+            time.sleep(0.01)
+
+
+def _note(directory: Path, name: str, rank: int) -> Path:
+    return directory / f"{name}.{rank}"
