@@ -246,6 +246,78 @@ class Plan:
         return instantiation(f"Plan{self.step.capitalize()}", IDS[self.ids], self.experts)
 
 
+@dataclass(frozen=True)
+class ExchangePlan:
+    """Where a rank's tokens go.
+
+    Attributes:
+        ids: dtype of the expert ids, one of IDS.
+    """
+
+    ids: str
+
+    header: ClassVar[str] = "exchange_plan.cuh"
+    name: ClassVar[str] = "moecompile_exchange_plan"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("ExchangePlan", IDS[self.ids])
+
+
+@dataclass(frozen=True)
+class ExchangeSend:
+    """Rows into the memory of other ranks.
+
+    Attributes:
+        ids: dtype of the expert ids that travel with them, one of IDS.
+    """
+
+    ids: str
+
+    header: ClassVar[str] = "exchange_send.cuh"
+    name: ClassVar[str] = "moecompile_exchange_send"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("ExchangeSend", IDS[self.ids])
+
+
+@dataclass(frozen=True)
+class ExchangeReceive:
+    """Rows that came from other ranks."""
+
+    header: ClassVar[str] = "exchange_receive.cuh"
+    name: ClassVar[str] = "moecompile_exchange_receive"
+    definitions: ClassVar[str] = ""
+    template: ClassVar[str] = "ExchangeReceive"
+
+
+@dataclass(frozen=True)
+class ExchangeHome:
+    """Rows that came back from other ranks, summed into tokens.
+
+    Attributes:
+        rows: their dtype, one of RESULTS.
+        weights: that of what travelled with them, one of RESULTS.
+    """
+
+    rows: str
+    weights: str
+
+    header: ClassVar[str] = "exchange_home.cuh"
+    name: ClassVar[str] = "moecompile_exchange_home"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("ExchangeHome", RESULTS[self.rows], RESULTS[self.weights])
+
+
 def instantiation(name: str, *arguments: str | int | bool) -> str:
     """The C++ type that a template makes of these arguments."""
     return f"{name}<{', '.join(str(each).lower() if isinstance(each, bool) else str(each) for each in arguments)}>"

@@ -1,0 +1,68 @@
+// Memory that ranks write into each other's, and how they say what they have written. moecompile/runtime/peer_memory.py lays
+// it out alike:
+//
+//     words           WORDS bytes: of whom an exchange was aborted, counters, and of each slot
+//         taken       (ranks,)             the last exchange whose rows that rank has read here, written by that rank
+//         arrived     (ranks, CHANNELS)    of that rank's channel: the exchange, and how many rows it has sent in it
+//     rows            (slots, ranks, capacity) records of `pitch` bytes: a slot's rows, by the rank they come from
+//
+// Exchanges of a slot are counted from 1 on each rank, by words of its own that its kernels advance: nothing is ever cleared,
+// and a launch may be captured and repeated. An exchange writes a rank's rows when that rank has read the ones before.
+#pragma once
+#include "kernel.cuh"
+
+constexpr i32 RANKS = 16, SLOTS = 8, CHANNELS = 256;  // at most
+
+struct PeerWords {
+    u64 aborted;              // the rank that gave up first, plus one
+    u64 reserved[15];
+    u32 begun[SLOTS][2];      // exchanges that this rank has sent its part of; blocks that are done with that
+    u32 ended[SLOTS][2];      // exchanges that it has read its part of; likewise
+    u64 taken[SLOTS][RANKS];
+    u64 arrived[SLOTS][RANKS][CHANNELS];
+};
+
+// One exchange, as this rank sees it.
+struct Peers {
+    const u64* bases;  // (ranks,): where each rank's memory begins, for this device
+    i32 rank, ranks, slot, capacity, pitch, channels;
+    i32 patience;      // milliseconds that a wait may take
+
+    __device__ __forceinline__ PeerWords& words(i32 of) const { return *reinterpret_cast<PeerWords*>(__ldg(bases + of)); }
+    // The record at that rank which has that place among those of `from`.
+    __device__ __forceinline__ u8* record(i32 at, i32 from, i32 place) const {
+        u8* rows = reinterpret_cast<u8*>(__ldg(bases + at)) + sizeof(PeerWords);
+        return rows + ((i64(slot) * ranks + from) * capacity + place) * pitch;
+    }
+
+    // Until the word, of this rank's own memory, is at least that. False if it will not be: somebody has given up, or nothing
+    // has come in time, and everybody is told so.
+    __device__ __forceinline__ bool wait(const u64* word, u64 at_least) const {
+        u64 deadline = 0;
+        for (u32 turn = 0; ptx::load_acquire_system(word) < at_least; turn++) {
+            if (turn % 64) continue;
+            if (ptx::load_acquire_system(&words(rank).aborted)) return false;
+            u64 now = ptx::nanoseconds();
+            if (!deadline) deadline = now + u64(patience) * 1000000;
+            if (now < deadline) continue;
+            for (i32 other = 0; other < ranks; other++) ptx::store_release_system(&words(other).aborted, rank + 1);
+            return false;
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ bool aborted() const { return ptx::load_acquire_system(&words(rank).aborted) != 0; }
+};
+
+// The number of the exchange that a kernel takes part in, counted by `counter`.
+__device__ __forceinline__ u32 exchange_of(const u32 (&counter)[2]) {
+    return *reinterpret_cast<const volatile u32*>(counter) + 1;
+}
+
+// By one thread of each block, when the block is done: true in the last of them.
+__device__ __forceinline__ bool is_last_block(u32 (&counter)[2]) {
+    __threadfence();
+    bool last = atomicInc(counter + 1, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+    return last;
+}

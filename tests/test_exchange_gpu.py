@@ -1,0 +1,160 @@
+"""The exchange's kernels between ranks that are streams of one GPU: every row, every place, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from moecompile.runtime import hopper_exchange as kernels
+from moecompile.runtime.exchange import exchange_plan
+from moecompile.runtime.peer_memory import COMBINE, DISPATCH, PeerMemory, among_streams
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+CHANNELS = 32
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What a rank brings."""
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+def brought(seed: int, tokens: int, columns: int, experts: int, top_k: int, dtype: torch.dtype, kind: str) -> Brought:
+    """Random tokens and their experts."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    scores = torch.rand(tokens, experts, generator=generator, device="cuda")
+    ids = scores.topk(top_k, 1).indices
+    if kind == "dropped":
+        ids = torch.where(torch.rand(ids.shape, generator=generator, device="cuda") < 0.4, -1, ids)
+    if kind == "last":
+        ids = torch.arange(experts - top_k, experts, device="cuda").expand(tokens, top_k).contiguous()
+    if kind == "nobody":
+        ids = torch.full_like(ids, -1)
+    x = torch.randn(tokens, columns, generator=generator, device="cuda").to(dtype)
+    return Brought(x, ids, torch.rand(tokens, top_k, generator=generator, device="cuda"))
+
+
+class Ranks:
+    """All ranks, each with a stream of its own."""
+
+    def __init__(self, every: Sequence[PeerMemory], experts: int) -> None:
+        self.every, self.experts, self.here = every, experts, experts // len(every)
+        self.streams = [torch.cuda.Stream() for _ in every]
+
+    def exchange(self, brings: Sequence[Brought]) -> list[tuple[Tensor, ...]]:
+        """Of each rank what it received, and its sums when all rows came back, scaled by (rank + 1) / 4.
+
+        Everything is launched without waiting for anything: kernels of different ranks wait for each other.
+        """
+        torch.cuda.synchronize()
+        found = []
+        for memory, stream, mine in zip(self.every, self.streams, brings, strict=True):
+            with torch.cuda.stream(stream):
+                ranks, columns, top_k = memory.ranks, mine.x.shape[1], mine.ids.shape[1]
+                sent, home = kernels.plan(mine.ids, self.experts, ranks, memory.capacity)
+                kernels.send(memory, DISPATCH, mine.x, sent, None, mine.ids, mine.weights)
+                rows, ids, weights, came = kernels.receive(
+                    memory, DISPATCH, mine.x, columns, top_k, torch.float32, True, self.here
+                )
+                assert ids is not None and weights is not None
+                back = (rows.float() * (memory.rank + 1) / 4).to(rows.dtype)
+                kernels.send(memory, COMBINE, back, None, came, None, weights * 2)
+                sums, of_weights = kernels.home(memory, COMBINE, home, mine.x, columns, top_k, torch.float32)
+                assert of_weights is not None
+                found.append((sent, home, rows, ids, weights, came, sums, of_weights))
+        torch.cuda.synchronize()
+        return found
+
+    def check(self, brings: Sequence[Brought]) -> None:
+        """Every bit of an exchange."""
+        found, ranks = self.exchange(brings), len(self.every)
+        capacity = self.every[0].capacity
+        for rank, (mine, (sent, home, *_, sums, of_weights)) in enumerate(zip(brings, found, strict=True)):
+            right = exchange_plan(mine.ids.cpu(), num_experts=self.experts, ranks=ranks, capacity=capacity)
+            assert torch.equal(sent.cpu(), right[0]) and torch.equal(home.cpu(), right[1]), rank
+            total, times = torch.zeros_like(mine.x, dtype=torch.float32), torch.zeros_like(mine.weights)
+            for other in range(ranks):
+                meets = home[:, other] >= 0
+                part = (mine.x.float() * (other + 1) / 4).to(mine.x.dtype).float()
+                total += torch.where(meets[:, None], part, 0)
+                times += torch.where(meets[:, None], 2 * mine.weights, 0)
+            assert torch.equal(sums, total.to(mine.x.dtype)) and torch.equal(of_weights, times), rank
+        for rank, (_, _, rows, ids, weights, came, _, _) in enumerate(found):
+            for other, mine in enumerate(brings):
+                token = found[other][0].view(ranks, capacity)[rank]
+                token = token[token >= 0].long()
+                count = len(token)
+                assert int(came[other]) == count
+                part = slice(other * capacity, other * capacity + count)
+                assert torch.equal(rows[part], mine.x[token]), (rank, other)
+                local = mine.ids[token] - rank * self.here
+                local = torch.where((local >= 0) & (local < self.here), local, -1)
+                assert torch.equal(ids[part], local.int()) and torch.equal(weights[part], mine.weights[token])
+                rest = slice(part.stop, (other + 1) * capacity)
+                assert bool((ids[rest] == -1).all()) and not weights[rest].any()
+
+
+@pytest.mark.parametrize("kind", ["random", "dropped", "last", "nobody"])
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "columns", "experts", "top_k", "dtype"),
+    [
+        (1, [300], 512, 8, 2, torch.bfloat16),
+        (2, [512, 512], 7168, 16, 8, torch.bfloat16),
+        (4, [0, 1, 700, 64], 2048, 64, 6, torch.float16),
+        (8, [130] * 8, 256, 64, 8, torch.float32),
+    ],
+)
+def test_every_row(
+    ranks: int, tokens: list[int], columns: int, experts: int, top_k: int, dtype: torch.dtype, kind: str
+) -> None:
+    capacity = max(tokens)
+    pitch = kernels.pitch_of(columns, dtype, top_k, torch.float32)
+    assert kernels.takes(columns, dtype, pitch, ranks)
+    group = Ranks(among_streams(ranks, capacity, pitch, CHANNELS, 20.0, 0), experts)
+    for memory in group.every:  # what was there before is NaN
+        memory.own[-memory.pitch * ranks * capacity :].fill_(0x7F)
+    for turn in range(4):
+        group.check([brought(10 * turn + r, tokens[r], columns, experts, top_k, dtype, kind) for r in range(ranks)])
+
+
+def test_a_thousand_routings() -> None:
+    """Slots are used again and again, while ranks are at different places."""
+    ranks, experts, top_k, columns, capacity = 4, 32, 4, 256, 96
+    pitch = kernels.pitch_of(columns, torch.bfloat16, top_k, torch.float32)
+    group = Ranks(among_streams(ranks, capacity, pitch, CHANNELS, 20.0, 0), experts)
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(250):
+        tokens = torch.randint(0, capacity + 1, (ranks,), generator=generator).tolist()
+        group.check(
+            [
+                brought(turn * ranks + r, tokens[r], columns, experts, top_k, torch.bfloat16, "random")
+                for r in range(ranks)
+            ]
+        )
+
+
+def test_a_rank_that_does_not_come() -> None:
+    """The others give up in time, their results are NaN, later exchanges end at once, and it is known who gave up."""
+    experts, columns, top_k = 8, 256, 2
+    pitch = kernels.pitch_of(columns, torch.bfloat16, top_k, torch.float32)
+    every = among_streams(2, 64, pitch, CHANNELS, 0.3, 0)
+    mine = brought(0, 64, columns, experts, top_k, torch.bfloat16, "random")
+    sent, home = kernels.plan(mine.ids, experts, 2, 64)
+    for _ in range(3):
+        kernels.send(every[0], DISPATCH, mine.x, sent, None, mine.ids, mine.weights)
+        rows, ids, _, came = kernels.receive(every[0], DISPATCH, mine.x, columns, top_k, torch.float32, True, 4)
+        kernels.send(every[0], COMBINE, rows, None, came, None, None)
+        sums, _ = kernels.home(every[0], COMBINE, home, mine.x, columns, 0, None)
+        assert bool(sums.isnan().all()) and ids is not None and bool((ids.view(2, 64, top_k)[1] == -1).all())
+    assert every[0].aborted_by() == every[1].aborted_by() == 0
