@@ -31,20 +31,14 @@ def pitch_of(columns: int, dtype: torch.dtype, top_k: int, weights: torch.dtype)
 
 def takes(columns: int, dtype: torch.dtype, pitch: int, ranks: int) -> bool:
     """Whether the kernels exchange such rows."""
-    return (
-        dtype in DTYPES
-        and columns * dtype.itemsize % 16 == 0
-        and columns % 8 == 0
-        and 2 * pitch <= RING
-        and ranks <= RANKS
-    )
+    return dtype in DTYPES and columns % 8 == 0 and 2 * pitch <= RING and ranks <= RANKS
 
 
 def plan(expert_ids: Tensor, num_experts: int, ranks: int, capacity: int) -> tuple[Tensor, Tensor]:
     """`sent` and `home` of `moecompile::exchange_plan`.
 
     Args:
-        expert_ids: (T, K) of any integer dtype; -1 for none. Any other id that no expert has is a device-side assertion.
+        expert_ids: (T, K) of any integer dtype; -1 for none. Another id without an expert is a device-side assertion.
         num_experts: of all ranks, a multiple of their number.
         ranks: at most RANKS.
         capacity: T or more.
@@ -82,8 +76,8 @@ def send(
     top_k = 0 if along is None else along.shape[1]
     pitch = -(-(row + top_k * ((0 if ids is None else 4) + item)) // 16) * 16
     values = (
-        memory.bases, x, sent, came, ids, weights, *_where(memory, slot, pitch), row, x.stride(0) * x.element_size(), top_k,
-        item,
+        memory.bases, x, sent, came, ids, weights, *_where(memory, slot, pitch), row, pitch,
+        x.stride(0) * x.element_size(), top_k, item,
     )  # fmt: skip
     Launch(kernel, memory.channels // WARPS, values).run()
 

@@ -96,12 +96,12 @@ class Ranks:
                 token = token[token >= 0].long()
                 count = len(token)
                 assert int(came[other]) == count
-                part = slice(other * capacity, other * capacity + count)
-                assert torch.equal(rows[part], mine.x[token]), (rank, other)
+                here = slice(other * capacity, other * capacity + count)
+                assert torch.equal(rows[here], mine.x[token]), (rank, other)
                 local = mine.ids[token] - rank * self.here
                 local = torch.where((local >= 0) & (local < self.here), local, -1)
-                assert torch.equal(ids[part], local.int()) and torch.equal(weights[part], mine.weights[token])
-                rest = slice(part.stop, (other + 1) * capacity)
+                assert torch.equal(ids[here], local.int()) and torch.equal(weights[here], mine.weights[token])
+                rest = slice(here.stop, (other + 1) * capacity)
                 assert bool((ids[rest] == -1).all()) and not weights[rest].any()
 
 
