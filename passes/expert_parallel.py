@@ -14,9 +14,9 @@ Contract
     result = experts(x, weights, *plan(expert_ids, E), w_in, w_out)
         becomes
     sent, home = exchange_plan(expert_ids, num_experts=E, ranks=R, capacity=C)
-    rows, ids, row_weights = dispatch_wait(*dispatch_start(x, expert_ids, weights, sent, home))
+    rows, ids, row_weights, came = dispatch_wait(*dispatch_start(x, expert_ids, weights, sent, home))
     y = experts(rows, row_weights, *plan(ids, E / R), w_in_here, w_out_here)
-    result, _ = combine_wait(*combine_start(y), sent, home)
+    result, _ = combine_wait(*combine_start(y, came), sent, home)
 
 A start and its wait are nodes of their own, so that what does not need the tokens can run between them.
 """
@@ -36,6 +36,7 @@ from moecompile.passes.calls import bind
 from moecompile.passes.casts import Kept, call_for, key_of
 from moecompile.passes.provenance import input_name, module_of, source_of
 from moecompile.passes.spelling import operation_name
+from moecompile.runtime.peer_memory import SLOTS_USED
 
 ops = torch.ops.moecompile
 GATHER = ops.gather_experts.default
@@ -71,6 +72,8 @@ class Exchanged:
     capacity: int
 
 
+TURNS = SLOTS_USED // 2
+"""Blocks whose exchanges may be in flight at once."""
 Agree = Callable[[Group, Sequence[str], Mapping[str, Any]], Mapping[str, int]]
 """Given a group, the names of its parameters that this graph gathers, and the tokens of each block that this rank could
 exchange: the capacity of those that all ranks exchange."""
@@ -116,7 +119,7 @@ def exchange_tokens(graph: fx.Graph, agree: Agree) -> tuple[list[Exchanged], lis
         capacities = agree(group, sorted(names), {name: block.tokens for name, block in blocks[group].items()})
         for name, block in blocks[group].items():
             if name in capacities:
-                done.append(block.exchange(capacities[name]))
+                done.append(block.exchange(capacities[name], len(done) % TURNS))
             else:
                 kept.append(Kept(block.module, "not all ranks found it"))
     for node in reversed(graph.find_nodes(op="call_function", target=GATHER)):
@@ -154,24 +157,28 @@ class _Block:
             return "nobody knows where its plan comes from"
         return ""
 
-    def exchange(self, capacity: int) -> Exchanged:
-        """Puts dispatch, the experts of this rank, and combine in the block's place."""
+    def exchange(self, capacity: int, turn: int) -> Exchanged:
+        """Puts dispatch, the experts of this rank, and combine in the block's place.
+
+        `turn` chooses the slots: blocks whose exchanges may be in flight at once have different ones.
+        """
         (group,), node, given = self.groups, self._node, self._given
         plan: Any = given["offsets"].args[0]
         ids, num_experts = plan.args
         x, weights = given["x"], given.get("weights")
-        among = {"ranks": group.ranks, "group": group.name}
+        among = {"ranks": group.ranks, "group": group.name, "capacity": capacity}
         here = {"num_experts": num_experts, "ranks": group.ranks}
         with self._graph.inserting_before(node):
             sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity}, 2)
-            parts = self._several(ops.dispatch_start.default, (x, ids, weights, sent, home), among, 3)
-            rows, row_ids, row_weights = self._several(
-                ops.dispatch_wait.default, (*parts,), {"num_experts": num_experts, **among}, 3
+            there, back = ({**among, "slot": 2 * turn + way} for way in (0, 1))
+            parts = self._several(ops.dispatch_start.default, (x, ids, weights, sent, home), there, 3)
+            rows, row_ids, row_weights, came = self._several(
+                ops.dispatch_wait.default, (*parts,), {"num_experts": num_experts, **there}, 4
             )
             planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), {}, 4)
             y = self._experts(group, rows, None if weights is None else row_weights, planned)
-            back = self._several(ops.combine_start.default, (y, None), among, 2)
-            result, _ = self._several(ops.combine_wait.default, (*back, sent, home), among, 2)
+            parts = self._several(ops.combine_start.default, (y, None, came), back, 2)
+            result, _ = self._several(ops.combine_wait.default, (*parts, sent, home), back, 2)
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)

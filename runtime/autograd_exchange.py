@@ -40,18 +40,20 @@ class _DispatchWait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, attributes: Attributes, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.attributes = {name: attributes[name] for name in ("ranks", "group")}
+        ctx.attributes = {name: value for name, value in attributes.items() if name != "num_experts"}
         ctx.weighted = tensors[2].dim() == 2
         with torch._C._AutoDispatchBelowAutograd():
             found: tuple[Tensor, ...] = torch.ops.moecompile.dispatch_wait(*tensors, **attributes)
-        ctx.mark_non_differentiable(*_without_gradient(found, ctx.weighted))
+        *_, came = found
+        ctx.save_for_backward(came)
+        ctx.mark_non_differentiable(*_without_gradient(found[:3], ctx.weighted), came)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Found:
-        rows, _, weights = grads
-        given = weights if ctx.weighted else None
-        back, of_weights = torch.ops.moecompile.combine_start(rows, given, **ctx.attributes)
+        rows, _, weights, _ = grads
+        given, (came,) = weights if ctx.weighted else None, ctx.saved_tensors
+        back, of_weights = torch.ops.moecompile.combine_start(rows, given, came, **ctx.attributes)
         return None, back, None, of_weights if ctx.weighted else None
 
 
@@ -59,10 +61,12 @@ class _CombineStart(torch.autograd.Function):
     """Its derivative waits for the gradients of the rows that were sent back."""
 
     @staticmethod
-    def forward(ctx: Any, attributes: Attributes, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, attributes: Attributes, y: Tensor, weights: Tensor | None, came: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.attributes = attributes
         with torch._C._AutoDispatchBelowAutograd():
-            rows, others = torch.ops.moecompile.combine_start(y, weights, **attributes)
+            rows, others = torch.ops.moecompile.combine_start(y, weights, came, **attributes)
         ctx.mark_non_differentiable(others)
         return rows, others
 
@@ -71,8 +75,8 @@ class _CombineStart(torch.autograd.Function):
         rows, _ = grads
         nothing = rows.new_empty(0)
         attributes = {**ctx.attributes, "num_experts": ctx.attributes["ranks"]}  # of none
-        back, _, _ = torch.ops.moecompile.dispatch_wait(rows, nothing, nothing, **attributes)
-        return None, back, None
+        back, *_ = torch.ops.moecompile.dispatch_wait(rows, nothing.to(torch.int32), nothing, **attributes)
+        return None, back, None, None
 
 
 class _CombineWait(torch.autograd.Function):

@@ -13,20 +13,29 @@ from torch import Tensor
 from moecompile.codegen.instances import IDS, ExchangeHome, ExchangePlan, ExchangeReceive, ExchangeSend
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Launch, load
-from moecompile.runtime.peer_memory import RANKS, PeerMemory
+from moecompile.runtime.peer_memory import RANKS, PeerMemory, room_for
 
 WARPS = 4
 """Channels of a block that sends."""
 RING = 54 * 1024
 """Bytes of shared memory that a channel has for rows on their way; two at least have to fit."""
+CHANNELS_USED = 32
+"""Of eight blocks, which move rows as fast as more do (docs/perf.md)."""
 READERS = 132
 """Blocks that take rows out of the memory, at most: what they read is in this device's own."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def pitch_of(columns: int, dtype: torch.dtype, top_k: int, weights: torch.dtype) -> int:
+def serves(device: torch.device) -> bool:
+    """Whether the kernels run on that device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def pitch_of(columns: int, dtype: torch.dtype, ids: Tensor | None, weights: Tensor | None) -> int:
     """Bytes of a row with its experts and their weights behind it."""
-    return -(-(columns * dtype.itemsize + top_k * (4 + weights.itemsize)) // 16) * 16
+    along = 0 if ids is None else 4 * ids.shape[1]
+    along += 0 if weights is None else weights.dtype.itemsize * weights.shape[1]
+    return -(-(columns * dtype.itemsize + along) // 16) * 16
 
 
 def takes(columns: int, dtype: torch.dtype, pitch: int, ranks: int) -> bool:
@@ -54,14 +63,15 @@ def plan(expert_ids: Tensor, num_experts: int, ranks: int, capacity: int) -> tup
 
 
 def send(
-    memory: PeerMemory, slot: int, x: Tensor, sent: Tensor | None, came: Tensor | None, ids: Tensor | None,
-    weights: Tensor | None,
+    memory: PeerMemory, slot: int, capacity: int, x: Tensor, sent: Tensor | None, came: Tensor | None,
+    ids: Tensor | None, weights: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes rows into the memory of the ranks that are to have them, and says so.
 
     Args:
         memory: of this rank.
         slot: of the exchange.
+        capacity: rows of each rank at most.
         x: (T, H), or (ranks * capacity, H) where `sent` is None; rows contiguous.
         sent: of `plan`, or None: the first `came` of each rank's rows go back to it.
         came: (ranks,) int32.
@@ -76,21 +86,22 @@ def send(
     top_k = 0 if along is None else along.shape[1]
     pitch = -(-(row + top_k * ((0 if ids is None else 4) + item)) // 16) * 16
     values = (
-        memory.bases, x, sent, came, ids, weights, *_where(memory, slot, pitch), row, pitch,
+        memory.bases, x, sent, came, ids, weights, *_where(memory, slot, capacity, pitch), row,
         x.stride(0) * x.element_size(), top_k, item,
     )  # fmt: skip
     Launch(kernel, memory.channels // WARPS, values).run()
 
 
 def receive(
-    memory: PeerMemory, slot: int, like: Tensor, columns: int, top_k: int, weights: torch.dtype | None, with_ids: bool,
-    experts: int,
+    memory: PeerMemory, slot: int, capacity: int, like: Tensor, columns: int, top_k: int, weights: torch.dtype | None,
+    with_ids: bool, experts: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """Rows (ranks * capacity, columns) that came, their experts and weights, and how many came from each rank.
 
     Args:
         memory: of this rank.
         slot: of the exchange.
+        capacity: rows of each rank at most.
         like: a tensor of the rows' dtype, on this device.
         columns: of a row.
         top_k: experts of a token; 0 if nothing travels with the rows.
@@ -98,7 +109,7 @@ def receive(
         with_ids: whether the tokens' experts do.
         experts: of each rank.
     """
-    rows = memory.ranks * memory.capacity
+    rows = memory.ranks * capacity
     out = like.new_empty((rows, columns))
     ids = like.new_empty((rows, top_k), dtype=torch.int32) if with_ids else None
     found = None if weights is None else like.new_empty((rows, top_k), dtype=weights)
@@ -107,19 +118,32 @@ def receive(
     row = columns * out.element_size()
     pitch = -(-(row + top_k * ((4 if with_ids else 0) + item)) // 16) * 16
     kernel = load(ExchangeReceive(), out.device.index)
-    values = (memory.bases, out, ids, found, came, *_where(memory, slot, pitch), row // 16, top_k, item, experts)
-    Launch(kernel, min(READERS, memory.capacity), values).run()
+    values = (
+        memory.bases,
+        out,
+        ids,
+        found,
+        came,
+        *_where(memory, slot, capacity, pitch),
+        row // 16,
+        top_k,
+        item,
+        experts,
+    )
+    Launch(kernel, min(READERS, capacity), values).run()
     return out, ids, found, came
 
 
 def home(
-    memory: PeerMemory, slot: int, places: Tensor, like: Tensor, columns: int, top_k: int, weights: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
+    memory: PeerMemory, slot: int, capacity: int, places: Tensor, like: Tensor, columns: int, top_k: int,
+    weights: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Sums (T, columns) of what came back for each token, and of what travelled with it, (T, top_k).
 
     Args:
         memory: of this rank.
         slot: of the exchange.
+        capacity: rows of each rank at most.
         places: `home` of `plan`, (T, ranks).
         like: a tensor of the rows' dtype, on this device.
         columns: of a row.
@@ -133,17 +157,17 @@ def home(
     pitch = -(-(columns * out.element_size() + top_k * item) // 16) * 16
     kernel = load(ExchangeHome(dtype_name(out.dtype), dtype_name(weights or torch.float32)), out.device.index)
     blocks = max(1, min(-(-tokens * columns // (8 * kernel.threads)), READERS))
-    values = (memory.bases, places, out, found, *_where(memory, slot, pitch), tokens, columns, top_k)
+    values = (memory.bases, places, out, found, *_where(memory, slot, capacity, pitch), tokens, columns, top_k)
     Launch(kernel, blocks, values).run()
     return out, found
 
 
-def _where(memory: PeerMemory, slot: int, pitch: int) -> tuple[Any, ...]:
+def _where(memory: PeerMemory, slot: int, capacity: int, pitch: int) -> tuple[Any, ...]:
     """What every kernel of an exchange is told of it."""
-    if pitch > memory.pitch:
-        raise ValueError(f"moecompile: rows of {pitch} bytes in an exchange that has room for {memory.pitch}")
-    milliseconds = max(1, round(memory.patience * 1000))
-    return (memory.rank, memory.ranks, slot, memory.capacity, memory.pitch, memory.channels, milliseconds)
+    if room_for(memory.ranks, capacity, pitch) > memory.room:
+        raise ValueError(f"moecompile: an exchange of {capacity} rows a rank, of {pitch} bytes, in {memory.room} bytes")
+    room, milliseconds = memory.room // 16, max(1, round(memory.patience * 1000))
+    return (memory.rank, memory.ranks, slot, room, capacity, pitch, memory.channels, milliseconds)
 
 
 def _conformed(expert_ids: Tensor) -> Tensor:

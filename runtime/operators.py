@@ -16,8 +16,8 @@
     experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
     experts_fp8_backward_adding(the same, main gradients) -> likewise
     exchange_plan(expert_ids, num_experts, ranks, capacity) -> (sent, home)
-    dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights) waits for
-    combine_start(y, weights, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) waits for
+    dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights, came) has
+    combine_start(y, weights, came, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) has
     gather_experts(local, ranks, group, mean) -> whole
     scatter_gradient(grad, ranks, group, mean) -> local
     own_experts(whole, ranks, group) -> local
@@ -96,6 +96,7 @@ LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor scales, T
 FORMAT = 'str scale_format="power_of_two"'
 FP8 = f"{ARGUMENTS}, {FORMAT}"
 FP8_WITHOUT_X = f"{WITHOUT_X}, {FORMAT}"
+EXCHANGE = "int ranks, str group, int capacity, int slot"
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
@@ -118,12 +119,12 @@ SCHEMAS = (
     f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs, "
     f"{ADDED_TO}) -> {ALL}",
     "exchange_plan(Tensor expert_ids, *, int num_experts, int ranks, int capacity) -> (Tensor sent, Tensor home)",
-    "dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, Tensor sent, Tensor home, *, int ranks, str group) "
+    f"dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, Tensor sent, Tensor home, *, {EXCHANGE}) "
     "-> (Tensor rows, Tensor ids, Tensor weights)",
-    "dispatch_wait(Tensor rows, Tensor ids, Tensor weights, *, int num_experts, int ranks, str group) "
-    "-> (Tensor rows, Tensor ids, Tensor weights)",
-    "combine_start(Tensor y, Tensor? weights, *, int ranks, str group) -> (Tensor y, Tensor weights)",
-    "combine_wait(Tensor y, Tensor weights, Tensor sent, Tensor home, *, int ranks, str group) "
+    f"dispatch_wait(Tensor rows, Tensor ids, Tensor weights, *, int num_experts, {EXCHANGE}) "
+    "-> (Tensor rows, Tensor ids, Tensor weights, Tensor came)",
+    f"combine_start(Tensor y, Tensor? weights, Tensor came, *, {EXCHANGE}) -> (Tensor y, Tensor weights)",
+    f"combine_wait(Tensor y, Tensor weights, Tensor sent, Tensor home, *, {EXCHANGE}) "
     "-> (Tensor result, Tensor weights)",
     "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
     "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",

@@ -1,24 +1,27 @@
 """Memory that the ranks of a group write into each other's: words and rows, as codegen/kernels/peer.cuh reads them.
 
-Every rank has the same: WORDS bytes of counters and signals, zeros at first, and SLOTS_USED slots of `capacity` rows
-for each rank. It is allocated once for a group, and no tensor of a graph lies in it.
+Every rank has the same: WORDS bytes of counters and signals, zeros at first, and SLOTS_USED slots for rows. It is
+allocated once for a group, and no tensor of a graph lies in it.
 """
 
 from __future__ import annotations
 
+import json
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from moecompile.runtime.sharded import process_group
 
 RANKS, SLOTS, CHANNELS = 16, 8, 256
 """At most; of peer.cuh."""
 WORDS = 128 + 2 * SLOTS * 2 * 4 + SLOTS * RANKS * 8 + SLOTS * RANKS * CHANNELS * 8
-DISPATCH, COMBINE = 0, 1
-"""Slots: an exchange has one from its start until its wait, and those of one kind follow each other."""
-SLOTS_USED = 2
+SLOTS_USED = 4
+"""An exchange has one from its start until its wait."""
 PATIENCE = 300.0
 """Seconds that a rank waits for another."""
 
@@ -31,8 +34,7 @@ class PeerMemory:
         own: this rank's, bytes.
         bases: (ranks,) int64 on the device: the address of each rank's, for this device.
         rank: among `ranks`.
-        capacity: rows of each rank in a slot.
-        pitch: bytes of a row with what travels behind it, at most; a multiple of 16.
+        room: bytes of a slot.
         channels: warps that send, the same number on all ranks.
         patience: seconds that a rank waits for another.
         held: what keeps the mapping of the peers' memory alive.
@@ -41,8 +43,7 @@ class PeerMemory:
     own: Tensor
     bases: Tensor
     rank: int
-    capacity: int
-    pitch: int
+    room: int
     channels: int
     patience: float = PATIENCE
     held: Any = field(default=None, repr=False)
@@ -58,54 +59,88 @@ class PeerMemory:
         return word - 1 if word else None
 
 
-def bytes_for(ranks: int, capacity: int, pitch: int) -> int:
-    """Of one rank's memory."""
-    return WORDS + SLOTS_USED * ranks * capacity * pitch
-
-
-def check_sizes(ranks: int, capacity: int, pitch: int, channels: int) -> None:
-    """Raises ValueError for what the kernels have no room for."""
-    for name, value, most in (("ranks", ranks, RANKS), ("channels", channels, CHANNELS)):
-        if not 1 <= value <= most:
-            raise ValueError(f"moecompile: {name} of an exchange: expected 1 to {most}, got {value}")
-    if pitch % 16 or pitch < 16 or capacity < 1:
-        raise ValueError(
-            f"moecompile: an exchange of {capacity} rows of {pitch} bytes: expected one or more, of a multiple of 16"
-        )
-
-
-def among_streams(
-    ranks: int, capacity: int, pitch: int, channels: int, patience: float, device: int
-) -> list[PeerMemory]:
-    """Memory of ranks that are all on one device, each of which launches on a stream of its own: to test kernels."""
-    check_sizes(ranks, capacity, pitch, channels)
-    place = torch.device("cuda", device)
-    every = [torch.zeros(bytes_for(ranks, capacity, pitch), dtype=torch.uint8, device=place) for _ in range(ranks)]
-    bases = _addresses([each.data_ptr() for each in every], place)
-    return [PeerMemory(own, bases, rank, capacity, pitch, channels, patience, every) for rank, own in enumerate(every)]
-
-
-def among_devices(group: str, capacity: int, pitch: int, channels: int, patience: float) -> PeerMemory:
-    """Memory of a group whose ranks have a device each, with access to the others' (NVLink); all have to call it.
+def room_for(ranks: int, capacity: int, pitch: int) -> int:
+    """Bytes of a slot for rows of `pitch` bytes, a multiple of 16, `capacity` of each rank.
 
     Raises:
-        ValueError: sizes that the kernels have no room for.
+        ValueError: the kernels have no room for so much.
+    """
+    room = -(-ranks * capacity * pitch // 128) * 128
+    if not 1 <= ranks <= RANKS or pitch % 16 or capacity < 1 or room // 16 >= 1 << 31:
+        raise ValueError(
+            f"moecompile: an exchange among {ranks} ranks of {capacity} rows each, of {pitch} bytes: expected at most "
+            f"{RANKS} ranks, a multiple of 16 bytes, and less than 32 GiB"
+        )
+    return room
+
+
+def among_streams(ranks: int, room: int, channels: int, patience: float, device: int) -> list[PeerMemory]:
+    """Memory of ranks that are all on one device, each of which launches on a stream of its own: to test kernels."""
+    place = torch.device("cuda", device)
+    every = [torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8, device=place) for _ in range(ranks)]
+    bases = _addresses([each.data_ptr() for each in every], place)
+    return [PeerMemory(own, bases, rank, room, channels, patience, every) for rank, own in enumerate(every)]
+
+
+def among_devices(group: str, room: int, channels: int, patience: float = PATIENCE) -> PeerMemory:
+    """Memory of a group whose ranks have a device each, with access to the others' (NVLink). All of them call it.
+
+    Raises:
         RuntimeError: torch's symmetric memory does not work between these devices.
     """
     from torch.distributed import _symmetric_memory as symmetric
 
-    from moecompile.runtime.sharded import process_group
-
     found = process_group(group)
-    check_sizes(found.size(), capacity, pitch, channels)
     device = torch.device("cuda", torch.cuda.current_device())
-    own = symmetric.empty(bytes_for(found.size(), capacity, pitch), dtype=torch.uint8, device=device)
+    own = symmetric.empty(WORDS + SLOTS_USED * room, dtype=torch.uint8, device=device)
     own.zero_()
     handle = symmetric.rendezvous(own, found)
     torch.cuda.synchronize(device)
-    handle.barrier()  # nobody writes before all have cleared theirs
+    distributed.barrier(found)  # nobody writes before all have cleared theirs
     bases = _addresses([int(address) for address in handle.buffer_ptrs], device)
-    return PeerMemory(own, bases, found.rank(), capacity, pitch, channels, patience, handle)
+    return PeerMemory(own, bases, found.rank(), room, channels, patience, handle)
+
+
+def reaches_peers(group: str, device: torch.device) -> bool:
+    """Whether the ranks of a group, one of which has this device, may write into each other's memory."""
+    if device.type != "cuda":
+        return False
+    found = process_group(group)
+    if group not in _reaching:
+        _reaching[group] = found.size() == 1 or _is_one_host(found)
+    return _reaching[group]
+
+
+def _is_one_host(group: distributed.ProcessGroup) -> bool:
+    """Whether all ranks of the group are on one host, with a device each, and these see each other.
+
+    Ranks tell each other through the job's key-value store: example values may be looked at meanwhile, among which
+    no collective works.
+    """
+    devices, members = range(torch.cuda.device_count()), distributed.get_process_group_ranks(group)
+    sees = all(torch.cuda.can_device_access_peer(one, other) for one in devices for other in devices if one != other)
+    store, topic = distributed.distributed_c10d._get_default_store(), f"moecompile/peers/{group.group_name}/{members}"
+    note = json.dumps([socket.gethostname(), torch.cuda.current_device(), sees])
+    store.set(f"{topic}/{distributed.get_rank()}", note)
+    notes = [json.loads(store.get(f"{topic}/{rank}")) for rank in members]
+    places = {(host, device) for host, device, _ in notes}
+    return len({host for host, _ in places}) == 1 and len(places) == len(members) and all(each[2] for each in notes)
+
+
+_reaching: dict[str, bool] = {}
+_memories: dict[str, PeerMemory] = {}
+_outgrown: list[PeerMemory] = []
+"""What captured graphs may still refer to."""
+
+
+def memory_of(group: str, room: int, channels: int) -> PeerMemory:
+    """The group's memory, with that much room at least; made when it is first asked for, by all ranks alike."""
+    found = _memories.get(group)
+    if found is None or found.room < room:
+        if found is not None:
+            _outgrown.append(found)
+        found = _memories[group] = among_devices(group, room, channels)
+    return found
 
 
 def _addresses(addresses: Sequence[int], device: torch.device) -> Tensor:

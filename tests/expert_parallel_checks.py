@@ -162,7 +162,7 @@ def check_experts_that_differ_between_ranks_do_not_hang(rank: int, ranks: int) -
     moecompile.shard_experts(model, mesh_of(ranks), gradients="sum")
     count = 0 if rank == ranks - 1 else 3
     x, weights = tokens_of(rank, count, torch.float32), torch.rand(count, TOP_K)
-    ids = torch.tensor([[rank, rank + 1]] * count).view(count, TOP_K)
+    ids = torch.tensor([[rank, rank + 1]] * count, dtype=torch.int64).view(count, TOP_K)
     assert torch.equal(model(x, ids, weights), whole(x, ids, weights))
 
 
@@ -196,17 +196,17 @@ def check_all_to_one(rank: int, ranks: int) -> None:
     ids[4] = torch.tensor([EXPERTS - 2, EXPERTS - 1])
     sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=9)
     assert sent.view(ranks, 9)[-1].tolist() == [*range(9)] and bool((sent.view(ranks, 9)[:-1] == -1).all())
-    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name}
+    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 9, "slot": 0}
     parts = ops.dispatch_start(x, ids, weights, sent, home, **among)
-    rows, row_ids, row_weights = ops.dispatch_wait(*parts, num_experts=EXPERTS, **among)
+    rows, row_ids, row_weights, came = ops.dispatch_wait(*parts, num_experts=EXPERTS, **among)
     here = EXPERTS // ranks
     if rank == ranks - 1:
         assert torch.equal(rows.view(ranks, 9, HIDDEN)[rank], x)
-        assert torch.equal(row_ids.view(ranks, 9, TOP_K)[rank], ids - EXPERTS + here)
+        assert torch.equal(row_ids.view(ranks, 9, TOP_K)[rank], (ids - EXPERTS + here).int())
         assert torch.equal(row_weights.view(ranks, 9, TOP_K)[rank], weights)
     else:
         assert not rows.any() and bool((row_ids == -1).all())
-    back = ops.combine_start(rows * 2, None, **among)
+    back = ops.combine_start(rows * 2, None, came, **among)
     result, _ = ops.combine_wait(*back, sent, home, **among)
     assert torch.equal(result, x * 2)
 
@@ -220,9 +220,11 @@ def check_sums_at_home_are_exact(rank: int, ranks: int) -> None:
     ids[5, 1] = -1
     here = EXPERTS // ranks
     sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=11)
-    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name}
-    rows, _, _ = ops.dispatch_wait(*ops.dispatch_start(x, ids, None, sent, home, **among), num_experts=EXPERTS, **among)
-    result, _ = ops.combine_wait(*ops.combine_start(rows * (rank + 1) / 3, None, **among), sent, home, **among)
+    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 11, "slot": 0}
+    rows, _, _, came = ops.dispatch_wait(
+        *ops.dispatch_start(x, ids, None, sent, home, **among), num_experts=EXPERTS, **among
+    )
+    result, _ = ops.combine_wait(*ops.combine_start(rows * (rank + 1) / 3, None, came, **among), sent, home, **among)
     total = torch.zeros(11, HIDDEN)
     for other in range(ranks):
         meets = ((ids >= other * here) & (ids < (other + 1) * here)).any(1, keepdim=True)

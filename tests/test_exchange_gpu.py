@@ -11,14 +11,14 @@ from torch import Tensor
 
 from moecompile.runtime import hopper_exchange as kernels
 from moecompile.runtime.exchange import exchange_plan
-from moecompile.runtime.peer_memory import COMBINE, DISPATCH, PeerMemory, among_streams
+from moecompile.runtime.peer_memory import PeerMemory, among_streams, room_for
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 
-CHANNELS = 32
+CHANNELS, DISPATCH, COMBINE = 32, 0, 1
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,17 @@ def brought(seed: int, tokens: int, columns: int, experts: int, top_k: int, dtyp
     return Brought(x, ids, torch.rand(tokens, top_k, generator=generator, device="cuda"))
 
 
+def pitch_of(columns: int, dtype: torch.dtype, top_k: int) -> int:
+    """Of a row with its experts and weights."""
+    return kernels.pitch_of(columns, dtype, torch.zeros(1, top_k, dtype=torch.int32), torch.zeros(1, top_k))
+
+
 class Ranks:
     """All ranks, each with a stream of its own."""
 
-    def __init__(self, every: Sequence[PeerMemory], experts: int) -> None:
+    def __init__(self, every: Sequence[PeerMemory], experts: int, capacity: int) -> None:
         self.every, self.experts, self.here = every, experts, experts // len(every)
+        self.capacity = capacity
         self.streams = [torch.cuda.Stream() for _ in every]
 
     def exchange(self, brings: Sequence[Brought]) -> list[tuple[Tensor, ...]]:
@@ -58,19 +64,20 @@ class Ranks:
         Everything is launched without waiting for anything: kernels of different ranks wait for each other.
         """
         torch.cuda.synchronize()
-        found = []
+        found: list[tuple[Tensor, ...]] = []
+        capacity = self.capacity
         for memory, stream, mine in zip(self.every, self.streams, brings, strict=True):
             with torch.cuda.stream(stream):
                 ranks, columns, top_k = memory.ranks, mine.x.shape[1], mine.ids.shape[1]
-                sent, home = kernels.plan(mine.ids, self.experts, ranks, memory.capacity)
-                kernels.send(memory, DISPATCH, mine.x, sent, None, mine.ids, mine.weights)
+                sent, home = kernels.plan(mine.ids, self.experts, ranks, capacity)
+                kernels.send(memory, DISPATCH, capacity, mine.x, sent, None, mine.ids, mine.weights)
                 rows, ids, weights, came = kernels.receive(
-                    memory, DISPATCH, mine.x, columns, top_k, torch.float32, True, self.here
+                    memory, DISPATCH, capacity, mine.x, columns, top_k, torch.float32, True, self.here
                 )
                 assert ids is not None and weights is not None
                 back = (rows.float() * (memory.rank + 1) / 4).to(rows.dtype)
-                kernels.send(memory, COMBINE, back, None, came, None, weights * 2)
-                sums, of_weights = kernels.home(memory, COMBINE, home, mine.x, columns, top_k, torch.float32)
+                kernels.send(memory, COMBINE, capacity, back, None, came, None, weights * 2)
+                sums, of_weights = kernels.home(memory, COMBINE, capacity, home, mine.x, columns, top_k, torch.float32)
                 assert of_weights is not None
                 found.append((sent, home, rows, ids, weights, came, sums, of_weights))
         torch.cuda.synchronize()
@@ -79,7 +86,7 @@ class Ranks:
     def check(self, brings: Sequence[Brought]) -> None:
         """Every bit of an exchange."""
         found, ranks = self.exchange(brings), len(self.every)
-        capacity = self.every[0].capacity
+        capacity = self.capacity
         for rank, (mine, (sent, home, *_, sums, of_weights)) in enumerate(zip(brings, found, strict=True)):
             right = exchange_plan(mine.ids.cpu(), num_experts=self.experts, ranks=ranks, capacity=capacity)
             assert torch.equal(sent.cpu(), right[0]) and torch.equal(home.cpu(), right[1]), rank
@@ -119,11 +126,11 @@ def test_every_row(
     ranks: int, tokens: list[int], columns: int, experts: int, top_k: int, dtype: torch.dtype, kind: str
 ) -> None:
     capacity = max(tokens)
-    pitch = kernels.pitch_of(columns, dtype, top_k, torch.float32)
+    pitch = pitch_of(columns, dtype, top_k)
     assert kernels.takes(columns, dtype, pitch, ranks)
-    group = Ranks(among_streams(ranks, capacity, pitch, CHANNELS, 20.0, 0), experts)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
     for memory in group.every:  # what was there before is NaN
-        memory.own[-memory.pitch * ranks * capacity :].fill_(0x7F)
+        memory.own[-4 * memory.room :].fill_(0x7F)
     for turn in range(4):
         group.check([brought(10 * turn + r, tokens[r], columns, experts, top_k, dtype, kind) for r in range(ranks)])
 
@@ -131,8 +138,8 @@ def test_every_row(
 def test_a_thousand_routings() -> None:
     """Slots are used again and again, while ranks are at different places."""
     ranks, experts, top_k, columns, capacity = 4, 32, 4, 256, 96
-    pitch = kernels.pitch_of(columns, torch.bfloat16, top_k, torch.float32)
-    group = Ranks(among_streams(ranks, capacity, pitch, CHANNELS, 20.0, 0), experts)
+    pitch = pitch_of(columns, torch.bfloat16, top_k)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
     generator = torch.Generator().manual_seed(0)
     for turn in range(250):
         tokens = torch.randint(0, capacity + 1, (ranks,), generator=generator).tolist()
@@ -147,14 +154,14 @@ def test_a_thousand_routings() -> None:
 def test_a_rank_that_does_not_come() -> None:
     """The others give up in time, their results are NaN, later exchanges end at once, and it is known who gave up."""
     experts, columns, top_k = 8, 256, 2
-    pitch = kernels.pitch_of(columns, torch.bfloat16, top_k, torch.float32)
-    every = among_streams(2, 64, pitch, CHANNELS, 0.3, 0)
+    pitch = pitch_of(columns, torch.bfloat16, top_k)
+    every = among_streams(2, room_for(2, 64, pitch), CHANNELS, 0.3, 0)
     mine = brought(0, 64, columns, experts, top_k, torch.bfloat16, "random")
     sent, home = kernels.plan(mine.ids, experts, 2, 64)
     for _ in range(3):
-        kernels.send(every[0], DISPATCH, mine.x, sent, None, mine.ids, mine.weights)
-        rows, ids, _, came = kernels.receive(every[0], DISPATCH, mine.x, columns, top_k, torch.float32, True, 4)
-        kernels.send(every[0], COMBINE, rows, None, came, None, None)
-        sums, _ = kernels.home(every[0], COMBINE, home, mine.x, columns, 0, None)
+        kernels.send(every[0], DISPATCH, 64, mine.x, sent, None, mine.ids, mine.weights)
+        rows, ids, _, came = kernels.receive(every[0], DISPATCH, 64, mine.x, columns, top_k, torch.float32, True, 4)
+        kernels.send(every[0], COMBINE, 64, rows, None, came, None, None)
+        sums, _ = kernels.home(every[0], COMBINE, 64, home, mine.x, columns, 0, None)
         assert bool(sums.isnan().all()) and ids is not None and bool((ids.view(2, 64, top_k)[1] == -1).all())
     assert every[0].aborted_by() == every[1].aborted_by() == 0

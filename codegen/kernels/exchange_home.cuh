@@ -39,7 +39,7 @@ struct ExchangeHome {
         const i32* home;  // (tokens, ranks): the place of a token on each rank, -1 where it has none
         typename Result::Element* out;      // (tokens, columns)
         typename Weight::Element* weights;  // (tokens, top_k), or null
-        i32 rank, ranks, slot, capacity, pitch, channels, patience;
+        i32 rank, ranks, slot, room, capacity, pitch, channels, patience;
         i32 tokens, columns, top_k;
     };
     struct Shared {
@@ -50,8 +50,8 @@ struct ExchangeHome {
         ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases, arguments.rank, arguments.ranks, arguments.slot, arguments.capacity,
-                       arguments.pitch, arguments.channels, arguments.patience};
+        Peers peers = {arguments.bases,    arguments.rank,  arguments.ranks,    arguments.slot,    arguments.room,
+                       arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
         PeerWords& own = peers.words(peers.rank);
         u32 exchange = exchange_of(own.ended[peers.slot]);
         bool complete = wait(shared, peers, exchange);

@@ -13,7 +13,7 @@ struct ExchangeReceive {
         i32* ids;      // (ranks * capacity, top_k), counted from this rank's first; or null
         u8* weights;   // (ranks * capacity, top_k) of `weight` bytes, 2 or 4; or null
         i32* came;     // (ranks,): how many rows came from each
-        i32 rank, ranks, slot, capacity, pitch, channels, patience;
+        i32 rank, ranks, slot, room, capacity, pitch, channels, patience;
         i32 pieces, top_k, weight, experts;  // experts of each rank
     };
     struct Shared {
@@ -24,8 +24,8 @@ struct ExchangeReceive {
         ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases, arguments.rank, arguments.ranks, arguments.slot, arguments.capacity,
-                       arguments.pitch, arguments.channels, arguments.patience};
+        Peers peers = {arguments.bases,    arguments.rank,  arguments.ranks,    arguments.slot,    arguments.room,
+                       arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
         PeerWords& own = peers.words(peers.rank);
         u32 exchange = exchange_of(own.ended[peers.slot]);
         for (i32 turn = 0; turn < peers.ranks; turn++) {

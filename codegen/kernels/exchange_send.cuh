@@ -16,8 +16,8 @@ struct ExchangeSend {
         const i32* came;    // (ranks,) so many of each rank's `capacity`
         const Id* ids;      // (tokens, top_k), or null
         const u8* weights;  // (tokens, top_k) of `weight` bytes, 2 or 4, or null; these two by line, too
-        i32 rank, ranks, slot, capacity, pitch, channels, patience;
-        i32 bytes, record, line, top_k, weight;  // record: bytes of a row with what travels behind it, a multiple of 16
+        i32 rank, ranks, slot, room, capacity, pitch, channels, patience;
+        i32 bytes, line, top_k, weight;  // `pitch` is that with what travels behind it
     };
     struct Shared {
         u8 rows[WARPS][RING];
@@ -53,8 +53,8 @@ struct ExchangeSend {
         ptx::take_turn();
         extern __shared__ __align__(128) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases, arguments.rank, arguments.ranks, arguments.slot, arguments.capacity,
-                       arguments.pitch, arguments.channels, arguments.patience};
+        Peers peers = {arguments.bases,    arguments.rank,  arguments.ranks,    arguments.slot,    arguments.room,
+                       arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
         PeerWords& own = peers.words(peers.rank);
         u32 exchange = exchange_of(own.begun[peers.slot]);
         i32 warp = threadIdx.x / 32, channel = blockIdx.x * WARPS + warp;
@@ -73,7 +73,7 @@ struct ExchangeSend {
     // By a warp; false if the exchange was aborted.
     static __device__ __forceinline__ bool send(Shared& shared, const Arguments& arguments, const Peers& peers, u32 exchange,
                                                 i32 warp, i32 channel) {
-        i32 lane = threadIdx.x % 32, stages = min(STAGES, RING / arguments.record);
+        i32 lane = threadIdx.x % 32, stages = min(STAGES, RING / arguments.pitch);
         u64* full = shared.full[warp];
         if (lane < RANKS) shared.counts[warp][lane] = 0;
         if (lane == 0) {
@@ -88,7 +88,7 @@ struct ExchangeSend {
             if (lane == 0) {
                 i32 stage = loads % stages;
                 ptx::barrier_expect(full + stage, arguments.bytes);
-                ptx::load_bytes(shared.rows[warp] + stage * arguments.record, arguments.x + i64(loaded.line) * arguments.line,
+                ptx::load_bytes(shared.rows[warp] + stage * arguments.pitch, arguments.x + i64(loaded.line) * arguments.line,
                                 arguments.bytes, full + stage);
             }
             loads++;
@@ -103,11 +103,11 @@ struct ExchangeSend {
                 if (!__shfl_sync(~0u, free, 0)) return false;
                 open = stored.turn;
             }
-            u8* row = shared.rows[warp] + stage * arguments.record;
+            u8* row = shared.rows[warp] + stage * arguments.pitch;
             ptx::barrier_wait(full + stage, i / stages & 1);
             put_along(arguments, row + arguments.bytes, stored.line);
             if (lane == 0) {
-                ptx::store_bytes(peers.record(to, peers.rank, stored.place), row, arguments.record);
+                ptx::store_bytes(peers.record(to, peers.rank, stored.place), row, arguments.pitch);
                 ptx::store_commit();
                 shared.counts[warp][to]++;
                 ptx::store_wait_read<1>();  // what the next load overwrites was stored one row ago

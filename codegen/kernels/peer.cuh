@@ -4,7 +4,8 @@
 //     words           WORDS bytes: of whom an exchange was aborted, counters, and of each slot
 //         taken       (ranks,)             the last exchange whose rows that rank has read here, written by that rank
 //         arrived     (ranks, CHANNELS)    of that rank's channel: the exchange, and how many rows it has sent in it
-//     rows            (slots, ranks, capacity) records of `pitch` bytes: a slot's rows, by the rank they come from
+//     rows            of each slot `room` times 16 bytes, and in these (ranks, capacity) records of `pitch` bytes: the rows
+//                     of its exchange, by the rank they come from
 //
 // Exchanges of a slot are counted from 1 on each rank, by words of its own that its kernels advance: nothing is ever cleared,
 // and a launch may be captured and repeated. An exchange writes a rank's rows when that rank has read the ones before.
@@ -25,14 +26,14 @@ struct PeerWords {
 // One exchange, as this rank sees it.
 struct Peers {
     const u64* bases;  // (ranks,): where each rank's memory begins, for this device
-    i32 rank, ranks, slot, capacity, pitch, channels;
+    i32 rank, ranks, slot, room, capacity, pitch, channels;
     i32 patience;      // milliseconds that a wait may take
 
     __device__ __forceinline__ PeerWords& words(i32 of) const { return *reinterpret_cast<PeerWords*>(__ldg(bases + of)); }
     // The record at that rank which has that place among those of `from`.
     __device__ __forceinline__ u8* record(i32 at, i32 from, i32 place) const {
         u8* rows = reinterpret_cast<u8*>(__ldg(bases + at)) + sizeof(PeerWords);
-        return rows + ((i64(slot) * ranks + from) * capacity + place) * pitch;
+        return rows + 16 * i64(slot) * room + (i64(from) * capacity + place) * pitch;
     }
 
     // Until the word, of this rank's own memory, is at least that. False if it will not be: somebody has given up, or nothing
