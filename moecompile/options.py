@@ -122,9 +122,9 @@ class Options:
     )
     verify: Literal["first_call"] | None = _option(
         None,
-        "compares every rewritten block, before any cast to FP8, with the original region at the first call: outputs, "
-        "and gradients in training (in the bodies of cond, map, scan and other operators than checkpoint: outputs "
-        "alone)",
+        "compares every rewritten block, before any exchange and any cast to FP8, with the original region at the "
+        "first call: outputs, and gradients in training (in the bodies of cond, map, scan and other operators than "
+        "checkpoint: outputs alone)",
     )
     ep_capacity: int | None = _option(
         None,

@@ -143,20 +143,21 @@ def run_passes(
     differentiable = torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in modules)
     pieces = [Piece(module, differentiable=differentiable) for module in modules]
     record.before = text_of(gm)
-    for piece in pieces:
-        share_gathers(piece.module.graph)
+    sharded = any([share_gathers(module.graph) for module in modules])
     with _transforms_hidden(pieces, record), without_collections():
-        _look_at_all(pieces, options, record)
+        casts = _look_at_all(pieces, options, record)
         for number, (name, run) in enumerate(PASSES.items(), start=1):
             if name == "precision" and options.precision == "model":
+                continue
+            if name == "exchange" and casts:
+                _find_purposes(gm, pieces)  # of blocks that are still whole
+            if name == "exchange" and not sharded:
                 continue
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")
                 if name == "precision":
                     log.warning("%s: precision='fp8' casts nothing: the pass precision is disabled", record.name)
             else:
-                if name == "precision":
-                    _find_purposes(gm, pieces)
                 record.passes.append(_run_pass(number, name, run, pieces, options))
     for piece in pieces:
         if piece.changed:
@@ -178,14 +179,15 @@ def _find_purposes(gm: fx.GraphModule, pieces: list[Piece]) -> None:
         piece.purposes = purposes
 
 
-def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> None:
-    """What the pass `precision` has to know of all bodies; notes the user's patterns that name nothing."""
+def _look_at_all(pieces: list[Piece], options: Options, record: GraphReport) -> bool:
+    """Whether the pass `precision` runs, and what it has to know of all bodies; notes patterns that name nothing."""
     if options.precision == "model" or "precision" in options.disable:
-        return
+        return False
     modules, exclusions = modules_of(piece.module.graph for piece in pieces), _exclusions(options)
     for piece in pieces:
         piece.wishes = exclusions.within(modules)
     remark_on_wishes(record, options, exclusions, modules)
+    return True
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

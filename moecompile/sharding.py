@@ -8,7 +8,7 @@ model runs gets it whole, gathered from all ranks: so the model computes what it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,10 @@ from torch.utils import _pytree as pytree
 
 GATHERED = "_moecompile_gathered"
 """The attribute of a module that holds its parameters whole, while its forward runs eagerly."""
+
+
+IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+"""The attribute of a module in which DistributedDataParallel looks for names."""
 
 
 def shard_experts(
@@ -38,7 +42,7 @@ def shard_experts(
     checkpoints are loaded as before. Every rank has to call it, and then the model, as often as the others.
 
     Args:
-        model: on every rank the same, before it is wrapped (DDP, FSDP2) or compiled.
+        model: on every rank the same, before it is compiled or wrapped; the very module that DDP wraps.
         mesh: of one dimension.
         parameters: names, as in `named_parameters`, to spread instead of those that are found.
         gradients: of the experts are the "mean" over the mesh's ranks, as DDP and FSDP2 make it of the other
@@ -74,6 +78,7 @@ def shard_experts(
             local = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank)
             made[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
         module._parameters[name] = made[parameter]
+    _hide_from_ddp(model, made.values())
     for module in dict.fromkeys(module for module, _ in found):
         names = tuple(name for owner, name in found if owner is module)
         _read_whole(module, names, mean=gradients == "mean")
@@ -108,32 +113,73 @@ def _check(module: nn.Module, name: str, mesh: DeviceMesh) -> None:
         )
 
 
-def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
-    """Lets whoever reads these parameters while the module runs have them whole.
+def _hide_from_ddp(model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+    """Lets DistributedDataParallel around the model neither send these parameters nor sum their gradients."""
+    own = {id(each) for each in parameters}
+    names = [name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in own]
+    ignored = [*getattr(model, IGNORED_BY_DDP, ()), *names]
+    setattr(model, IGNORED_BY_DDP, ignored)
 
-    Eagerly they are gathered once, before the module's forward: it may read them as often as it likes, and on every
-    rank another number of times. In a compiled graph every reading is a node, and equal ones become one.
-    """
+
+def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
+    """Lets whoever reads these parameters while the module runs have them whole."""
     cls = type(module)
     attributes: dict[str, Any] = {name: _reader(name, mean) for name in names}
-    attributes["forward"] = _with_tokens(cls.forward)
+    attributes["forward"] = _with_tokens(_with_experts(cls.forward, names, mean))
     module.__class__ = type(f"Sharded{cls.__name__}", (cls,), {**attributes, "__module__": cls.__module__})
-
-    def gather(module: nn.Module, _: Any) -> None:
-        if not torch.compiler.is_compiling():
-            module.__dict__[GATHERED] = {name: _whole(module, name, mean) for name in names}
-
-    def forget(module: nn.Module, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            module.__dict__.pop(GATHERED, None)
 
     def cut(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for name in names:
             state.update(_cut(state, f"{prefix}{name}", module._parameters[name]))
 
     module.register_load_state_dict_pre_hook(cut)
-    module.register_forward_pre_hook(gather)
-    module.register_forward_hook(forget, always_call=True)
+
+
+def _with_experts(forward: Callable[..., Any], names: tuple[str, ...], mean: bool) -> Callable[..., Any]:
+    """The forward, with the sharded parameters at hand.
+
+    Eagerly they are gathered once, before it: it may read them as often as it likes, on every rank another number of
+    times. In a compiled graph every reading is a node, and equal ones become one.
+    """
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        gathered = {name: _whole(self, name, mean) for name in names}
+        self.__dict__[GATHERED] = gathered
+        try:
+            result = forward(self, *args, **kwargs)
+        finally:
+            del self.__dict__[GATHERED]
+        return _tied(result, [each for each in gathered.values() if each.requires_grad])
+
+    return run
+
+
+class _Tied(torch.autograd.Function):
+    """A copy of a tensor, made of others, too: so that their backward runs, with zeros if nobody else has read them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*grads, *(None,) * (len(ctx.needs_input_grad) - 1))
+
+
+def _tied(result: Any, gathered: Sequence[Tensor]) -> Any:
+    """The result, whose backward is also that of the gathered parameters.
+
+    A rank whose tokens have met no expert would let the others wait for its part of their gradients.
+    """
+    leaves, form = pytree.tree_flatten(result)
+    place = next((n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+    if not gathered or place is None:
+        return result
+    leaves[place] = _Tied.apply(leaves[place], *gathered)
+    return pytree.tree_unflatten(leaves, form)
 
 
 def _with_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -79,10 +79,13 @@ Agree = Callable[[Group, Sequence[str], Mapping[str, Any]], Mapping[str, int]]
 exchange: the capacity of those that all ranks exchange."""
 
 
-def share_gathers(graph: fx.Graph) -> None:
+def share_gathers(graph: fx.Graph) -> bool:
     """Makes one of several nodes that gather the same parameter: models read parameters more than once.
 
     Contract: nothing between them writes the parameter; where something does, they stay apart.
+
+    Returns:
+        whether there are any.
     """
     first: dict[tuple[Any, ...], fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=GATHER):
@@ -94,6 +97,7 @@ def share_gathers(graph: fx.Graph) -> None:
             graph.erase_node(node)
             if local is not parameter and not local.users:
                 graph.erase_node(local)
+    return bool(first)
 
 
 def exchange_tokens(graph: fx.Graph, agree: Agree) -> tuple[list[Exchanged], list[Kept]]:

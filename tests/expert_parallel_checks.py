@@ -19,17 +19,15 @@ ops = torch.ops.moecompile
 EXPERTS, HIDDEN, INNER, TOP_K = 8, 64, 32, 2
 
 
-class Stacked(nn.Module):
+class Experts(nn.Module):
     """Experts stacked in two parameters, sorted rows and grouped products."""
 
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, hidden: int = HIDDEN, inner: int = INNER) -> None:
         super().__init__()
-        self.router = nn.Linear(HIDDEN, EXPERTS, bias=False, dtype=dtype)
-        self.w_in = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * INNER, dtype=dtype) / 8)
-        self.w_out = nn.Parameter(torch.randn(EXPERTS, INNER, HIDDEN, dtype=dtype) / 6)
+        self.w_in = nn.Parameter(torch.randn(EXPERTS, hidden, 2 * inner).bfloat16() / hidden**0.5)
+        self.w_out = nn.Parameter(torch.randn(EXPERTS, inner, hidden).bfloat16() / inner**0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.router(x).float().softmax(-1).topk(TOP_K, -1)
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         order = flat.argsort(stable=True)
         ends = torch.bincount(flat, minlength=EXPERTS).cumsum(0).to(torch.int32)
@@ -37,6 +35,20 @@ class Stacked(nn.Module):
         y = torch._grouped_mm(F.silu(gate) * up, self.w_out, offs=ends)
         y = y.float() * weights.reshape(-1)[order].unsqueeze(-1)
         return torch.zeros_like(x, dtype=torch.float32).index_add_(0, order // TOP_K, y).to(x.dtype)
+
+
+class Block(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, hidden: int = HIDDEN, inner: int = INNER) -> None:
+        super().__init__()
+        self.router = nn.Linear(hidden, EXPERTS, bias=False, dtype=torch.bfloat16)
+        self.experts = Experts(hidden, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).float().softmax(-1).topk(TOP_K, -1)
+        result: Tensor = self.experts(x, ids, weights)
+        return result
 
 
 class Looped(nn.Module):
@@ -60,11 +72,11 @@ class Looped(nn.Module):
 class Model(nn.Module):
     """Two blocks of experts between projections, residuals around them."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = HIDDEN, inner: int = INNER) -> None:
         super().__init__()
-        self.first = nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16)
-        self.blocks = nn.ModuleList([Stacked(), Stacked()])
-        self.last = nn.Linear(HIDDEN, 8, dtype=torch.bfloat16)
+        self.first = nn.Linear(hidden, hidden, dtype=torch.bfloat16)
+        self.blocks = nn.ModuleList([Block(hidden, inner), Block(hidden, inner)])
+        self.last = nn.Linear(hidden, 8, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -78,9 +90,9 @@ def mesh_of(ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
 
 
-def tokens_of(rank: int, count: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def tokens_of(rank: int, count: int, dtype: torch.dtype = torch.bfloat16, hidden: int = HIDDEN) -> Tensor:
     """This rank's own."""
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
 
 
 def local_of(parameter: Any) -> Tensor:
@@ -95,7 +107,7 @@ def whole_of(parameter: Any) -> Tensor:
     return found
 
 
-def compiled(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
+def compiled(model: Callable[..., Any], **options: Any) -> Callable[..., Tensor]:
     """By moecompile, with what the ranks agreed on before forgotten."""
     agreement.forget()
     moecompile.reset()
@@ -145,11 +157,11 @@ def close(found: list[Tensor], right: list[Tensor], bound: float) -> None:
 
 
 def check_eager_is_bitwise_what_it_was(rank: int, ranks: int) -> None:
-    model = Stacked()
+    model = Block()
     whole, x = copy.deepcopy(model), tokens_of(rank, 5 + 4 * rank)
     assert moecompile.shard_experts(model, mesh_of(ranks)) is model
-    assert local_of(model.w_in).shape == (EXPERTS // ranks, HIDDEN, 2 * INNER)
-    assert isinstance(model.w_in, DTensor), "outside of a forward nobody gathers"
+    assert local_of(model.experts.w_in).shape == (EXPERTS // ranks, HIDDEN, 2 * INNER)
+    assert isinstance(model.experts.w_in, DTensor), "outside of a forward nobody gathers"
     found, right = results(model, model, x), results(whole, whole, x)
     assert torch.equal(found[0], right[0]) and torch.equal(found[1], right[1])
     close(with_mean_of_others(found, model), meaned(right, whole), 4e-3)
@@ -163,7 +175,15 @@ def check_experts_that_differ_between_ranks_do_not_hang(rank: int, ranks: int) -
     count = 0 if rank == ranks - 1 else 3
     x, weights = tokens_of(rank, count, torch.float32), torch.rand(count, TOP_K)
     ids = torch.tensor([[rank, rank + 1]] * count, dtype=torch.int64).view(count, TOP_K)
-    assert torch.equal(model(x, ids, weights), whole(x, ids, weights))
+    found, right = model(x, ids, weights), whole(x, ids, weights)
+    assert torch.equal(found, right)
+    found.sum().backward()
+    if right.requires_grad:
+        right.sum().backward()
+    for (name, one), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        total = torch.zeros_like(other) if other.grad is None else other.grad
+        distributed.all_reduce(total)
+        assert torch.allclose(whole_of(one.grad), total, atol=1e-5), name
 
 
 def check_compiled_exchanges_tokens(rank: int, ranks: int) -> None:
@@ -179,7 +199,7 @@ def check_compiled_exchanges_tokens(rank: int, ranks: int) -> None:
 
 
 def check_a_rank_without_tokens(rank: int, ranks: int) -> None:
-    model = Stacked()
+    model = Block()
     whole, x = copy.deepcopy(model), tokens_of(rank, 7 if rank == 0 else 0)
     moecompile.shard_experts(model, mesh_of(ranks))
     right = meaned(results(whole, whole, x), whole)
@@ -243,14 +263,14 @@ def check_full_checkpoints(rank: int, ranks: int) -> None:
     assert not model.load_state_dict(full).missing_keys
     assert all(type(each) is Tensor and torch.equal(each, before[name]) for name, each in full.items())
     sharded = model.state_dict()
-    assert sharded.keys() == full.keys() and isinstance(sharded["blocks.1.w_out"], DTensor)
+    assert sharded.keys() == full.keys() and isinstance(sharded["blocks.1.experts.w_out"], DTensor)
     whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     assert all(torch.equal(whole[name], each) for name, each in full.items() if rank == 0)
     model.load_state_dict(sharded)
     try:
-        model.load_state_dict({**full, "blocks.0.w_in": full["blocks.0.w_in"][:-1]})
+        model.load_state_dict({**full, "blocks.0.experts.w_in": full["blocks.0.experts.w_in"][:-1]})
     except RuntimeError as error:
-        assert "blocks.0.w_in" in str(error)
+        assert "blocks.0.experts.w_in" in str(error)
     else:
         raise AssertionError("a checkpoint with fewer experts was taken")
 
@@ -271,7 +291,9 @@ def check_distributed_checkpoint(rank: int, ranks: int) -> None:
     into = {"model": model.state_dict()}
     checkpoint.load(into, checkpoint_id=os.path.join(path[0], "full"))
     model.load_state_dict(into["model"])
-    assert torch.equal(whole_of(dict(model.named_parameters())["blocks.1.w_out"]), state["blocks.1.w_out"])
+    assert torch.equal(
+        whole_of(dict(model.named_parameters())["blocks.1.experts.w_out"]), state["blocks.1.experts.w_out"]
+    )
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=os.path.join(path[0], "sharded"))
     plain = {"model": whole.state_dict()}
     checkpoint.load(plain, checkpoint_id=os.path.join(path[0], "sharded"))
@@ -282,8 +304,8 @@ def check_what_is_refused(rank: int, ranks: int) -> None:
     mesh = mesh_of(ranks)
     for model, more, words in (
         (nn.Linear(8, 8), {}, "found no experts"),
-        (Stacked(), {"parameters": ["w_inn"]}, "no parameter 'w_inn'"),
-        (Stacked(), {"gradients": "max"}, "expected 'mean' or 'sum'"),
+        (Block(), {"parameters": ["experts.w_inn"]}, "no parameter 'experts.w_inn'"),
+        (Block(), {"gradients": "max"}, "expected 'mean' or 'sum'"),
     ):
         before = [id(each) for each in model.parameters()]
         try:
@@ -293,7 +315,7 @@ def check_what_is_refused(rank: int, ranks: int) -> None:
         else:
             raise AssertionError(f"{words}: was taken")
         assert before == [id(each) for each in model.parameters()]
-    odd = Stacked()
+    odd = Experts()
     odd.w_out = nn.Parameter(torch.randn(EXPERTS, 1, 1))
     odd.w_in = nn.Parameter(torch.randn(EXPERTS, 1, 1))
     odd.third = nn.Parameter(torch.randn(ranks + 1, 1, 1))
@@ -303,7 +325,7 @@ def check_what_is_refused(rank: int, ranks: int) -> None:
         assert "share evenly" in str(error) and not isinstance(odd.w_in, DTensor)
     else:
         raise AssertionError("experts that cannot be shared were taken")
-    again = moecompile.shard_experts(Stacked(), mesh)
+    again = moecompile.shard_experts(Block(), mesh)
     try:
         moecompile.shard_experts(again, mesh)
     except ValueError as error:
@@ -313,7 +335,7 @@ def check_what_is_refused(rank: int, ranks: int) -> None:
 
 
 def check_more_tokens_than_agreed(rank: int, ranks: int) -> None:
-    model = moecompile.shard_experts(Stacked(), mesh_of(ranks))
+    model = moecompile.shard_experts(Block(), mesh_of(ranks))
     run = compiled(model)
     run(tokens_of(rank, 4))
     torch._dynamo.reset()
@@ -331,11 +353,12 @@ def check_more_tokens_than_agreed(rank: int, ranks: int) -> None:
 def check_shards_that_are_read_by_others_are_gathered(rank: int, ranks: int) -> None:
     """What is no block of experts still computes what it did, and the report says that it gathers."""
 
-    class Odd(Stacked):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.w_out.sum((0, 1)) + x @ self.w_in.sum(0)[:, :HIDDEN]
+    class Odd(Experts):
+        def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return super().forward(x, ids, weights) + self.w_out.sum((0, 1)) + x @ self.w_in.sum(0)[:, :HIDDEN]
 
-    model = Odd()
+    model = Block()
+    model.experts = Odd()
     whole, x = copy.deepcopy(model), tokens_of(rank, 6)
     moecompile.shard_experts(model, mesh_of(ranks))
     found = compiled(model)(x)
@@ -347,11 +370,72 @@ def check_shards_that_are_read_by_others_are_gathered(rank: int, ranks: int) -> 
 def check_shards(rank: int, ranks: int) -> None:
     """Each rank keeps its own experts, in order; rank 0's values count."""
     torch.manual_seed(rank)
-    model = Stacked()
-    mine = model.w_in.detach().clone()
+    model = Block()
+    mine = model.experts.w_in.detach().clone()
     moecompile.shard_experts(model, mesh_of(ranks))
-    assert model._parameters["w_in"].placements == (Shard(0),)  # type: ignore[union-attr]
-    full = whole_of(model.w_in)
+    assert model.experts._parameters["w_in"].placements == (Shard(0),)  # type: ignore[union-attr]
+    full = whole_of(model.experts.w_in)
     assert rank != 0 or torch.equal(full, mine)
     here = EXPERTS // ranks
-    assert torch.equal(local_of(model.w_in), full[rank * here : (rank + 1) * here])
+    assert torch.equal(local_of(model.experts.w_in), full[rank * here : (rank + 1) * here])
+
+
+def check_ddp(rank: int, ranks: int) -> None:
+    """DDP means the gradients of the others and leaves the experts alone, eagerly and compiled."""
+    model = Model()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 6 + 5 * rank)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    right = meaned(results(whole, whole, x), whole)
+    close(results(wrapped, model, x), right, 6e-3)
+    agreement.forget()
+    moecompile.reset()
+    model.compile(backend="moecompile", fullgraph=True, options={"lowering": "eager"})
+    close(results(wrapped, model, x), right, 1.5e-2)
+    assert "dispatch_start" in moecompile.last_report().graphs[-1].after
+
+
+def check_fsdp(rank: int, ranks: int) -> None:
+    """FSDP2 of the other parameters over all ranks, and of the experts over those that have the same ones."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "ep"))
+    model = Model()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 6 + 5 * rank)
+    moecompile.shard_experts(model, mesh["ep"])
+    if ranks > 2:
+        for block in model.blocks:
+            fully_shard(block.get_submodule("experts"), mesh=mesh["dp"])
+    experts = {each for name, each in model.named_parameters() if ".experts." in name}
+    fully_shard(model, mesh=mesh_of(ranks), ignored_params=experts)
+    right = meaned(results(whole, whole, x), whole)
+    found = results(model, model, x)
+    assert torch.equal(found[0], right[0])
+    close(found, right, 8e-3)
+    for block in model.blocks:  # FSDP's hooks stay outside
+        experts_of_block: Any = block.get_submodule("experts")
+        experts_of_block.forward = compiled(experts_of_block.forward)
+    close(results(model, model, x), right, 1.5e-2)
+    assert all("dispatch_start" in graph.after for graph in moecompile.last_report().graphs)
+
+
+def check_fp8(rank: int, ranks: int) -> None:
+    """The same layers are cast as without ranks, routers are kept, and the experts of each rank are cast there."""
+    model = Model(256, 128)
+    whole, x = copy.deepcopy(model), tokens_of(rank, 12 + rank, hidden=256)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    found = results(compiled(model, precision="fp8"), model, x)
+    (graph,) = moecompile.last_report().graphs
+    rows = [(row.module, row.kind, row.cast, row.reason) for row in graph.casts]
+    right = results(compiled(whole, precision="fp8"), whole, x)
+    assert rows == [(row.module, row.kind, row.cast, row.reason) for row in moecompile.last_report().graphs[-1].casts]
+    assert "experts_fp8" in graph.after and "dispatch_start" in graph.after
+    close(with_mean_of_others(found, model), meaned(right, whole), 6e-2)
+
+
+def check_verify(rank: int, ranks: int) -> None:
+    """The option `verify` compares a block before its exchange, on ranks with different numbers of tokens."""
+    model = moecompile.shard_experts(Block(), mesh_of(ranks))
+    results(compiled(model, verify="first_call"), model, tokens_of(rank, 5 + rank))
+    (graph,) = moecompile.last_report().graphs
+    assert graph.verify and "dispatch_start" in graph.after, graph.verify

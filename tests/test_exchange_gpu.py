@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +19,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 pytestmark = pytest.mark.gpu
 
 CHANNELS, DISPATCH, COMBINE = 32, 0, 1
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -61,27 +62,36 @@ class Ranks:
     def exchange(self, brings: Sequence[Brought]) -> list[tuple[Tensor, ...]]:
         """Of each rank what it received, and its sums when all rows came back, scaled by (rank + 1) / 4.
 
-        Everything is launched without waiting for anything: kernels of different ranks wait for each other.
+        One step of all ranks after the other, so that no kernel waits for what has not been launched: PyTorch's
+        allocator and the loading of kernels may wait for the device.
         """
-        torch.cuda.synchronize()
+        steps = [self.steps(memory, mine) for memory, mine in zip(self.every, brings, strict=True)]
         found: list[tuple[Tensor, ...]] = []
-        capacity = self.capacity
-        for memory, stream, mine in zip(self.every, self.streams, brings, strict=True):
-            with torch.cuda.stream(stream):
-                ranks, columns, top_k = memory.ranks, mine.x.shape[1], mine.ids.shape[1]
-                sent, home = kernels.plan(mine.ids, self.experts, ranks, capacity)
-                kernels.send(memory, DISPATCH, capacity, mine.x, sent, None, mine.ids, mine.weights)
-                rows, ids, weights, came = kernels.receive(
-                    memory, DISPATCH, capacity, mine.x, columns, top_k, torch.float32, True, self.here
-                )
-                assert ids is not None and weights is not None
-                back = (rows.float() * (memory.rank + 1) / 4).to(rows.dtype)
-                kernels.send(memory, COMBINE, capacity, back, None, came, None, weights * 2)
-                sums, of_weights = kernels.home(memory, COMBINE, capacity, home, mine.x, columns, top_k, torch.float32)
-                assert of_weights is not None
-                found.append((sent, home, rows, ids, weights, came, sums, of_weights))
+        for _ in range(STEPS):
+            found = []
+            for stream, each in zip(self.streams, steps, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(next(each))
         torch.cuda.synchronize()
         return found
+
+    def steps(self, memory: PeerMemory, mine: Brought) -> Iterator[tuple[Tensor, ...]]:
+        """Of one rank: what there is after each."""
+        ranks, columns, top_k, capacity = memory.ranks, mine.x.shape[1], mine.ids.shape[1], self.capacity
+        sent, home = kernels.plan(mine.ids, self.experts, ranks, capacity)
+        kernels.send(memory, DISPATCH, capacity, mine.x, sent, None, mine.ids, mine.weights)
+        yield sent, home
+        rows, ids, weights, came = kernels.receive(
+            memory, DISPATCH, capacity, mine.x, columns, top_k, torch.float32, True, self.here
+        )
+        assert ids is not None and weights is not None
+        back = (rows.float() * (memory.rank + 1) / 4).to(rows.dtype)
+        yield rows, ids
+        kernels.send(memory, COMBINE, capacity, back, None, came, None, weights * 2)
+        yield (back,)
+        sums, of_weights = kernels.home(memory, COMBINE, capacity, home, mine.x, columns, top_k, torch.float32)
+        assert of_weights is not None
+        yield sent, home, rows, ids, weights, came, sums, of_weights
 
     def check(self, brings: Sequence[Brought]) -> None:
         """Every bit of an exchange."""
@@ -149,6 +159,37 @@ def test_a_thousand_routings() -> None:
                 for r in range(ranks)
             ]
         )
+
+
+def test_ranks_that_wait_for_each_other() -> None:
+    """All steps of all ranks at once, from captured graphs, some later than others: kernels wait for kernels."""
+    ranks, experts, top_k, columns, capacity = 4, 32, 4, 512, 200
+    pitch = pitch_of(columns, torch.bfloat16, top_k)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
+    brings = [brought(r, capacity - 7 * r, columns, experts, top_k, torch.bfloat16, "random") for r in range(ranks)]
+    right = group.exchange(brings)
+    graphs, found = [], []
+    for memory, mine in zip(group.every, brings, strict=True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            *_, last = group.steps(memory, mine)
+        graphs.append(graph)
+        found.append(last)
+    for turn in range(20):
+        for each in found:
+            for tensor in each[2:]:
+                tensor.fill_(-7)
+        torch.cuda.synchronize()
+        for number in range(ranks):
+            rank = (number + turn) % ranks
+            with torch.cuda.stream(group.streams[rank]):
+                if turn % 3 == 1:
+                    torch.cuda._sleep(1_000_000 * number)
+                graphs[rank].replay()
+        torch.cuda.synchronize()
+        for one, other in zip(found, right, strict=True):
+            assert torch.equal(one[-2], other[-2]) and torch.equal(one[-1], other[-1]) and torch.equal(one[5], other[5])
+            assert torch.equal(one[3], other[3])
 
 
 def test_a_rank_that_does_not_come() -> None:

@@ -43,6 +43,7 @@ def test_defaults():
         "recompute": False,
         "main_grad": False,
         "verify": None,
+        "ep_capacity": None,
         "disable": (),
         "inductor": {},
     }
