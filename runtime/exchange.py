@@ -236,10 +236,9 @@ def _by_kernels(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: in
 
 def _pitch(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int) -> int | None:
     """Bytes of a row with what travels behind it; None if the kernels do not take it."""
-    if not hopper_exchange.serves(x.device):
+    if not hopper_exchange.serves(x.device) or not hopper_exchange.takes(x, ids, weights, ranks):
         return None
-    pitch = hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights)
-    return pitch if hopper_exchange.takes(x.shape[1], x.dtype, pitch, ranks) else None
+    return hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights)
 
 
 def _memory(

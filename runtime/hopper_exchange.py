@@ -21,8 +21,10 @@ RING = 54 * 1024
 """Bytes of shared memory that a channel has for rows on their way; two at least have to fit."""
 CHANNELS_USED = 32
 """Of eight blocks, which move rows as fast as more do (docs/perf.md)."""
-READERS = 132
-"""Blocks that take rows out of the memory, at most: what they read is in this device's own."""
+READERS = 4
+"""Blocks of each multiprocessor that take rows out of the memory, at most: what they read is in this device's own."""
+LANES = 32
+"""Experts of a token, at most: a lane sees to each."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,9 +40,12 @@ def pitch_of(columns: int, dtype: torch.dtype, ids: Tensor | None, weights: Tens
     return -(-(columns * dtype.itemsize + along) // 16) * 16
 
 
-def takes(columns: int, dtype: torch.dtype, pitch: int, ranks: int) -> bool:
-    """Whether the kernels exchange such rows."""
-    return dtype in DTYPES and columns % 8 == 0 and 2 * pitch <= RING and ranks <= RANKS
+def takes(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int) -> bool:
+    """Whether the kernels exchange rows like x's, with these behind them."""
+    along = [each for each in (ids, weights) if each is not None]
+    if x.dtype not in DTYPES or x.shape[1] % 8 or ranks > RANKS or any(each.shape[1] > LANES for each in along):
+        return False
+    return (weights is None or weights.dtype in DTYPES) and 2 * pitch_of(x.shape[1], x.dtype, ids, weights) <= RING
 
 
 def plan(expert_ids: Tensor, num_experts: int, ranks: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,7 @@ def receive(
         item,
         experts,
     )
-    Launch(kernel, min(READERS, capacity), values).run()
+    Launch(kernel, min(READERS * kernel.multiprocessors, capacity), values).run()
     return out, ids, found, came
 
 
@@ -156,7 +161,7 @@ def home(
     item = 0 if found is None else found.element_size()
     pitch = -(-(columns * out.element_size() + top_k * item) // 16) * 16
     kernel = load(ExchangeHome(dtype_name(out.dtype), dtype_name(weights or torch.float32)), out.device.index)
-    blocks = max(1, min(-(-tokens * columns // (8 * kernel.threads)), READERS))
+    blocks = max(1, min(-(-tokens * columns // (8 * kernel.threads)), READERS * kernel.multiprocessors))
     values = (memory.bases, places, out, found, *_where(memory, slot, capacity, pitch), tokens, columns, top_k)
     Launch(kernel, blocks, values).run()
     return out, found

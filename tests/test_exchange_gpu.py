@@ -137,7 +137,8 @@ def test_every_row(
 ) -> None:
     capacity = max(tokens)
     pitch = pitch_of(columns, dtype, top_k)
-    assert kernels.takes(columns, dtype, pitch, ranks)
+    mine = brought(0, 8, columns, experts, top_k, dtype, kind)
+    assert kernels.takes(mine.x, mine.ids, mine.weights, ranks)
     group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
     for memory in group.every:  # what was there before is NaN
         memory.own[-4 * memory.room :].fill_(0x7F)

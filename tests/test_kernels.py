@@ -11,11 +11,16 @@ import sass
 from moecompile.codegen import instances, nvrtc
 from moecompile.codegen.gemms import Activated, ActivationBackward, Added, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
+    IDS,
     RESULTS,
     SCALES,
     Collect,
     Combine,
     Dispatch,
+    ExchangeHome,
+    ExchangePlan,
+    ExchangeReceive,
+    ExchangeSend,
     Instance,
     PadOffsets,
     Plan,
@@ -129,7 +134,12 @@ ADDED = [
     *(replace(each, epilogue=Added()) for each in PLAIN if each.over_rows),
     *(replace(gemm, over_rows=True, epilogue=Added(turned)) for gemm, turned in product((WIDE, NARROW), (False, True))),
 ]
+SENDING = [ExchangeSend(ids) for ids in IDS]
 WITHOUT_PRODUCTS = [
+    *map(ExchangePlan, IDS),
+    *SENDING,
+    ExchangeReceive(),
+    *(ExchangeHome(rows, weights) for rows, weights in product(RESULTS, RESULTS)),
     *QUANTISING,
     *map(Collect, RESULTS),
     PadOffsets(),
@@ -181,6 +191,13 @@ def test_sums_are_added_to_memory(instance: GroupedGemm) -> None:
 def test_no_local_memory(instance: Instance) -> None:
     made = sass.machine(instance)
     assert not {"LDL", "STL"} & made.counts.keys() and made.spilled == 0
+
+
+@pytest.mark.parametrize("instance", SENDING, ids=lambda instance: instance.template)
+def test_rows_travel_by_bulk_copies(instance: Instance) -> None:
+    made = sass.machine(instance)
+    assert made.counts.get("UBLKCP", 0) >= 2, "into shared memory, and out of it"
+    assert made.registers <= 128
 
 
 @pytest.mark.parametrize("instance", QUANTISING, ids=lambda instance: instance.template)

@@ -99,6 +99,7 @@ struct ExchangeHome {
             const u64* word = &peers.words(peers.rank).arrived[peers.slot][i / peers.channels][i % peers.channels];
             if (!peers.wait(word, u64(exchange) << 32)) shared.complete = 0;
         }
+        ptx::fence_system();
         __syncthreads();
         return shared.complete;
     }

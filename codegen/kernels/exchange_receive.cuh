@@ -50,11 +50,12 @@ struct ExchangeReceive {
         __syncthreads();
         for (i32 channel = threadIdx.x; channel < peers.channels; channel += THREADS) {
             const u64* word = &peers.words(peers.rank).arrived[peers.slot][from][channel];
-            if (peers.wait(word, u64(exchange) << 32))
-                atomicAdd(&shared.count, i32(u32(ptx::load_acquire_system(word))));
+            if (u64 found = peers.wait(word, u64(exchange) << 32))
+                atomicAdd(&shared.count, i32(u32(found)));
             else
                 shared.complete = 0;
         }
+        ptx::fence_system();
         __syncthreads();
         bool complete = shared.complete;
         if (!complete && threadIdx.x == 0) shared.count = 0;

@@ -8,7 +8,7 @@
 
 template <typename Id>
 struct ExchangeSend {
-    static constexpr i32 THREADS = 128, BLOCKS = 1, WARPS = THREADS / 32, STAGES = 8, RING = 54 * 1024;
+    static constexpr i32 THREADS = 128, BLOCKS = 1, WARPS = THREADS / 32, STAGES = 16, RING = 54 * 1024;
     struct Arguments {
         const u64* bases;
         const u8* x;        // (tokens, H), lines of `line` bytes, of which `bytes` are sent; a multiple of 16
@@ -82,6 +82,7 @@ struct ExchangeSend {
         }
         __syncwarp();
         Item loaded(arguments, channel), stored = loaded;
+        Along along(arguments, stored);
         i32 loads = 0, open = -1;  // open: the turn of the last rank whose memory is known to be free
         auto load = [&]() {
             if (!loaded.is_there(arguments)) return;
@@ -99,43 +100,67 @@ struct ExchangeSend {
             i32 to = stored.to(arguments), stage = i % stages;
             if (stored.turn != open) {
                 bool free = true;
-                if (lane == 0) free = peers.wait(&peers.words(peers.rank).taken[peers.slot][to], exchange - 1);
+                if (lane == 0) free = is_free(peers, to, exchange);
                 if (!__shfl_sync(~0u, free, 0)) return false;
                 open = stored.turn;
             }
             u8* row = shared.rows[warp] + stage * arguments.pitch;
+            i32 place = stored.place;
+            stored.next(arguments, channel);
+            Along following(arguments, stored);  // on its way while the row before it is
             ptx::barrier_wait(full + stage, i / stages & 1);
-            put_along(arguments, row + arguments.bytes, stored.line);
+            along.put(arguments, row + arguments.bytes);
+            along = following;
             if (lane == 0) {
-                ptx::store_bytes(peers.record(to, peers.rank, stored.place), row, arguments.pitch);
+                ptx::store_bytes(peers.record(to, peers.rank, place), row, arguments.pitch);
                 ptx::store_commit();
                 shared.counts[warp][to]++;
                 ptx::store_wait_read<1>();  // what the next load overwrites was stored one row ago
             }
             __syncwarp();
             load();
-            stored.next(arguments, channel);
         }
         if (lane == 0) {  // who sends nothing to a rank says that as well, and only when it may
             for (i32 other = 0; other < peers.ranks; other++)
-                if (!peers.wait(&peers.words(peers.rank).taken[peers.slot][other], exchange - 1)) return false;
+                if (!is_free(peers, other, exchange)) return false;
         }
         return true;
     }
 
-    // The token's experts, in 32 bits, and their weights, behind its row in shared memory.
-    static __device__ __forceinline__ void put_along(const Arguments& arguments, u8* behind, i32 line) {
-        if (!arguments.ids && !arguments.weights) return;
-        i64 first = i64(line) * arguments.top_k;
-        for (i32 k = threadIdx.x % 32; k < arguments.top_k; k += 32) {
-            if (arguments.ids) reinterpret_cast<i32*>(behind)[k] = i32(__ldg(arguments.ids + first + k));
-            u8* weights = behind + (arguments.ids ? 4 * arguments.top_k : 0);
-            if (arguments.weights && arguments.weight == 4)
-                reinterpret_cast<u32*>(weights)[k] = __ldg(reinterpret_cast<const u32*>(arguments.weights) + first + k);
-            else if (arguments.weights)
-                reinterpret_cast<u16*>(weights)[k] = __ldg(reinterpret_cast<const u16*>(arguments.weights) + first + k);
-        }
-        ptx::fence_async_proxy();
-        __syncwarp();
+    // Whether a rank has read what this one wrote there before, sooner or later; false if the exchange was aborted.
+    static __device__ __forceinline__ bool is_free(const Peers& peers, i32 other, u32 exchange) {
+        bool free = exchange == 1 || peers.wait(&peers.words(peers.rank).taken[peers.slot][other], exchange - 1);
+        ptx::fence_system();
+        return free;
     }
+
+    // A token's experts, in 32 bits, and their weights: one of each for a lane.
+    struct Along {
+        i32 id;
+        u32 weight;
+        __device__ __forceinline__ Along(const Arguments& arguments, const Item& item) : id(-1), weight(0) {
+            i32 k = threadIdx.x % 32;
+            if (!item.is_there(arguments) || k >= arguments.top_k) return;
+            i64 at = i64(item.line) * arguments.top_k + k;
+            if (arguments.ids) id = i32(__ldg(arguments.ids + at));
+            if (arguments.weights)
+                weight = arguments.weight == 4 ? __ldg(reinterpret_cast<const u32*>(arguments.weights) + at)
+                                               : __ldg(reinterpret_cast<const u16*>(arguments.weights) + at);
+        }
+        // Behind its row in shared memory.
+        __device__ __forceinline__ void put(const Arguments& arguments, u8* behind) const {
+            if (!arguments.ids && !arguments.weights) return;
+            i32 k = threadIdx.x % 32;
+            u8* weights = behind + (arguments.ids ? 4 * arguments.top_k : 0);
+            if (k < arguments.top_k) {
+                if (arguments.ids) reinterpret_cast<i32*>(behind)[k] = id;
+                if (arguments.weights && arguments.weight == 4)
+                    reinterpret_cast<u32*>(weights)[k] = weight;
+                else if (arguments.weights)
+                    reinterpret_cast<u16*>(weights)[k] = u16(weight);
+            }
+            ptx::fence_async_proxy();
+            __syncwarp();
+        }
+    };
 };

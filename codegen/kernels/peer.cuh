@@ -36,23 +36,21 @@ struct Peers {
         return rows + 16 * i64(slot) * room + (i64(from) * capacity + place) * pitch;
     }
 
-    // Until the word, of this rank's own memory, is at least that. False if it will not be: somebody has given up, or nothing
-    // has come in time, and everybody is told so.
-    __device__ __forceinline__ bool wait(const u64* word, u64 at_least) const {
-        u64 deadline = 0;
-        for (u32 turn = 0; ptx::load_acquire_system(word) < at_least; turn++) {
+    // Until the word, of this rank's own memory, is at least that, which it then is. Zero if it will not be: somebody has given
+    // up, or nothing has come in time, and everybody is told so. Before what the word speaks of is touched, a fence is due.
+    __device__ __forceinline__ u64 wait(const u64* word, u64 at_least) const {
+        u64 deadline = 0, found;
+        for (u32 turn = 0; (found = ptx::load_relaxed_system(word)) < at_least; turn++) {
             if (turn % 64) continue;
-            if (ptx::load_acquire_system(&words(rank).aborted)) return false;
+            if (ptx::load_relaxed_system(&words(rank).aborted)) return 0;
             u64 now = ptx::nanoseconds();
             if (!deadline) deadline = now + u64(patience) * 1000000;
             if (now < deadline) continue;
             for (i32 other = 0; other < ranks; other++) ptx::store_release_system(&words(other).aborted, rank + 1);
-            return false;
+            return 0;
         }
-        return true;
+        return found;
     }
-
-    __device__ __forceinline__ bool aborted() const { return ptx::load_acquire_system(&words(rank).aborted) != 0; }
 };
 
 // The number of the exchange that a kernel takes part in, counted by `counter`.

@@ -228,10 +228,11 @@ __device__ __forceinline__ void store_release_system(u64* word, u64 value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
 }
 
-__device__ __forceinline__ u64 load_acquire_system(const u64* word) {
+// Of no order with anything: a fence comes behind it.
+__device__ __forceinline__ u64 load_relaxed_system(const u64* word) {
     u64 value;
     delay();
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
     return value;
 }
 
