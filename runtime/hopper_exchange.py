@@ -91,7 +91,7 @@ def send(
     top_k = 0 if along is None else along.shape[1]
     pitch = -(-(row + top_k * ((0 if ids is None else 4) + item)) // 16) * 16
     values = (
-        memory.bases, x, sent, came, ids, weights, *_where(memory, slot, capacity, pitch), row,
+        memory.bases, memory.told, x, sent, came, ids, weights, *_where(memory, slot, capacity, pitch), row,
         x.stride(0) * x.element_size(), top_k, item,
     )  # fmt: skip
     Launch(kernel, memory.channels // WARPS, values).run()
@@ -125,6 +125,7 @@ def receive(
     kernel = load(ExchangeReceive(), out.device.index)
     values = (
         memory.bases,
+        memory.told,
         out,
         ids,
         found,
@@ -162,7 +163,17 @@ def home(
     pitch = -(-(columns * out.element_size() + top_k * item) // 16) * 16
     kernel = load(ExchangeHome(dtype_name(out.dtype), dtype_name(weights or torch.float32)), out.device.index)
     blocks = max(1, min(-(-tokens * columns // (8 * kernel.threads)), READERS * kernel.multiprocessors))
-    values = (memory.bases, places, out, found, *_where(memory, slot, capacity, pitch), tokens, columns, top_k)
+    values = (
+        memory.bases,
+        memory.told,
+        places,
+        out,
+        found,
+        *_where(memory, slot, capacity, pitch),
+        tokens,
+        columns,
+        top_k,
+    )
     Launch(kernel, blocks, values).run()
     return out, found
 

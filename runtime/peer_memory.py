@@ -6,6 +6,7 @@ allocated once for a group, and no tensor of a graph lies in it.
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moecompile.runtime.sharded import process_group
 
@@ -36,6 +38,7 @@ class PeerMemory:
         rank: among `ranks`.
         room: bytes of a slot.
         channels: warps that send, the same number on all ranks.
+        told: a word of the host's memory that the kernels write a failure to; nobody waits for a device to read it.
         patience: seconds that a rank waits for another.
         held: what keeps the mapping of the peers' memory alive.
     """
@@ -45,6 +48,7 @@ class PeerMemory:
     rank: int
     room: int
     channels: int
+    told: Tensor
     patience: float = PATIENCE
     held: Any = field(default=None, repr=False)
 
@@ -53,10 +57,22 @@ class PeerMemory:
         """Of the group."""
         return self.bases.shape[0]
 
-    def aborted_by(self) -> int | None:
-        """The rank that gave an exchange up first; None if none has. Waits for the device."""
-        word = int(self.own[:8].view(torch.int64)[0])
-        return word - 1 if word else None
+    def failure(self) -> str:
+        """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
+        word = int(self.told[0])
+        if not word:
+            return ""
+        rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
+        what = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}, {STEPS[step]}"
+        return f"rank {rank} of {self.ranks} has waited {self.patience:g} s for rank {other} ({what})"
+
+
+STEPS = (
+    "until that rank has read the rows of the exchange before",
+    "until that rank's tokens have come",
+    "until that rank's results have come",
+)
+"""What a rank may wait for, as codegen/kernels/peer.cuh numbers it."""
 
 
 def room_for(ranks: int, capacity: int, pitch: int) -> int:
@@ -79,7 +95,7 @@ def among_streams(ranks: int, room: int, channels: int, patience: float, device:
     place = torch.device("cuda", device)
     every = [torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8, device=place) for _ in range(ranks)]
     bases = _addresses([each.data_ptr() for each in every], place)
-    return [PeerMemory(own, bases, rank, room, channels, patience, every) for rank, own in enumerate(every)]
+    return [PeerMemory(own, bases, rank, room, channels, _word(), patience, every) for rank, own in enumerate(every)]
 
 
 def among_devices(group: str, room: int, channels: int, patience: float = PATIENCE) -> PeerMemory:
@@ -98,7 +114,7 @@ def among_devices(group: str, room: int, channels: int, patience: float = PATIEN
     torch.cuda.synchronize(device)
     distributed.barrier(found)  # nobody writes before all have cleared theirs
     bases = _addresses([int(address) for address in handle.buffer_ptrs], device)
-    return PeerMemory(own, bases, found.rank(), room, channels, patience, handle)
+    return PeerMemory(own, bases, found.rank(), room, channels, _word(), patience, handle)
 
 
 def reaches_peers(group: str, device: torch.device) -> bool:
@@ -140,7 +156,28 @@ def memory_of(group: str, room: int, channels: int) -> PeerMemory:
         if found is not None:
             _outgrown.append(found)
         found = _memories[group] = among_devices(group, room, channels)
+        _watch_optimizers()
     return found
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """No step of any of torch's optimizers goes on with what an exchange that failed has left."""
+    register_optimizer_step_pre_hook(_refuse)
+
+
+def _refuse(*_: Any) -> None:
+    for memory in (*_memories.values(), *_outgrown):
+        if failure := memory.failure():
+            raise RuntimeError(
+                f"moecompile: an exchange of tokens was given up: {failure}. Its results are NaN on all ranks; what "
+                "follows is as well. Look why that rank did not come, and start again from a checkpoint."
+            )
+
+
+def _word() -> Tensor:
+    """Zero, of the host's memory, which devices write to."""
+    return torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
 
 def _addresses(addresses: Sequence[int], device: torch.device) -> Tensor:

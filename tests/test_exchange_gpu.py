@@ -206,4 +206,11 @@ def test_a_rank_that_does_not_come() -> None:
         kernels.send(every[0], COMBINE, 64, rows, None, came, None, None)
         sums, _ = kernels.home(every[0], COMBINE, 64, home, mine.x, columns, 0, None)
         assert bool(sums.isnan().all()) and ids is not None and bool((ids.view(2, 64, top_k)[1] == -1).all())
-    assert every[0].aborted_by() == every[1].aborted_by() == 0
+    torch.cuda.synchronize()
+    assert (
+        every[0].failure().startswith("rank 0 of 2 has waited 0.3 s for rank 1 (dispatch 0, until that rank's tokens")
+    )
+    assert not every[1].failure()
+    kernels.home(every[1], COMBINE, 64, home, mine.x, columns, 0, None)
+    torch.cuda.synchronize()
+    assert every[1].failure() == every[0].failure()

@@ -36,6 +36,7 @@ struct ExchangeHome {
     static constexpr i32 THREADS = 256, BLOCKS = 1;
     struct Arguments {
         const u64* bases;
+        u64* told;
         const i32* home;  // (tokens, ranks): the place of a token on each rank, -1 where it has none
         typename Result::Element* out;      // (tokens, columns)
         typename Weight::Element* weights;  // (tokens, top_k), or null
@@ -50,8 +51,8 @@ struct ExchangeHome {
         ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases,    arguments.rank,  arguments.ranks,    arguments.slot,    arguments.room,
-                       arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
+        Peers peers = {arguments.bases, arguments.told,     arguments.rank,  arguments.ranks,    arguments.slot,
+                       arguments.room,  arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
         PeerWords& own = peers.words(peers.rank);
         u32 exchange = exchange_of(own.ended[peers.slot]);
         bool complete = wait(shared, peers, exchange);
@@ -96,8 +97,9 @@ struct ExchangeHome {
         if (threadIdx.x == 0) shared.complete = 1;
         __syncthreads();
         for (i32 i = threadIdx.x; i < peers.ranks * peers.channels; i += THREADS) {
-            const u64* word = &peers.words(peers.rank).arrived[peers.slot][i / peers.channels][i % peers.channels];
-            if (!peers.wait(word, u64(exchange) << 32)) shared.complete = 0;
+            i32 from = i / peers.channels;
+            const u64* word = &peers.words(peers.rank).arrived[peers.slot][from][i % peers.channels];
+            if (!peers.wait(word, u64(exchange) << 32, from, Step::HOME)) shared.complete = 0;
         }
         ptx::fence_system();
         __syncthreads();

@@ -9,6 +9,7 @@ struct ExchangeReceive {
     static constexpr i32 THREADS = 256, BLOCKS = 1, NOT_A_NUMBER = 0x7fff7fff;  // in bf16, fp16 and float32
     struct Arguments {
         const u64* bases;
+        u64* told;
         uint4* rows;   // (ranks * capacity, pieces) of 16 bytes
         i32* ids;      // (ranks * capacity, top_k), counted from this rank's first; or null
         u8* weights;   // (ranks * capacity, top_k) of `weight` bytes, 2 or 4; or null
@@ -24,8 +25,8 @@ struct ExchangeReceive {
         ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases,    arguments.rank,  arguments.ranks,    arguments.slot,    arguments.room,
-                       arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
+        Peers peers = {arguments.bases, arguments.told,     arguments.rank,  arguments.ranks,    arguments.slot,
+                       arguments.room,  arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
         PeerWords& own = peers.words(peers.rank);
         u32 exchange = exchange_of(own.ended[peers.slot]);
         for (i32 turn = 0; turn < peers.ranks; turn++) {
@@ -50,7 +51,7 @@ struct ExchangeReceive {
         __syncthreads();
         for (i32 channel = threadIdx.x; channel < peers.channels; channel += THREADS) {
             const u64* word = &peers.words(peers.rank).arrived[peers.slot][from][channel];
-            if (u64 found = peers.wait(word, u64(exchange) << 32))
+            if (u64 found = peers.wait(word, u64(exchange) << 32, from, Step::RECEIVE))
                 atomicAdd(&shared.count, i32(u32(found)));
             else
                 shared.complete = 0;

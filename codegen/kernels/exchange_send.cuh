@@ -11,6 +11,7 @@ struct ExchangeSend {
     static constexpr i32 THREADS = 128, BLOCKS = 1, WARPS = THREADS / 32, STAGES = 16, RING = 54 * 1024;
     struct Arguments {
         const u64* bases;
+        u64* told;
         const u8* x;        // (tokens, H), lines of `line` bytes, of which `bytes` are sent; a multiple of 16
         const i32* sent;    // (ranks, capacity): the line for each place, -1 behind the last; or null: line after line,
         const i32* came;    // (ranks,) so many of each rank's `capacity`
@@ -53,8 +54,8 @@ struct ExchangeSend {
         ptx::take_turn();
         extern __shared__ __align__(128) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases,    arguments.rank,  arguments.ranks,    arguments.slot,    arguments.room,
-                       arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
+        Peers peers = {arguments.bases, arguments.told,     arguments.rank,  arguments.ranks,    arguments.slot,
+                       arguments.room,  arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
         PeerWords& own = peers.words(peers.rank);
         u32 exchange = exchange_of(own.begun[peers.slot]);
         i32 warp = threadIdx.x / 32, channel = blockIdx.x * WARPS + warp;
@@ -129,7 +130,7 @@ struct ExchangeSend {
 
     // Whether a rank has read what this one wrote there before, sooner or later; false if the exchange was aborted.
     static __device__ __forceinline__ bool is_free(const Peers& peers, i32 other, u32 exchange) {
-        bool free = exchange == 1 || peers.wait(&peers.words(peers.rank).taken[peers.slot][other], exchange - 1);
+        bool free = exchange == 1 || peers.wait(&peers.words(peers.rank).taken[peers.slot][other], exchange - 1, other, Step::SEND);
         ptx::fence_system();
         return free;
     }

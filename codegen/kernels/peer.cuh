@@ -15,7 +15,7 @@
 constexpr i32 RANKS = 16, SLOTS = 8, CHANNELS = 256;  // at most
 
 struct PeerWords {
-    u64 aborted;              // the rank that gave up first, plus one
+    u64 aborted;              // a Failure, of whoever gave up
     u64 reserved[15];
     u32 begun[SLOTS][2];      // exchanges that this rank has sent its part of; blocks that are done with that
     u32 ended[SLOTS][2];      // exchanges that it has read its part of; likewise
@@ -23,9 +23,18 @@ struct PeerWords {
     u64 arrived[SLOTS][RANKS][CHANNELS];
 };
 
+// What a rank was doing when it gave up.
+enum class Step { SEND, RECEIVE, HOME };
+
+// As one word that is never zero: who waited for whom, in which step of the exchange in which slot.
+__device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 slot) {
+    return u64(rank + 1) | u64(other + 1) << 16 | u64(step) << 32 | u64(slot) << 40;
+}
+
 // One exchange, as this rank sees it.
 struct Peers {
     const u64* bases;  // (ranks,): where each rank's memory begins, for this device
+    u64* told;         // a word of the host's, which a failure is written to
     i32 rank, ranks, slot, room, capacity, pitch, channels;
     i32 patience;      // milliseconds that a wait may take
 
@@ -36,17 +45,23 @@ struct Peers {
         return rows + 16 * i64(slot) * room + (i64(from) * capacity + place) * pitch;
     }
 
-    // Until the word, of this rank's own memory, is at least that, which it then is. Zero if it will not be: somebody has given
-    // up, or nothing has come in time, and everybody is told so. Before what the word speaks of is touched, a fence is due.
-    __device__ __forceinline__ u64 wait(const u64* word, u64 at_least) const {
+    // Until the word, of this rank's own memory, which another writes, is at least that, which it then is. Zero if it will not
+    // be: somebody has given up, or nothing has come in time, and everybody is told so. Before what the word speaks of is
+    // touched, a fence is due.
+    __device__ __forceinline__ u64 wait(const u64* word, u64 at_least, i32 other, Step step) const {
         u64 deadline = 0, found;
         for (u32 turn = 0; (found = ptx::load_relaxed_system(word)) < at_least; turn++) {
             if (turn % 64) continue;
-            if (ptx::load_relaxed_system(&words(rank).aborted)) return 0;
+            if (u64 failure = ptx::load_relaxed_system(&words(rank).aborted)) {
+                ptx::store_release_system(told, failure);
+                return 0;
+            }
             u64 now = ptx::nanoseconds();
             if (!deadline) deadline = now + u64(patience) * 1000000;
             if (now < deadline) continue;
-            for (i32 other = 0; other < ranks; other++) ptx::store_release_system(&words(other).aborted, rank + 1);
+            u64 failure = failure_of(rank, other, step, slot);
+            for (i32 each = 0; each < ranks; each++) ptx::store_release_system(&words(each).aborted, failure);
+            ptx::store_release_system(told, failure);
             return 0;
         }
         return found;
