@@ -125,7 +125,7 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
     """Lets whoever reads these parameters while the module runs have them whole."""
     cls = type(module)
     attributes: dict[str, Any] = {name: _reader(name, mean) for name in names}
-    attributes["forward"] = _with_tokens(_with_experts(cls.forward, names, mean))
+    attributes["forward"] = with_tokens(_with_experts(cls.forward, names, mean))
     module.__class__ = type(f"Sharded{cls.__name__}", (cls,), {**attributes, "__module__": cls.__module__})
 
     def cut(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -139,14 +139,18 @@ def _with_experts(forward: Callable[..., Any], names: tuple[str, ...], mean: boo
     """The forward, with the sharded parameters at hand.
 
     Eagerly they are gathered once, before it: it may read them as often as it likes, on every rank another number of
-    times. In a compiled graph every reading is a node, and equal ones become one.
+    times. In a compiled graph every reading is a node, and equal ones become one. Where Dynamo breaks the graph inside
+    the forward, they are gathered eagerly, too, for which this function may not become a graph of its own: else each
+    piece of the forward would gather for itself, and ranks another number of times.
     """
+    from torch._dynamo.eval_frame import skip_code
 
-    @functools.wraps(forward)
+    whole = torch.compiler.disable(_all_whole)
+
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        gathered = {name: _whole(self, name, mean) for name in names}
+        gathered = whole(self, names, mean)
         self.__dict__[GATHERED] = gathered
         try:
             result = forward(self, *args, **kwargs)
@@ -154,7 +158,8 @@ def _with_experts(forward: Callable[..., Any], names: tuple[str, ...], mean: boo
             del self.__dict__[GATHERED]
         return _tied(result, [each for each in gathered.values() if each.requires_grad])
 
-    return run
+    skip_code(run.__code__)
+    return functools.wraps(forward)(run)
 
 
 class _Tied(torch.autograd.Function):
@@ -182,14 +187,14 @@ def _tied(result: Any, gathered: Sequence[Tensor]) -> Any:
     return pytree.tree_unflatten(leaves, form)
 
 
-def _with_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward, of one token of zeros where there is none: the rank has to do its part for the others' tokens.
 
     Nobody sees what becomes of it: it is cut off the result again.
     """
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, form = pytree.tree_flatten((args, kwargs))
         if not any(_is_empty(leaf) for leaf in leaves):
             return forward(self, *args, **kwargs)
@@ -221,10 +226,10 @@ def _reader(name: str, mean: bool) -> property:
     """What a module gives for a sharded parameter of its."""
 
     def read(module: nn.Module) -> Any:
-        if torch.compiler.is_compiling():
-            return _whole(module, name, mean)
         gathered = module.__dict__.get(GATHERED)
-        return module._parameters[name] if gathered is None else gathered[name]
+        if gathered is not None:
+            return gathered[name]
+        return _whole(module, name, mean) if torch.compiler.is_compiling() else module._parameters[name]
 
     return property(read)
 
@@ -240,6 +245,10 @@ def _cut(state: Mapping[str, Any], name: str, parameter: Any) -> dict[str, DTens
     if value.shape != parameter.shape or parameter.device_mesh.ndim != 1:
         return {}
     return {name: distribute_tensor(value.detach(), parameter.device_mesh, [Shard(0)], src_data_rank=None)}
+
+
+def _all_whole(module: nn.Module, names: Sequence[str], mean: bool) -> dict[str, Tensor]:
+    return {name: _whole(module, name, mean) for name in names}
 
 
 def _whole(module: nn.Module, name: str, mean: bool) -> Tensor:

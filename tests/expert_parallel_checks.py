@@ -186,6 +186,18 @@ def check_experts_that_differ_between_ranks_do_not_hang(rank: int, ranks: int) -
         assert torch.allclose(whole_of(one.grad), total, atol=1e-5), name
 
 
+def check_graph_breaks_inside(rank: int, ranks: int) -> None:
+    """Pieces of a forward read experts one by one, on every rank others, and gather once all the same."""
+    model = Looped()
+    whole = copy.deepcopy(model)
+    moecompile.shard_experts(model, mesh_of(ranks), gradients="sum")
+    run = torch.compile(model, backend="moecompile", options={"lowering": "eager"})
+    for turn in range(2):
+        x, weights = tokens_of(rank + turn, 3, torch.float32), torch.rand(3, TOP_K)
+        ids = torch.tensor([[rank, (rank + 1) * turn]] * 3)
+        assert torch.allclose(run(x, ids, weights), whole(x, ids, weights), atol=1e-6)
+
+
 def check_compiled_exchanges_tokens(rank: int, ranks: int) -> None:
     """Ranks with different numbers of tokens; nothing is gathered; results and gradients are the model's."""
     model = Model()
