@@ -30,6 +30,10 @@ from moecompile.report import GraphBreak, GraphReport, last_report
 log = logging.getLogger("moecompile")
 
 SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
+EXCHANGE = (
+    'before loading: moecompile.register_transformers() and DistributedConfig(..., ep_implementation="moecompile"); or '
+    "load without ep_size, and moecompile.shard_experts(model, mesh)"
+)
 ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
 # A choice of what to run by counts that depend on data is what Dynamo cannot capture, whatever it is told.
 NO_BRANCH = (
@@ -111,6 +115,8 @@ def graph_break(reason: str, frames: Iterable[traceback.FrameSummary], routed: b
     words = " ".join(f"{frame.name} {frame.filename} {_function_around(frame)}" for frame in innermost)
     moe = found.moe or bool(_MOE_WORDS.search(words)) or (routed and depends_on_data(reason))
     cure = _HINT.search(reason)
+    if any(exchanges_tokens(frame.filename) for frame in innermost):
+        return dataclasses.replace(found, moe=True, cure=EXCHANGE)
     if moe and any(has_switchable_experts(frame.filename) for frame in frames):
         return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
     if moe and _SIZE_WORDS.search(reason):
@@ -162,11 +168,20 @@ def experts_loop(gm: fx.GraphModule) -> str | None:
 @functools.cache
 def has_switchable_experts(file: str) -> bool:
     """Whether a source file defines experts whose implementation transformers lets the user choose."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == file:
-            # the mark that transformers' decorator `use_experts_implementation` leaves on a class
-            return any(isinstance(value, type) and hasattr(value, "_apply_gate") for value in vars(module).values())
-    return False
+    # the mark that transformers' decorator `use_experts_implementation` leaves on a class
+    return any(isinstance(value, type) and hasattr(value, "_apply_gate") for value in _names_of(file).values())
+
+
+@functools.cache
+def exchanges_tokens(file: str) -> bool:
+    """Whether a source file defines the ways among which transformers lets the user choose how tokens meet experts."""
+    return "EPImplementationInterface" in _names_of(file)
+
+
+def _names_of(file: str) -> dict[str, Any]:
+    """What a source file defines, if it was imported."""
+    modules = (module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == file)
+    return next(map(vars, modules), {})
 
 
 @functools.cache

@@ -105,7 +105,7 @@ def _examine(options: Options, records: list[GraphReport], gm: fx.GraphModule) -
 
 
 def _uncured(found: GraphBreak) -> bool:
-    return found.moe and found.cure != advice.SWITCH_EXPERTS
+    return found.moe and found.cure not in (advice.SWITCH_EXPERTS, advice.EXCHANGE)
 
 
 def _cured(found: GraphBreak, cure: str | None) -> GraphBreak:

@@ -112,11 +112,15 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
     """Lets whoever reads these parameters while the module runs have them whole.
 
     Eagerly they are gathered once, before the module's forward: it may read them as often as it likes, and on every
-    rank another number of times. In a compiled graph every reading is a node, and equal ones become one.
+    rank another number of times. In a compiled graph every reading is a node, and equal ones become one. Where Dynamo
+    breaks the graph inside the module, they are gathered eagerly too: it may not compile the hooks as graphs of their own,
+    for then each piece of the forward would gather for itself, on every rank another number of times.
     """
+    from torch._dynamo.eval_frame import skip_code
+
     cls = type(module)
     attributes: dict[str, Any] = {name: _reader(name, mean) for name in names}
-    attributes["forward"] = _with_tokens(cls.forward)
+    attributes["forward"] = with_tokens(cls.forward)
     module.__class__ = type(f"Sharded{cls.__name__}", (cls,), {**attributes, "__module__": cls.__module__})
 
     def gather(module: nn.Module, _: Any) -> None:
@@ -131,19 +135,21 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
         for name in names:
             state.update(_cut(state, f"{prefix}{name}", module._parameters[name]))
 
+    for function in (gather, forget, _whole):
+        skip_code(function.__code__)
     module.register_load_state_dict_pre_hook(cut)
     module.register_forward_pre_hook(gather)
     module.register_forward_hook(forget, always_call=True)
 
 
-def _with_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_tokens(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward, of one token of zeros where there is none: the rank has to do its part for the others' tokens.
 
     Nobody sees what becomes of it: it is cut off the result again.
     """
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, form = pytree.tree_flatten((args, kwargs))
         if not any(_is_empty(leaf) for leaf in leaves):
             return forward(self, *args, **kwargs)
@@ -175,10 +181,10 @@ def _reader(name: str, mean: bool) -> property:
     """What a module gives for a sharded parameter of its."""
 
     def read(module: nn.Module) -> Any:
-        if torch.compiler.is_compiling():
-            return _whole(module, name, mean)
         gathered = module.__dict__.get(GATHERED)
-        return module._parameters[name] if gathered is None else gathered[name]
+        if gathered is not None:
+            return gathered[name]
+        return _whole(module, name, mean) if torch.compiler.is_compiling() else module._parameters[name]
 
     return property(read)
 
