@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor
 from moecompile import callers
 from moecompile.capture import Stop
 from moecompile.options import unknown_variables
+from moecompile.passes.near_misses import EXCHANGE
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
 from moecompile.pipeline import TRANSFORMED
@@ -30,10 +31,6 @@ from moecompile.report import GraphBreak, GraphReport, last_report
 log = logging.getLogger("moecompile")
 
 SWITCH_EXPERTS = 'before compiling: model.set_experts_implementation("grouped_mm")'
-EXCHANGE = (
-    'before loading: moecompile.register_transformers() and DistributedConfig(..., ep_implementation="moecompile"); or '
-    "load without ep_size, and moecompile.shard_experts(model, mesh)"
-)
 ONE_PRODUCT = "compute all experts in one grouped or batched matrix product instead of a loop"
 # A choice of what to run by counts that depend on data is what Dynamo cannot capture, whatever it is told.
 NO_BRANCH = (

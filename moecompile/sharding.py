@@ -113,11 +113,12 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
 
     Eagerly they are gathered once, before the module's forward: it may read them as often as it likes, and on every
     rank another number of times. In a compiled graph every reading is a node, and equal ones become one. Where Dynamo
-    breaks the graph inside the module, they are gathered eagerly too: it may not compile the hooks as graphs of their own,
-    for then each piece of the forward would gather for itself, on every rank another number of times.
+    breaks the graph inside the module, they are gathered eagerly too: it may not compile the hooks as graphs of their
+    own, for then each piece of the forward would gather for itself, on every rank another number of times.
     """
     from torch._dynamo.eval_frame import skip_code
 
+    whole = torch.compiler.disable(_all_whole)
     cls = type(module)
     attributes: dict[str, Any] = {name: _reader(name, mean) for name in names}
     attributes["forward"] = with_tokens(cls.forward)
@@ -125,7 +126,7 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
 
     def gather(module: nn.Module, _: Any) -> None:
         if not torch.compiler.is_compiling():
-            module.__dict__[GATHERED] = {name: _whole(module, name, mean) for name in names}
+            module.__dict__[GATHERED] = whole(module, names, mean)
 
     def forget(module: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -135,8 +136,8 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
         for name in names:
             state.update(_cut(state, f"{prefix}{name}", module._parameters[name]))
 
-    for function in (gather, forget, _whole):
-        skip_code(function.__code__)
+    skip_code(gather.__code__)
+    skip_code(forget.__code__)
     module.register_load_state_dict_pre_hook(cut)
     module.register_forward_pre_hook(gather)
     module.register_forward_hook(forget, always_call=True)
@@ -200,6 +201,10 @@ def _cut(state: Mapping[str, Any], name: str, parameter: Any) -> dict[str, DTens
     if value.shape != parameter.shape or parameter.device_mesh.ndim != 1:
         return {}
     return {name: distribute_tensor(value.detach(), parameter.device_mesh, [Shard(0)], src_data_rank=None)}
+
+
+def _all_whole(module: nn.Module, names: Sequence[str], mean: bool) -> dict[str, Tensor]:
+    return {name: _whole(module, name, mean) for name in names}
 
 
 def _whole(module: nn.Module, name: str, mean: bool) -> Tensor:

@@ -1,10 +1,9 @@
 """Expert parallelism of transformers by our exchange: `DistributedConfig(ep_implementation="moecompile")`.
 
-transformers leaves open how tokens meet experts that are spread over ranks (`EPImplementationInterface`). Its own ways
-hide the block from a compiler: "all_to_all" reads sizes on the host, which breaks the graph; "all_reduce" computes every
-token on every rank. Ours runs the experts as the model has them, on parameters that are gathered from all ranks: so a
-graph holds the whole block, and `torch.compile(backend="moecompile")` exchanges tokens instead of gathering
-(passes/expert_parallel.py).
+transformers leaves open how tokens meet experts that are spread over ranks (`EPImplementationInterface`). Of its own
+ways, "all_to_all" reads sizes on the host, which breaks the graph; with "all_reduce" every rank computes every token.
+Ours runs the experts as the model has them, on gathered parameters: so a graph holds the whole block, and
+`torch.compile(backend="moecompile")` exchanges tokens instead of gathering (passes/expert_parallel.py).
 
 transformers is imported when it is asked for, never before.
 """
@@ -67,15 +66,14 @@ def _implementation() -> type[Any]:
             self._split = _Split(tp_mesh.size(), tp_mesh.get_local_rank(), group_of(tp_mesh)) if shared else None
 
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            # it changes nothing, and proves the range of ids where experts are a graph of their own, as under FSDP2
-            top_k_index = top_k_index.clamp(0, self._num_experts - 1)
-            split = self._split
+            split, last = self._split, self._num_experts - 1
+            # The clamps change nothing. They prove the range of ids where nothing else does: where experts are a graph
+            # of their own, as under FSDP2, or a part of symbolic size.
             if split is None:
-                return self._whole(hidden_states, top_k_index, top_k_weights)
+                return self._whole(hidden_states, top_k_index.clamp(0, last), top_k_weights)
+            ids = split.part(top_k_index).clamp(0, last)
             x, weights = (_Own.apply(each, split) for each in (hidden_states, top_k_weights))
-            found: Tensor = _Together.apply(
-                self._whole(x, split.part(top_k_index), weights), hidden_states.shape[0], split
-            )
+            found: Tensor = _Together.apply(self._whole(x, ids, weights), hidden_states.shape[0], split)
             return found
 
     return MoecompileEP

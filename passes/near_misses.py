@@ -31,6 +31,15 @@ _REACH = 80
 
 _NOT_SUMMED = "the experts' results are not summed into tokens the way a known form does"
 
+# transformers' "all_reduce", and code that is like it
+_MASKED = (
+    "rows whose experts lie on other ranks are masked (all-reduce expert parallelism: all ranks compute all tokens)"
+)
+EXCHANGE = (
+    'before loading: moecompile.register_transformers() and DistributedConfig(..., ep_implementation="moecompile"); or '
+    "load without ep_size, and moecompile.shard_experts(model, mesh)"
+)
+
 # operations that are known to be something else than arithmetic of single elements, and what they are
 _BETWEEN = {
     **dict.fromkeys(
@@ -60,6 +69,7 @@ _CURES: tuple[tuple[str, str], ...] = (
         "adapter inside the experts",
         "merge the adapter into the experts' weights before the product, `w + a @ b`: that is found",
     ),
+    (_MASKED, EXCHANGE),
     ("ids may lie outside", "choose the experts with topk or argmax over as many scores as the loop has turns"),
 )
 
@@ -272,9 +282,21 @@ def _near_miss(
     node: fx.Node, reason: str, block: set[fx.Node], parts: Iterable[fx.Node], state: Interpretation
 ) -> NearMiss:
     """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
+    reason = _MASKED if any(_masks_others(part, state) for part in block) else reason
     cure = next((cure for part, cure in _CURES if part in reason), None)
     module = common_module({node, *parts})
     return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
+
+
+def _masks_others(node: fx.Node, state: Interpretation) -> bool:
+    """Whether the node masks rows by `ids >= E`, as is done where ids beyond the last expert lie on other ranks."""
+    call = state.calls.get(node)
+    if call is None or call.name != "masked_fill" or not fake_of(node).is_floating_point():
+        return False
+    mask = call["mask"]
+    while isinstance(mask, fx.Node) and mask in state.calls and state.calls[mask].name in ("unsqueeze", "view"):
+        mask = state.calls[mask]["input"]
+    return mask in state.calls and state.calls[mask].name == "ge" and isinstance(state.calls[mask]["other"], int)
 
 
 def _resembles(block: set[fx.Node], state: Interpretation) -> str:
