@@ -282,21 +282,27 @@ def _near_miss(
     node: fx.Node, reason: str, block: set[fx.Node], parts: Iterable[fx.Node], state: Interpretation
 ) -> NearMiss:
     """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
-    reason = _MASKED if any(_masks_others(part, state) for part in block) else reason
+    reason = _MASKED if _masks_others(block, state) else reason
     cure = next((cure for part, cure in _CURES if part in reason), None)
     module = common_module({node, *parts})
     return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
 
 
-def _masks_others(node: fx.Node, state: Interpretation) -> bool:
-    """Whether the node masks rows by `ids >= E`, as is done where ids beyond the last expert lie on other ranks."""
-    call = state.calls.get(node)
-    if call is None or call.name != "masked_fill" or not fake_of(node).is_floating_point():
-        return False
-    mask = call["mask"]
-    while isinstance(mask, fx.Node) and mask in state.calls and state.calls[mask].name in ("unsqueeze", "view"):
-        mask = state.calls[mask]["input"]
-    return mask in state.calls and state.calls[mask].name == "ge" and isinstance(state.calls[mask]["other"], int)
+def _masks_others(block: set[fx.Node], state: Interpretation) -> bool:
+    """Whether rows are masked by `ids >= E`: ids beyond a rank's last expert stand for those of other ranks."""
+    calls = [state.calls[node] for node in block if node in state.calls]
+    weights = {"grouped_mm": "mat2", "grouped_mm_fallback": "weight"}
+    experts = {fake_of(call[weights[call.name]]).shape[0] for call in calls if call.name in weights}
+    bounds = {_bound(call["mask"], state) for call in calls if call.name == "masked_fill"}
+    return not experts.isdisjoint(bounds)
+
+
+def _bound(mask: object, state: Interpretation) -> object:
+    """E, where a mask is `ids >= E`."""
+    call = state.calls.get(mask) if isinstance(mask, fx.Node) else None
+    if call is not None and call.name in ("unsqueeze", "view", "reshape"):
+        return _bound(call["input"], state)
+    return call["other"] if call is not None and call.name == "ge" else None
 
 
 def _resembles(block: set[fx.Node], state: Interpretation) -> str:
