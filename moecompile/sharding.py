@@ -8,7 +8,9 @@ model runs gets it whole, gathered from all ranks: so the model computes what it
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -125,7 +127,7 @@ def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
     module.__class__ = type(f"Sharded{cls.__name__}", (cls,), {**attributes, "__module__": cls.__module__})
 
     def gather(module: nn.Module, _: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not _is_compiled_itself(sys._getframe(1)):
             module.__dict__[GATHERED] = whole(module, names, mean)
 
     def forget(module: nn.Module, *_: Any) -> None:
@@ -201,6 +203,13 @@ def _cut(state: Mapping[str, Any], name: str, parameter: Any) -> dict[str, DTens
     if value.shape != parameter.shape or parameter.device_mesh.ndim != 1:
         return {}
     return {name: distribute_tensor(value.detach(), parameter.device_mesh, [Shard(0)], src_data_rank=None)}
+
+
+def _is_compiled_itself(frame: FrameType | None) -> bool:
+    """Whether the module whose hook a frame runs is what was given to torch.compile: its forward is a graph then."""
+    while frame is not None and frame.f_code.co_filename == nn.modules.module.__file__:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == torch._dynamo.eval_frame.__file__
 
 
 def _all_whole(module: nn.Module, names: Sequence[str], mean: bool) -> dict[str, Tensor]:
