@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moecompile.options import Options
     from moecompile.report import last_report, reset
     from moecompile.sharding import shard_experts
+    from moecompile.transformers_experts import register_transformers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "invalidate",
     "last_report",
     "load_fp8",
+    "register_transformers",
     "reset",
     "shard_experts",
 ]
@@ -43,6 +45,7 @@ _HOME = {
     "invalidate": "moecompile.cached",
     "last_report": "moecompile.report",
     "load_fp8": "moecompile.checkpoints",
+    "register_transformers": "moecompile.transformers_experts",
     "reset": "moecompile.report",
     "shard_experts": "moecompile.sharding",
 }

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor
 from moecompile import callers
 from moecompile.capture import Stop
 from moecompile.options import unknown_variables
+from moecompile.passes.near_misses import EXCHANGE
 from moecompile.passes.provenance import source_of
 from moecompile.passes.spelling import operation_name
 from moecompile.pipeline import TRANSFORMED
@@ -111,6 +112,8 @@ def graph_break(reason: str, frames: Iterable[traceback.FrameSummary], routed: b
     words = " ".join(f"{frame.name} {frame.filename} {_function_around(frame)}" for frame in innermost)
     moe = found.moe or bool(_MOE_WORDS.search(words)) or (routed and depends_on_data(reason))
     cure = _HINT.search(reason)
+    if any(exchanges_tokens(frame.filename) for frame in innermost):
+        return dataclasses.replace(found, moe=True, cure=EXCHANGE)
     if moe and any(has_switchable_experts(frame.filename) for frame in frames):
         return dataclasses.replace(found, moe=moe, cure=SWITCH_EXPERTS)
     if moe and _SIZE_WORDS.search(reason):
@@ -162,11 +165,20 @@ def experts_loop(gm: fx.GraphModule) -> str | None:
 @functools.cache
 def has_switchable_experts(file: str) -> bool:
     """Whether a source file defines experts whose implementation transformers lets the user choose."""
-    for module in list(sys.modules.values()):
-        if getattr(module, "__file__", None) == file:
-            # the mark that transformers' decorator `use_experts_implementation` leaves on a class
-            return any(isinstance(value, type) and hasattr(value, "_apply_gate") for value in vars(module).values())
-    return False
+    # the mark that transformers' decorator `use_experts_implementation` leaves on a class
+    return any(isinstance(value, type) and hasattr(value, "_apply_gate") for value in _names_of(file).values())
+
+
+@functools.cache
+def exchanges_tokens(file: str) -> bool:
+    """Whether a source file defines the ways among which transformers lets the user choose how tokens meet experts."""
+    return "EPImplementationInterface" in _names_of(file)
+
+
+def _names_of(file: str) -> dict[str, Any]:
+    """What a source file defines, if it was imported."""
+    modules = (module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == file)
+    return next(map(vars, modules), {})
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from torch import fx
 from moecompile import advice, pipeline
 from moecompile.capture import capture
 from moecompile.options import Options
+from moecompile.passes.near_misses import EXCHANGE
 from moecompile.report import GraphBreak, GraphReport, Report
 from moecompile.report_text import counted
 
@@ -105,7 +106,7 @@ def _examine(options: Options, records: list[GraphReport], gm: fx.GraphModule) -
 
 
 def _uncured(found: GraphBreak) -> bool:
-    return found.moe and found.cure != advice.SWITCH_EXPERTS
+    return found.moe and found.cure not in (advice.SWITCH_EXPERTS, EXCHANGE)
 
 
 def _cured(found: GraphBreak, cure: str | None) -> GraphBreak:

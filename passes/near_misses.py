@@ -31,6 +31,15 @@ _REACH = 80
 
 _NOT_SUMMED = "the experts' results are not summed into tokens the way a known form does"
 
+# transformers' "all_reduce", and code that is like it
+_MASKED = (
+    "rows whose experts lie on other ranks are masked (all-reduce expert parallelism: all ranks compute all tokens)"
+)
+EXCHANGE = (
+    'before loading: moecompile.register_transformers() and DistributedConfig(..., ep_implementation="moecompile"); or '
+    "load without ep_size, and moecompile.shard_experts(model, mesh)"
+)
+
 # operations that are known to be something else than arithmetic of single elements, and what they are
 _BETWEEN = {
     **dict.fromkeys(
@@ -60,6 +69,7 @@ _CURES: tuple[tuple[str, str], ...] = (
         "adapter inside the experts",
         "merge the adapter into the experts' weights before the product, `w + a @ b`: that is found",
     ),
+    (_MASKED, EXCHANGE),
     ("ids may lie outside", "choose the experts with topk or argmax over as many scores as the loop has turns"),
 )
 
@@ -272,9 +282,27 @@ def _near_miss(
     node: fx.Node, reason: str, block: set[fx.Node], parts: Iterable[fx.Node], state: Interpretation
 ) -> NearMiss:
     """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
+    reason = _MASKED if _masks_others(block, state) else reason
     cure = next((cure for part, cure in _CURES if part in reason), None)
     module = common_module({node, *parts})
     return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
+
+
+def _masks_others(block: set[fx.Node], state: Interpretation) -> bool:
+    """Whether rows are masked by `ids >= E`: ids beyond a rank's last expert stand for those of other ranks."""
+    calls = [state.calls[node] for node in block if node in state.calls]
+    weights = {"grouped_mm": "mat2", "grouped_mm_fallback": "weight"}
+    experts = {fake_of(call[weights[call.name]]).shape[0] for call in calls if call.name in weights}
+    bounds = {_bound(call["mask"], state) for call in calls if call.name == "masked_fill"}
+    return not experts.isdisjoint(bounds)
+
+
+def _bound(mask: object, state: Interpretation) -> object:
+    """E, where a mask is `ids >= E`."""
+    call = state.calls.get(mask) if isinstance(mask, fx.Node) else None
+    if call is not None and call.name in ("unsqueeze", "view", "reshape"):
+        return _bound(call["input"], state)
+    return call["other"] if call is not None and call.name == "ge" else None
 
 
 def _resembles(block: set[fx.Node], state: Interpretation) -> str:

@@ -392,9 +392,11 @@ def _beyond(call: Call, state: Interpretation) -> Value | None:
 
 
 def unclamped(call: Call, state: Interpretation) -> Value | None:
-    """ids.clamp(0, E - 1) where all ids are in that range anyway: the ids. None for anything else."""
+    """ids.clamp(0, E - 1): the ids where all are in that range anyway; else ids that are. None for anything else."""
     value, low, high = state.value(call["input"]), call["min"], call["max"]
     known = known_range(value.content, state)
+    if known is None and type(low) is int and type(high) is int and 0 <= low <= high and not call.inplace:
+        return _within(call, state, high + 1)
     if known is None or not (low is None or (isinstance(low, int) and low <= 0)):
         return None
     return value if high is None or (isinstance(high, int) and high >= known - 1) else None

@@ -243,3 +243,29 @@ def test_a_loop_over_ids_chosen_one_after_the_other(accumulate: bool, sites: int
     known = captured(Twice(), (torch.randn(24, 32),), fullgraph=True)
     verdict = compare(known.gm, known.inputs, rewrite, (), "loop")
     assert (verdict.outcome, verdict.sites) == ("equal", sites), verdict.detail
+
+
+class Clamped(nn.Module):
+    """Expert ids that are given, whatever they are, clamped to 0 .. `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+        self.w_in, self.w_out = nn.Parameter(torch.randn(4, 16, 32)), nn.Parameter(torch.randn(4, 32, 16))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        expert, order = ids.clamp(0, self.last).view(-1).sort()
+        ends = torch.histc(expert.float(), bins=4, min=0, max=3).cumsum(0).int()
+        h = torch._grouped_mm(x[order // 2].bfloat16(), self.w_in.bfloat16(), offs=ends).relu()
+        y = torch._grouped_mm(h, self.w_out.bfloat16(), offs=ends).float() * weights.view(-1)[order].unsqueeze(-1)
+        return y[order.argsort()].view(-1, 2, 16).sum(1)
+
+
+def test_clamped_ids_name_experts() -> None:
+    """Two ids of a token may then be one, and are two assignments all the same."""
+    ids = torch.tensor([[-3, 0], [9, 3], [1, 2], [7, 8], [2, 2]])
+    given = (torch.randn(5, 16), ids, torch.rand(5, 2))
+    known = captured(Clamped(3), given)
+    verdict = compare(known.gm, known.inputs, rewrite, (), "clamped")
+    assert (verdict.outcome, verdict.sites) == ("equal", 1), verdict.detail
+    assert detect(captured(Clamped(4), given).gm.graph).sites == (), "rows of id 4 are no expert's"
