@@ -2,8 +2,8 @@
 
 Contract
 - On entry matrices are cast by `moecompile::quantize_weights` (passes/cast_experts.py, passes/cast_linears.py).
-- A cast is taken out if its matrices are parameters that the graph gets as inputs and does not write. Others stay, with
-  the reason; so do those of matrices that are kept in FP8 anyway.
+- A cast is taken out if its matrices are parameters that the graph gets as inputs and does not write, or what this rank
+  has of such. Others stay, with the reason; so do those of matrices that are kept in FP8 anyway.
 - Experts are told that somebody holds the copies of their first matrices.
 - Inputs that there were keep their places; the new ones follow, four for each cast that is taken out, in their order.
 
@@ -14,6 +14,7 @@ Contract
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import fx, nn
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Kept, MatrixCast
+from moecompile.passes.expert_parallel import parameter_of
 from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.block_scaled import BlockScaled
@@ -48,7 +50,9 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
     layout, last = Layout(graph), next(reversed(places), None)
     lifted, kept = dict[Lifted, list[fx.Node]](), list[Kept]()
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.quantize_weights.default):
-        matrices = [argument for argument in (*node.args, node.kwargs.get("w_up")) if argument is not None]
+        matrices = [
+            parameter_of(argument) for argument in (*node.args, node.kwargs.get("w_up")) if argument is not None
+        ]
         if all(isinstance(fake_of(each), BlockScaled) for each in matrices):
             continue  # there is nothing to cast
         reason = _obstacle(matrices, places, layout)
@@ -64,7 +68,7 @@ def lift_casts(graph: fx.Graph) -> tuple[list[Lifted], list[Kept]]:
     return [*lifted], kept
 
 
-def _obstacle(matrices: list[fx.Node], places: dict[fx.Node, int], layout: Layout) -> str:
+def _obstacle(matrices: Sequence[fx.Node], places: dict[fx.Node, int], layout: Layout) -> str:
     """Why a cast of these has to stay, if it has to."""
     if any(each.target is torch.stack for each in matrices):
         return "experts are modules of their own; put their matrices into one parameter"

@@ -279,6 +279,13 @@ def _group_of(gather: fx.Node) -> Group:
     return Group(attributes["group"], attributes["ranks"], attributes["mean"])
 
 
+def parameter_of(matrix: Any) -> fx.Node:
+    """The input of the graph that a block's matrix is this rank's part of; the matrix itself, if it is of none."""
+    node: fx.Node = matrix.args[0] if matrix.target is ops.mean_gradient.default else matrix
+    source = _source(node)
+    return source if source.op == "placeholder" else matrix
+
+
 def _name_of(gather: fx.Node) -> str:
     """Of the parameter that it gathers, as the graph's input is called."""
     local: Any = gather.args[0]

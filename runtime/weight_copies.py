@@ -67,18 +67,24 @@ class Copies:
     ) -> Four:  # fmt: skip
         """What `moecompile::quantize_weights` gives for these, from before if they have not changed.
 
+        Of DTensors for what this rank has of them: writes to them are counted there, and not of that.
+
         Copies for inference alone (`backward` False) are half of them, until somebody trains these matrices: then all
         are made, whoever asks.
 
         While an optimizer makes a step, and while a CUDA graph is captured, so that each replay makes them anew, copies
         are made and not kept.
         """
+        given, matrices = matrices, tuple(map(local_of, matrices))
         capturing = matrices[0].is_cuda and torch.cuda.is_current_stream_capturing()
         with self._lock:
             if capturing or self._stepping or any(matrix.is_inference() for matrix in matrices):
                 return _made(matrices, gate_up, transposed, backward, scale_format)
             how = (gate_up, transposed, scale_format)
-            key, stamp = (how, *map(_place, matrices)), (self._steps, *map(_state, matrices))
+            key, stamp = (
+                (how, *map(_place, matrices)),
+                (self._steps, *map(_state, matrices), *(each._version for each in given)),
+            )
             entry = self._entries.get(key)
             trained = backward or (entry is not None and entry.trained)
             if entry is None or entry.stamp != stamp or entry.orphaned or (backward and not entry.trained):
@@ -108,7 +114,7 @@ class Copies:
             if parameters is None:
                 self._entries.clear()
                 return
-            gone = set(map(_place, parameters))
+            gone = set(map(_place, map(local_of, parameters)))
             self._entries = {key: entry for key, entry in self._entries.items() if not gone & {*key[1:]}}
 
     def __len__(self) -> int:
@@ -127,6 +133,12 @@ class Copies:
 
 COPIES = Copies()
 """Of all parameters that compiled graphs want copies of."""
+
+
+def local_of(matrix: Tensor) -> Tensor:
+    """What this rank has of a DTensor; of others themselves."""
+    found: Tensor = getattr(matrix, "_local_tensor", matrix)
+    return found
 
 
 def _entry(matrices: tuple[Tensor, ...], stamp: Hashable, four: Four, trained: bool) -> _Entry:

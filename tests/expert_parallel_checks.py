@@ -445,6 +445,31 @@ def check_fp8(rank: int, ranks: int) -> None:
     close(with_mean_of_others(found, model), meaned(right, whole), 6e-2)
 
 
+def check_cached_copies(rank: int, ranks: int) -> None:
+    """`fp8_cache_weights` keeps the copies of this rank's experts, and makes them anew when these have changed."""
+    model = Model(256, 128)
+    whole, x = copy.deepcopy(model), tokens_of(rank, 12, hidden=256)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    run = compiled(model, precision="fp8", fp8_cache_weights=True)
+    reference = compiled(whole, precision="fp8")
+    with torch.no_grad():
+        first = run(x)
+        close([first, run(x)], [reference(x)] * 2, 6e-2)
+        assert "copies of 5 matrices are kept" in str(moecompile.last_report())
+        for each in (model, whole):
+            for block in each.blocks:
+                weight: Any = block.get_submodule("experts").get_parameter("w_out")
+                weight.mul_(-3)
+        close([run(x)], [reference(x)], 6e-2)
+        for each in (model, whole):
+            for block in each.blocks:
+                weight = block.get_submodule("experts").get_parameter("w_in")
+                local_of(weight).data.mul_(2) if isinstance(weight, DTensor) else weight.data.mul_(2)
+        moecompile.invalidate(model)
+        close([run(x)], [reference(x)], 6e-2)
+    assert not torch.equal(first, run(x))
+
+
 def check_verify(rank: int, ranks: int) -> None:
     """The option `verify` compares a block before its exchange, on ranks with different numbers of tokens."""
     model = moecompile.shard_experts(Block(), mesh_of(ranks))
