@@ -476,3 +476,56 @@ def check_verify(rank: int, ranks: int) -> None:
     results(compiled(model, verify="first_call"), model, tokens_of(rank, 5 + rank))
     (graph,) = moecompile.last_report().graphs
     assert graph.verify and "dispatch_start" in graph.after, graph.verify
+
+
+def check_checkpointed_blocks(rank: int, ranks: int) -> None:
+    """Inside checkpointed regions tokens are exchanged as well, and once more where they are computed again."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                made: Any = checkpoint(block, x, use_reentrant=False)
+                x = x + made
+            return self.last(x)
+
+    model = Checkpointed()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 6 + 5 * rank)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    right = meaned(results(whole, whole, x), whole)
+    close(with_mean_of_others(results(compiled(model), model, x), model), right, 1.5e-2)
+    after = "".join(graph.after for graph in moecompile.last_report().graphs)
+    assert after.count("dispatch_start") == 2 and "gather_experts" not in after
+
+
+def check_dynamic_shapes(rank: int, ranks: int) -> None:
+    """Symbolic numbers of tokens need the option `ep_capacity`; ranks differ, and change, as they like."""
+    model = Block()
+    whole = copy.deepcopy(model)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    agreement.forget()
+    run = torch.compile(
+        model, backend="moecompile", fullgraph=True, dynamic=True, options={"lowering": "eager", "ep_capacity": 32}
+    )
+    for count in (5, 9, 32):
+        x = tokens_of(rank, count - rank)
+        close([run(x)], [whole(x)], 1e-2)
+    moecompile.reset()
+    torch._dynamo.reset()
+    agreement.forget()
+    try:
+        torch.compile(model, backend="moecompile", fullgraph=True, dynamic=True)(tokens_of(rank, 5))
+    except Exception as error:
+        assert "ep_capacity" in str(error), error
+    else:
+        raise AssertionError("a symbolic number of tokens was taken without a capacity")
+
+
+def check_under_inductor(rank: int, ranks: int) -> None:
+    model = Block()
+    whole, x = copy.deepcopy(model), tokens_of(rank, 6 + 5 * rank)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    right = meaned(results(whole, whole, x), whole)
+    found = results(compiled(model, lowering="inductor"), model, x)
+    close(with_mean_of_others(found, model), right, 1.5e-2)

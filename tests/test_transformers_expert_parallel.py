@@ -1,4 +1,7 @@
-"""transformers' models with experts spread over ranks, on gloo (tests/transformers_expert_parallel_checks.py)."""
+"""transformers' models with experts spread over ranks, on gloo (tests/transformers_expert_parallel_checks.py).
+
+Some checks always run; all of them with `pytest -m slow tests/test_transformers_expert_parallel.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,28 @@ import transformers_expert_parallel_checks
 from ranks_in_processes import run_on_ranks
 
 CHECKS = [name for name in vars(transformers_expert_parallel_checks) if name.startswith("check_")]
+ALWAYS = (
+    "check_bfloat16_sharded",
+    "check_all_reduce_computes_what_it_did",
+    "check_explain_names_the_cure_for_all_to_all",
+    "check_ours_as_users_load_it",
+)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each check came to: one group of processes runs them all."""
     directory = tmp_path_factory.mktemp("ranks")
-    return run_on_ranks(2, transformers_expert_parallel_checks.__name__, CHECKS, directory)
+    return run_on_ranks(2, transformers_expert_parallel_checks.__name__, ALWAYS, directory)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", ALWAYS)
 def test_together(results: dict[str, str], name: str) -> None:
     assert not results[name], results[name]
+
+
+@pytest.mark.slow
+def test_the_rest(tmp_path_factory: pytest.TempPathFactory) -> None:
+    names = [name for name in CHECKS if name not in ALWAYS]
+    found = run_on_ranks(2, transformers_expert_parallel_checks.__name__, names, tmp_path_factory.mktemp("ranks"))
+    assert not any(found.values()), "\n".join(found.values())
