@@ -117,8 +117,8 @@ def _hide_from_ddp(model: nn.Module, parameters: Collection[nn.Parameter]) -> No
     """Lets DistributedDataParallel around the model neither send these parameters nor sum their gradients."""
     own = {id(each) for each in parameters}
     names = [name for name, each in model.named_parameters(remove_duplicate=False) if id(each) in own]
-    ignored = [*getattr(model, IGNORED_BY_DDP, ()), *names]
-    setattr(model, IGNORED_BY_DDP, ignored)
+    names += [f".{name}" for name in names if "." not in name]  # as it calls those of the module itself when it sums
+    setattr(model, IGNORED_BY_DDP, [*getattr(model, IGNORED_BY_DDP, ()), *names])
 
 
 def _read_whole(module: nn.Module, names: tuple[str, ...], mean: bool) -> None:
