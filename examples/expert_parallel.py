@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -71,7 +72,7 @@ def main() -> None:
     tokens = torch.randn(40 + 8 * rank, HIDDEN).to(device)  # every rank has its own, and another number of them
 
     moecompile.shard_experts(model, mesh)
-    held = sum(each.to_local().numel() for each in (model.w_in, model.w_out))  # type: ignore[operator]
+    held = sum(each.to_local().numel() for each in model.parameters() if isinstance(each, DTensor))
     parallel = DistributedDataParallel(model)
     model.compile(backend="moecompile", fullgraph=True, options={"lowering": chosen.lowering})
 
