@@ -60,6 +60,7 @@ def test_layers_are_compiled_and_compared(setting: Setting, quickly: None, capsy
     assert len([row for row in casts if row.kind == "experts" and row.cast]) == 2
 
 
+@pytest.mark.slow
 def test_forward_and_step_do_not_share_what_dynamo_allows_a_function(setting: Setting, quickly: None) -> None:
     with torch._dynamo.config.patch(recompile_limit=5):
         bench_layers.measure_layers(setting, TINY, 1, 48)
@@ -72,6 +73,7 @@ def test_kernels_of_a_step_are_listed(setting: Setting, quickly: None, capsys: p
     assert "moecompile::experts_fp8" in listed and "others\n" in listed and listed.rstrip().endswith("  all")
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_rewritten_are_a_failure(setting: Setting, quickly: None, monkeypatch) -> None:
     monkeypatch.setitem(bench_layers.OPTIONS, OURS, {"disable": ("detect",)})
     bench_layers.measure_layers(setting, TINY, 1, 48)

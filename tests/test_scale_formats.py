@@ -17,7 +17,7 @@ from test_conversion import made
 from test_precision import relative
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_whole_way(lowering: str) -> None:
     """All that is cast has them, and what the backward casts; kept copies and converted parameters compute the same."""
     model, ids = made()

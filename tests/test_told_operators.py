@@ -15,7 +15,7 @@ def graphs() -> tuple[GraphReport, ...]:
     return moecompile.last_report().graphs
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["model", "fp8"])
 def test_rows_are_computed_again_where_the_user_asks_for_it(lowering: str, precision: str):
     def step(recompute: bool) -> tuple[int, list[Tensor | None]]:
