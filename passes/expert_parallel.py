@@ -36,12 +36,12 @@ from moecompile.passes.calls import bind
 from moecompile.passes.casts import Kept, call_for, key_of
 from moecompile.passes.provenance import input_name, module_of, source_of
 from moecompile.passes.spelling import operation_name
+from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS
 from moecompile.runtime.peer_memory import SLOTS_USED
 
 ops = torch.ops.moecompile
 GATHER = ops.gather_experts.default
-MATRICES = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
-ARGUMENTS = ("x", "weights", "offsets", "slots", "order", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+MATRICES = tuple(name for name in DIFFERENTIABLE if name not in ("x", "weights"))
 STEPS = ("cast", "contiguous", "clone", "transpose")
 """What may lie between a gathered parameter and the block: it treats each expert by itself."""
 
@@ -145,7 +145,7 @@ class _Block:
 
     def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
         self._graph, self._node = graph, node
-        self._given: dict[str, Any] = {**dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}
+        self._given: dict[str, Any] = {**dict(zip(TENSORS, node.args, strict=False)), **node.kwargs}
         self._sharded = {name: _gathered(each) for name in MATRICES if (each := self._given.get(name)) is not None}
         gathers = [gather for gather in self._sharded.values() if gather is not None]
         self.groups = {_group_of(gather) for gather in gathers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,65 +99,27 @@ class _CombineWait(torch.autograd.Function):
         return None, rows, None, None, None
 
 
-class _GatherExperts(torch.autograd.Function):
-    """Its derivative gives each rank what the ranks' gradients of its own experts come to."""
+class _Linear(torch.autograd.Function):
+    """An operator of one tensor, whose derivative is another, linear one: so it may be differentiated twice."""
 
     @staticmethod
-    def forward(ctx: Any, attributes: Attributes, local: Tensor) -> Tensor:
-        ctx.attributes = attributes
+    def forward(
+        ctx: Any, operator: str, reverse: Callable[..., Tensor], attributes: Attributes, given: Tensor
+    ) -> Tensor:
+        ctx.reverse, ctx.attributes = reverse, attributes
         with torch._C._AutoDispatchBelowAutograd():
-            found: Tensor = torch.ops.moecompile.gather_experts(local, **attributes)
+            found: Tensor = getattr(torch.ops.moecompile, operator)(given, **attributes)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Found:
-        return None, torch.ops.moecompile.scatter_gradient(grads[0], **ctx.attributes)
+        return None, None, None, ctx.reverse(grads[0], **ctx.attributes)
 
 
-class _ScatterGradient(torch.autograd.Function):
-    """Linear as well, so that whoever differentiates twice finds no gap here."""
-
-    @staticmethod
-    def forward(ctx: Any, attributes: Attributes, grad: Tensor) -> Tensor:
-        ctx.attributes = attributes
-        with torch._C._AutoDispatchBelowAutograd():
-            found: Tensor = torch.ops.moecompile.scatter_gradient(grad, **attributes)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Found:
-        whole = torch.ops.moecompile.gather_experts(grads[0], **ctx.attributes)
-        return None, whole / ctx.attributes["ranks"] if ctx.attributes["mean"] else whole
-
-
-class _OwnExperts(torch.autograd.Function):
-    """Its derivative is zero for the others' experts."""
-
-    @staticmethod
-    def forward(ctx: Any, attributes: Attributes, whole: Tensor) -> Tensor:
-        ctx.attributes = attributes
-        with torch._C._AutoDispatchBelowAutograd():
-            found: Tensor = torch.ops.moecompile.own_experts(whole, **attributes)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Found:
-        return None, torch.ops.moecompile.among_others(grads[0], **ctx.attributes)
-
-
-class _AmongOthers(torch.autograd.Function):
-    """Likewise."""
-
-    @staticmethod
-    def forward(ctx: Any, attributes: Attributes, own: Tensor) -> Tensor:
-        ctx.attributes = attributes
-        with torch._C._AutoDispatchBelowAutograd():
-            found: Tensor = torch.ops.moecompile.among_others(own, **attributes)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Found:
-        return None, torch.ops.moecompile.own_experts(grads[0], **ctx.attributes)
+def _gathered(grad: Tensor, **attributes: Any) -> Tensor:
+    """The derivative of `scatter_gradient`."""
+    whole: Tensor = torch.ops.moecompile.gather_experts(grad, **attributes)
+    return whole / attributes["ranks"] if attributes["mean"] else whole
 
 
 class _MeanGradient(torch.autograd.Function):
@@ -183,23 +146,28 @@ def _without_gradient(found: tuple[Tensor, ...], weighted: bool) -> tuple[Tensor
     return found[1:2] if weighted else found[1:]
 
 
-def _above(operator: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _above(operator: str, record: Callable[..., Any]) -> Callable[..., Any]:
     """The operator above autograd: recorded where something requires grad."""
 
     def call(*tensors: Tensor | None, **attributes: Any) -> Any:
         if differentiates(tensors, operator):
-            return function.apply(attributes, *tensors)
+            return record(attributes, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.moecompile, operator)(*tensors, **attributes)
 
     return call
 
 
-dispatch_start = _above("dispatch_start", _DispatchStart)
-dispatch_wait = _above("dispatch_wait", _DispatchWait)
-combine_start = _above("combine_start", _CombineStart)
-combine_wait = _above("combine_wait", _CombineWait)
-gather_experts = _above("gather_experts", _GatherExperts)
-scatter_gradient = _above("scatter_gradient", _ScatterGradient)
-own_experts = _above("own_experts", _OwnExperts)
-among_others = _above("among_others", _AmongOthers)
+def _linear(operator: str, reverse: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The same of a linear operator."""
+    return _above(operator, functools.partial(_Linear.apply, operator, reverse))
+
+
+dispatch_start = _above("dispatch_start", _DispatchStart.apply)
+dispatch_wait = _above("dispatch_wait", _DispatchWait.apply)
+combine_start = _above("combine_start", _CombineStart.apply)
+combine_wait = _above("combine_wait", _CombineWait.apply)
+gather_experts = _linear("gather_experts", torch.ops.moecompile.scatter_gradient)
+scatter_gradient = _linear("scatter_gradient", _gathered)
+own_experts = _linear("own_experts", torch.ops.moecompile.among_others)
+among_others = _linear("among_others", torch.ops.moecompile.own_experts)

@@ -35,9 +35,14 @@ def serves(device: torch.device) -> bool:
 
 def pitch_of(columns: int, dtype: torch.dtype, ids: Tensor | None, weights: Tensor | None) -> int:
     """Bytes of a row with its experts and their weights behind it."""
-    along = 0 if ids is None else 4 * ids.shape[1]
-    along += 0 if weights is None else weights.dtype.itemsize * weights.shape[1]
-    return -(-(columns * dtype.itemsize + along) // 16) * 16
+    top_k = next((each.shape[1] for each in (ids, weights) if each is not None), 0)
+    return _pitch(columns * dtype.itemsize, top_k, ids is not None, None if weights is None else weights.dtype)
+
+
+def _pitch(row: int, top_k: int, with_ids: bool, weights: torch.dtype | None) -> int:
+    """The same, of a row of so many bytes."""
+    along = (4 if with_ids else 0) + (0 if weights is None else weights.itemsize)
+    return -(-(row + top_k * along) // 16) * 16
 
 
 def takes(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int) -> bool:
@@ -89,7 +94,7 @@ def send(
     kernel = load(ExchangeSend("int64" if ids is None else dtype_name(ids.dtype)), x.device.index)
     row, item = x.shape[1] * x.element_size(), 0 if weights is None else weights.element_size()
     top_k = 0 if along is None else along.shape[1]
-    pitch = -(-(row + top_k * ((0 if ids is None else 4) + item)) // 16) * 16
+    pitch = pitch_of(x.shape[1], x.dtype, ids, weights)
     values = (
         memory.bases, memory.told, x, sent, came, ids, weights, *_where(memory, slot, capacity, pitch), row,
         x.stride(0) * x.element_size(), top_k, item,
@@ -121,7 +126,7 @@ def receive(
     came = like.new_empty(memory.ranks, dtype=torch.int32)
     item = 0 if found is None else found.element_size()
     row = columns * out.element_size()
-    pitch = -(-(row + top_k * ((4 if with_ids else 0) + item)) // 16) * 16
+    pitch = _pitch(row, top_k, with_ids, weights)
     kernel = load(ExchangeReceive(), out.device.index)
     values = (
         memory.bases,
@@ -159,8 +164,7 @@ def home(
     tokens = places.shape[0]
     out = like.new_empty((tokens, columns))
     found = None if weights is None else like.new_empty((tokens, top_k), dtype=weights)
-    item = 0 if found is None else found.element_size()
-    pitch = -(-(columns * out.element_size() + top_k * item) // 16) * 16
+    pitch = _pitch(columns * out.element_size(), top_k, False, weights)
     kernel = load(ExchangeHome(dtype_name(out.dtype), dtype_name(weights or torch.float32)), out.device.index)
     blocks = max(1, min(-(-tokens * columns // (8 * kernel.threads)), READERS * kernel.multiprocessors))
     values = (
