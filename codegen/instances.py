@@ -288,12 +288,22 @@ class ExchangeSend:
 
 @dataclass(frozen=True)
 class ExchangeReceive:
-    """Rows that came from other ranks."""
+    """Rows that came from other ranks, and a rank's own.
+
+    Attributes:
+        ids: dtype of the expert ids of the latter, one of IDS.
+    """
+
+    ids: str
 
     header: ClassVar[str] = "exchange_receive.cuh"
     name: ClassVar[str] = "moecompile_exchange_receive"
     definitions: ClassVar[str] = ""
-    template: ClassVar[str] = "ExchangeReceive"
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("ExchangeReceive", IDS[self.ids])
 
 
 @dataclass(frozen=True)

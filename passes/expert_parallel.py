@@ -14,9 +14,10 @@ Contract
     result = experts(x, weights, *plan(expert_ids, E), w_in, w_out)
         becomes
     sent, home = exchange_plan(expert_ids, num_experts=E, ranks=R, capacity=C)
-    rows, ids, row_weights, came = dispatch_wait(*dispatch_start(x, expert_ids, weights, sent, home))
+    tokens = x, expert_ids, weights, sent, home
+    rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
     y = experts(rows, row_weights, *plan(ids, E / R), w_in_here, w_out_here)
-    result, _ = combine_wait(*combine_start(y, came), sent, home)
+    result, _ = combine_wait(*combine_start(y, came, sent, home), y, sent, home)
 
 A start and its wait are nodes of their own, so that what does not need the tokens can run between them.
 """
@@ -175,14 +176,15 @@ class _Block:
         with self._graph.inserting_before(node):
             sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity}, 2)
             there, back = ({**among, "slot": 2 * turn + way} for way in (0, 1))
-            parts = self._several(ops.dispatch_start.default, (x, ids, weights, sent, home), there, 3)
+            tokens = (x, ids, weights, sent, home)
+            parts = self._several(ops.dispatch_start.default, tokens, there, 4)
             rows, row_ids, row_weights, came = self._several(
-                ops.dispatch_wait.default, (*parts,), {"num_experts": num_experts, **there}, 4
+                ops.dispatch_wait.default, (*parts, *tokens), {"num_experts": num_experts, **there}, 4
             )
             planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), {}, 4)
             y = self._experts(group, rows, None if weights is None else row_weights, planned)
-            parts = self._several(ops.combine_start.default, (y, None, came), back, 2)
-            result, _ = self._several(ops.combine_wait.default, (*parts, sent, home), back, 2)
+            parts = self._several(ops.combine_start.default, (y, None, came, sent, home), back, 3)
+            result, _ = self._several(ops.combine_wait.default, (*parts, y, None, sent, home), back, 2)
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)

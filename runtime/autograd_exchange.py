@@ -1,4 +1,8 @@
-"""The derivatives of the token exchange and of gathered experts: each the reverse, in flight while others compute."""
+"""The derivatives of the token exchange and of gathered experts: each the reverse, in flight while others compute.
+
+The derivative of a wait is the reverse's start, that of a start the reverse's wait, which is given what was sent, too.
+The gradient of a handle is what is in flight, with collectives, or else what was sent; that of a token is a token.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.derivatives import differentiates
+from moecompile.runtime.exchange import by_kernels
 
 Attributes = dict[str, Any]
 Found = tuple[Tensor | None, ...]
@@ -30,9 +35,10 @@ class _DispatchStart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Found:
-        rows, _, weights = grads
-        given = weights if ctx.weighted else rows.new_empty(0)
-        x, of_weights = torch.ops.moecompile.combine_wait(rows, given, *ctx.saved_tensors, **ctx.attributes)
+        rows, _, weights, token = grads
+        handles = rows, weights if ctx.weighted else rows.new_empty(0), token
+        given = rows, weights if ctx.weighted else None
+        x, of_weights = torch.ops.moecompile.combine_wait(*handles, *given, *ctx.saved_tensors, **ctx.attributes)
         return None, x, None, of_weights if ctx.weighted else None, None, None
 
 
@@ -40,53 +46,58 @@ class _DispatchWait(torch.autograd.Function):
     """Its derivative begins to send the gradients of rows and of weights back."""
 
     @staticmethod
-    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *_, given, sent, home = tensors
         ctx.attributes = {name: value for name, value in attributes.items() if name != "num_experts"}
-        ctx.weighted = tensors[2].dim() == 2
+        ctx.weighted = given is not None
         with torch._C._AutoDispatchBelowAutograd():
             found: tuple[Tensor, ...] = torch.ops.moecompile.dispatch_wait(*tensors, **attributes)
         *_, came = found
-        ctx.save_for_backward(came)
+        ctx.save_for_backward(came, sent, home)
         ctx.mark_non_differentiable(*_without_gradient(found[:3], ctx.weighted), came)
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Found:
         rows, _, weights, _ = grads
-        given, (came,) = weights if ctx.weighted else None, ctx.saved_tensors
-        back, of_weights = torch.ops.moecompile.combine_start(rows, given, came, **ctx.attributes)
-        return None, back, None, of_weights if ctx.weighted else None
+        given = weights if ctx.weighted else None
+        back, of_weights, token = torch.ops.moecompile.combine_start(rows, given, *ctx.saved_tensors, **ctx.attributes)
+        if _by_kernels(rows, given, ctx.attributes):
+            back, of_weights = rows, weights
+        return None, back, None, of_weights if ctx.weighted else None, token, *[None] * 5
 
 
 class _CombineStart(torch.autograd.Function):
     """Its derivative waits for the gradients of the rows that were sent back."""
 
     @staticmethod
-    def forward(
-        ctx: Any, attributes: Attributes, y: Tensor, weights: Tensor | None, came: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        *_, sent, home = tensors
         ctx.attributes = attributes
+        ctx.save_for_backward(sent, home)
         with torch._C._AutoDispatchBelowAutograd():
-            rows, others = torch.ops.moecompile.combine_start(y, weights, came, **attributes)
+            rows, others, token = torch.ops.moecompile.combine_start(*tensors, **attributes)
         ctx.mark_non_differentiable(others)
-        return rows, others
+        return rows, others, token
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Found:
-        rows, _ = grads
+        rows, _, token = grads
         nothing = rows.new_empty(0)
         attributes = {**ctx.attributes, "num_experts": ctx.attributes["ranks"]}  # of none
-        back, *_ = torch.ops.moecompile.dispatch_wait(rows, nothing.to(torch.int32), nothing, **attributes)
-        return None, back, None, None
+        handles, given = (rows, nothing.to(torch.int32), nothing, token), (rows, None, None)
+        back, *_ = torch.ops.moecompile.dispatch_wait(*handles, *given, *ctx.saved_tensors, **attributes)
+        return None, back, None, None, None, None
 
 
 class _CombineWait(torch.autograd.Function):
     """Its derivative begins to send the gradients of tokens to the ranks of their experts."""
 
     @staticmethod
-    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, attributes: Attributes, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        *_, sent, home = tensors
         ctx.attributes = attributes
-        ctx.save_for_backward(*tensors[2:])
+        ctx.save_for_backward(sent, home)
         with torch._C._AutoDispatchBelowAutograd():
             result, others = torch.ops.moecompile.combine_wait(*tensors, **attributes)
         ctx.mark_non_differentiable(others)
@@ -95,8 +106,8 @@ class _CombineWait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Found:
         grad, _ = grads
-        rows, _, _ = torch.ops.moecompile.dispatch_start(grad, None, None, *ctx.saved_tensors, **ctx.attributes)
-        return None, rows, None, None, None
+        rows, _, _, token = torch.ops.moecompile.dispatch_start(grad, None, None, *ctx.saved_tensors, **ctx.attributes)
+        return None, grad if _by_kernels(grad, None, ctx.attributes) else rows, None, token, *[None] * 4
 
 
 class _Linear(torch.autograd.Function):
@@ -141,9 +152,14 @@ def mean_gradient(local: Tensor, *, ranks: int) -> Tensor:
     return found
 
 
+def _by_kernels(rows: Tensor, weights: Tensor | None, attributes: Attributes) -> bool:
+    """Whether the wait is to read what is sent, and not what its start gave. That is then the handle's gradient."""
+    return by_kernels(rows, None, weights, attributes["ranks"], attributes["group"])
+
+
 def _without_gradient(found: tuple[Tensor, ...], weighted: bool) -> tuple[Tensor, ...]:
     """Of a dispatch's results: the ids, and weights that are not there."""
-    return found[1:2] if weighted else found[1:]
+    return found[1:2] if weighted else found[1:3]
 
 
 def _above(operator: str, record: Callable[..., Any]) -> Callable[..., Any]:

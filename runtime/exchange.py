@@ -19,24 +19,28 @@ combine, that of a combine a dispatch: of a wait the reverse's start, of a start
     came (R,) int32         how many rows a combine has to send back to each rank, at least those that came from it
 
 On Hopper GPUs with access to each other's memory moecompile's kernels do it (`moecompile.runtime.hopper_exchange`).
-Elsewhere each rank sends C rows to each, over torch's functional collectives: slow, and right. What a start gives is a
-handle: with the kernels it has no rows, and with collectives those that are in flight.
+Elsewhere each rank sends C rows to each, over torch's functional collectives: slow, and right. A start gives handles:
+with collectives what is in flight, and with the kernels nothing that has memory. A wait is given what its start was,
+too: a rank's own rows do not travel, and what travels has to be there until it has arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from moecompile.runtime import hopper_exchange
 from moecompile.runtime.contract import INTEGERS
+from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.peer_memory import PeerMemory, memory_of, reaches_peers, room_for
 from moecompile.runtime.reference import check_range
 from moecompile.runtime.sharded import process_group
 
 Three = tuple[Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def experts_here(num_experts: int, ranks: int, operator: str) -> int:
@@ -94,7 +98,7 @@ def fake_exchange_plan(expert_ids: Tensor, *, num_experts: int, ranks: int, capa
 def dispatch_start(
     x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, *, ranks: int, group: str,
     capacity: int, slot: int,
-) -> Three:  # fmt: skip
+) -> Four:  # fmt: skip
     """Begins to send each token to the ranks of its experts, with its experts and their weights where they are given.
 
     Args:
@@ -102,55 +106,61 @@ def dispatch_start(
         expert_ids: (T, K) or None.
         weights: (T, K) or None.
         sent: of `exchange_plan`.
-        home: of `exchange_plan`, for the derivative.
+        home: of `exchange_plan`.
         ranks: R.
         group: the name of the process group.
         capacity: C.
         slot: of the kernels' memory, which no other exchange may have before `dispatch_wait`.
 
     Returns:
-        handles of rows, ids and weights, for `dispatch_wait` alone; of one dimension for what is None.
+        handles of rows, ids and weights, for `dispatch_wait` alone, of one dimension for what is None; and a token
+        that stands for the exchange.
     """
     _check_rows(x, sent, "dispatch_start")
     memory = _memory(x, expert_ids, weights, ranks, group, capacity)
     if memory is not None:
-        lines = x if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 else x.contiguous()
-        hopper_exchange.send(memory, slot, capacity, lines, sent, None, expert_ids, weights)
-        return _handles(x, expert_ids, weights, 0)
+        rows = Rows.of(x, expert_ids, weights)
+        into = rows.room(sent.shape[0])
+        memory.begun[slot] = rows, into, sent.new_empty(ranks)
+        hopper_exchange.send(memory, slot, capacity, rows, sent, None)
+        return _handles(x, expert_ids, weights, sent.shape[0])
     ids = None if expert_ids is None else expert_ids.to(torch.int32)
     token = sent.long()
-    rows, found, given = (
+    found, of_ids, of_weights = (
         x.new_empty(0) if each is None else _all_to_all(_taken(each, token, fill), ranks, group)
         for each, fill in ((x, 0), (ids, -1), (weights, 0))
     )
-    return rows, found if ids is not None else found.to(torch.int32), given
+    return found, of_ids if ids is not None else of_ids.to(torch.int32), of_weights, x.new_empty(0)
 
 
 def fake_dispatch_start(
     x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, *, ranks: int, group: str,
     capacity: int, slot: int,
-) -> Three:  # fmt: skip
+) -> Four:  # fmt: skip
     """The shapes of `dispatch_start`."""
     _check_rows(x, sent, "dispatch_start")
-    return _handles(x, expert_ids, weights, 0 if _by_kernels(x, expert_ids, weights, ranks, group) else sent.shape[0])
+    if by_kernels(x, expert_ids, weights, ranks, group):
+        return _handles(x, expert_ids, weights, sent.shape[0])
+    return _in_flight(x, expert_ids, weights, sent.shape[0])
 
 
 def dispatch_wait(
-    rows: Tensor, ids: Tensor, weights: Tensor, *, num_experts: int, ranks: int, group: str, capacity: int, slot: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Waits for what `dispatch_start` began; experts are now counted from this rank's first."""
+    rows: Tensor, ids: Tensor, weights: Tensor, token: Tensor, x: Tensor, expert_ids: Tensor | None,
+    given: Tensor | None, sent: Tensor, home: Tensor, *, num_experts: int, ranks: int, group: str, capacity: int,
+    slot: int,
+) -> Four:  # fmt: skip
+    """Waits for what `dispatch_start` began; experts are now counted from this rank's first.
+
+    It takes the start's results, and its arguments: a rank's own rows are read where they are.
+
+    Returns:
+        rows, ids, weights and came; what was not sent has one dimension and no elements.
+    """
     here = experts_here(num_experts, ranks, "dispatch_wait")
-    if not rows.shape[0]:
-        memory = _memory(
-            rows, ids if ids.dim() == 2 else None, weights if weights.dim() == 2 else None, ranks, group, capacity
-        )
-        assert memory is not None  # nobody else gives handles without rows
-        top_k = ids.shape[1] if ids.dim() == 2 else weights.shape[1] if weights.dim() == 2 else 0
-        dtype = weights.dtype if weights.dim() == 2 else None
-        out, found, given, came = hopper_exchange.receive(
-            memory, slot, capacity, rows, rows.shape[1], top_k, dtype, ids.dim() == 2, here
-        )
-        return out, ids.clone() if found is None else found, weights.clone() if given is None else given, came
+    if memory := _memory(x, expert_ids, given, ranks, group, capacity):
+        own, into, came = _begun(memory, slot, "dispatch_start")
+        hopper_exchange.receive(memory, slot, capacity, own, sent, into, came, here)
+        return (*_results(x, into), came)
     came = torch.full((ranks,), capacity, dtype=torch.int32, device=rows.device)
     rows, ids, weights = (_wait(each) if each.dim() == 2 else each.clone() for each in (rows, ids, weights))
     first = here * distributed.get_rank(process_group(group))
@@ -158,105 +168,138 @@ def dispatch_wait(
 
 
 def fake_dispatch_wait(
-    rows: Tensor, ids: Tensor, weights: Tensor, *, num_experts: int, ranks: int, group: str, capacity: int, slot: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows: Tensor, ids: Tensor, weights: Tensor, token: Tensor, x: Tensor, expert_ids: Tensor | None,
+    given: Tensor | None, sent: Tensor, home: Tensor, *, num_experts: int, ranks: int, group: str, capacity: int,
+    slot: int,
+) -> Four:  # fmt: skip
     """The shapes of `dispatch_wait`."""
     experts_here(num_experts, ranks, "dispatch_wait")
-    made = (
-        each.new_empty((ranks * capacity, each.shape[1])) if each.dim() == 2 else each.new_empty(0)
-        for each in (rows, ids, weights)
-    )
-    of_rows, of_ids, of_weights = made
-    return of_rows, of_ids, of_weights, rows.new_empty(ranks, dtype=torch.int32)
+    return (*_in_flight(x, expert_ids, given, ranks * capacity)[:3], sent.new_empty(ranks))
 
 
 def combine_start(
-    y: Tensor, weights: Tensor | None, came: Tensor, *, ranks: int, group: str, capacity: int, slot: int
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
+    capacity: int, slot: int,
+) -> Three:  # fmt: skip
     """Begins to send back what became of each row, (R * C, H), and what belongs to its experts, (R * C, K), or None.
 
     Returns:
-        handles, for `combine_wait` alone; the second of one dimension for None.
+        handles, for `combine_wait` alone, the second of one dimension for None; and a token for the exchange.
     """
     memory = _memory(y, None, weights, ranks, group, capacity)
     if memory is not None:
-        hopper_exchange.send(memory, slot, capacity, y.contiguous(), None, came, None, weights)
-        back, _, along = _handles(y, None, weights, 0)
-        return back, along
+        rows = Rows.of(y.contiguous(), None, weights)
+        memory.begun[slot] = rows, rows.room(home.shape[0])
+        hopper_exchange.send(memory, slot, capacity, rows, None, came)
+        back, _, along, token = _handles(y, None, weights, home.shape[0])
+        return back, along, token
     return (
         _all_to_all(y.contiguous(), ranks, group),
         y.new_empty(0) if weights is None else _all_to_all(weights.contiguous(), ranks, group),
+        y.new_empty(0),
     )
 
 
 def fake_combine_start(
-    y: Tensor, weights: Tensor | None, came: Tensor, *, ranks: int, group: str, capacity: int, slot: int
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
+    capacity: int, slot: int,
+) -> Three:  # fmt: skip
     """The shapes of `combine_start`."""
-    back, _, along = _handles(y, None, weights, 0 if _by_kernels(y, None, weights, ranks, group) else y.shape[0])
-    return back, along
+    if by_kernels(y, None, weights, ranks, group):
+        back, _, along, token = _handles(y, None, weights, home.shape[0])
+    else:
+        back, _, along, token = _in_flight(y, None, weights, y.shape[0])
+    return back, along, token
 
 
 def combine_wait(
-    y: Tensor, weights: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str, capacity: int, slot: int
-) -> tuple[Tensor, Tensor]:
+    back: Tensor, of_weights: Tensor, token: Tensor, y: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *,
+    ranks: int, group: str, capacity: int, slot: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Waits for what `combine_start` began, and sums it: over ranks in their order, in float32, rounded once.
 
-    `sent` serves the derivative.
+    It takes the start's results, and its arguments: a rank's own rows are read where they are.
 
     Returns:
         (T, H) and (T, K), of the dtypes of what came; the latter of one dimension, without elements, if nothing came.
     """
-    if not y.shape[0]:
-        memory = _memory(y, None, weights if weights.dim() == 2 else None, ranks, group, capacity)
-        assert memory is not None  # nobody else gives handles without rows
-        top_k, dtype = (weights.shape[1], weights.dtype) if weights.dim() == 2 else (0, None)
-        sums, of_weights = hopper_exchange.home(memory, slot, capacity, home, y, y.shape[1], top_k, dtype)
-        return sums, weights.clone() if of_weights is None else of_weights
-    return _summed(_wait(y), home, ranks), _summed(
-        _wait(weights), home, ranks
-    ) if weights.dim() == 2 else weights.clone()
-
-
-def fake_combine_wait(
-    y: Tensor, weights: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str, capacity: int, slot: int
-) -> tuple[Tensor, Tensor]:
-    """The shapes of `combine_wait`."""
-    tokens = home.shape[0]
+    if memory := _memory(y, None, weights, ranks, group, capacity):
+        own, into = _begun(memory, slot, "combine_start")
+        hopper_exchange.home(memory, slot, capacity, home, own, into)
+        sums, _, along = _results(y, into)
+        return sums, along
     return (
-        y.new_empty((tokens, y.shape[1])),
-        weights.new_empty((tokens, weights.shape[1])) if weights.dim() == 2 else weights.new_empty(0),
+        _summed(_wait(back), home, ranks),
+        _summed(_wait(of_weights), home, ranks) if of_weights.dim() == 2 else of_weights.clone(),
     )
 
 
-def _by_kernels(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int, group: str) -> bool:
+def fake_combine_wait(
+    back: Tensor, of_weights: Tensor, token: Tensor, y: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *,
+    ranks: int, group: str, capacity: int, slot: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The shapes of `combine_wait`."""
+    sums, _, along, _ = _in_flight(y, None, weights, home.shape[0])
+    return sums, along
+
+
+def by_kernels(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int, group: str) -> bool:
     """Whether moecompile's kernels exchange such rows: the same answer on all ranks, and of example values."""
-    return _pitch(x, ids, weights, ranks) is not None and reaches_peers(group, x.device)
-
-
-def _pitch(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int) -> int | None:
-    """Bytes of a row with what travels behind it; None if the kernels do not take it."""
     if not hopper_exchange.serves(x.device) or not hopper_exchange.takes(x, ids, weights, ranks):
-        return None
-    return hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights)
+        return False
+    return reaches_peers(group, x.device)
 
 
 def _memory(
     x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int, group: str, capacity: int
 ) -> PeerMemory | None:
     """What the kernels write to; None if they do not exchange such rows."""
-    pitch = _pitch(x, ids, weights, ranks)
-    if pitch is None or not reaches_peers(group, x.device):
+    if not by_kernels(x, ids, weights, ranks, group):
         return None
+    pitch = hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights)
     return memory_of(group, room_for(ranks, capacity, pitch), hopper_exchange.CHANNELS_USED)
 
 
-def _handles(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Three:
-    """Of what is sent with so many rows in flight."""
+def _begun(memory: PeerMemory, slot: int, operator: str) -> tuple[Any, ...]:
+    """What was kept when the exchange in that slot began."""
+    if slot not in memory.begun:
+        raise RuntimeError(f"moecompile: slot {slot} has no exchange that moecompile::{operator} has begun")
+    kept: tuple[Any, ...] = memory.begun.pop(slot)
+    return kept
+
+
+def _handles(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Four:
+    """Of what the kernels send: no memory, in the shape of the gradients that the reverse exchange will be given."""
+
+    def alike(each: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if each is None:
+            return x.new_empty(0, dtype=dtype)
+        return each.new_empty((1, 1), dtype=dtype).expand(rows, each.shape[1])
+
+    return (
+        alike(x, x.dtype),
+        alike(ids, torch.int32),
+        alike(weights, x.dtype if weights is None else weights.dtype),
+        x.new_empty(0),
+    )
+
+
+def _in_flight(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Four:
+    """Of so many rows that other ranks send."""
     return (
         x.new_empty((rows, x.shape[1])),
-        x.new_empty(0 if ids is None else (rows, ids.shape[1]), dtype=torch.int32),
+        x.new_empty(0, dtype=torch.int32) if ids is None else ids.new_empty((rows, ids.shape[1]), dtype=torch.int32),
         x.new_empty(0) if weights is None else weights.new_empty((rows, weights.shape[1])),
+        x.new_empty(0),
+    )
+
+
+def _results(x: Tensor, into: Rows) -> Three:
+    """What has come, as the operators return it."""
+    return (
+        into.values,
+        x.new_empty(0, dtype=torch.int32) if into.ids is None else into.ids,
+        x.new_empty(0) if into.weights is None else into.weights,
     )
 
 

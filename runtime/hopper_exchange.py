@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import IDS, ExchangeHome, ExchangePlan, ExchangeReceive, ExchangeSend
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.launch import Launch, load
+from moecompile.runtime.launch import Kernel, Launch, Value, load
 from moecompile.runtime.peer_memory import RANKS, PeerMemory, room_for
 
 WARPS = 4
@@ -35,14 +35,10 @@ def serves(device: torch.device) -> bool:
 
 def pitch_of(columns: int, dtype: torch.dtype, ids: Tensor | None, weights: Tensor | None) -> int:
     """Bytes of a row with its experts and their weights behind it."""
-    top_k = next((each.shape[1] for each in (ids, weights) if each is not None), 0)
-    return _pitch(columns * dtype.itemsize, top_k, ids is not None, None if weights is None else weights.dtype)
-
-
-def _pitch(row: int, top_k: int, with_ids: bool, weights: torch.dtype | None) -> int:
-    """The same, of a row of so many bytes."""
-    along = (4 if with_ids else 0) + (0 if weights is None else weights.itemsize)
-    return -(-(row + top_k * along) // 16) * 16
+    row = columns * dtype.itemsize
+    for each, item in ((ids, 4), (weights, 0 if weights is None else weights.element_size())):
+        row += 0 if each is None else each.shape[1] * item
+    return -(-row // 16) * 16
 
 
 def takes(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int) -> bool:
@@ -72,122 +68,146 @@ def plan(expert_ids: Tensor, num_experts: int, ranks: int, capacity: int) -> tup
     return sent, home
 
 
-def send(
-    memory: PeerMemory, slot: int, capacity: int, x: Tensor, sent: Tensor | None, came: Tensor | None,
-    ids: Tensor | None, weights: Tensor | None,
-) -> None:  # fmt: skip
-    """Writes rows into the memory of the ranks that are to have them, and says so.
+@dataclass(frozen=True)
+class Rows:
+    """What ranks exchange: rows, and what belongs to the experts of each.
+
+    Attributes:
+        values: (N, H), lines that begin at multiples of 16 bytes.
+        ids: (N, K) of a dtype in IDS, contiguous; None if none travel.
+        weights: (N, K) contiguous; None likewise.
+    """
+
+    values: Tensor
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, ids: Tensor | None, weights: Tensor | None) -> Rows:
+        """The same as the kernels read them, copied where need be."""
+        lines = values.stride(1) == 1 and values.stride(0) * values.element_size() % 16 == 0
+        lines = lines and values.data_ptr() % 16 == 0
+        return cls(
+            values if lines else values.clone(memory_format=torch.contiguous_format),
+            None if ids is None else _conformed(ids),
+            None if weights is None else weights.contiguous(),
+        )
+
+    def room(self, rows: int) -> Rows:
+        """For so many of them: ids in 32 bits."""
+        return Rows(
+            self.values.new_empty((rows, self.values.shape[1])),
+            None if self.ids is None else self.ids.new_empty((rows, self.ids.shape[1]), dtype=torch.int32),
+            None if self.weights is None else self.weights.new_empty((rows, self.weights.shape[1])),
+        )
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of one, with what travels behind it."""
+        return pitch_of(self.values.shape[1], self.values.dtype, self.ids, self.weights)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one without that."""
+        return self.values.shape[1] * self.values.element_size()
+
+    @property
+    def line_bytes(self) -> int:
+        """From one to the next."""
+        return self.values.stride(0) * self.values.element_size()
+
+    @property
+    def top_k(self) -> int:
+        """Experts of each; 0 if nothing travels behind it."""
+        return next((each.shape[1] for each in (self.ids, self.weights) if each is not None), 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one weight; 0 if none travel."""
+        return 0 if self.weights is None else self.weights.element_size()
+
+    @property
+    def id_type(self) -> str:
+        """The ids' dtype, or any of IDS if none travel."""
+        return "int64" if self.ids is None else dtype_name(self.ids.dtype)
+
+
+def send(memory: PeerMemory, slot: int, capacity: int, rows: Rows, sent: Tensor | None, came: Tensor | None) -> None:
+    """Writes rows into the memory of the other ranks that are to have them, and says so.
 
     Args:
         memory: of this rank.
         slot: of the exchange.
         capacity: rows of each rank at most.
-        x: (T, H), or (ranks * capacity, H) where `sent` is None; rows contiguous.
+        rows: N = T, or ranks * capacity where `sent` is None.
         sent: of `plan`, or None: the first `came` of each rank's rows go back to it.
         came: (ranks,) int32.
-        ids: (T, K) that travel with them, or None.
-        weights: (T, K), or None; by row, as ids.
     """
-    ids = None if ids is None else _conformed(ids)
-    weights = None if weights is None else weights.contiguous()
-    along = ids if ids is not None else weights
-    kernel = load(ExchangeSend("int64" if ids is None else dtype_name(ids.dtype)), x.device.index)
-    row, item = x.shape[1] * x.element_size(), 0 if weights is None else weights.element_size()
-    top_k = 0 if along is None else along.shape[1]
-    pitch = pitch_of(x.shape[1], x.dtype, ids, weights)
+    kernel = load(ExchangeSend(rows.id_type), rows.values.device.index)
     values = (
-        memory.bases, memory.told, x, sent, came, ids, weights, *_where(memory, slot, capacity, pitch), row,
-        x.stride(0) * x.element_size(), top_k, item,
+        *_peers(memory, slot, capacity, rows.pitch), rows.values, sent, came, rows.ids, rows.weights, rows.row_bytes,
+        rows.line_bytes, rows.top_k, rows.weight_bytes,
     )  # fmt: skip
     Launch(kernel, memory.channels // WARPS, values).run()
 
 
 def receive(
-    memory: PeerMemory, slot: int, capacity: int, like: Tensor, columns: int, top_k: int, weights: torch.dtype | None,
-    with_ids: bool, experts: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """Rows (ranks * capacity, columns) that came, their experts and weights, and how many came from each rank.
+    memory: PeerMemory, slot: int, capacity: int, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int
+) -> None:
+    """Puts what came, and this rank's own rows, where they are to be, and their experts, counted from its first.
 
     Args:
         memory: of this rank.
         slot: of the exchange.
         capacity: rows of each rank at most.
-        like: a tensor of the rows' dtype, on this device.
-        columns: of a row.
-        top_k: experts of a token; 0 if nothing travels with the rows.
-        weights: their dtype; None if none travel.
-        with_ids: whether the tokens' experts do.
+        rows: what this rank sends.
+        sent: of `plan`.
+        into: room for ranks * capacity of them, allocated before they were sent: the kernel begins early.
+        came: (ranks,) int32, likewise; how many rows came from each.
         experts: of each rank.
     """
-    rows = memory.ranks * capacity
-    out = like.new_empty((rows, columns))
-    ids = like.new_empty((rows, top_k), dtype=torch.int32) if with_ids else None
-    found = None if weights is None else like.new_empty((rows, top_k), dtype=weights)
-    came = like.new_empty(memory.ranks, dtype=torch.int32)
-    item = 0 if found is None else found.element_size()
-    row = columns * out.element_size()
-    pitch = _pitch(row, top_k, with_ids, weights)
-    kernel = load(ExchangeReceive(), out.device.index)
+    kernel = load(ExchangeReceive(rows.id_type), rows.values.device.index)
     values = (
-        memory.bases,
-        memory.told,
-        out,
-        ids,
-        found,
-        came,
-        *_where(memory, slot, capacity, pitch),
-        row // 16,
-        top_k,
-        item,
-        experts,
-    )
-    Launch(kernel, min(READERS * kernel.multiprocessors, capacity), values).run()
-    return out, ids, found, came
+        *_peers(memory, slot, capacity, rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids,
+        into.weights, came, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
+    )  # fmt: skip
+    Launch(kernel, _readers(memory, kernel, capacity), values).run()
 
 
-def home(
-    memory: PeerMemory, slot: int, capacity: int, places: Tensor, like: Tensor, columns: int, top_k: int,
-    weights: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Sums (T, columns) of what came back for each token, and of what travelled with it, (T, top_k).
+def home(memory: PeerMemory, slot: int, capacity: int, places: Tensor, rows: Rows, into: Rows) -> None:
+    """Sums what came back for each token, and what travelled with it.
 
     Args:
         memory: of this rank.
         slot: of the exchange.
         capacity: rows of each rank at most.
         places: `home` of `plan`, (T, ranks).
-        like: a tensor of the rows' dtype, on this device.
-        columns: of a row.
-        top_k: values that travel with a row.
-        weights: their dtype; None if none do.
+        rows: what this rank sends, contiguous.
+        into: room for T of them, allocated before they were sent: the kernel begins early.
     """
-    tokens = places.shape[0]
-    out = like.new_empty((tokens, columns))
-    found = None if weights is None else like.new_empty((tokens, top_k), dtype=weights)
-    pitch = _pitch(columns * out.element_size(), top_k, False, weights)
-    kernel = load(ExchangeHome(dtype_name(out.dtype), dtype_name(weights or torch.float32)), out.device.index)
-    blocks = max(1, min(-(-tokens * columns // (8 * kernel.threads)), READERS * kernel.multiprocessors))
+    dtypes = [dtype_name(each.dtype) for each in (rows.values, rows.values if rows.weights is None else rows.weights)]
+    kernel = load(ExchangeHome(*dtypes), rows.values.device.index)
+    tokens, columns = into.values.shape
     values = (
-        memory.bases,
-        memory.told,
-        places,
-        out,
-        found,
-        *_where(memory, slot, capacity, pitch),
-        tokens,
-        columns,
-        top_k,
-    )
-    Launch(kernel, blocks, values).run()
-    return out, found
+        *_peers(memory, slot, capacity, rows.pitch), places, rows.values, rows.weights, into.values, into.weights,
+        tokens, columns, rows.top_k,
+    )  # fmt: skip
+    Launch(kernel, _readers(memory, kernel, tokens), values).run()
 
 
-def _where(memory: PeerMemory, slot: int, capacity: int, pitch: int) -> tuple[Any, ...]:
-    """What every kernel of an exchange is told of it."""
+def _readers(memory: PeerMemory, kernel: Kernel, rows: int) -> int:
+    """Blocks that read so many rows, each of whose warps reads one at a time."""
+    each = kernel.threads // 32
+    return max(1, min(-(-rows // each), memory.readers or READERS * kernel.multiprocessors))
+
+
+def _peers(memory: PeerMemory, slot: int, capacity: int, pitch: int) -> tuple[Value, ...]:
+    """`Peers` of peer.cuh."""
     if room_for(memory.ranks, capacity, pitch) > memory.room:
         raise ValueError(f"moecompile: an exchange of {capacity} rows a rank, of {pitch} bytes, in {memory.room} bytes")
     room, milliseconds = memory.room // 16, max(1, round(memory.patience * 1000))
-    return (memory.rank, memory.ranks, slot, room, capacity, pitch, memory.channels, milliseconds)
+    where = (memory.rank, memory.ranks, slot, room, capacity, pitch, memory.channels, milliseconds)
+    return (memory.bases, memory.told, *where)
 
 
 def _conformed(expert_ids: Tensor) -> Tensor:

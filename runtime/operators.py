@@ -97,6 +97,7 @@ FORMAT = 'str scale_format="power_of_two"'
 FP8 = f"{ARGUMENTS}, {FORMAT}"
 FP8_WITHOUT_X = f"{WITHOUT_X}, {FORMAT}"
 EXCHANGE = "int ranks, str group, int capacity, int slot"
+PLANNED = "Tensor sent, Tensor home"
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
@@ -119,12 +120,13 @@ SCHEMAS = (
     f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs, "
     f"{ADDED_TO}) -> {ALL}",
     "exchange_plan(Tensor expert_ids, *, int num_experts, int ranks, int capacity) -> (Tensor sent, Tensor home)",
-    f"dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, Tensor sent, Tensor home, *, {EXCHANGE}) "
-    "-> (Tensor rows, Tensor ids, Tensor weights)",
-    f"dispatch_wait(Tensor rows, Tensor ids, Tensor weights, *, int num_experts, {EXCHANGE}) "
-    "-> (Tensor rows, Tensor ids, Tensor weights, Tensor came)",
-    f"combine_start(Tensor y, Tensor? weights, Tensor came, *, {EXCHANGE}) -> (Tensor y, Tensor weights)",
-    f"combine_wait(Tensor y, Tensor weights, Tensor sent, Tensor home, *, {EXCHANGE}) "
+    f"dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
+    "-> (Tensor rows, Tensor ids, Tensor weights, Tensor token)",
+    "dispatch_wait(Tensor rows, Tensor ids, Tensor weights, Tensor token, Tensor x, Tensor? expert_ids, Tensor? given, "
+    f"{PLANNED}, *, int num_experts, {EXCHANGE}) -> (Tensor rows, Tensor ids, Tensor weights, Tensor came)",
+    f"combine_start(Tensor y, Tensor? weights, Tensor came, {PLANNED}, *, {EXCHANGE}) "
+    "-> (Tensor back, Tensor of_weights, Tensor token)",
+    f"combine_wait(Tensor back, Tensor of_weights, Tensor token, Tensor y, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
     "-> (Tensor result, Tensor weights)",
     "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
     "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",

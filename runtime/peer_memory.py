@@ -40,7 +40,9 @@ class PeerMemory:
         channels: warps that send, the same number on all ranks.
         told: a word of the host's memory that the kernels write a failure to; nobody waits for a device to read it.
         patience: seconds that a rank waits for another.
+        readers: blocks that take rows out of the memory, at most; 0 for as many as the device runs at once.
         held: what keeps the mapping of the peers' memory alive.
+        begun: of each slot whose exchange has been started and not yet waited for, what the wait needs.
     """
 
     own: Tensor
@@ -50,7 +52,9 @@ class PeerMemory:
     channels: int
     told: Tensor
     patience: float = PATIENCE
+    readers: int = 0
     held: Any = field(default=None, repr=False)
+    begun: dict[int, Any] = field(default_factory=dict, repr=False)
 
     @property
     def ranks(self) -> int:
@@ -90,12 +94,20 @@ def room_for(ranks: int, capacity: int, pitch: int) -> int:
     return room
 
 
-def among_streams(ranks: int, room: int, channels: int, patience: float, device: int) -> list[PeerMemory]:
-    """Memory of ranks that are all on one device, each of which launches on a stream of its own: to test kernels."""
+def among_streams(
+    ranks: int, room: int, channels: int, patience: float, device: int, readers: int = 0
+) -> list[PeerMemory]:
+    """Memory of ranks that are all on one device, each of which launches on a stream of its own: to test kernels.
+
+    Where kernels of several ranks are to run at once, `readers` has to leave room for all of them.
+    """
     place = torch.device("cuda", device)
     every = [torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8, device=place) for _ in range(ranks)]
     bases = _addresses([each.data_ptr() for each in every], place)
-    return [PeerMemory(own, bases, rank, room, channels, _word(), patience, every) for rank, own in enumerate(every)]
+    return [
+        PeerMemory(own, bases, rank, room, channels, _word(), patience, readers, every)
+        for rank, own in enumerate(every)
+    ]
 
 
 def among_devices(group: str, room: int, channels: int, patience: float = PATIENCE) -> PeerMemory:
@@ -114,7 +126,7 @@ def among_devices(group: str, room: int, channels: int, patience: float = PATIEN
     torch.cuda.synchronize(device)
     distributed.barrier(found)  # nobody writes before all have cleared theirs
     bases = _addresses([int(address) for address in handle.buffer_ptrs], device)
-    return PeerMemory(own, bases, found.rank(), room, channels, _word(), patience, handle)
+    return PeerMemory(own, bases, found.rank(), room, channels, _word(), patience, held=handle)
 
 
 def reaches_peers(group: str, device: torch.device) -> bool:

@@ -229,8 +229,9 @@ def check_all_to_one(rank: int, ranks: int) -> None:
     sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=9)
     assert sent.view(ranks, 9)[-1].tolist() == [*range(9)] and bool((sent.view(ranks, 9)[:-1] == -1).all())
     among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 9, "slot": 0}
-    parts = ops.dispatch_start(x, ids, weights, sent, home, **among)
-    rows, row_ids, row_weights, came = ops.dispatch_wait(*parts, num_experts=EXPERTS, **among)
+    given = x, ids, weights, sent, home
+    parts = ops.dispatch_start(*given, **among)
+    rows, row_ids, row_weights, came = ops.dispatch_wait(*parts, *given, num_experts=EXPERTS, **among)
     here = EXPERTS // ranks
     if rank == ranks - 1:
         assert torch.equal(rows.view(ranks, 9, HIDDEN)[rank], x)
@@ -238,8 +239,9 @@ def check_all_to_one(rank: int, ranks: int) -> None:
         assert torch.equal(row_weights.view(ranks, 9, TOP_K)[rank], weights)
     else:
         assert not rows.any() and bool((row_ids == -1).all())
-    back = ops.combine_start(rows * 2, None, came, **among)
-    result, _ = ops.combine_wait(*back, sent, home, **among)
+    y = rows * 2
+    back = ops.combine_start(y, None, came, sent, home, **among)
+    result, _ = ops.combine_wait(*back, y, None, sent, home, **among)
     assert torch.equal(result, x * 2)
 
 
@@ -253,10 +255,11 @@ def check_sums_at_home_are_exact(rank: int, ranks: int) -> None:
     here = EXPERTS // ranks
     sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=11)
     among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 11, "slot": 0}
-    rows, _, _, came = ops.dispatch_wait(
-        *ops.dispatch_start(x, ids, None, sent, home, **among), num_experts=EXPERTS, **among
-    )
-    result, _ = ops.combine_wait(*ops.combine_start(rows * (rank + 1) / 3, None, came, **among), sent, home, **among)
+    given = x, ids, None, sent, home
+    rows, _, _, came = ops.dispatch_wait(*ops.dispatch_start(*given, **among), *given, num_experts=EXPERTS, **among)
+    y = rows * (rank + 1) / 3
+    back = ops.combine_start(y, None, came, sent, home, **among)
+    result, _ = ops.combine_wait(*back, y, None, sent, home, **among)
     total = torch.zeros(11, HIDDEN)
     for other in range(ranks):
         meets = ((ids >= other * here) & (ids < (other + 1) * here)).any(1, keepdim=True)

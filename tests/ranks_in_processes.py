@@ -24,19 +24,21 @@ from moecompile import ranks as moecompile_ranks
 PATIENCE = timedelta(seconds=20)
 
 
-def run_on_ranks(ranks: int, module: str, names: Sequence[str], directory: Path) -> dict[str, str]:
+def run_on_ranks(
+    ranks: int, module: str, names: Sequence[str], directory: Path, patience: timedelta = PATIENCE
+) -> dict[str, str]:
     """What each check came to."""
-    torch.multiprocessing.spawn(_rank_main, (ranks, module, list(names), str(directory)), nprocs=ranks)
+    torch.multiprocessing.spawn(_rank_main, (ranks, module, list(names), str(directory), patience), nprocs=ranks)
     return {name: "".join(_note(directory, name, rank).read_text() for rank in range(ranks)) for name in names}
 
 
-def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directory: str) -> None:
+def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directory: str, patience: timedelta) -> None:
     torch.set_num_threads(1)
     checks, place = importlib.import_module(module), Path(directory)
-    moecompile_ranks.PATIENCE = PATIENCE
+    moecompile_ranks.PATIENCE = patience
     for name in names:
         said, store = "", f"file://{directory}/{name}"
-        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=PATIENCE)
+        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=patience)
         try:
             torch._dynamo.reset()
             torch.manual_seed(0)

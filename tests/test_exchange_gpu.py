@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moecompile.runtime import hopper_exchange as kernels
 from moecompile.runtime.exchange import exchange_plan
+from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.peer_memory import PeerMemory, among_streams, room_for
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.gpu
 
 CHANNELS, DISPATCH, COMBINE = 32, 0, 1
 STEPS = 4
+READERS = 16
+"""Blocks that read, of each rank: with those that send, no more than there are multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,22 @@ class Ranks:
 
     def steps(self, memory: PeerMemory, mine: Brought) -> Iterator[tuple[Tensor, ...]]:
         """Of one rank: what there is after each."""
-        ranks, columns, top_k, capacity = memory.ranks, mine.x.shape[1], mine.ids.shape[1], self.capacity
+        ranks, capacity = memory.ranks, self.capacity
         sent, home = kernels.plan(mine.ids, self.experts, ranks, capacity)
-        kernels.send(memory, DISPATCH, capacity, mine.x, sent, None, mine.ids, mine.weights)
+        given = Rows.of(mine.x, mine.ids, mine.weights)
+        into, came = given.room(ranks * capacity), sent.new_empty(ranks)
+        kernels.send(memory, DISPATCH, capacity, given, sent, None)
         yield sent, home
-        rows, ids, weights, came = kernels.receive(
-            memory, DISPATCH, capacity, mine.x, columns, top_k, torch.float32, True, self.here
-        )
-        assert ids is not None and weights is not None
-        back = (rows.float() * (memory.rank + 1) / 4).to(rows.dtype)
-        yield rows, ids
-        kernels.send(memory, COMBINE, capacity, back, None, came, None, weights * 2)
-        yield (back,)
-        sums, of_weights = kernels.home(memory, COMBINE, capacity, home, mine.x, columns, top_k, torch.float32)
-        assert of_weights is not None
-        yield sent, home, rows, ids, weights, came, sums, of_weights
+        kernels.receive(memory, DISPATCH, capacity, given, sent, into, came, self.here)
+        assert into.ids is not None and into.weights is not None
+        back = Rows((into.values.float() * (memory.rank + 1) / 4).to(mine.x.dtype), None, into.weights * 2)
+        sums = back.room(len(home))
+        yield into.values, into.ids
+        kernels.send(memory, COMBINE, capacity, back, None, came)
+        yield (back.values,)
+        kernels.home(memory, COMBINE, capacity, home, back, sums)
+        assert sums.weights is not None
+        yield sent, home, into.values, into.ids, into.weights, came, sums.values, sums.weights
 
     def check(self, brings: Sequence[Brought]) -> None:
         """Every bit of an exchange."""
@@ -166,7 +170,8 @@ def test_ranks_that_wait_for_each_other() -> None:
     """All steps of all ranks at once, from captured graphs, some later than others: kernels wait for kernels."""
     ranks, experts, top_k, columns, capacity = 4, 32, 4, 512, 200
     pitch = pitch_of(columns, torch.bfloat16, top_k)
-    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
+    every = among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0, READERS)
+    group = Ranks(every, experts, capacity)
     brings = [brought(r, capacity - 7 * r, columns, experts, top_k, torch.bfloat16, "random") for r in range(ranks)]
     right = group.exchange(brings)
     graphs, found = [], []
@@ -200,17 +205,20 @@ def test_a_rank_that_does_not_come() -> None:
     every = among_streams(2, room_for(2, 64, pitch), CHANNELS, 0.3, 0)
     mine = brought(0, 64, columns, experts, top_k, torch.bfloat16, "random")
     sent, home = kernels.plan(mine.ids, experts, 2, 64)
+    given = Rows.of(mine.x, mine.ids, mine.weights)
     for _ in range(3):
-        kernels.send(every[0], DISPATCH, 64, mine.x, sent, None, mine.ids, mine.weights)
-        rows, ids, _, came = kernels.receive(every[0], DISPATCH, 64, mine.x, columns, top_k, torch.float32, True, 4)
-        kernels.send(every[0], COMBINE, 64, rows, None, came, None, None)
-        sums, _ = kernels.home(every[0], COMBINE, 64, home, mine.x, columns, 0, None)
-        assert bool(sums.isnan().all()) and ids is not None and bool((ids.view(2, 64, top_k)[1] == -1).all())
+        into, came, sums = given.room(128), sent.new_empty(2), Rows(torch.empty_like(mine.x))
+        kernels.send(every[0], DISPATCH, 64, given, sent, None)
+        kernels.receive(every[0], DISPATCH, 64, given, sent, into, came, 4)
+        kernels.send(every[0], COMBINE, 64, Rows(into.values), None, came)
+        kernels.home(every[0], COMBINE, 64, home, Rows(into.values), sums)
+        assert bool(sums.values.isnan().all()) and into.ids is not None
+        assert bool((into.ids.view(2, 64, top_k)[1] == -1).all()) and not came[1]
     torch.cuda.synchronize()
     assert (
         every[0].failure().startswith("rank 0 of 2 has waited 0.3 s for rank 1 (dispatch 0, until that rank's tokens")
     )
     assert not every[1].failure()
-    kernels.home(every[1], COMBINE, 64, home, mine.x, columns, 0, None)
+    kernels.home(every[1], COMBINE, 64, home, Rows(into.values), sums)
     torch.cuda.synchronize()
     assert every[1].failure() == every[0].failure()

@@ -138,7 +138,7 @@ SENDING = [ExchangeSend(ids) for ids in IDS]
 WITHOUT_PRODUCTS = [
     *map(ExchangePlan, IDS),
     *SENDING,
-    ExchangeReceive(),
+    *map(ExchangeReceive, IDS),
     *(ExchangeHome(rows, weights) for rows, weights in product(RESULTS, RESULTS)),
     *QUANTISING,
     *map(Collect, RESULTS),
@@ -277,7 +277,12 @@ def test_no_assertions_or_prints_in_kernels() -> None:
         assert not any(word in line.replace("static_assert(", "") for line in text.splitlines()), (name, word)
 
 
-@pytest.mark.parametrize("instance", WITHOUT_PRODUCTS, ids=lambda instance: instance.template)
+READING = [each for each in WITHOUT_PRODUCTS if isinstance(each, ExchangeReceive | ExchangeHome)]
+"""They begin while what they read is being sent."""
+IN_TURN = [each for each in WITHOUT_PRODUCTS if each not in READING]
+
+
+@pytest.mark.parametrize("instance", IN_TURN, ids=lambda instance: instance.template)
 def test_nothing_is_read_before_earlier_grids_are_done(instance: Instance) -> None:
     """Nor written; and then the next grid is let begin, not before."""
     made = sass.machine(instance)
@@ -285,6 +290,18 @@ def test_nothing_is_read_before_earlier_grids_are_done(instance: Instance) -> No
     (waits,), (lets,) = ([i for i, name in enumerate(names) if name == kind] for kind in ("ACQBULK", "PREEXIT"))
     touches = [i for i, name in enumerate(names) if name.startswith(MEMORY)]
     assert waits < lets and waits < min(touches)
+
+
+@pytest.mark.parametrize("instance", READING, ids=lambda instance: instance.template)
+def test_grids_that_begin_early_end_after_earlier_ones(instance: Instance) -> None:
+    """And read nothing that the L1 cache may have held before: addresses of memory alone, which never change."""
+    made = sass.machine(instance)
+    names = [name for name, _ in made.operations]
+    (waits,), (lets,) = ([i for i, name in enumerate(names) if name == kind] for kind in ("ACQBULK", "PREEXIT"))
+    touches = [i for i, name in enumerate(names) if name.startswith(MEMORY)]
+    assert max(touches) < waits < lets
+    loads = [name for name in names if name.startswith("LDG")]
+    assert all("STRONG" in name or name == "LDG.E.64.CONSTANT" for name in loads), set(loads)
 
 
 WAITING = [

@@ -1,6 +1,7 @@
 // What became of this rank's tokens on all ranks, summed at home: in float32, in the order of ranks, rounded once.
 //
-// Rows are read where their ranks have put them. Where the exchange was aborted, every sum is NaN.
+// This rank's own part is read where it is, the others' where they have put it, as soon as it is there. Where the exchange
+// was aborted, sums are NaN. The grid begins and ends as exchange_receive.cuh does.
 #pragma once
 #include "peer.cuh"
 #include "result.cuh"
@@ -33,76 +34,104 @@ struct Came<Half<Input>> {
 
 template <typename Result, typename Weight>
 struct ExchangeHome {
-    static constexpr i32 THREADS = 256, BLOCKS = 1;
+    static constexpr i32 THREADS = 256, BLOCKS = 1, WARPS = THREADS / 32, UNROLLED = 4;
     struct Arguments {
-        const u64* bases;
-        u64* told;
-        const i32* home;  // (tokens, ranks): the place of a token on each rank, -1 where it has none
-        typename Result::Element* out;      // (tokens, columns)
-        typename Weight::Element* weights;  // (tokens, top_k), or null
-        i32 rank, ranks, slot, room, capacity, pitch, channels, patience;
+        Peers peers;
+        const i32* home;                             // (tokens, ranks): the place of a token on each rank, -1 where it has none
+        const typename Result::Element* own;         // (ranks * capacity, columns): what this rank sends
+        const typename Weight::Element* own_weights; // (ranks * capacity, top_k), or null
+        typename Result::Element* out;               // (tokens, columns)
+        typename Weight::Element* weights;           // (tokens, top_k), or null
         i32 tokens, columns, top_k;
     };
     struct Shared {
+        const u8* rows[WARPS][RANKS];  // of a warp's token, by rank, or null
         i32 complete;
     };
+    using Row = Peers::Row;
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
-        ptx::take_turn();
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases, arguments.told,     arguments.rank,  arguments.ranks,    arguments.slot,
-                       arguments.room,  arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
-        PeerWords& own = peers.words(peers.rank);
-        u32 exchange = exchange_of(own.ended[peers.slot]);
-        bool complete = wait(shared, peers, exchange);
-        i32 eights = arguments.columns / 8;
-        i64 count = i64(arguments.tokens) * eights, step = i64(gridDim.x) * THREADS, first = i64(blockIdx.x) * THREADS + threadIdx.x;
-        for (i64 i = first; i < count; i += step) {
-            i32 token = i / eights, column = i % eights * 8;
-            float sum[8] = {};
-            for (i32 rank = 0; rank < peers.ranks; rank++) {
-                i32 place = __ldg(arguments.home + i64(token) * peers.ranks + rank);
-                if (place < 0) continue;
-                float v[8];
-                Came<Result>::eight(peers.record(peers.rank, rank, place), column, v);
-#pragma unroll
-                for (i32 j = 0; j < 8; j++) sum[j] += v[j];
-            }
-#pragma unroll
-            for (i32 j = 0; j < 8; j++) sum[j] = complete ? sum[j] : __int_as_float(0x7fffffff);
-            Result::store(arguments.out + i64(token) * arguments.columns + column, sum);
-        }
-        i32 behind = arguments.columns * i32(sizeof(typename Result::Element));
-        for (i64 i = first; arguments.weights && i < i64(arguments.tokens) * arguments.top_k; i += step) {
-            i32 token = i / arguments.top_k, k = i % arguments.top_k;
-            float sum = 0;
-            for (i32 rank = 0; rank < peers.ranks; rank++) {
-                i32 place = __ldg(arguments.home + i64(token) * peers.ranks + rank);
-                if (place >= 0) sum += Came<Weight>::one(peers.record(peers.rank, rank, place) + behind, k);
-            }
-            Weight::store(arguments.weights + i, complete ? sum : __int_as_float(0x7fffffff));
+        const Peers& peers = arguments.peers;
+        u32 exchange = exchange_of(peers.words(peers.rank).ended[peers.slot]);
+        i32 warps = gridDim.x * WARPS, first = blockIdx.x * WARPS + threadIdx.x / 32;
+        const u8** rows = shared.rows[threadIdx.x / 32];
+        if (threadIdx.x == 0) shared.complete = 1;
+        for (i32 token = first; token < arguments.tokens; token += warps) {
+            find(arguments, rows, token, exchange);
+            sum(arguments, rows, token, 0);
         }
         __syncthreads();
-        if (threadIdx.x == 0 && is_last_block(own.ended[peers.slot])) {
-            own.ended[peers.slot][0] = exchange;
-            ptx::fence_system();
-            for (i32 other = 0; other < peers.ranks; other++)
-                ptx::store_release_system(&peers.words(other).taken[peers.slot][peers.rank], exchange);
+        await_all(shared, peers, exchange);
+        __syncthreads();
+        if (!shared.complete) {
+            if (threadIdx.x % 32 < RANKS) rows[threadIdx.x % 32] = nullptr;
+            __syncwarp();
+            for (i32 token = first; token < arguments.tokens; token += warps)
+                sum(arguments, rows, token, __int_as_float(0x7fffffff));
         }
+        __syncthreads();
+        if (threadIdx.x == 0) peers.done_reading(exchange);
+        ptx::take_turn();  // whoever waits for this grid waits for those before it, too
     }
 
-    // By a block, until everything is there; false if the exchange was aborted.
-    static __device__ __forceinline__ bool wait(Shared& shared, const Peers& peers, u32 exchange) {
-        if (threadIdx.x == 0) shared.complete = 1;
-        __syncthreads();
+    // By a warp, a lane for each rank: where the token's rows are, once they are there.
+    static __device__ __forceinline__ void find(const Arguments& arguments, const u8** rows, i32 token, u32 exchange) {
+        const Peers& peers = arguments.peers;
+        i32 rank = threadIdx.x % 32;
+        if (rank < peers.ranks) {
+            i32 place = __ldcg(arguments.home + i64(token) * peers.ranks + rank);
+            const u8* row = nullptr;
+            if (place >= 0 && rank == peers.rank)
+                row = reinterpret_cast<const u8*>(arguments.own + (i64(rank) * peers.capacity + place) * arguments.columns);
+            else if (place >= 0 && peers.wait_for_row(rank, place, exchange, Step::HOME) == Row::HERE)
+                row = peers.record(peers.rank, rank, place);
+            rows[rank] = row;
+        }
+        __syncwarp();
+    }
+
+    // By a warp: what its rows add to that.
+    static __device__ __forceinline__ void sum(const Arguments& arguments, const u8* const* rows, i32 token, float to) {
+        i32 lane = threadIdx.x % 32, ranks = arguments.peers.ranks;
+#pragma unroll UNROLLED
+        for (i32 column = 8 * lane; column < arguments.columns; column += 256) {
+            float total[8];
+#pragma unroll
+            for (i32 j = 0; j < 8; j++) total[j] = to;
+            for (i32 rank = 0; rank < ranks; rank++) {
+                if (!rows[rank]) continue;
+                float v[8];
+                Came<Result>::eight(rows[rank], column, v);
+#pragma unroll
+                for (i32 j = 0; j < 8; j++) total[j] += v[j];
+            }
+            Result::store(arguments.out + i64(token) * arguments.columns + column, total);
+        }
+        if (arguments.weights && lane < arguments.top_k) {
+            float total = to;
+            for (i32 rank = 0; rank < ranks; rank++)
+                if (rows[rank]) total += Came<Weight>::one(weights_of(arguments, rows[rank], rank), lane);
+            Weight::store(arguments.weights + i64(token) * arguments.top_k + lane, total);
+        }
+        __syncwarp();
+    }
+
+    // Those that belong to a row: behind it, if it has travelled.
+    static __device__ __forceinline__ const u8* weights_of(const Arguments& arguments, const u8* row, i32 rank) {
+        i32 bytes = arguments.columns * i32(sizeof(typename Result::Element));
+        if (rank != arguments.peers.rank) return row + bytes;
+        i64 line = (row - reinterpret_cast<const u8*>(arguments.own)) / bytes;
+        return reinterpret_cast<const u8*>(arguments.own_weights + line * arguments.top_k);
+    }
+
+    // By a block: the exchange is over when all ranks have said all, those without a row for this one, too.
+    static __device__ __forceinline__ void await_all(Shared& shared, const Peers& peers, u32 exchange) {
+        if (threadIdx.x == 0 && peers.is_aborted()) shared.complete = 0;
         for (i32 i = threadIdx.x; i < peers.ranks * peers.channels; i += THREADS) {
             i32 from = i / peers.channels;
-            const u64* word = &peers.words(peers.rank).arrived[peers.slot][from][i % peers.channels];
-            if (!peers.wait(word, u64(exchange) << 32, from, Step::HOME)) shared.complete = 0;
+            if (from != peers.rank && peers.wait_for_all(from, i % peers.channels, exchange, Step::HOME) < 0) shared.complete = 0;
         }
-        ptx::fence_system();
-        __syncthreads();
-        return shared.complete;
     }
 };

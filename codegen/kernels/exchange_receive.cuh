@@ -1,91 +1,122 @@
-// Rows that came from all ranks, out of the memory that these write to, which they may write to again.
+// This rank's own rows, and those that came from the others, out of the memory that these write to, which they may write to
+// again. A row is copied as soon as it is there. Rows of places where nothing came are not written, and have no expert.
 //
-// A block waits for all channels of a rank, copies its share of the rank's rows, and goes on to the next; this rank's own
-// come first. Rows of places where nothing came are not written, and have no expert.
+// The grid begins while rows are still being sent, by the kernel before it (exchange_send.cuh): it writes only what was
+// allocated before that one, and ends after it.
 #pragma once
 #include "peer.cuh"
 
+template <typename Id>
 struct ExchangeReceive {
-    static constexpr i32 THREADS = 256, BLOCKS = 1, NOT_A_NUMBER = 0x7fff7fff;  // in bf16, fp16 and float32
+    static constexpr i32 THREADS = 256, BLOCKS = 1, WARPS = THREADS / 32, HELD = 7;  // pieces of a row in a lane's hands
+    static constexpr i32 NOT_A_NUMBER = 0x7fff7fff;                                  // in bf16, fp16 and float32
     struct Arguments {
-        const u64* bases;
-        u64* told;
-        uint4* rows;   // (ranks * capacity, pieces) of 16 bytes
-        i32* ids;      // (ranks * capacity, top_k), counted from this rank's first; or null
-        u8* weights;   // (ranks * capacity, top_k) of `weight` bytes, 2 or 4; or null
-        i32* came;     // (ranks,): how many rows came from each
-        i32 rank, ranks, slot, room, capacity, pitch, channels, patience;
-        i32 pieces, top_k, weight, experts;  // experts of each rank
+        Peers peers;
+        const u8* x;               // (tokens, H), lines of `line` bytes: what this rank sends
+        const i32* sent;           // (ranks, capacity): the line for each place, -1 behind the last
+        const Id* own_ids;         // (tokens, top_k), or null
+        const u8* own_weights;     // (tokens, top_k) of `weight` bytes, 2 or 4, or null
+        uint4* rows;               // (ranks * capacity, pieces) of 16 bytes
+        i32* ids;                  // (ranks * capacity, top_k), counted from this rank's first; or null
+        u8* weights;               // (ranks * capacity, top_k) of `weight` bytes; or null
+        i32* came;                 // (ranks,): how many rows came from each
+        i32 line, pieces, top_k, weight, experts;  // experts of each rank
     };
     struct Shared {
-        i32 count, complete;
+        i32 unused;
     };
+    using Row = Peers::Row;
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
-        ptx::take_turn();
-        extern __shared__ __align__(16) u8 raw[];
-        Shared& shared = *reinterpret_cast<Shared*>(raw);
-        Peers peers = {arguments.bases, arguments.told,     arguments.rank,  arguments.ranks,    arguments.slot,
-                       arguments.room,  arguments.capacity, arguments.pitch, arguments.channels, arguments.patience};
-        PeerWords& own = peers.words(peers.rank);
-        u32 exchange = exchange_of(own.ended[peers.slot]);
-        for (i32 turn = 0; turn < peers.ranks; turn++) {
-            i32 from = (peers.rank + turn) % peers.ranks;
-            bool complete = wait_for(shared, peers, exchange, from);
-            if (blockIdx.x == 0 && threadIdx.x == 0) arguments.came[from] = shared.count;
-            for (i32 place = blockIdx.x; place < peers.capacity; place += gridDim.x)
-                take(arguments, peers, from, place, place < shared.count, complete);
-            __syncthreads();
+        const Peers& peers = arguments.peers;
+        u32 exchange = exchange_of(peers.words(peers.rank).ended[peers.slot]);
+        i32 warps = gridDim.x * WARPS, first = blockIdx.x * WARPS + threadIdx.x / 32;
+        for (i32 place = first; place < peers.capacity; place += warps) take_own(arguments, place);
+        for (i32 turn = 1; turn < peers.ranks; turn++) {  // in the order in which they send to this one
+            i32 from = (peers.rank + peers.ranks - turn) % peers.ranks;
+            for (i32 place = first; place < peers.capacity; place += warps) take(arguments, from, place, exchange);
         }
-        if (threadIdx.x == 0 && is_last_block(own.ended[peers.slot])) {
-            own.ended[peers.slot][0] = exchange;
-            ptx::fence_system();
-            for (i32 other = 0; other < peers.ranks; other++)
-                ptx::store_release_system(&peers.words(other).taken[peers.slot][peers.rank], exchange);
-        }
+        for (i32 from = first; from < peers.ranks; from += warps) count(arguments, from, exchange);
+        __syncthreads();
+        if (threadIdx.x == 0) peers.done_reading(exchange);
+        ptx::take_turn();  // whoever waits for this grid waits for those before it, too
     }
 
-    // By a block: how many rows a rank has sent, once they are there. False, and none, if the exchange was aborted.
-    static __device__ __forceinline__ bool wait_for(Shared& shared, const Peers& peers, u32 exchange, i32 from) {
-        if (threadIdx.x == 0) shared.count = 0, shared.complete = 1;
-        __syncthreads();
-        for (i32 channel = threadIdx.x; channel < peers.channels; channel += THREADS) {
-            const u64* word = &peers.words(peers.rank).arrived[peers.slot][from][channel];
-            if (u64 found = peers.wait(word, u64(exchange) << 32, from, Step::RECEIVE))
-                atomicAdd(&shared.count, i32(u32(found)));
-            else
-                shared.complete = 0;
+    // By a warp, as are all that follow.
+    static __device__ __forceinline__ void take_own(const Arguments& arguments, i32 place) {
+        const Peers& peers = arguments.peers;
+        i32 token = __ldcg(arguments.sent + i64(peers.rank) * peers.capacity + place), lane = threadIdx.x % 32;
+        i64 row = i64(peers.rank) * peers.capacity + place, at = i64(token) * arguments.top_k + lane;
+        if (token >= 0) copy(arguments, row, arguments.x + i64(token) * arguments.line);
+        if (lane >= arguments.top_k) return;
+        if (arguments.ids) put_id(arguments, row, token < 0 ? -1 : i32(__ldcg(arguments.own_ids + at)));
+        if (arguments.weights) put_weight(arguments, row, token < 0 ? nullptr : arguments.own_weights + at * arguments.weight);
+    }
+
+    static __device__ __forceinline__ void take(const Arguments& arguments, i32 from, i32 place, u32 exchange) {
+        const Peers& peers = arguments.peers;
+        i32 lane = threadIdx.x % 32;
+        i64 row = i64(from) * peers.capacity + place;
+        const u8* record = peers.record(peers.rank, from, place);
+        Row found = Row::NONE;
+        if (lane == 0) found = peers.wait_for_row(from, place, exchange, Step::RECEIVE);
+        found = Row(__shfl_sync(~0u, i32(found), 0));
+        if (found == Row::HERE) copy(arguments, row, record);
+        constexpr i32 N = NOT_A_NUMBER;
+        for (i32 piece = lane; found == Row::LOST && piece < arguments.pieces; piece += 32)
+            arguments.rows[row * arguments.pieces + piece] = make_uint4(N, N, N, N);
+        if (lane >= arguments.top_k) return;
+        const u8* behind = record + 16 * arguments.pieces;
+        const u8* weights = behind + (arguments.ids ? 4 * arguments.top_k : 0) + lane * arguments.weight;
+        if (arguments.ids) put_id(arguments, row, found == Row::HERE ? __ldcg(reinterpret_cast<const i32*>(behind) + lane) : -1);
+        if (arguments.weights) put_weight(arguments, row, found == Row::HERE ? weights : nullptr);
+    }
+
+    // How many rows a rank has sent.
+    static __device__ __forceinline__ void count(const Arguments& arguments, i32 from, u32 exchange) {
+        const Peers& peers = arguments.peers;
+        i32 lane = threadIdx.x % 32, rows = 0, lost = 0;
+        if (from == peers.rank) {
+            for (i32 place = lane; place < peers.capacity; place += 32)
+                rows += __ldcg(arguments.sent + i64(from) * peers.capacity + place) >= 0;
+        } else {
+            for (i32 channel = lane; channel < peers.channels; channel += 32) {
+                i32 found = peers.wait_for_all(from, channel, exchange, Step::RECEIVE);
+                lost |= found < 0;
+                rows += found;
+            }
         }
-        ptx::fence_system();
-        __syncthreads();
-        bool complete = shared.complete;
-        if (!complete && threadIdx.x == 0) shared.count = 0;
-        __syncthreads();
-        return complete;
+        lost |= peers.is_aborted();
+        rows = __reduce_add_sync(~0u, rows), lost = __any_sync(~0u, lost);
+        if (lane == 0) arguments.came[from] = lost ? 0 : rows;
     }
 
     // Loads go past L1, which does not see what other devices write.
-    static __device__ __forceinline__ void take(const Arguments& arguments, const Peers& peers, i32 from, i32 place, bool is_there,
-                                                bool complete) {
-        const u8* record = peers.record(peers.rank, from, place);
-        i64 row = i64(from) * peers.capacity + place;
-        for (i32 piece = threadIdx.x; is_there && piece < arguments.pieces; piece += THREADS)
-            arguments.rows[row * arguments.pieces + piece] = __ldcg(reinterpret_cast<const uint4*>(record) + piece);
-        constexpr i32 N = NOT_A_NUMBER;
-        for (i32 piece = threadIdx.x; !complete && piece < arguments.pieces; piece += THREADS)
-            arguments.rows[row * arguments.pieces + piece] = make_uint4(N, N, N, N);
-        const u8* behind = record + 16 * arguments.pieces;
-        const u8* weights = behind + (arguments.ids ? 4 * arguments.top_k : 0);
-        for (i32 k = threadIdx.x; k < arguments.top_k; k += THREADS) {
-            i64 at = row * arguments.top_k + k;
-            if (arguments.ids) {
-                i32 id = is_there ? __ldcg(reinterpret_cast<const i32*>(behind) + k) - arguments.rank * arguments.experts : -1;
-                arguments.ids[at] = id >= 0 && id < arguments.experts ? id : -1;
-            }
-            if (arguments.weights && arguments.weight == 4)
-                reinterpret_cast<u32*>(arguments.weights)[at] = is_there ? __ldcg(reinterpret_cast<const u32*>(weights) + k) : 0;
-            else if (arguments.weights)
-                reinterpret_cast<u16*>(arguments.weights)[at] = is_there ? __ldcg(reinterpret_cast<const u16*>(weights) + k) : 0;
+    static __device__ __forceinline__ void copy(const Arguments& arguments, i64 row, const u8* line) {
+        const uint4* from = reinterpret_cast<const uint4*>(line);
+        uint4* to = arguments.rows + row * arguments.pieces;
+        for (i32 at = threadIdx.x % 32; at < arguments.pieces; at += 32 * HELD) {
+            uint4 held[HELD];
+#pragma unroll
+            for (i32 i = 0; i < HELD; i++)
+                if (at + 32 * i < arguments.pieces) held[i] = __ldcg(from + at + 32 * i);
+#pragma unroll
+            for (i32 i = 0; i < HELD; i++)
+                if (at + 32 * i < arguments.pieces) to[at + 32 * i] = held[i];
         }
+    }
+
+    // By a lane, what belongs to its expert of the row: of all ranks' experts, or -1.
+    static __device__ __forceinline__ void put_id(const Arguments& arguments, i64 row, i32 id) {
+        id -= id < 0 ? 0 : arguments.peers.rank * arguments.experts;
+        arguments.ids[row * arguments.top_k + threadIdx.x % 32] = id >= 0 && id < arguments.experts ? id : -1;
+    }
+
+    static __device__ __forceinline__ void put_weight(const Arguments& arguments, i64 row, const u8* weight) {
+        i64 at = row * arguments.top_k + threadIdx.x % 32;
+        if (arguments.weight == 4)
+            reinterpret_cast<u32*>(arguments.weights)[at] = weight ? __ldcg(reinterpret_cast<const u32*>(weight)) : 0;
+        else
+            reinterpret_cast<u16*>(arguments.weights)[at] = weight ? __ldcg(reinterpret_cast<const u16*>(weight)) : 0;
     }
 };

@@ -3,16 +3,19 @@
 //
 //     words           WORDS bytes: of whom an exchange was aborted, counters, and of each slot
 //         taken       (ranks,)             the last exchange whose rows that rank has read here, written by that rank
-//         arrived     (ranks, CHANNELS)    of that rank's channel: the exchange, and how many rows it has sent in it
+//         arrived     (ranks, CHANNELS)    of that rank's channel: the exchange, how many of its rows are there, and whether
+//                                          these are all
 //     rows            of each slot `room` times 16 bytes, and in these (ranks, capacity) records of `pitch` bytes: the rows
 //                     of its exchange, by the rank they come from
 //
 // Exchanges of a slot are counted from 1 on each rank, by words of its own that its kernels advance: nothing is ever cleared,
-// and a launch may be captured and repeated. An exchange writes a rank's rows when that rank has read the ones before.
+// and a launch may be captured and repeated. An exchange writes a rank's rows when that rank has read the ones before. A rank's
+// own rows do not travel: who reads the others' reads them where they are.
 #pragma once
 #include "kernel.cuh"
 
 constexpr i32 RANKS = 16, SLOTS = 8, CHANNELS = 256;  // at most
+constexpr u32 ALL = 1u << 31;                          // in a word of `arrived`, above the number of rows
 
 struct PeerWords {
     u64 aborted;              // a Failure, of whoever gave up
@@ -31,7 +34,7 @@ __device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 sl
     return u64(rank + 1) | u64(other + 1) << 16 | u64(step) << 32 | u64(slot) << 40;
 }
 
-// One exchange, as this rank sees it.
+// One exchange, as this rank sees it: the first argument of its kernels.
 struct Peers {
     const u64* bases;  // (ranks,): where each rank's memory begins, for this device
     u64* told;         // a word of the host's, which a failure is written to
@@ -45,17 +48,21 @@ struct Peers {
         return rows + 16 * i64(slot) * room + (i64(from) * capacity + place) * pitch;
     }
 
-    // Until the word, of this rank's own memory, which another writes, is at least that, which it then is. Zero if it will not
+    // Whether somebody has given up an exchange, this one or any before. Then the host is told.
+    __device__ __forceinline__ bool is_aborted() const {
+        u64 failure = ptx::load_relaxed_system(&words(rank).aborted);
+        if (failure) ptx::store_release_system(told, failure);
+        return failure;
+    }
+
+    // Until the word, of this rank's own memory, which another writes, is at least that; what it then is. Zero if it will not
     // be: somebody has given up, or nothing has come in time, and everybody is told so. Before what the word speaks of is
     // touched, a fence is due.
     __device__ __forceinline__ u64 wait(const u64* word, u64 at_least, i32 other, Step step) const {
         u64 deadline = 0, found;
         for (u32 turn = 0; (found = ptx::load_relaxed_system(word)) < at_least; turn++) {
             if (turn % 64) continue;
-            if (u64 failure = ptx::load_relaxed_system(&words(rank).aborted)) {
-                ptx::store_release_system(told, failure);
-                return 0;
-            }
+            if (is_aborted()) return 0;
             u64 now = ptx::nanoseconds();
             if (!deadline) deadline = now + u64(patience) * 1000000;
             if (now < deadline) continue;
@@ -66,6 +73,24 @@ struct Peers {
         }
         return found;
     }
+
+    // Until all of a channel's rows are here: how many; less than none if that will not be.
+    __device__ __forceinline__ i32 wait_for_all(i32 from, i32 channel, u32 exchange, Step step) const {
+        u64 found = wait(&words(rank).arrived[slot][from][channel], u64(exchange) << 32 | ALL, from, step);
+        return found ? i32(u32(found) & ALL - 1) : -1;
+    }
+
+    // Until the row at that place of another rank's is here, or will not come.
+    enum class Row { HERE, NONE, LOST };
+    __device__ __forceinline__ Row wait_for_row(i32 from, i32 place, u32 exchange, Step step) const {
+        u32 number = place / channels;
+        u64 found = wait(&words(rank).arrived[slot][from][place % channels], u64(exchange) << 32 | number + 1, from, step);
+        ptx::fence_system();
+        return !found ? Row::LOST : (u32(found) & ALL - 1) > number ? Row::HERE : Row::NONE;
+    }
+
+    // By one thread of each block of a kernel that reads rows, when the block is done.
+    __device__ __forceinline__ void done_reading(u32 exchange) const;
 };
 
 // The number of the exchange that a kernel takes part in, counted by `counter`.
@@ -79,4 +104,12 @@ __device__ __forceinline__ bool is_last_block(u32 (&counter)[2]) {
     bool last = atomicInc(counter + 1, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
     return last;
+}
+
+__device__ __forceinline__ void Peers::done_reading(u32 exchange) const {
+    u32(&ended)[2] = words(rank).ended[slot];
+    if (!is_last_block(ended)) return;
+    ended[0] = exchange;
+    ptx::fence_system();
+    for (i32 other = 0; other < ranks; other++) ptx::store_release_system(&words(other).taken[slot][rank], exchange);
 }

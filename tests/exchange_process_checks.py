@@ -1,0 +1,185 @@
+"""What ranks on one GPU check together (tests/test_exchange_processes_gpu.py): each is a function of (rank, ranks)."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import moecompile
+from expert_parallel_checks import EXPERTS, TOP_K, Model, close, compiled, tokens_of
+from moecompile.runtime import peer_memory
+from ranks_on_one_gpu import meet
+
+ops = torch.ops.moecompile
+HIDDEN, INNER = 512, 256
+
+
+def mesh_of(ranks: int) -> DeviceMesh:
+    """All ranks in one dimension."""
+    meet(patience=60)
+    return init_device_mesh("cuda", (ranks,), mesh_dim_names=("ep",))
+
+
+def results(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, and gradients of the tokens and of all parameters, of sharded ones this rank's part."""
+    leaf = x.clone().requires_grad_()
+    model.zero_grad()
+    out = run(leaf)
+    (out.float() ** 2).sum().backward()
+    assert leaf.grad is not None
+    grads = [parameter.grad for parameter in model.parameters()]
+    return [
+        out.detach(),
+        leaf.grad,
+        *(each.to_local() if isinstance(each, DTensor) else each for each in grads if each is not None),
+    ]
+
+
+def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Module, **options: object) -> None:
+    """The sharded model on this rank's tokens, and the whole one on all ranks' tokens, one rank after the other."""
+    whole, mesh = copy.deepcopy(model), mesh_of(ranks)
+    inputs = [tokens_of(each, count, hidden=HIDDEN).cuda() for each, count in enumerate(counts)]
+    moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
+    found = results(compiled(model, **options), model, inputs[rank])
+    (graph,) = moecompile.last_report().graphs
+    assert "dispatch_start" in graph.after and "gather_experts" not in graph.after
+    assert peer_memory._memories, "no kernel has exchanged anything"
+    every = [results(compiled(whole, **options), whole, x) for x in inputs]
+    right = every[rank][:2]
+    for number, parameter in enumerate(model.parameters(), 2):
+        if isinstance(parameter, DTensor):  # the mean over ranks; of the others, this rank's own
+            mean = torch.stack([each[number].float() for each in every]).mean(0)
+            right.append(mean.chunk(ranks)[rank].to(parameter.dtype))
+        else:
+            right.append(every[rank][number])
+    close(found, right, bound)
+
+
+def check_forward_and_gradients(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [300 - 40 * each for each in range(ranks)], 1.5e-2, Model(HIDDEN, INNER).cuda())
+
+
+def check_inductor(rank: int, ranks: int) -> None:
+    model = Model(HIDDEN, INNER).cuda()
+    compare(rank, ranks, [256] * ranks, 1.5e-2, model, lowering="inductor")
+
+
+def check_fp8(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [256] * ranks, 6e-2, Model(HIDDEN, INNER).cuda(), precision="fp8")
+
+
+def check_a_rank_without_tokens(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [200] * (ranks - 1) + [0], 1.5e-2, Model(HIDDEN, INNER).cuda())
+
+
+def check_captured(rank: int, ranks: int) -> None:
+    """A CUDA graph of the forward, replayed with other tokens, by ranks that are late now and then."""
+    model, mesh = Model(HIDDEN, INNER).cuda().eval(), mesh_of(ranks)
+    whole = compiled(copy.deepcopy(model))
+    moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
+    run, x = compiled(model), torch.zeros(160, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run(x)
+        torch.cuda.synchronize()
+        distributed.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run(x)
+        for _ in range(30):
+            x.copy_(torch.randn_like(x))
+            if random.random() < 0.3:
+                time.sleep(random.random() / 50)
+            graph.replay()
+            close([y], [whole(x)], 1.5e-2)
+
+
+def exchanges(rank: int, ranks: int, turns: int) -> None:
+    """Every byte of exchanges that follow each other, two in flight at a time, without a wait of the host between."""
+    mesh, columns, capacity = mesh_of(ranks), 256, 64
+    among = {"ranks": ranks, "group": mesh.get_group().group_name, "capacity": capacity}
+    here, wrong = EXPERTS // ranks, torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def brought(turn: int, of: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator("cuda").manual_seed(1000 * turn + of)
+        count = (turn * 37 + of * 11) % (capacity + 1)
+        scores = torch.rand(count, EXPERTS, generator=generator, device="cuda")
+        x = torch.randn(count, columns, generator=generator, device="cuda").bfloat16()
+        return x, scores.topk(TOP_K, 1).indices, scores[:, :TOP_K].contiguous()
+
+    for turn in range(turns):
+        begun = []
+        for slot in (0, 2):
+            x, ids, weights = brought(turn + slot, rank)
+            sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=capacity)
+            given = x, ids, weights, sent, home
+            begun.append((given, ops.dispatch_start(*given, slot=slot, **among)))
+        for slot, (given, handles) in zip((0, 2), begun, strict=True):
+            rows, _, row_weights, came = ops.dispatch_wait(*handles, *given, num_experts=EXPERTS, slot=slot, **among)
+            for other in range(ranks):
+                x, ids, weights = brought(turn + slot, other)
+                meets = (ids.div(here, rounding_mode="floor") == rank).any(1)
+                place = torch.where(meets, meets.cumsum(0) - 1, capacity)
+                of_other = torch.full((capacity + 1,), -1, dtype=torch.int64, device="cuda")
+                of_other.scatter_(0, place, torch.arange(len(x), device="cuda"))
+                there = of_other[:capacity] >= 0
+                token = of_other[:capacity].clamp(min=0)
+                part = slice(other * capacity, (other + 1) * capacity)
+                wrong += came[other] != there.sum()
+                if len(x):
+                    wrong += ((rows[part] != x[token]) & there[:, None]).sum()
+                    wrong += ((row_weights[part] != weights[token]) & there[:, None]).sum()
+            y = (rows.float() * (rank + 1)).to(rows.dtype)
+            back = ops.combine_start(y, None, came, *given[3:], slot=slot + 1, **among)
+            sums, _ = ops.combine_wait(*back, y, None, *given[3:], slot=slot + 1, **among)
+            x, ids, _ = given[:3]
+            total = torch.zeros_like(x, dtype=torch.float32)
+            for other in range(ranks):
+                meets = (ids.div(here, rounding_mode="floor") == other).any(1, keepdim=True)
+                total += torch.where(meets, (x.float() * (other + 1)).to(x.dtype).float(), 0)
+            wrong += (sums != total.to(x.dtype)).sum()
+        if turn % 50 == 49 or turn == turns - 1:
+            assert not int(wrong), f"{int(wrong)} wrong values by exchange {turn}"
+
+
+def check_consecutive_exchanges(rank: int, ranks: int) -> None:
+    exchanges(rank, ranks, 100)
+
+
+def check_ten_thousand_exchanges(rank: int, ranks: int) -> None:
+    exchanges(rank, ranks, 5000)
+
+
+def check_a_rank_that_does_not_come(rank: int, ranks: int) -> None:
+    """The others' results are NaN, no step of an optimizer goes on with them, and nobody hangs."""
+    model, mesh = Model(HIDDEN, INNER).cuda(), mesh_of(ranks)
+    meet(patience=2)
+    moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
+    run, x = compiled(model), tokens_of(rank, 100, hidden=HIDDEN).cuda()
+    run(x)
+    torch.cuda.synchronize()
+    distributed.barrier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if rank == ranks - 1:
+        time.sleep(6)
+        distributed.barrier()
+        return
+    out = run(x)
+    out.float().sum().backward()
+    torch.cuda.synchronize()
+    assert bool(out.isnan().all())
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert f"for rank {ranks - 1} (dispatch 0" in str(error), error
+    else:
+        raise AssertionError("the optimizer has taken a step")
+    distributed.barrier()
