@@ -296,9 +296,15 @@ def _name_of(gather: fx.Node) -> str:
 
 def _source(node: fx.Node) -> fx.Node:
     """The parameter, a DTensor, that the node is this rank's part of; the node itself, if it is of none."""
-    given: Any = node.args[0] if node.op == "call_method" and node.target == "to_local" else node
+    given: Any = node.args[0] if _is_local_part(node) else node
     found: fx.Node = given
     return found
+
+
+def _is_local_part(node: fx.Node) -> bool:
+    """Whether the node is a DTensor's `to_local`: a method, or in torch 2.11 a function that Dynamo makes for it."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name == ("to_local" if node.op == "call_method" else "prim_to_local")
 
 
 def _is_written(node: fx.Node) -> bool:
