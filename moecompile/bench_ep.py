@@ -145,7 +145,7 @@ def measure(chosen: argparse.Namespace, ranks: Ranks) -> int:
         results.head("  ".join(f"{name} {value}" for name, value in results.machine.items()))
         if chosen.device == "cpu":
             results.head(
-                "a look without a GPU: over gloo, our operators are emulated in PyTorch, nothing is compiled by Inductor, and no time is a kernel's"
+                "a look without a GPU: over gloo, our operators emulated in PyTorch, and no time is a kernel's"
             )
         timer = RanksTimer(ranks)
         ceilings = bench_gemm.measure_ceilings(timer, chosen.device, rounds, results)

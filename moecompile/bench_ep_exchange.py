@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moecompile.bench_bars import Bar
-from moecompile.bench_block import Inputs, random_inputs
 from moecompile.bench_cases import FP8, OURS, Shape
 from moecompile.bench_ep_cases import (
     BASELINE,
@@ -21,83 +19,20 @@ from moecompile.bench_ep_cases import (
     EAGER,
     LAYOUT,
     LIMITS,
-    NVLINK,
-    RANKS,
     SMS,
     SYMMETRIC,
     TIME,
 )
 from moecompile.bench_ep_peers import Baseline, Layout, baselines
 from moecompile.bench_ep_ranks import Ranks, RanksFailedError
-from moecompile.bench_proof import EMULATED, NotOursError, WrongResultError
+from moecompile.bench_ep_rows import bars, numberless, proven
+from moecompile.bench_ep_tokens import Exchange
+from moecompile.bench_proof import EMULATED, WrongResultError
 from moecompile.bench_results import Floor, Setting, Speed
 from moecompile.bench_timing import Call, Contender, Statistics, measure_single
 
 BOUND = 0.02
 """How far a sum at home may be from another: the norm of the difference, relative. Rows and places have to be equal."""
-
-
-@dataclass(frozen=True, eq=False)
-class Exchange:
-    """One rank's part of an exchange of tokens by moecompile's operators.
-
-    Attributes:
-        ranks: all of them.
-        shape: sizes; tokens of a rank, experts of all.
-        inputs: this rank's tokens.
-        slot: of the dispatch; the combine has the next.
-    """
-
-    ranks: Ranks
-    shape: Shape
-    inputs: Inputs
-    slot: int = 0
-
-    @classmethod
-    def of(cls, ranks: Ranks, shape: Shape, seed: int = 0) -> Exchange:
-        """Random tokens, other ones on each rank."""
-        torch.manual_seed(1000 * (1 + seed) + ranks.rank)
-        return cls(ranks, shape, random_inputs(shape, ranks.device.type))
-
-    @property
-    def _among(self) -> dict[str, object]:
-        return {"ranks": self.ranks.size, "group": self.ranks.group.group_name, "capacity": self.shape.tokens}
-
-    def plan(self) -> tuple[Tensor, Tensor]:
-        """`sent` and `home` of `moecompile.runtime.exchange`."""
-        plan = torch.ops.moecompile.exchange_plan
-        found: tuple[Tensor, Tensor] = plan(
-            self.inputs.ids, num_experts=self.shape.experts, ranks=self.ranks.size, capacity=self.shape.tokens
-        )
-        return found
-
-    @cached_property
-    def planned(self) -> tuple[Tensor, Tensor]:
-        """The plan of these tokens, made once."""
-        return self.plan()
-
-    def dispatch(self, plan: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows that came, their experts and weights, and how many are to be sent back to each rank."""
-        ops, where = torch.ops.moecompile, {**self._among, "slot": self.slot}
-        begun = ops.dispatch_start(
-            self.inputs.x.detach(), self.inputs.ids, self.inputs.weights.detach(), *plan, **where
-        )
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.dispatch_wait(
-            *begun, num_experts=self.shape.experts, **where
-        )
-        return found
-
-    def combine(self, y: Tensor, came: Tensor, plan: tuple[Tensor, Tensor]) -> Tensor:
-        """Sums at home (T, H) of the rows that are sent back."""
-        ops, where = torch.ops.moecompile, {**self._among, "slot": self.slot + 1}
-        found: Tensor = ops.combine_wait(*ops.combine_start(y, None, came, **where), *plan, **where)[0]
-        return found
-
-    def crossing(self) -> int:
-        """Bytes of the rows that this rank sends to others, each once to each rank, in bfloat16."""
-        _, home = self.planned
-        others = [rank for rank in range(self.ranks.size) if rank != self.ranks.rank]
-        return int((home[:, others] >= 0).sum()) * self.shape.hidden * 2
 
 
 def measure_exchange(setting: Setting, ranks: Ranks, shape: Shape, symmetric: Mapping[str, Statistics | str]) -> None:
@@ -114,7 +49,7 @@ def measure_exchange(setting: Setting, ranks: Ranks, shape: Shape, symmetric: Ma
         mine = ranks.attempt(partial(Exchange.of, ranks, shape))
         peers = baselines(ranks, shape.experts)
         layout = ranks.attempt(partial(peers[EAGER].layout, mine.inputs.ids))
-        floor = _floor(ranks, mine)
+        floor = mine.floor()
         _measure_layout(setting, mine, peers[EAGER], layout)
         _measure_dispatch(setting, mine, peers[EAGER], layout, floor, symmetric)
         _measure_combine(setting, mine, peers, layout, floor, symmetric)
@@ -242,7 +177,7 @@ def _measure(
                 blocks = ranks.attempt(partial(proven, calls[name], setting.device))
         except RanksFailedError as error:  # the others are measured all the same
             setting.results.fail(f"{what}, {name}", error)
-    present = [Contender(name, partial(_numberless, calls[name]), 0.0) for name in notes]
+    present = [Contender(name, partial(numberless, calls[name]), 0.0) for name in notes]
     times = ranks.attempt(partial(measure_single, setting.timer, present, setting.rounds))
     fastest = min((times[name].median for name in BASELINES if name in times), default=None)
     for name, checked in notes.items():
@@ -256,49 +191,6 @@ def _measure(
         setting.results.add(*bars("exchange", case, what, name, values, ranks))
 
 
-def bars(section: str, case: str, what: str, name: str, values: Mapping[str, float | None], ranks: Ranks) -> list[Bar]:
-    """Of one row: its bars with what was measured of each, by `Limit.of`."""
-    inapplicable = ""
-    if ranks.device.type != "cuda":
-        inapplicable = "no GPU"
-    elif ranks.size != RANKS:
-        inapplicable = f"the bar is for {RANKS} ranks, and these are {ranks.size}"
-    return [
-        Bar(section, case, what, name, values.get(limit.of), limit, inapplicable)
-        for limit in LIMITS.get((case, what, name), ())
-    ]
-
-
-def proven(call: Call, device: str) -> dict[str, int]:
-    """As `multiprocessors`; on the CPU there are no kernels, and nothing is proven.
-
-    Raises:
-        NotOursError: no kernel of the exchange ran: torch's collectives did it.
-    """
-    found = multiprocessors(call)
-    if device == "cuda" and not any("exchange" in name for name in found):
-        raise NotOursError("torch's collectives carried the tokens: no kernel of moecompile's exchange ran")
-    return found
-
-
-def multiprocessors(call: Call) -> dict[str, int]:
-    """How many multiprocessors the kernels of moecompile's that a call launches have at most, by name."""
-    from moecompile.runtime.launch import Launch, observers
-
-    found: dict[str, int] = {}
-
-    def note(launch: Launch) -> None:
-        name = launch.kernel.instance.name
-        found[name] = max(found.get(name, 0), min(launch.blocks, launch.kernel.multiprocessors))
-
-    observers.noting.append(note)
-    try:
-        call()
-    finally:
-        observers.noting.remove(note)
-    return found
-
-
 def _add_symmetric(setting: Setting, mine: Exchange, what: str, symmetric: Mapping[str, Statistics | str]) -> None:
     found = symmetric.get(what, "not measured")
     row = ("exchange", mine.shape.name, what, SYMMETRIC)
@@ -309,11 +201,6 @@ def _add_symmetric(setting: Setting, mine: Exchange, what: str, symmetric: Mappi
     setting.results.add(Speed(*row, found, note=note))
 
 
-def _floor(ranks: Ranks, mine: Exchange) -> Floor:
-    (crossing,) = ranks.largest([mine.crossing()])
-    return Floor(1000 * crossing / NVLINK, f"{crossing / 2**20:.1f} MiB at {NVLINK / 1e9:g} GB/s")
-
-
 def _error(found: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative; WrongResultError if it is more than BOUND."""
     distance = torch.linalg.vector_norm(found - expected, dtype=torch.float32)
@@ -321,10 +208,6 @@ def _error(found: Tensor, expected: Tensor) -> float:
     if not error <= BOUND:
         raise WrongResultError(f"{error:.3g} away from what it has to be, more than {BOUND:g}")
     return error
-
-
-def _numberless(call: Call, _: int) -> object:
-    return call()
 
 
 def _title(shape: Shape) -> str:

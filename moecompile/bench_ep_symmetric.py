@@ -22,6 +22,7 @@ from moecompile.bench_cases import Shape
 from moecompile.bench_ep_cases import COMBINE_ALONE, DISPATCH, EAGER, SYMMETRIC
 from moecompile.bench_ep_peers import Baseline
 from moecompile.bench_ep_ranks import Ranks, RanksTimer, joined
+from moecompile.bench_ep_rows import numberless
 from moecompile.bench_proof import WrongResultError
 from moecompile.bench_timing import Call, Contender, Statistics, measure_single
 
@@ -109,16 +110,12 @@ def _measure(ranks: Ranks, shape: Shape, rounds: int) -> Found:
     }
     for what, (own, other) in calls.items():
         pair = [
-            Contender(SYMMETRIC, partial(_numberless, own), 0.0),
-            Contender(EAGER, partial(_numberless, other), 0.0),
+            Contender(SYMMETRIC, partial(numberless, own), 0.0),
+            Contender(EAGER, partial(numberless, other), 0.0),
         ]
         times = ranks.attempt(partial(measure_single, timer, pair, rounds))
         found |= {what: times[SYMMETRIC], f"{what}, {EAGER}": times[EAGER]}
     return found
-
-
-def _numberless(call: Call, _: int) -> object:
-    return call()
 
 
 @dataclass(frozen=True, eq=False)
