@@ -197,8 +197,10 @@ def _add_symmetric(setting: Setting, mine: Exchange, what: str, symmetric: Mappi
     if isinstance(found, str):
         setting.results.add(Speed(*row, note=found))
         return
-    note = "in processes of its own: torch does not change the back end of symmetric memory in use"
-    setting.results.add(Speed(*row, found, note=note))
+    note = "in processes of its own, where the baseline took turns with it"
+    beside = symmetric.get(f"{what}, {EAGER}")
+    against = {BASELINE: beside.median / found.median} if isinstance(beside, Statistics) else {}
+    setting.results.add(Speed(*row, found, ratios=against, note=note))
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -10,9 +10,11 @@ With fewer than two GPUs there is one line, which says so.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -117,10 +119,10 @@ def _nvlinks() -> Sequence[Sequence[int]] | None:
     """How many NVLinks each GPU has to each other, as NVML says it through torch; None if it does not."""
     try:
         from torch._C._autograd import DeviceType
-        from torch._C._distributed_c10d import _detect_dma_connectivity
 
-        matrix: Sequence[Sequence[int]] = _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix
-    except (ImportError, RuntimeError):
+        c10d: Any = importlib.import_module("torch._C._distributed_c10d")
+        matrix: Sequence[Sequence[int]] = c10d._detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix
+    except (ImportError, AttributeError, RuntimeError):
         return None
     return matrix
 

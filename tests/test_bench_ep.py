@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import _symmetric_memory
 
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_baseline, bench_ep, bench_ep_exchange, bench_ep_symmetric
@@ -45,6 +46,7 @@ from moecompile.bench_ep_sharded import Experts
 from moecompile.bench_ep_tokens import Exchange
 from moecompile.bench_proof import NotOursError
 from moecompile.bench_results import Ceilings, Results, Setting, Speed
+from moecompile.bench_timing import ATTEMPTS, Timing
 from moecompile.commands import main
 from moecompile.runtime.launch import observers
 
@@ -134,6 +136,34 @@ def test_what_fails_on_one_rank_fails_on_all_and_nobody_waits_for_ever(
 def test_a_rank_that_dies_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_spawned(dies, 2, "cpu", 30.0) == 1
     assert "exit code 3" in capfd.readouterr().out
+
+
+def test_all_ranks_try_again_if_one_host_fell_behind(alone: Ranks) -> None:
+    """And who always falls behind, since it waits for its device, is asked once."""
+    behind: dict[str, list[bool]] = {"once": [True, False], "always": [True] * 9, "never": [False]}
+    issued: list[str] = []
+
+    class Device:
+        lead: dict[str, float] = {}  # noqa: RUF012
+
+        def attempt(self, name: str, calls: object, before: object) -> Timing:
+            issued.append(name)
+            assert callable(before)
+            return Timing(2.0, 5.0, not behind[name].pop(0))
+
+        def give_lead(self, name: str, host: float) -> None:
+            self.lead[name] = host
+
+    timer = RanksTimer(alone)
+    timer._cuda = Device()  # type: ignore[assignment]
+    assert [timer.burst(name, [int]).ahead for name in ("never", "once", "always", "always")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert issued == ["never", "once", "once", *["always"] * (ATTEMPTS + 1)]
+    assert Device.lead == {"once": 5.0}
 
 
 def test_under_torchrun_its_ranks_are_used(monkeypatch: pytest.MonkeyPatch, unused_port: int) -> None:
@@ -266,7 +296,7 @@ def test_a_row_of_ours_needs_our_kernels_and_counts_their_multiprocessors() -> N
 def test_symmetric_memory_that_is_not_there_is_a_reason(alone: Ranks) -> None:
     found = bench_ep_symmetric.measure_symmetric(alone, TINY_EXCHANGE, 1)
     assert found == {DISPATCH: "needs CUDA", COMBINE_ALONE: "needs CUDA"}
-    if not torch.distributed._symmetric_memory.is_nvshmem_available():  # type: ignore[attr-defined]
+    if not _symmetric_memory.is_nvshmem_available():
         assert bench_ep_symmetric.obstacle("cuda").startswith("torch finds no NVSHMEM")
 
 
