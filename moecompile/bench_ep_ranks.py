@@ -23,6 +23,7 @@ from torch import distributed, multiprocessing
 from moecompile.bench_timing import ATTEMPTS, Call, CudaTimer, HostTimer, Timer, Timing
 
 T = TypeVar("T")
+FAILED = "failed"
 PATIENCE = 600.0
 """Seconds that a rank waits for another, which may be compiling."""
 
@@ -57,37 +58,47 @@ class Ranks:
         return found
 
     def meet(self) -> None:
-        """Returns when all ranks have called it."""
-        distributed.barrier(self.control)
+        """Returns when all ranks have called it; raises what `gathered` raises."""
+        self._hear("meet", None)
 
     def gathered(self, word: T) -> list[T]:
-        """What each rank says, in their order."""
-        found: list[T] = [word] * self.size
-        distributed.all_gather_object(found, word, self.control)
-        return found
+        """What each rank says, in their order.
+
+        Raises:
+            RanksFailedError: another rank has failed meanwhile.
+        """
+        return self._hear("gathered", word)
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """Of each value the largest of all ranks."""
-        found = torch.tensor(values, dtype=torch.float64)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, self.control)
-        return found.tolist()
+        """Of each value the largest of all ranks; raises what `gathered` raises."""
+        return [max(each) for each in zip(*self._hear("largest", list(values)), strict=True)]
 
     def attempt(self, function: Callable[[], T]) -> T:
         """What the function gives on this rank.
 
         Raises:
-            RanksFailedError: it has failed on some rank; all raise it.
+            RanksFailedError: it has failed on some rank. All raise it, wherever in the function they waited for that.
         """
-        found: list[T] = []
-        word = ""
         try:
-            found.append(function())
+            found = function()
+        except RanksFailedError:  # all ranks know
+            raise
         except Exception as error:  # the other ranks have to hear of it
-            word = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        words = self.gathered(word)
-        if any(words):
-            raise RanksFailedError("; ".join(f"rank {rank}: {each}" for rank, each in enumerate(words) if each))
-        return found[0]
+            self._hear(FAILED, " ".join(f"{type(error).__name__}: {error}".split())[:400])
+            raise
+        self._hear("done", None)
+        return found
+
+    def _hear(self, step: str, word: T) -> list[T]:
+        """What each rank says at the same step; all meetings are of this one kind, so that none misses a failure."""
+        found: list[tuple[str, T]] = [(step, word)] * self.size
+        distributed.all_gather_object(found, (step, word), self.control)
+        failures = [f"rank {rank}: {each}" for rank, (at, each) in enumerate(found) if at == FAILED]
+        if failures:
+            raise RanksFailedError("; ".join(failures))
+        if len({at for at, _ in found}) > 1:
+            raise RanksFailedError(f"ranks are out of step: {', '.join(at for at, _ in found)}")
+        return [each for _, each in found]
 
 
 class RanksTimer:

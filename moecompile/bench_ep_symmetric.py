@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from moecompile.bench_block import random_inputs
 from moecompile.bench_cases import Shape
@@ -169,7 +169,7 @@ class Symmetric:
         made.rows.copy_(rows)
         made.splits.copy_(counts)
         torch.cuda.synchronize()
-        distributed.barrier(ranks.control)
+        ranks.meet()
         return made
 
     def dispatch(self) -> None:
