@@ -8,6 +8,7 @@ the baseline's exchange, too, by turns.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import tempfile
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def _said(said: Any, process: Any, seconds: float) -> Found | str:
 def _main(
     rank: int, size: int, device: torch.device, patience: float, store: str, shape: Shape, rounds: int, said: Any
 ) -> None:
+    os.environ.setdefault("NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME", "lo")  # of one host, which may have no other network
     try:
         with joined(rank, size, device, patience, store) as ranks, torch.no_grad():
             said.put(_measure(ranks, shape, rounds))
@@ -97,13 +99,14 @@ def _main(
 def _measure(ranks: Ranks, shape: Shape, rounds: int) -> Found:
     torch.manual_seed(ranks.rank)
     inputs = random_inputs(shape, "cuda")
+    x = inputs.x.detach()
     baseline = Baseline(ranks, shape.experts)
     layout = baseline.layout(inputs.ids)
-    rows = inputs.x.detach()[layout.order // shape.top_k]
-    received = baseline.exchanged(rows, layout.incoming, layout.outgoing)
-    exchange = ranks.attempt(partial(Symmetric.of, ranks, shape, inputs.ids, rows))
-    ranks.attempt(partial(exchange.check, rows, received))
-    x, timer, found = inputs.x.detach(), RanksTimer(ranks), Found()
+    tokens = layout.order // shape.top_k
+    received = baseline.dispatch(x, shape.top_k, layout)
+    exchange = ranks.attempt(partial(Symmetric.of, ranks, shape, x, inputs.ids, tokens))
+    ranks.attempt(partial(exchange.check, received))
+    timer, found = RanksTimer(ranks), Found()
     calls: dict[str, tuple[Call, Call]] = {
         DISPATCH: (exchange.dispatch, partial(baseline.dispatch, x, shape.top_k, layout)),
         COMBINE_ALONE: (exchange.combine, partial(baseline.returned, received, layout)),
@@ -124,6 +127,8 @@ class Symmetric:
 
     Attributes:
         group: its name.
+        x: (T, H), in memory of this rank's own; so are `tokens`.
+        tokens: (T * K,) int64: of each row that is sent.
         rows: (T * K, H), what is sent, in the order of experts.
         out: (R * T * K, H), what came, by expert and then by rank.
         returned: (T * K, H), what came back.
@@ -133,6 +138,8 @@ class Symmetric:
     """
 
     group: str
+    x: Tensor
+    tokens: Tensor
     rows: Tensor
     out: Tensor
     returned: Tensor
@@ -141,8 +148,8 @@ class Symmetric:
     back: Tensor
 
     @classmethod
-    def of(cls, ranks: Ranks, shape: Shape, ids: Tensor, rows: Tensor) -> Symmetric:
-        """For tokens with these experts; experts beyond MOST_EXPERTS of a rank share bins, as many in each."""
+    def of(cls, ranks: Ranks, shape: Shape, x: Tensor, ids: Tensor, tokens: Tensor) -> Symmetric:
+        """For tokens with these experts; beyond MOST_EXPERTS of a rank they share bins, as many in each."""
         from torch.distributed import _symmetric_memory as symmetric
 
         symmetric.set_backend("NVSHMEM")
@@ -156,31 +163,33 @@ class Symmetric:
         def integers(*size: int) -> Tensor:
             return empty(*size, dtype=torch.int64).fill_(-1)
 
-        most, total = rows.shape[0], counts.numel()
+        most, total = tokens.shape[0], counts.numel()
         made = cls(
             ranks.group.group_name,
-            empty(most, shape.hidden, dtype=rows.dtype),
-            empty(ranks.size * most, shape.hidden, dtype=rows.dtype),
-            empty(most, shape.hidden, dtype=rows.dtype),
+            x,
+            tokens,
+            empty(most, shape.hidden, dtype=x.dtype),
+            empty(ranks.size * most, shape.hidden, dtype=x.dtype),
+            empty(most, shape.hidden, dtype=x.dtype),
             integers(total),
             integers(2, total),
             integers(2, total),
         )
-        made.rows.copy_(rows)
         made.splits.copy_(counts)
         torch.cuda.synchronize()
         ranks.meet()
         return made
 
     def dispatch(self) -> None:
-        """Sends `rows`."""
+        """Gathers `rows`, as the baseline does, and sends them."""
+        torch.index_select(self.x, 0, self.tokens, out=self.rows)
         torch.ops.symm_mem.all_to_all_vdev_2d(self.rows, self.out, self.splits, self.placed, self.group)
 
     def combine(self) -> None:
         """Sends what came back, as it came."""
         torch.ops.symm_mem.all_to_all_vdev_2d_offset(self.out, self.returned, self.placed, self.back, self.group)
 
-    def check(self, rows: Tensor, received: Tensor) -> None:
+    def check(self, received: Tensor) -> None:
         """Raises WrongResultError if other rows come than by NCCL, or others come back than were sent."""
         self.dispatch()
         self.combine()
@@ -188,10 +197,10 @@ class Symmetric:
         came = self.out[: received.shape[0]]
         if not torch.equal(_prints(came), _prints(received)):  # by bin and rank, the others by rank and expert
             raise WrongResultError("other rows came than by NCCL")
-        if not torch.equal(self.returned, rows):
+        if not torch.equal(self.returned, self.x[self.tokens]):
             raise WrongResultError("other rows came back than were sent")
 
 
 def _prints(rows: Tensor) -> Tensor:
-    """Of rows in any order: a number for each, made of all of its bits, in the order of these numbers."""
+    """Of rows in any order: the sum of each, read as integers, sorted."""
     return rows.view(torch.int16).sum(1, dtype=torch.int64).sort().values

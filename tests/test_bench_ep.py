@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed import _symmetric_memory
 
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
 from moecompile import bench_baseline, bench_ep, bench_ep_exchange, bench_ep_symmetric
 from moecompile.bench_bars import Bar, Limit
+from moecompile.bench_block import random_inputs
 from moecompile.bench_cases import FORWARD, FP8, OURS, STEP
 from moecompile.bench_ep_cases import (
     BASELINES,
@@ -303,6 +304,38 @@ def test_symmetric_memory_that_is_not_there_is_a_reason(alone: Ranks) -> None:
     assert found == {DISPATCH: "needs CUDA", COMBINE_ALONE: "needs CUDA"}
     if not _symmetric_memory.is_nvshmem_available():
         assert bench_ep_symmetric.obstacle("cuda").startswith("torch finds no NVSHMEM")
+
+
+def test_symmetric_memory_is_checked_before_it_counts(alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one rank, torch's exchange gives the rows as they are."""
+    bins: list[int] = []
+
+    def there(rows: Tensor, out: Tensor, splits: Tensor, placed: Tensor, group: str) -> None:
+        assert int(splits.sum()) == len(rows) and placed.shape == (2, len(splits))
+        bins.append(len(splits))
+        out[: len(rows)] = rows
+        placed[0], placed[1] = splits, splits.cumsum(0) - splits
+
+    def back(out: Tensor, returned: Tensor, placed: Tensor, back: Tensor, group: str) -> None:
+        returned.copy_(out[: int(placed[0].sum())])
+
+    monkeypatch.setattr(_symmetric_memory, "set_backend", lambda name: None)
+    monkeypatch.setattr(_symmetric_memory, "empty", torch.empty)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.ops.symm_mem, "all_to_all_vdev_2d", there, raising=False)
+    monkeypatch.setattr(torch.ops.symm_mem, "all_to_all_vdev_2d_offset", back, raising=False)
+    measure, shape = bench_ep_symmetric._measure, replace(TINY_EXCHANGE, experts=24)
+    monkeypatch.setattr(bench_ep_symmetric, "random_inputs", lambda shape, device: random_inputs(shape, "cpu"))
+    found = measure(alone, shape, 1)
+    assert set(found) == {what + who for what in (DISPATCH, COMBINE_ALONE) for who in ("", f", {EAGER}")}
+    assert set(bins) == {12}, "of two experts each: torch takes 16 of a rank"
+
+    def wrong(out: Tensor, returned: Tensor, *others: object) -> None:
+        returned.copy_(out[: len(returned)].flip(0))
+
+    monkeypatch.setattr(torch.ops.symm_mem, "all_to_all_vdev_2d_offset", wrong)
+    with pytest.raises(RanksFailedError, match="other rows came back than were sent"):
+        measure(alone, shape, 1)
 
 
 def test_a_process_that_says_nothing_is_a_reason() -> None:
