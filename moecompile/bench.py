@@ -61,13 +61,17 @@ def main(argv: Sequence[str]) -> int:
         from moecompile import bench_accuracy
 
         return bench_accuracy.main(argv[1:])
+    if argv[:1] == ["ep"]:
+        from moecompile import bench_ep
+
+        return bench_ep.main(argv[1:])
     parser = _parser()
     chosen = parser.parse_args(argv)
     names = _names(chosen.device)
     if unknown := [name for name in chosen.shapes if name not in names]:
         parser.error(f"--shapes: there is no {', '.join(unknown)}; there are {', '.join(names)}")
-    if chosen.device == "cuda" and (missing := _missing()):
-        print(f"python -m moecompile bench: {missing}", file=sys.stderr)
+    if chosen.device == "cuda" and (lacking := missing()):
+        print(f"python -m moecompile bench: {lacking}", file=sys.stderr)
         return 2
     try:
         if chosen.json is not None:
@@ -85,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "what",
-        choices=["experts", "model", "accuracy"],
-        help="the experts of one GPU, whole decoder layers in FP8, or how well FP8 learns (bench accuracy --help)",
+        choices=["experts", "model", "ep", "accuracy"],
+        help="the experts of one GPU, whole decoder layers in FP8, experts over several GPUs (bench ep --help), or how "
+        "well FP8 learns (bench accuracy --help)",
     )
     parser.add_argument(
         "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"experts: sections, of {','.join(SECTIONS)}"
@@ -134,7 +139,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _missing() -> str:
+def missing() -> str:
     """Why nothing can be measured here; empty if it can."""
     needed = "moecompile's kernels need a Hopper GPU (H100, H200)"
     advice = "`python -m moecompile doctor` says what this machine has"
@@ -154,7 +159,7 @@ def _missing() -> str:
 def _run(chosen: argparse.Namespace) -> int:
     started = time.perf_counter()
     rounds = chosen.rounds or (QUICK_ROUNDS if chosen.quick else ROUNDS)
-    results = Results(_machine(chosen.device), chosen.json)
+    results = Results(machine(chosen.device), chosen.json)
     results.head("  ".join(f"{name} {value}" for name, value in results.machine.items()))
     if chosen.device == "cpu":
         results.head("a look without a GPU: our operators are emulated in PyTorch, and no time is a kernel's")
@@ -238,7 +243,8 @@ def _names(device: str) -> tuple[str, ...]:
     return (*(shape.name for shape in blocks), *(product.name for product in products))
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """What is measured with, by name."""
     facts = {"moecompile": moecompile.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if device == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from moecompile.bench_bars import Bar
 from moecompile.bench_timing import Statistics, Timer
 
 GIB = 2**30
@@ -202,7 +203,7 @@ class Kernel:
         return {"kind": "kernel", **dataclasses.asdict(self), "verdict": self.verdict}
 
 
-Row = Speed | Memory | Kernel
+Row = Speed | Memory | Kernel | Bar
 
 
 def verdict(target: Target | None, ratios: Mapping[str, float]) -> str:

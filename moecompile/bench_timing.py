@@ -136,22 +136,32 @@ class CudaTimer:
     def burst(self, name: str, calls: Sequence[Call]) -> Timing:
         """Flushes the L2 cache, keeps the device waiting, issues the calls; tries again if the host fell behind."""
         for _ in range(ATTEMPTS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            lead = self.lead.get(name, 1.0)
-            self._flushed.zero_()
-            torch.cuda._sleep(int(lead * CYCLES))
-            start.record()
-            begun = time.perf_counter()
-            for call in calls:
-                call()
-            host = 1000 * (time.perf_counter() - begun)
-            end.record()
-            ahead = not start.query()
-            end.synchronize()
-            if ahead:
+            timing = self.attempt(name, calls)
+            if timing.ahead:
                 break
-            self.lead[name] = min(2 * max(lead, host), LONGEST_LEAD)
+            self.give_lead(name, timing.host * len(calls))
+        return timing
+
+    def attempt(self, name: str, calls: Sequence[Call], before: Call | None = None) -> Timing:
+        """Does so once; `before` is issued behind the wait and in front of what is timed."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()
+        torch.cuda._sleep(int(self.lead.get(name, 1.0) * CYCLES))
+        if before is not None:
+            before()
+        start.record()
+        begun = time.perf_counter()
+        for call in calls:
+            call()
+        host = 1000 * (time.perf_counter() - begun)
+        end.record()
+        ahead = not start.query()
+        end.synchronize()
         return Timing(start.elapsed_time(end) / len(calls), host / len(calls), ahead)
+
+    def give_lead(self, name: str, host: float) -> None:
+        """Keeps the device waiting longer the next time: the host took so many milliseconds."""
+        self.lead[name] = min(2 * max(self.lead.get(name, 1.0), host), LONGEST_LEAD)
 
     def back_to_back(self, calls: Sequence[Call]) -> Timing:
         """Times all calls between two events."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.metadata
 import os
@@ -12,14 +11,14 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from packaging.version import Version
 
+from moecompile import doctor_gpus
 from moecompile.codegen.cubins import cache_directory
+from moecompile.finding import Finding
 from moecompile.options import (
     ENVIRONMENT,
     environment_disabled_passes,
@@ -29,32 +28,11 @@ from moecompile.options import (
 
 PYTHON_NEEDED = (3, 11)
 TORCH_NEEDED = Version("2.11")
-# Kernels of our own are to come; until then what they would need is told, and asked of nobody.
+HOPPER = (9, 0)
 NOT_NEEDED = "needed on Hopper GPUs alone, whose experts run PyTorch's grouped GEMM without it"
+"""What compiles and launches moecompile's own kernels: asked for where there is such a GPU, and told elsewhere."""
 # Switches of PyTorch's own that keep graphs from any backend, or Inductor from compiling them.
 FOREIGN_SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_FORCE_DISABLE_CACHES")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's table.
-
-    Attributes:
-        item: what was looked at.
-        state: "ok"; "note": nothing is wrong, but worth knowing; "missing": not needed on a CPU; "error": needed
-            everywhere.
-        found: what is there, in a few words.
-        cure: what to do about it; empty where nothing is to be done.
-    """
-
-    item: str
-    state: Literal["ok", "note", "missing", "error"]
-    found: str
-    cure: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """The finding as a plain dict, for JSON."""
-        return dataclasses.asdict(self)
 
 
 def examine() -> tuple[Finding, ...]:
@@ -67,7 +45,7 @@ def examine() -> tuple[Finding, ...]:
             findings.append(
                 Finding(item, "error", f"{type(error).__name__}: {error}", "report this with the whole table")
             )
-    return (*findings, *_switches())
+    return (*findings, *doctor_gpus.between_gpus(), *_switches())
 
 
 def works_on_cpu(findings: Sequence[Finding]) -> bool:
@@ -163,30 +141,49 @@ def _cuda_python(item: str) -> Finding:
         importlib.import_module("cuda.bindings")
         return Finding(item, "ok", f"cuda.bindings {importlib.metadata.version('cuda-bindings')}")
     except ImportError as error:
-        return Finding(item, "note", f"{error}; {NOT_NEEDED}")
+        return _for_kernels(item, str(error), "pip install 'cuda-python>=13.0.3,<14'")
 
 
 def _nvrtc(item: str) -> Finding:
+    cure = "pip install 'cuda-python>=13.0.3,<14' 'nvidia-cuda-nvrtc>=13,<14', or a torch built for CUDA 13"
     try:
         nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     except ImportError as error:
-        return Finding(item, "note", f"{error}; {NOT_NEEDED}")
+        return _for_kernels(item, str(error), cure)
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:
-        return Finding(item, "note", f"libnvrtc does not load ({type(error).__name__}); {NOT_NEEDED}")
+        return _for_kernels(item, f"libnvrtc does not load ({type(error).__name__})", cure)
     return Finding(item, "ok", f"{major}.{minor}")
 
 
-def _gpu(item: str) -> Finding:
+def _for_kernels(item: str, found: str, cure: str) -> Finding:
+    """What moecompile's own kernels lack: nothing to be done where no GPU would run them."""
+    wanted = HOPPER in _capabilities()
+    return Finding(item, "missing" if wanted else "note", f"{found}; {NOT_NEEDED}", cure if wanted else "")
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Of the GPUs that torch sees."""
     if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(item: str) -> Finding:
+    capabilities = _capabilities()
+    if not capabilities:
         reason = "torch is built without CUDA" if torch.version.cuda is None else "torch sees none"
         return Finding(item, "missing", f"{reason}; the CPU is used")
     names = ", ".join(
-        f"{torch.cuda.get_device_name(index)} (sm_{''.join(map(str, torch.cuda.get_device_capability(index)))})"
-        for index in range(torch.cuda.device_count())
+        f"{torch.cuda.get_device_name(index)} (sm_{''.join(map(str, capability))})"
+        for index, capability in enumerate(capabilities)
     )
-    return Finding(item, "ok", f"{names}; the operators run PyTorch's grouped GEMM")
+    hopper = capabilities.count(HOPPER)
+    runs = "moecompile's own kernels, as far as they take what is computed" if hopper else "PyTorch's grouped GEMM"
+    others = "; others PyTorch's grouped GEMM" if 0 < hopper < len(capabilities) else ""
+    where = "sm_90 runs" if others else "the operators run"
+    return Finding(item, "ok", f"{names}; {where} {runs}{others}")
 
 
 def _cache(item: str) -> Finding:
@@ -234,4 +231,5 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
     "cuda-python": _cuda_python,
     "NVRTC": _nvrtc,
     "GPU": _gpu,
+    doctor_gpus.ITEM: doctor_gpus.expert_parallelism,
 }

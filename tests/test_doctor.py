@@ -124,6 +124,17 @@ def test_cuda_python_is_not_needed_and_nobody_is_told_to_install_it(monkeypatch)
     assert doctor.works_on_cpu(findings)
 
 
+def test_on_a_hopper_gpu_somebody_is_told_to_install_it(monkeypatch):
+    without(monkeypatch, "cuda.bindings", "cuda.bindings.nvrtc")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    for check in (doctor._cuda_python, doctor._nvrtc):
+        found = check("it")
+        assert found.state == "missing" and "'cuda-python>=13.0.3,<14'" in found.cure
+        assert doctor.works_on_cpu([found])
+
+
 def test_nvrtc_library_missing(monkeypatch):
     def version():
         raise RuntimeError("Failure finding libnvrtc.so")
@@ -142,8 +153,18 @@ def test_nvrtc_library_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("capabilities", "state", "found"),
     [
-        ([(9, 0), (8, 0)], "ok", "GPU0 (sm_90), GPU1 (sm_80); the operators run PyTorch's grouped GEMM"),
-        ([(9, 0)], "ok", "GPU0 (sm_90); the operators run PyTorch's grouped GEMM"),
+        (
+            [(9, 0), (8, 0)],
+            "ok",
+            "GPU0 (sm_90), GPU1 (sm_80); sm_90 runs moecompile's own kernels, as far as they take what is computed; "
+            "others PyTorch's grouped GEMM",
+        ),
+        (
+            [(9, 0)],
+            "ok",
+            "GPU0 (sm_90); the operators run moecompile's own kernels, as far as they take what is computed",
+        ),
+        ([(8, 0)], "ok", "GPU0 (sm_80); the operators run PyTorch's grouped GEMM"),
         ([], "missing", "the CPU is used"),
     ],
 )

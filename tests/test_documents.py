@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from moecompile.bench_cases import BLOCKS, MEMORY_TARGETS, PRODUCTS, SPEED_TARGETS, STEP
+from moecompile.bench_ep_cases import BLOCKS as RANKED_BLOCKS
+from moecompile.bench_ep_cases import EXCHANGE, LIMITS
 from moecompile.bench_results import Target
 from moecompile.options import Options
 from moecompile.passes.forms import FORMS
@@ -71,14 +73,28 @@ def bench_targets() -> str:
     return "\n".join(sizes) + f"\n\n| sizes | what | who | at least |\n|---|---|---|---|\n{lines}"
 
 
+def ep_targets() -> str:
+    """docs/bench.md's, of experts over ranks: sizes, and the bars."""
+    alone = EXCHANGE
+    sizes = [f"- `{alone.name}`: H{alone.hidden} E{alone.experts} top-{alone.top_k} T{alone.tokens} a rank"]
+    sizes += [f"- `{shape.title.replace(' ', '`: ', 1)} a rank" for shape in RANKED_BLOCKS]
+    rows = ""
+    for (case, what, who), limits in LIMITS.items():
+        bars = "; ".join(f"{limit.of} {limit.words}" for limit in limits)
+        today = "; ".join(limit.today for limit in limits if limit.today)
+        rows += f"| {case} | {what} | {who} | {bars} | {today} |\n"
+    return "\n".join(sizes) + f"\n\n| sizes | what | who | target | today |\n|---|---|---|---|---|\n{rows}"
+
+
 @pytest.mark.parametrize(
     ("path", "name", "produce"),
     [
         (README, "forms", forms_table),
         (ROOT / "docs" / "forms.md", "forms", forms_in_full),
         (ROOT / "docs" / "bench.md", "targets", bench_targets),
+        (ROOT / "docs" / "bench.md", "ep targets", ep_targets),
     ],
-    ids=["README", "forms", "bench"],
+    ids=["README", "forms", "bench", "bench ep"],
 )
 def test_the_tables_are_those_of_the_code(
     path: Path, name: str, produce: Callable[[], str], request: pytest.FixtureRequest
