@@ -57,18 +57,18 @@ class Exchange:
     def dispatch(self, plan: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows that came, their experts and weights, and how many are to be sent back to each rank."""
         ops, where = torch.ops.moecompile, {**self._among, "slot": self.slot}
-        begun = ops.dispatch_start(
-            self.inputs.x.detach(), self.inputs.ids, self.inputs.weights.detach(), *plan, **where
-        )
+        given = self.inputs.x.detach(), self.inputs.ids, self.inputs.weights.detach(), *plan
+        begun = ops.dispatch_start(*given, **where)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.dispatch_wait(
-            *begun, num_experts=self.shape.experts, **where
+            *begun, *given, num_experts=self.shape.experts, **where
         )
         return found
 
     def combine(self, y: Tensor, came: Tensor, plan: tuple[Tensor, Tensor]) -> Tensor:
         """Sums at home (T, H) of the rows that are sent back."""
         ops, where = torch.ops.moecompile, {**self._among, "slot": self.slot + 1}
-        found: Tensor = ops.combine_wait(*ops.combine_start(y, None, came, **where), *plan, **where)[0]
+        begun = ops.combine_start(y, None, came, *plan, **where)
+        found: Tensor = ops.combine_wait(*begun, y, None, *plan, **where)[0]
         return found
 
     def crossing(self) -> int:

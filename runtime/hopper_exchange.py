@@ -19,8 +19,8 @@ WARPS = 4
 """Channels of a block that sends."""
 RING = 54 * 1024
 """Bytes of shared memory that a channel has for rows on their way; two at least have to fit."""
-CHANNELS_USED = 32
-"""Of eight blocks, which move rows as fast as more do (docs/perf.md)."""
+CHANNELS_USED = 48
+"""Of twelve blocks, which move rows of 2048 features as fast as NVLink takes them; of 7168, eight do (docs/perf.md)."""
 READERS = 4
 """Blocks of each multiprocessor that take rows out of the memory, at most: what they read is in this device's own."""
 LANES = 32
