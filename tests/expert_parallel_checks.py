@@ -45,8 +45,8 @@ class Block(nn.Module):
         self.router = nn.Linear(hidden, EXPERTS, bias=False, dtype=torch.bfloat16)
         self.experts = Experts(hidden, inner)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.router(x).float().softmax(-1).topk(TOP_K, -1)
+    def forward(self, x: Tensor, routed_by: Tensor | None = None) -> Tensor:
+        weights, ids = self.router(x if routed_by is None else routed_by).float().softmax(-1).topk(TOP_K, -1)
         result: Tensor = self.experts(x, ids, weights)
         return result
 
@@ -70,18 +70,24 @@ class Looped(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks of experts between projections, residuals around them."""
+    """Two blocks of experts between projections, residuals around them.
 
-    def __init__(self, hidden: int = HIDDEN, inner: int = INNER) -> None:
+    With `fixed`, both routers read what the first block reads, so that no rounding in it decides which experts a token
+    has in the second.
+    """
+
+    def __init__(self, hidden: int = HIDDEN, inner: int = INNER, fixed: bool = False) -> None:
         super().__init__()
+        self.fixed = fixed
         self.first = nn.Linear(hidden, hidden, dtype=torch.bfloat16)
         self.blocks = nn.ModuleList([Block(hidden, inner), Block(hidden, inner)])
         self.last = nn.Linear(hidden, 8, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
+        routed_by = x if self.fixed else None
         for block in self.blocks:
-            x = x + block(x)
+            x = x + block(x, routed_by)
         return self.last(x)
 
 
@@ -436,9 +442,7 @@ def check_fsdp(rank: int, ranks: int) -> None:
 
 def check_fp8(rank: int, ranks: int) -> None:
     """The same layers are cast as without ranks, routers are kept, and the experts of each rank are cast there."""
-    model = Model(256, 128)
-    for block in model.blocks:  # no rounding decides which experts a token has
-        block.get_submodule("router").get_parameter("weight").data.mul_(6)
+    model = Model(256, 128, fixed=True)
     whole, x = copy.deepcopy(model), tokens_of(rank, 12 + rank, hidden=256)
     moecompile.shard_experts(model, mesh_of(ranks))
     found = results(compiled(model, precision="fp8"), model, x)
