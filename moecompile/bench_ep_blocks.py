@@ -53,19 +53,19 @@ def measure_block(setting: Setting, ranks: Ranks, shape: Shape, more: Mapping[st
     peers = baselines(ranks, shape.experts)
     _add_floors(setting, block)
     with torch.no_grad():
-        blocks = _blocks(block, peers)
+        blocks = _blocks(block, peers, FORWARD)
         parts, of_parts = _parts(block)
         outcomes = {name: partial(_result, call) for name, call in blocks.items()}
         _measure(setting, block, FORWARD, {**blocks, **parts}, {**outcomes, **of_parts})
     if shape.name in TRAINED or setting.device == "cpu":
-        steps = {name: partial(_step, block, call) for name, call in blocks.items()}
+        steps = {name: partial(_step, block, call) for name, call in _blocks(block, peers, STEP).items()}
         _measure(setting, block, STEP, steps, {name: partial(_of_step, block, call) for name, call in steps.items()})
     torch._dynamo.reset()
 
 
-def _blocks(block: Sharded, peers: Mapping[str, Baseline]) -> Calls:
+def _blocks(block: Sharded, peers: Mapping[str, Baseline], what: str) -> Calls:
     return {
-        **{name: partial(block.ours, name) for name in OPTIONS},
+        **{name: partial(block.ours, name, what) for name in OPTIONS},
         **{name: partial(block.theirs, peer) for name, peer in peers.items()},
     }
 
@@ -84,9 +84,10 @@ def _parts(block: Sharded) -> tuple[Calls, Outcomes]:
         found: Tensor = torch.ops.moecompile.experts(*planned(), **ATTRIBUTES)
         return found
 
+    quantise = partial(torch.ops.moecompile.quantize_weights, backward=False)
+    quantised = [*quantise(block.w_in, None, gate_up=ATTRIBUTES["gate_up"]), *quantise(block.w_out, None)]
+
     def local_fp8() -> Tensor:
-        quantise = partial(torch.ops.moecompile.quantize_weights, backward=False)
-        quantised = [*quantise(block.w_in, None, gate_up=ATTRIBUTES["gate_up"]), *quantise(block.w_out, None)]
         found: Tensor = torch.ops.moecompile.experts_fp8(*planned(), **ATTRIBUTES, quantized=quantised)
         return found
 

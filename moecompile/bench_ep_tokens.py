@@ -13,6 +13,7 @@ from moecompile.bench_cases import Shape
 from moecompile.bench_ep_cases import NVLINK
 from moecompile.bench_ep_ranks import Ranks
 from moecompile.bench_results import Floor
+from moecompile.runtime.peer_memory import SMS
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,9 @@ class Exchange:
 
     @property
     def _among(self) -> dict[str, object]:
-        return {"ranks": self.ranks.size, "group": self.ranks.group.group_name, "capacity": self.shape.tokens}
+        group, capacity = self.ranks.group.group_name, self.shape.tokens
+        among = {"ranks": self.ranks.size, "group": group, "capacity": capacity}
+        return {**among, "sms": SMS, "patience": self.ranks.patience}
 
     def plan(self) -> tuple[Tensor, Tensor]:
         """`sent` and `home` of `moecompile.runtime.exchange`."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moecompile.passes.exclusions import check_pattern
+from moecompile.runtime.peer_memory import MOST_PATIENCE, MOST_SMS, PATIENCE, SMS
 
 # The passes over the captured graph, in the order in which they run; `Options.disable` takes these names.
 PASSES: dict[str, str] = {
@@ -131,6 +132,16 @@ class Options:
         "tokens that a rank brings to an exchange with the ranks that share its experts, at most; every rank has to "
         "give the same number. Without it the ranks agree on the most of the first graph that they compile",
     )
+    ep_sms: int | Literal["auto"] = _option(
+        "auto",
+        "multiprocessors that send tokens to the ranks which share experts, where moecompile's kernels do it; every "
+        f"rank has to give the same number. `auto` takes as many as keep NVLink busy, {SMS}",
+    )
+    ep_patience: float = _option(
+        PATIENCE,
+        "seconds that these kernels wait for another rank; then all ranks give up, results are NaN, and the next step "
+        "of an optimizer raises an error that says who has waited for whom",
+    )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = dataclasses.field(
@@ -158,12 +169,23 @@ class Options:
             _check(field.name, annotations[field.name], getattr(self, field.name))
         _check_passes(self.disable, "the option `disable`")
         self._check_fp8()
-        if self.ep_capacity is not None and self.ep_capacity < 1:
-            raise ValueError(f"moecompile: option `ep_capacity`: expected 1 or more, got {self.ep_capacity}.")
+        self._check_exchange()
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
                 f"moecompile: options for Inductor ({', '.join(dict(self.inductor))}) came together with "
                 f"lowering={self.lowering!r}, which would drop them. Leave one of the two out."
+            )
+
+    def _check_exchange(self) -> None:
+        """Raises ValueError for numbers that no exchange of tokens can have."""
+        if self.ep_capacity is not None and self.ep_capacity < 1:
+            raise ValueError(f"moecompile: option `ep_capacity`: expected 1 or more, got {self.ep_capacity}.")
+        if self.ep_sms != "auto" and not 1 <= self.ep_sms <= MOST_SMS:
+            raise ValueError(f"moecompile: option `ep_sms`: expected 1 to {MOST_SMS}, or 'auto', got {self.ep_sms}.")
+        if not 0.001 <= self.ep_patience <= MOST_PATIENCE:
+            most = f"{MOST_PATIENCE:g}"
+            raise ValueError(
+                f"moecompile: option `ep_patience`: expected 0.001 to {most} seconds, got {self.ep_patience}."
             )
 
     def _check_fp8(self) -> None:

@@ -27,7 +27,7 @@ from moecompile.options import Options
 from moecompile.passes.casts import Cast, Casting, Kept
 from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions, Wishes
-from moecompile.passes.expert_parallel import Exchanged, exchange_tokens, share_gathers
+from moecompile.passes.expert_parallel import Exchanged, Travel, exchange_tokens, share_gathers
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast, modules_of, purposes_of
@@ -36,6 +36,7 @@ from moecompile.passes.purposes import Purposes
 from moecompile.passes.site import NearMiss, Site
 from moecompile.remarks import remark, remark_on_ranks, remark_on_wishes
 from moecompile.report import GraphReport, PassRecord
+from moecompile.runtime.peer_memory import SMS
 
 log = logging.getLogger("moecompile")
 
@@ -91,7 +92,8 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
-    done, kept = exchange_tokens(piece.module.graph, partial(agree, capacity=options.ep_capacity, why=why))
+    travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience)
+    done, kept = exchange_tokens(piece.module.graph, partial(agree, capacity=options.ep_capacity, why=why), travel)
     piece.exchanged, piece.gathered = tuple(done), tuple(kept)
     piece.changed |= bool(done)
 

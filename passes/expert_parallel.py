@@ -24,6 +24,7 @@ A start and its wait are nodes of their own, so that what does not need the toke
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,19 @@ class Exchanged:
     capacity: int
 
 
+@dataclass(frozen=True)
+class Travel:
+    """How tokens travel, where moecompile's kernels carry them.
+
+    Attributes:
+        sms: multiprocessors that send, the same number on all ranks.
+        patience: seconds that a rank waits for another.
+    """
+
+    sms: int
+    patience: float
+
+
 TURNS = SLOTS_USED // 2
 """Blocks whose exchanges may be in flight at once."""
 Agree = Callable[[Group, Sequence[str], Mapping[str, Any]], Mapping[str, int]]
@@ -101,12 +115,13 @@ def share_gathers(graph: fx.Graph) -> bool:
     return bool(first)
 
 
-def exchange_tokens(graph: fx.Graph, agree: Agree) -> tuple[list[Exchanged], list[Kept]]:
+def exchange_tokens(graph: fx.Graph, agree: Agree, travel: Travel) -> tuple[list[Exchanged], list[Kept]]:
     """Rewrite the graph in place; returns the blocks that were rewritten, and the others. The caller recompiles.
 
     Args:
         graph: of Dynamo's.
         agree: with the other ranks, since all have to exchange the same blocks.
+        travel: how.
     """
     gathered: dict[Group, list[str]] = {}
     for gather in graph.find_nodes(op="call_function", target=GATHER):
@@ -124,7 +139,7 @@ def exchange_tokens(graph: fx.Graph, agree: Agree) -> tuple[list[Exchanged], lis
         capacities = agree(group, sorted(names), {name: block.tokens for name, block in blocks[group].items()})
         for name, block in blocks[group].items():
             if name in capacities:
-                done.append(block.exchange(capacities[name], len(done) % TURNS))
+                done.append(block.exchange(capacities[name], len(done) % TURNS, travel))
             else:
                 kept.append(Kept(block.module, "not all ranks found it"))
     for node in reversed(graph.find_nodes(op="call_function", target=GATHER)):
@@ -162,7 +177,7 @@ class _Block:
             return "nobody knows where its plan comes from"
         return ""
 
-    def exchange(self, capacity: int, turn: int) -> Exchanged:
+    def exchange(self, capacity: int, turn: int, travel: Travel) -> Exchanged:
         """Puts dispatch, the experts of this rank, and combine in the block's place.
 
         `turn` chooses the slots: blocks whose exchanges may be in flight at once have different ones.
@@ -171,7 +186,7 @@ class _Block:
         plan: Any = given["offsets"].args[0]
         ids, num_experts = plan.args
         x, weights = given["x"], given.get("weights")
-        among = {"ranks": group.ranks, "group": group.name, "capacity": capacity}
+        among = {"ranks": group.ranks, "group": group.name, "capacity": capacity, **dataclasses.asdict(travel)}
         here = {"num_experts": num_experts, "ranks": group.ranks}
         with self._graph.inserting_before(node):
             sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity}, 2)

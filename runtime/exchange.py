@@ -34,7 +34,7 @@ from torch import Tensor, distributed
 
 from moecompile.runtime import hopper_exchange
 from moecompile.runtime.contract import INTEGERS
-from moecompile.runtime.hopper_exchange import Rows
+from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.peer_memory import PeerMemory, memory_of, reaches_peers, room_for
 from moecompile.runtime.reference import check_range
 from moecompile.runtime.sharded import process_group
@@ -97,7 +97,7 @@ def fake_exchange_plan(expert_ids: Tensor, *, num_experts: int, ranks: int, capa
 
 def dispatch_start(
     x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int,
+    capacity: int, slot: int, sms: int, patience: float,
 ) -> Four:  # fmt: skip
     """Begins to send each token to the ranks of its experts, with its experts and their weights where they are given.
 
@@ -111,6 +111,8 @@ def dispatch_start(
         group: the name of the process group.
         capacity: C.
         slot: of the kernels' memory, which no other exchange may have before `dispatch_wait`.
+        sms: multiprocessors that the kernels send with, the same number on all ranks.
+        patience: seconds that the kernels wait for another rank.
 
     Returns:
         handles of rows, ids and weights, for `dispatch_wait` alone, of one dimension for what is None; and a token
@@ -122,7 +124,7 @@ def dispatch_start(
         rows = Rows.of(x, expert_ids, weights)
         into = rows.room(sent.shape[0])
         memory.begun[slot] = rows, into, sent.new_empty(ranks)
-        hopper_exchange.send(memory, slot, capacity, rows, sent, None)
+        hopper_exchange.send(Exchange(memory, slot, capacity, sms, patience), rows, sent, None)
         return _handles(x, expert_ids, weights, sent.shape[0])
     ids = None if expert_ids is None else expert_ids.to(torch.int32)
     token = sent.long()
@@ -135,7 +137,7 @@ def dispatch_start(
 
 def fake_dispatch_start(
     x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int,
+    capacity: int, slot: int, sms: int, patience: float,
 ) -> Four:  # fmt: skip
     """The shapes of `dispatch_start`."""
     _check_rows(x, sent, "dispatch_start")
@@ -147,7 +149,7 @@ def fake_dispatch_start(
 def dispatch_wait(
     rows: Tensor, ids: Tensor, weights: Tensor, token: Tensor, x: Tensor, expert_ids: Tensor | None,
     given: Tensor | None, sent: Tensor, home: Tensor, *, num_experts: int, ranks: int, group: str, capacity: int,
-    slot: int,
+    slot: int, sms: int, patience: float,
 ) -> Four:  # fmt: skip
     """Waits for what `dispatch_start` began; experts are now counted from this rank's first.
 
@@ -159,7 +161,7 @@ def dispatch_wait(
     here = experts_here(num_experts, ranks, "dispatch_wait")
     if memory := _memory(x, expert_ids, given, ranks, group, capacity):
         own, into, came = _begun(memory, slot, "dispatch_start")
-        hopper_exchange.receive(memory, slot, capacity, own, sent, into, came, here)
+        hopper_exchange.receive(Exchange(memory, slot, capacity, sms, patience), own, sent, into, came, here)
         return (*_results(x, into), came)
     came = torch.full((ranks,), capacity, dtype=torch.int32, device=rows.device)
     rows, ids, weights = (_wait(each) if each.dim() == 2 else each.clone() for each in (rows, ids, weights))
@@ -170,7 +172,7 @@ def dispatch_wait(
 def fake_dispatch_wait(
     rows: Tensor, ids: Tensor, weights: Tensor, token: Tensor, x: Tensor, expert_ids: Tensor | None,
     given: Tensor | None, sent: Tensor, home: Tensor, *, num_experts: int, ranks: int, group: str, capacity: int,
-    slot: int,
+    slot: int, sms: int, patience: float,
 ) -> Four:  # fmt: skip
     """The shapes of `dispatch_wait`."""
     experts_here(num_experts, ranks, "dispatch_wait")
@@ -179,7 +181,7 @@ def fake_dispatch_wait(
 
 def combine_start(
     y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int,
+    capacity: int, slot: int, sms: int, patience: float,
 ) -> Three:  # fmt: skip
     """Begins to send back what became of each row, (R * C, H), and what belongs to its experts, (R * C, K), or None.
 
@@ -190,7 +192,7 @@ def combine_start(
     if memory is not None:
         rows = Rows.of(y.contiguous(), None, weights)
         memory.begun[slot] = rows, rows.room(home.shape[0])
-        hopper_exchange.send(memory, slot, capacity, rows, None, came)
+        hopper_exchange.send(Exchange(memory, slot, capacity, sms, patience), rows, None, came)
         back, _, along, token = _handles(y, None, weights, home.shape[0])
         return back, along, token
     return (
@@ -202,7 +204,7 @@ def combine_start(
 
 def fake_combine_start(
     y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int,
+    capacity: int, slot: int, sms: int, patience: float,
 ) -> Three:  # fmt: skip
     """The shapes of `combine_start`."""
     if by_kernels(y, None, weights, ranks, group):
@@ -214,7 +216,7 @@ def fake_combine_start(
 
 def combine_wait(
     back: Tensor, of_weights: Tensor, token: Tensor, y: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *,
-    ranks: int, group: str, capacity: int, slot: int,
+    ranks: int, group: str, capacity: int, slot: int, sms: int, patience: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Waits for what `combine_start` began, and sums it: over ranks in their order, in float32, rounded once.
 
@@ -225,7 +227,7 @@ def combine_wait(
     """
     if memory := _memory(y, None, weights, ranks, group, capacity):
         own, into = _begun(memory, slot, "combine_start")
-        hopper_exchange.home(memory, slot, capacity, home, own, into)
+        hopper_exchange.home(Exchange(memory, slot, capacity, sms, patience), home, own, into)
         sums, _, along = _results(y, into)
         return sums, along
     return (
@@ -236,7 +238,7 @@ def combine_wait(
 
 def fake_combine_wait(
     back: Tensor, of_weights: Tensor, token: Tensor, y: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *,
-    ranks: int, group: str, capacity: int, slot: int,
+    ranks: int, group: str, capacity: int, slot: int, sms: int, patience: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The shapes of `combine_wait`."""
     sums, _, along, _ = _in_flight(y, None, weights, home.shape[0])
@@ -257,7 +259,7 @@ def _memory(
     if not by_kernels(x, ids, weights, ranks, group):
         return None
     pitch = hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights)
-    return memory_of(group, room_for(ranks, capacity, pitch), hopper_exchange.CHANNELS_USED)
+    return memory_of(group, room_for(ranks, capacity, pitch))
 
 
 def _begun(memory: PeerMemory, slot: int, operator: str) -> tuple[Any, ...]:

@@ -13,14 +13,10 @@ from torch import Tensor
 from moecompile.codegen.instances import IDS, ExchangeHome, ExchangePlan, ExchangeReceive, ExchangeSend
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Kernel, Launch, Value, load
-from moecompile.runtime.peer_memory import RANKS, PeerMemory, room_for
+from moecompile.runtime.peer_memory import CHANNELS_OF_AN_SM, PATIENCE, RANKS, SMS, PeerMemory, room_for
 
-WARPS = 4
-"""Channels of a block that sends."""
 RING = 54 * 1024
 """Bytes of shared memory that a channel has for rows on their way; two at least have to fit."""
-CHANNELS_USED = 48
-"""Of twelve blocks, which move rows of 2048 features as fast as NVLink takes them; of 7168, eight do (docs/perf.md)."""
 READERS = 4
 """Blocks of each multiprocessor that take rows out of the memory, at most: what they read is in this device's own."""
 LANES = 32
@@ -132,34 +128,63 @@ class Rows:
         return "int64" if self.ids is None else dtype_name(self.ids.dtype)
 
 
-def send(memory: PeerMemory, slot: int, capacity: int, rows: Rows, sent: Tensor | None, came: Tensor | None) -> None:
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange of a rank.
+
+    Attributes:
+        memory: of this rank.
+        slot: of the memory.
+        capacity: rows of each rank at most.
+        sms: multiprocessors that send, the same number on all ranks.
+        patience: seconds that a rank waits for another.
+    """
+
+    memory: PeerMemory
+    slot: int
+    capacity: int
+    sms: int = SMS
+    patience: float = PATIENCE
+
+    def peers(self, pitch: int) -> tuple[Value, ...]:
+        """`Peers` of peer.cuh, for rows of `pitch` bytes."""
+        memory = self.memory
+        if room_for(memory.ranks, self.capacity, pitch) > memory.room:
+            raise ValueError(
+                f"moecompile: an exchange of {self.capacity} rows a rank, of {pitch} bytes, in {memory.room} bytes"
+            )
+        milliseconds = max(1, round(self.patience * 1000))
+        where = (memory.rank, memory.ranks, self.slot, memory.room // 16, self.capacity, pitch)
+        return (memory.bases, memory.told, *where, self.sms * CHANNELS_OF_AN_SM, milliseconds)
+
+    def readers(self, kernel: Kernel, rows: int) -> int:
+        """Blocks that read so many rows, each of whose warps reads one at a time."""
+        each = kernel.threads // 32
+        return max(1, min(-(-rows // each), self.memory.readers or READERS * kernel.multiprocessors))
+
+
+def send(exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None) -> None:
     """Writes rows into the memory of the other ranks that are to have them, and says so.
 
     Args:
-        memory: of this rank.
-        slot: of the exchange.
-        capacity: rows of each rank at most.
+        exchange: of this rank.
         rows: N = T, or ranks * capacity where `sent` is None.
         sent: of `plan`, or None: the first `came` of each rank's rows go back to it.
         came: (ranks,) int32.
     """
     kernel = load(ExchangeSend(rows.id_type), rows.values.device.index)
     values = (
-        *_peers(memory, slot, capacity, rows.pitch), rows.values, sent, came, rows.ids, rows.weights, rows.row_bytes,
-        rows.line_bytes, rows.top_k, rows.weight_bytes,
+        *exchange.peers(rows.pitch), rows.values, sent, came, rows.ids, rows.weights, rows.row_bytes, rows.line_bytes,
+        rows.top_k, rows.weight_bytes,
     )  # fmt: skip
-    Launch(kernel, memory.channels // WARPS, values).run()
+    Launch(kernel, exchange.sms, values).run()
 
 
-def receive(
-    memory: PeerMemory, slot: int, capacity: int, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int
-) -> None:
+def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int) -> None:
     """Puts what came, and this rank's own rows, where they are to be, and their experts, counted from its first.
 
     Args:
-        memory: of this rank.
-        slot: of the exchange.
-        capacity: rows of each rank at most.
+        exchange: of this rank.
         rows: what this rank sends.
         sent: of `plan`.
         into: room for ranks * capacity of them, allocated before they were sent: the kernel begins early.
@@ -168,19 +193,17 @@ def receive(
     """
     kernel = load(ExchangeReceive(rows.id_type), rows.values.device.index)
     values = (
-        *_peers(memory, slot, capacity, rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids,
-        into.weights, came, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
+        *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids, into.weights,
+        came, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
     )  # fmt: skip
-    Launch(kernel, _readers(memory, kernel, capacity), values).run()
+    Launch(kernel, exchange.readers(kernel, exchange.capacity), values).run()
 
 
-def home(memory: PeerMemory, slot: int, capacity: int, places: Tensor, rows: Rows, into: Rows) -> None:
+def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
     """Sums what came back for each token, and what travelled with it.
 
     Args:
-        memory: of this rank.
-        slot: of the exchange.
-        capacity: rows of each rank at most.
+        exchange: of this rank.
         places: `home` of `plan`, (T, ranks).
         rows: what this rank sends, contiguous.
         into: room for T of them, allocated before they were sent: the kernel begins early.
@@ -189,25 +212,10 @@ def home(memory: PeerMemory, slot: int, capacity: int, places: Tensor, rows: Row
     kernel = load(ExchangeHome(*dtypes), rows.values.device.index)
     tokens, columns = into.values.shape
     values = (
-        *_peers(memory, slot, capacity, rows.pitch), places, rows.values, rows.weights, into.values, into.weights,
-        tokens, columns, rows.top_k,
+        *exchange.peers(rows.pitch), places, rows.values, rows.weights, into.values, into.weights, tokens, columns,
+        rows.top_k,
     )  # fmt: skip
-    Launch(kernel, _readers(memory, kernel, tokens), values).run()
-
-
-def _readers(memory: PeerMemory, kernel: Kernel, rows: int) -> int:
-    """Blocks that read so many rows, each of whose warps reads one at a time."""
-    each = kernel.threads // 32
-    return max(1, min(-(-rows // each), memory.readers or READERS * kernel.multiprocessors))
-
-
-def _peers(memory: PeerMemory, slot: int, capacity: int, pitch: int) -> tuple[Value, ...]:
-    """`Peers` of peer.cuh."""
-    if room_for(memory.ranks, capacity, pitch) > memory.room:
-        raise ValueError(f"moecompile: an exchange of {capacity} rows a rank, of {pitch} bytes, in {memory.room} bytes")
-    room, milliseconds = memory.room // 16, max(1, round(memory.patience * 1000))
-    where = (memory.rank, memory.ranks, slot, room, capacity, pitch, memory.channels, milliseconds)
-    return (memory.bases, memory.told, *where)
+    Launch(kernel, exchange.readers(kernel, tokens), values).run()
 
 
 def _conformed(expert_ids: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor values, Tensor scales, T
 FORMAT = 'str scale_format="power_of_two"'
 FP8 = f"{ARGUMENTS}, {FORMAT}"
 FP8_WITHOUT_X = f"{WITHOUT_X}, {FORMAT}"
-EXCHANGE = "int ranks, str group, int capacity, int slot"
+EXCHANGE = "int ranks, str group, int capacity, int slot, int sms, float patience"
 PLANNED = "Tensor sent, Tensor home"
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"

@@ -24,8 +24,13 @@ RANKS, SLOTS, CHANNELS = 16, 8, 256
 WORDS = 128 + 2 * SLOTS * 2 * 4 + SLOTS * RANKS * 8 + SLOTS * RANKS * CHANNELS * 8
 SLOTS_USED = 4
 """An exchange has one from its start until its wait."""
-PATIENCE = 300.0
-"""Seconds that a rank waits for another."""
+CHANNELS_OF_AN_SM = 4
+"""Warps of each multiprocessor that sends."""
+SMS, MOST_SMS = 12, CHANNELS // CHANNELS_OF_AN_SM
+"""Multiprocessors that send, if nobody says otherwise: they move rows of 2048 features as fast as NVLink takes them; of
+7168, eight do (docs/perf.md)."""
+PATIENCE, MOST_PATIENCE = 300.0, float((1 << 31) // 1000)
+"""Seconds that a rank waits for another, if nobody says otherwise; kernels count milliseconds in 32 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +42,7 @@ class PeerMemory:
         bases: (ranks,) int64 on the device: the address of each rank's, for this device.
         rank: among `ranks`.
         room: bytes of a slot.
-        channels: warps that send, the same number on all ranks.
         told: a word of the host's memory that the kernels write a failure to; nobody waits for a device to read it.
-        patience: seconds that a rank waits for another.
         readers: blocks that take rows out of the memory, at most; 0 for as many as the device runs at once.
         held: what keeps the mapping of the peers' memory alive.
         begun: of each slot whose exchange has been started and not yet waited for, what the wait needs.
@@ -49,9 +52,7 @@ class PeerMemory:
     bases: Tensor
     rank: int
     room: int
-    channels: int
     told: Tensor
-    patience: float = PATIENCE
     readers: int = 0
     held: Any = field(default=None, repr=False)
     begun: dict[int, Any] = field(default_factory=dict, repr=False)
@@ -68,7 +69,7 @@ class PeerMemory:
             return ""
         rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
         what = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}, {STEPS[step]}"
-        return f"rank {rank} of {self.ranks} has waited {self.patience:g} s for rank {other} ({what})"
+        return f"rank {rank} of {self.ranks} has waited too long for rank {other} ({what})"
 
 
 STEPS = (
@@ -94,9 +95,7 @@ def room_for(ranks: int, capacity: int, pitch: int) -> int:
     return room
 
 
-def among_streams(
-    ranks: int, room: int, channels: int, patience: float, device: int, readers: int = 0
-) -> list[PeerMemory]:
+def among_streams(ranks: int, room: int, device: int, readers: int = 0) -> list[PeerMemory]:
     """Memory of ranks that are all on one device, each of which launches on a stream of its own: to test kernels.
 
     Where kernels of several ranks are to run at once, `readers` has to leave room for all of them.
@@ -104,13 +103,10 @@ def among_streams(
     place = torch.device("cuda", device)
     every = [torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8, device=place) for _ in range(ranks)]
     bases = _addresses([each.data_ptr() for each in every], place)
-    return [
-        PeerMemory(own, bases, rank, room, channels, _word(), patience, readers, every)
-        for rank, own in enumerate(every)
-    ]
+    return [PeerMemory(own, bases, rank, room, _word(), readers, every) for rank, own in enumerate(every)]
 
 
-def among_devices(group: str, room: int, channels: int, patience: float = PATIENCE) -> PeerMemory:
+def among_devices(group: str, room: int) -> PeerMemory:
     """Memory of a group whose ranks have a device each, with access to the others' (NVLink). All of them call it.
 
     Raises:
@@ -126,7 +122,7 @@ def among_devices(group: str, room: int, channels: int, patience: float = PATIEN
     torch.cuda.synchronize(device)
     distributed.barrier(found)  # nobody writes before all have cleared theirs
     bases = _addresses([int(address) for address in handle.buffer_ptrs], device)
-    return PeerMemory(own, bases, found.rank(), room, channels, _word(), patience, held=handle)
+    return PeerMemory(own, bases, found.rank(), room, _word(), held=handle)
 
 
 def reaches_peers(group: str, device: torch.device) -> bool:
@@ -161,13 +157,13 @@ _outgrown: list[PeerMemory] = []
 """What captured graphs may still refer to."""
 
 
-def memory_of(group: str, room: int, channels: int) -> PeerMemory:
+def memory_of(group: str, room: int) -> PeerMemory:
     """The group's memory, with that much room at least; made when it is first asked for, by all ranks alike."""
     found = _memories.get(group)
     if found is None or found.room < room:
         if found is not None:
             _outgrown.append(found)
-        found = _memories[group] = among_devices(group, room, channels)
+        found = _memories[group] = among_devices(group, room)
         _watch_optimizers()
     return found
 

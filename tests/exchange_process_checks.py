@@ -23,7 +23,7 @@ HIDDEN, INNER = 512, 256
 
 def mesh_of(ranks: int) -> DeviceMesh:
     """All ranks in one dimension."""
-    meet(patience=60)
+    meet()
     return init_device_mesh("cuda", (ranks,), mesh_dim_names=("ep",))
 
 
@@ -108,7 +108,7 @@ def check_captured(rank: int, ranks: int) -> None:
 def exchanges(rank: int, ranks: int, turns: int) -> None:
     """Every byte of exchanges that follow each other, two in flight at a time, without a wait of the host between."""
     mesh, columns, capacity = mesh_of(ranks), 256, 64
-    among = {"ranks": ranks, "group": mesh.get_group().group_name, "capacity": capacity}
+    among = {"ranks": ranks, "group": mesh.get_group().group_name, "capacity": capacity, "sms": 8, "patience": 60.0}
     here, wrong = EXPERTS // ranks, torch.zeros((), dtype=torch.int64, device="cuda")
 
     def brought(turn: int, of: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,9 +164,8 @@ def check_ten_thousand_exchanges(rank: int, ranks: int) -> None:
 def check_a_rank_that_does_not_come(rank: int, ranks: int) -> None:
     """The others' results are NaN, no step of an optimizer goes on with them, and nobody hangs."""
     model, mesh = Model(HIDDEN, INNER, fixed=True).cuda(), mesh_of(ranks)
-    meet(patience=2)
     moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
-    run, x = compiled(model), tokens_of(rank, 100, hidden=HIDDEN).cuda()
+    run, x = compiled(model, ep_patience=2.0), tokens_of(rank, 100, hidden=HIDDEN).cuda()
     run(x)
     torch.cuda.synchronize()
     distributed.barrier()

@@ -96,6 +96,12 @@ def mesh_of(ranks: int) -> DeviceMesh:
     return init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
 
 
+def among_ranks(ranks: int, capacity: int) -> dict[str, Any]:
+    """Attributes of an exchange."""
+    group = mesh_of(ranks).get_group().group_name
+    return {"ranks": ranks, "group": group, "capacity": capacity, "slot": 0, "sms": 4, "patience": 10.0}
+
+
 def tokens_of(rank: int, count: int, dtype: torch.dtype = torch.bfloat16, hidden: int = HIDDEN) -> Tensor:
     """This rank's own."""
     return torch.randn(count, hidden, generator=torch.Generator().manual_seed(100 + rank)).to(dtype)
@@ -234,7 +240,7 @@ def check_all_to_one(rank: int, ranks: int) -> None:
     ids[4] = torch.tensor([EXPERTS - 2, EXPERTS - 1])
     sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=9)
     assert sent.view(ranks, 9)[-1].tolist() == [*range(9)] and bool((sent.view(ranks, 9)[:-1] == -1).all())
-    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 9, "slot": 0}
+    among = among_ranks(ranks, 9)
     given = x, ids, weights, sent, home
     parts = ops.dispatch_start(*given, **among)
     rows, row_ids, row_weights, came = ops.dispatch_wait(*parts, *given, num_experts=EXPERTS, **among)
@@ -260,7 +266,7 @@ def check_sums_at_home_are_exact(rank: int, ranks: int) -> None:
     ids[5, 1] = -1
     here = EXPERTS // ranks
     sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=11)
-    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 11, "slot": 0}
+    among = among_ranks(ranks, 11)
     given = x, ids, None, sent, home
     rows, _, _, came = ops.dispatch_wait(*ops.dispatch_start(*given, **among), *given, num_experts=EXPERTS, **among)
     y = rows * (rank + 1) / 3

@@ -48,14 +48,14 @@ def shared_gpu(ranks: int, directory: Path) -> Iterator[None]:
             subprocess.run([CONTROL], input=b"quit\n", check=False, timeout=60)
 
 
-def meet(patience: float) -> None:
-    """By each rank before its first exchange: all are on this GPU, and wait so long for each other."""
+def meet() -> None:
+    """By each rank before its first exchange: all are on this GPU."""
     assert "CUDA_MPS_PIPE_DIRECTORY" in os.environ
     peer_memory._reaching.clear()
     peer_memory._memories.clear()
     peer_memory._is_one_host = lambda group: True
 
-    def among_processes(group: str, room: int, channels: int, patience: float = patience) -> PeerMemory:
+    def among_processes(group: str, room: int) -> PeerMemory:
         found, rank = process_group(group), distributed.get_rank(process_group(group))
         own = torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
@@ -63,7 +63,7 @@ def meet(patience: float) -> None:
         distributed.all_gather_object(every, pickle.dumps(reduce_tensor(own)), found)
         held = [own if other == rank else _rebuilt(note) for other, note in enumerate(every)]
         bases = torch.tensor([each.data_ptr() for each in held], dtype=torch.int64, device="cuda")
-        return PeerMemory(own, bases, rank, room, channels, peer_memory._word(), patience, held=held)
+        return PeerMemory(own, bases, rank, room, peer_memory._word(), held=held)
 
     peer_memory.among_devices = among_processes
 

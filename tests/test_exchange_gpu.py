@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moecompile.runtime import hopper_exchange as kernels
 from moecompile.runtime.exchange import exchange_plan
-from moecompile.runtime.hopper_exchange import Rows
+from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.peer_memory import PeerMemory, among_streams, room_for
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -19,7 +19,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 pytestmark = pytest.mark.gpu
 
-CHANNELS, DISPATCH, COMBINE = 32, 0, 1
+SMS, DISPATCH, COMBINE = 8, 0, 1
 STEPS = 4
 READERS = 16
 """Blocks that read, of each rank: with those that send, no more than there are multiprocessors."""
@@ -84,16 +84,17 @@ class Ranks:
         sent, home = kernels.plan(mine.ids, self.experts, ranks, capacity)
         given = Rows.of(mine.x, mine.ids, mine.weights)
         into, came = given.room(ranks * capacity), sent.new_empty(ranks)
-        kernels.send(memory, DISPATCH, capacity, given, sent, None)
+        there, back_again = (Exchange(memory, slot, capacity, SMS, 20.0) for slot in (DISPATCH, COMBINE))
+        kernels.send(there, given, sent, None)
         yield sent, home
-        kernels.receive(memory, DISPATCH, capacity, given, sent, into, came, self.here)
+        kernels.receive(there, given, sent, into, came, self.here)
         assert into.ids is not None and into.weights is not None
         back = Rows((into.values.float() * (memory.rank + 1) / 4).to(mine.x.dtype), None, into.weights * 2)
         sums = back.room(len(home))
         yield into.values, into.ids
-        kernels.send(memory, COMBINE, capacity, back, None, came)
+        kernels.send(back_again, back, None, came)
         yield (back.values,)
-        kernels.home(memory, COMBINE, capacity, home, back, sums)
+        kernels.home(back_again, home, back, sums)
         assert sums.weights is not None
         yield sent, home, into.values, into.ids, into.weights, came, sums.values, sums.weights
 
@@ -143,7 +144,7 @@ def test_every_row(
     pitch = pitch_of(columns, dtype, top_k)
     mine = brought(0, 8, columns, experts, top_k, dtype, kind)
     assert kernels.takes(mine.x, mine.ids, mine.weights, ranks)
-    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), 0), experts, capacity)
     for memory in group.every:  # what was there before is NaN
         memory.own[-4 * memory.room :].fill_(0x7F)
     for turn in range(4):
@@ -154,7 +155,7 @@ def test_a_thousand_routings() -> None:
     """Slots are used again and again, while ranks are at different places."""
     ranks, experts, top_k, columns, capacity = 4, 32, 4, 256, 96
     pitch = pitch_of(columns, torch.bfloat16, top_k)
-    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0), experts, capacity)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), 0), experts, capacity)
     generator = torch.Generator().manual_seed(0)
     for turn in range(250):
         tokens = torch.randint(0, capacity + 1, (ranks,), generator=generator).tolist()
@@ -170,7 +171,7 @@ def test_ranks_that_wait_for_each_other() -> None:
     """All steps of all ranks at once, from captured graphs, some later than others: kernels wait for kernels."""
     ranks, experts, top_k, columns, capacity = 4, 32, 4, 512, 200
     pitch = pitch_of(columns, torch.bfloat16, top_k)
-    every = among_streams(ranks, room_for(ranks, capacity, pitch), CHANNELS, 20.0, 0, READERS)
+    every = among_streams(ranks, room_for(ranks, capacity, pitch), 0, READERS)
     group = Ranks(every, experts, capacity)
     brings = [brought(r, capacity - 7 * r, columns, experts, top_k, torch.bfloat16, "random") for r in range(ranks)]
     right = group.exchange(brings)
@@ -202,23 +203,26 @@ def test_a_rank_that_does_not_come() -> None:
     """The others give up in time, their results are NaN, later exchanges end at once, and it is known who gave up."""
     experts, columns, top_k = 8, 256, 2
     pitch = pitch_of(columns, torch.bfloat16, top_k)
-    every = among_streams(2, room_for(2, 64, pitch), CHANNELS, 0.3, 0)
+    every = among_streams(2, room_for(2, 64, pitch), 0)
     mine = brought(0, 64, columns, experts, top_k, torch.bfloat16, "random")
     sent, home = kernels.plan(mine.ids, experts, 2, 64)
     given = Rows.of(mine.x, mine.ids, mine.weights)
     for _ in range(3):
         into, came, sums = given.room(128), sent.new_empty(2), Rows(torch.empty_like(mine.x))
-        kernels.send(every[0], DISPATCH, 64, given, sent, None)
-        kernels.receive(every[0], DISPATCH, 64, given, sent, into, came, 4)
-        kernels.send(every[0], COMBINE, 64, Rows(into.values), None, came)
-        kernels.home(every[0], COMBINE, 64, home, Rows(into.values), sums)
+        there, back = (Exchange(every[0], slot, 64, SMS, 0.3) for slot in (DISPATCH, COMBINE))
+        kernels.send(there, given, sent, None)
+        kernels.receive(there, given, sent, into, came, 4)
+        kernels.send(back, Rows(into.values), None, came)
+        kernels.home(back, home, Rows(into.values), sums)
         assert bool(sums.values.isnan().all()) and into.ids is not None
         assert bool((into.ids.view(2, 64, top_k)[1] == -1).all()) and not came[1]
     torch.cuda.synchronize()
     assert (
-        every[0].failure().startswith("rank 0 of 2 has waited 0.3 s for rank 1 (dispatch 0, until that rank's tokens")
+        every[0]
+        .failure()
+        .startswith("rank 0 of 2 has waited too long for rank 1 (dispatch 0, until that rank's tokens")
     )
     assert not every[1].failure()
-    kernels.home(every[1], COMBINE, 64, home, Rows(into.values), sums)
+    kernels.home(Exchange(every[1], COMBINE, 64, SMS, 0.3), home, Rows(into.values), sums)
     torch.cuda.synchronize()
     assert every[1].failure() == every[0].failure()

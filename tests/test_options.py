@@ -44,6 +44,8 @@ def test_defaults():
         "main_grad": False,
         "verify": None,
         "ep_capacity": None,
+        "ep_sms": "auto",
+        "ep_patience": 300.0,
         "disable": (),
         "inductor": {},
     }
@@ -54,6 +56,11 @@ def test_defaults():
     ("values", "message"),
     [
         ({"lowerng": "eager"}, r"unknown option 'lowerng'\. Did you mean 'lowering'\? Known: lowering, kernels, "),
+        ({"ep_sms": 0}, r"option `ep_sms`: expected 1 to 64, or 'auto', got 0"),
+        ({"ep_sms": 65}, r"option `ep_sms`: expected 1 to 64, or 'auto', got 65"),
+        ({"ep_sms": "all"}, r"option `ep_sms`: expected .*, got 'all'"),
+        ({"ep_patience": 0.0}, r"option `ep_patience`: expected 0\.001 to .* seconds, got 0\.0"),
+        ({"ep_patience": float("nan")}, r"option `ep_patience`: expected 0\.001 to .* seconds, got nan"),
         ({"qqq": 1}, r"unknown option 'qqq'\. Known: lowering, "),
         (
             {"max_autotune": True},
