@@ -35,6 +35,7 @@ _NOT_SUMMED = "the experts' results are not summed into tokens the way a known f
 _MASKED = (
     "rows whose experts lie on other ranks are masked (all-reduce expert parallelism: all ranks compute all tokens)"
 )
+UNKNOWN_TOKENS = "a rank's number of tokens is symbolic, so nobody knows how much room the others need for it"
 EXCHANGE = (
     'before loading: moecompile.register_transformers() and DistributedConfig(..., ep_implementation="moecompile"); or '
     "load without ep_size, and moecompile.shard_experts(model, mesh)"
@@ -70,6 +71,10 @@ _CURES: tuple[tuple[str, str], ...] = (
         "merge the adapter into the experts' weights before the product, `w + a @ b`: that is found",
     ),
     (_MASKED, EXCHANGE),
+    (
+        UNKNOWN_TOKENS,
+        "give all ranks the option `ep_capacity`, the most tokens of a rank, or compile with dynamic=False",
+    ),
     ("ids may lie outside", "choose the experts with topk or argmax over as many scores as the loop has turns"),
 )
 
@@ -118,6 +123,11 @@ def near_misses(
         misses.append(NearMiss(found.form, found.reason, operation_name(first), module, source_of(first), found.cure))
         covered.update(found.nodes)
     return list(dict.fromkeys(misses))
+
+
+def cure_of(reason: str) -> str | None:
+    """What the user can do about a reason, where that is known."""
+    return next((cure for part, cure in _CURES if part in reason), None)
 
 
 def _sums_experts(combine: Combine) -> bool:
@@ -283,7 +293,7 @@ def _near_miss(
 ) -> NearMiss:
     """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
     reason = _MASKED if _masks_others(block, state) else reason
-    cure = next((cure for part, cure in _CURES if part in reason), None)
+    cure = cure_of(reason)
     module = common_module({node, *parts})
     return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
 

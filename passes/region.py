@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import fx
 
-from moecompile.passes.aliases import fake_of, is_foreign, lies_in_order
+from moecompile.passes.aliases import fake_of, is_foreign, lies_in_order, tensors_in
 from moecompile.passes.calls import writes
-from moecompile.passes.interpret import Interpretation, Refused, is_plain
+from moecompile.passes.interpret import Interpretation, Refused, is_plain, walk
 from moecompile.passes.layout import Layout
 from moecompile.passes.terms import Apply, Contract, Element, Total, Value
+from moecompile.passes.token_exchange import Arriving, Leaving, Sent
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
@@ -71,7 +72,11 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
         ]
         call = state.calls.get(node)
         if call is not None and call.name in _MAKERS:  # zeros_like(rows[:n]) reads a shape only
-            waiting += [argument for argument in node.all_input_nodes if _is_of_rows(argument, state, layout)]
+            waiting += [
+                argument
+                for argument in node.all_input_nodes
+                if _is_of_rows(argument, state, layout) or _is_size_of_rows(argument, state)
+            ]
             continue
         if call is not None and call.name in _LIKE:  # of the other tensor they read the dtype or shape only
             waiting += [
@@ -79,7 +84,8 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
             ]
             continue
         # a size read off a tensor depends on the tensor only if that is one of the block's rows
-        waiting += [argument for argument in node.all_input_nodes if _holds_tensor(node) or is_row(argument, state)]
+        made_of_all = _holds_tensor(node) or _is_size_of_rows(node, state)
+        waiting += [argument for argument in node.all_input_nodes if made_of_all or is_row(argument, state)]
     return region
 
 
@@ -105,8 +111,21 @@ def _is_of_assignments(value: Value | None) -> bool:
         value is not None
         and not is_plain(value)
         and bool(value.dims and value.dims[-1])
-        and isinstance(value.content, (Element, Apply, Contract, Total))
+        and isinstance(value.content, (Element, Apply, Contract, Total, Sent))
     )
+
+
+def _is_size_of_rows(node: fx.Node, state: Interpretation) -> bool:
+    """Whether the node is a number of rows that other ranks have sent, which nobody has without these."""
+    if tensors_in(fake_of(node)):
+        return is_row(node, state) and _is_sent(state.values.get(node))
+    if isinstance(state.numbers.get(node), (Leaving, Arriving)):
+        return True
+    return fake_of(node) is not None and any(_is_size_of_rows(argument, state) for argument in node.all_input_nodes)
+
+
+def _is_sent(value: Value | None) -> bool:
+    return value is not None and any(isinstance(inner, Sent) for inner in walk(value.content))
 
 
 def _is_of_rows(node: fx.Node, state: Interpretation, layout: Layout) -> bool:

@@ -90,7 +90,7 @@ def _scatter_add(call: Call, state: Interpretation) -> Value | None:
     index = state.value(call["index"])
     if len(index.dims) != 2 or call["dim"] not in (0, -2):
         raise Refused("scatter_add along another dimension")
-    if state.shape(call["index"]) != state.shape(call["src"]):
+    if [*map(radix.group_size, index.dims)] != [*map(radix.group_size, state.value(call["src"]).dims)]:
         raise Refused("scatter_add of a part of its source")
     return _added_rows(call, state, rows_index(index, 0), call["src"])
 
