@@ -94,6 +94,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "index_add": ("input dim index source alpha=1", ("torch.index_add", ".index_add")),
     "scatter": ("input dim index src reduce=None", ("torch.scatter", ".scatter")),
     "scatter_add": ("input dim index src", ("torch.scatter_add", ".scatter_add")),
+    "deterministic_scatter_add": ("out index src", ("torch.ops.torchtitan.deterministic_scatter_add",)),
     "index_fill": ("input dim index value", ("torch.index_fill", ".index_fill")),
     "masked_fill": ("input mask value", ("torch.masked_fill", ".masked_fill")),
     "where": ("condition input=None other=None", ("torch.where",)),

@@ -95,6 +95,12 @@ def _scatter_add(call: Call, state: Interpretation) -> Value | None:
     return _added_rows(call, state, rows_index(index, 0), call["src"])
 
 
+def _deterministic_scatter_add(call: Call, state: Interpretation) -> Value | tuple[Value | None, ...] | None:
+    """torchtitan's: scatter_add along the first dimension, in an order that is the same in every run."""
+    arguments = {"input": call["out"], "dim": 0, "index": call["index"], "src": call["src"]}
+    return state.rules["scatter_add"](Call("scatter_add", arguments, False, call.node), state)
+
+
 def _index_put(call: Call, state: Interpretation) -> Value | None:
     """index_put with accumulate=True adds rows; without it, it is a write through a permutation."""
     if call["accumulate"] is True and len(call["indices"]) == 1:
@@ -136,5 +142,6 @@ RULES: dict[str, Rule] = {
     "sum": _sum,
     "index_add": _index_add,
     "scatter_add": _scatter_add,
+    "deterministic_scatter_add": _deterministic_scatter_add,
     "index_put": _index_put,
 }
