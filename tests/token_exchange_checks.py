@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, fx, nn
+from torch.utils import _pytree as pytree
 
 import moecompile
 from expert_parallel_checks import close, local_of
@@ -18,9 +19,11 @@ from token_exchange_models import (
     HIDDEN,
     NEVER_RUN,
     REFUSED,
+    Detached,
     Exchanging,
     OfDTensors,
     Remembering,
+    ScaledByRank,
     Searched,
     SentTwice,
     Stacked,
@@ -29,9 +32,9 @@ from token_exchange_models import (
 BOUND = 1.5e-2
 
 
-def tokens_of(rank: int, count: int) -> Tensor:
+def tokens_of(rank: int, count: int, hidden: int = HIDDEN) -> Tensor:
     """On every rank others."""
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(100 + rank))
+    return torch.randn(count, hidden, generator=torch.Generator().manual_seed(100 + rank))
 
 
 def made(cls: type[nn.Module], *given: Any) -> nn.Module:
@@ -177,6 +180,16 @@ def check_under_inductor(rank: int, ranks: int) -> None:
     exchanges(made(Exchanging), tokens_of(rank, 5 + rank), lowering="inductor")
 
 
+def check_fp8(rank: int, ranks: int) -> None:
+    """Experts are cast to FP8 where they are."""
+    model, x = made(Exchanging, 8, 256, 128).bfloat16(), tokens_of(rank, 12 + rank, 256).bfloat16()
+    right = results(model, model, x)
+    found = results(compiled(model, precision="fp8"), model, x)
+    (graph,) = moecompile.last_report().graphs
+    assert "experts_fp8" in graph.after and "dispatch_start" in graph.after, graph.after
+    close(found[:2], right[:2], 8e-2)  # output, and the gradient of tokens; of matrices FP8 gives noisier ones
+
+
 class Stop(Exception):
     """Ends a compilation."""
 
@@ -208,8 +221,8 @@ def check_refused(rank: int, ranks: int) -> None:
     failed = []
     for cls, words in REFUSED.items():
         model, x = made(cls), tokens_of(rank, 5 + 2 * rank)
-        right = results(model, model, x)
-        found = results(compiled(model), model, x)
+        with torch.set_grad_enabled(cls is Detached):  # else for the sake of time
+            right, found = pytree.tree_leaves(model(x)), pytree.tree_leaves(compiled(model)(x))
         (graph,) = moecompile.last_report().graphs
         reasons = [miss.reason for miss in graph.near_misses]
         distributed.barrier()
@@ -220,3 +233,10 @@ def check_refused(rank: int, ranks: int) -> None:
         if not any(words in reason for reason in reasons):
             failed.append(f"{cls.__name__}: {reasons}")
     assert not failed, "\n".join(failed)
+
+
+def check_refused_gradients(rank: int, ranks: int) -> None:
+    """What is left as it is has its gradients."""
+    model, x = made(ScaledByRank), tokens_of(rank, 5 + 2 * rank)
+    right, found = results(model, model, x), results(compiled(model), model, x)
+    assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))

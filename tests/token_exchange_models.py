@@ -53,18 +53,18 @@ class Way:
 class Exchanging(nn.Module):
     """Segments repeated to rows, three products, int64 counts, sums in place of zeros."""
 
-    def __init__(self, experts: int = EXPERTS) -> None:
+    def __init__(self, experts: int = EXPERTS, hidden: int = HIDDEN, inner: int = INNER) -> None:
         super().__init__()
-        self.num_experts = experts
+        self.num_experts, self.hidden, self.inner = experts, hidden, inner
         self.group: Any = distributed.group.WORLD
         self.ranks = distributed.get_world_size()
         self.here = experts // self.ranks
-        self.router = nn.Linear(HIDDEN, experts, bias=False)
+        self.router = nn.Linear(hidden, experts, bias=False)
         self.make_experts()
 
     def make_experts(self) -> None:
-        self.w1, self.w3 = (of_this_rank(self.here, INNER, HIDDEN) for _ in range(2))
-        self.w2 = of_this_rank(self.here, HIDDEN, INNER)
+        self.w1, self.w3 = (of_this_rank(self.here, self.inner, self.hidden) for _ in range(2))
+        self.w2 = of_this_rank(self.here, self.hidden, self.inner)
 
     def forward(self, x: Tensor) -> Any:
         weights, ids = self.route(x)
@@ -155,8 +155,8 @@ class Searched(Exchanging):
     """Segments searched, flat int32 counts, sizes by item(), gate and up in one, weighted before, index_add."""
 
     def make_experts(self) -> None:
-        self.w_in = nn.Parameter(of_this_rank(self.here, HIDDEN, 2 * INNER).detach().to(BF16))
-        self.w_out = nn.Parameter(of_this_rank(self.here, INNER, HIDDEN).detach().to(BF16))
+        self.w_in = nn.Parameter(of_this_rank(self.here, self.hidden, 2 * self.inner).detach().to(BF16))
+        self.w_out = nn.Parameter(of_this_rank(self.here, self.inner, self.hidden).detach().to(BF16))
 
     def count(self, ids: Tensor, x: Tensor) -> Tensor:
         marks = torch.zeros(ids.shape[0], self.num_experts, dtype=torch.int32).scatter_(1, ids, 1)
@@ -215,7 +215,7 @@ class OfDTensors(Exchanging):
         for name in ("w1", "w2", "w3"):
             local = getattr(self, name).detach()
             setattr(self, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)])))
-        self.shared = nn.Linear(HIDDEN, HIDDEN)
+        self.shared = nn.Linear(self.hidden, self.hidden)
         self.register_buffer("load", torch.zeros(self.num_experts, dtype=torch.int64))
 
     def count(self, ids: Tensor, x: Tensor) -> Tensor:
@@ -344,7 +344,7 @@ class ScaledByRank(Exchanging):
 
     def make_experts(self) -> None:
         super().make_experts()
-        self.scale = of_this_rank(HIDDEN)
+        self.scale = of_this_rank(self.hidden)
 
     def experts(self, rows: Tensor, way: Way) -> Tensor:
         return super().experts(rows, way) * self.scale
