@@ -88,12 +88,13 @@ def detect_sites(piece: Piece, options: Options) -> None:
 def _leave_what_others_do_not_find(piece: Piece, options: Options) -> None:
     """Of blocks that exchange tokens by themselves, those are rewritten that all ranks rewrite."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
-    off = [name for name in ("fuse", "exchange") if name in options.disable]
-    ask = partial(agree_on_blocks, capacity=options.ep_capacity, why=why)
+    rewrites = not {"fuse", "exchange"} & {*options.disable}
+    reason = "" if "fuse" in options.disable else "the pass exchange is disabled"  # without fuse blocks are reported
 
     def agree_if_on(group: Group, words: Sequence[str], tokens: Mapping[str, Any]) -> Mapping[str, str]:
-        reasons = ask(group, words, {} if off else tokens)
-        return dict.fromkeys(tokens, f"pass {off[0]} is disabled") if off else reasons
+        mine = tokens if rewrites else {}
+        reasons = agree_on_blocks(group, words, mine, capacity=options.ep_capacity, why=why)
+        return reasons if rewrites else dict.fromkeys(tokens, reason)
 
     piece.sites, others = shared_by_all(piece.module.graph, piece.sites, agree_if_on)
     piece.near_misses += others

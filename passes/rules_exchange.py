@@ -42,6 +42,7 @@ from moecompile.passes.terms import (
     Index,
     Looked,
     Value,
+    Variable,
 )
 from moecompile.passes.token_exchange import (
     COUNT,
@@ -247,6 +248,9 @@ def _is_counted(value: Value) -> bool:
     return counts and value.dims[0][0].variable.kind == "free" and value.dims[0][0].divisor == 1
 
 
+_OTHER_LENGTHS = "numbers repeated as often as something else than the sizes of segments, sorted by expert"
+
+
 def _repeat_interleave(call: Call, state: Interpretation) -> Value:
     """The segment of each row, or a number about it, repeated as often as the segment has rows."""
     sizes = call["repeats"]
@@ -254,13 +258,41 @@ def _repeat_interleave(call: Call, state: Interpretation) -> Value:
     if lengths is None or not isinstance(lengths.content, Tally):
         raise Passed
     exchange, value = lengths.content.exchange, state.value(call["input"])
-    if lengths != Value((exchange.by_expert,), tally(exchange, [(COUNT, 1)])) or call["dim"] not in (None, 0, -1):
-        raise Refused("numbers repeated as often as something else than the sizes of segments, sorted by expert")
+    if lengths.content != tally(exchange, [(COUNT, 1)]) or call["dim"] not in (None, 0, -1):
+        raise Refused(_OTHER_LENGTHS)
     (size,) = state.shape(call.node)
+    if _is_expert(value, exchange) and lengths.dims == (exchange.by_rank,):
+        return Value(((exchange.arrived(size),),), Own(exchange))
+    if lengths.dims != (exchange.by_expert,):
+        raise Refused(_OTHER_LENGTHS)
     dims = ((exchange.in_order(size),),)
     if isinstance(value.content, Index) and _is_counted(value) and value.dims[0][0].size == exchange.num_experts:
         return Value(dims, Segment(exchange))
     return Value(dims, _at_rows(value, exchange))
+
+
+def _is_expert(value: Value, exchange: Exchange) -> bool:
+    """Whether the value is each segment's expert, as segments come: 0, 1, ..., E - 1, modulo the experts of a rank."""
+    if len(value.dims) != 1 or not _in_order(value.dims, exchange.num_experts):
+        return False
+    (whole,) = value.dims[0]
+    return value.content == Index(radix.merge([Atom(whole.variable, 1, exchange.here)]))
+
+
+def _sort(call: Call, state: Interpretation) -> tuple[Value, Value]:
+    """Rows that have arrived, sorted by their experts, in any order within one expert."""
+    value = state.value(call["input"])
+    if not isinstance(value.content, Own):
+        raise Passed
+    (arrived,) = value.dims[0] if len(value.dims) == 1 and len(value.dims[0]) == 1 else (None,)
+    if arrived is None or arrived != value.content.exchange.arrived(arrived.size) or call["descending"]:
+        raise Refused("a sort of rows' experts that is not of all rows that came, from the first expert on")
+    order = ((Atom(Variable("order", call.node, (arrived,), value.content), 1, arrived.size),),)
+    return Value(order, value.content), Value(order, Index((arrived,)))
+
+
+def _argsort(call: Call, state: Interpretation) -> Value:
+    return _sort(call, state)[1]
 
 
 def _at_rows(value: Value, exchange: Exchange) -> Content:
@@ -410,6 +442,8 @@ RULES: dict[str, Rule] = {
     "add": _arithmetic,
     "sub": _arithmetic,
     "searchsorted": _searchsorted,
+    "sort": _sort,
+    "argsort": _argsort,
     "repeat_interleave": _repeat_interleave,
     "getitem": _getitem,
     "index_select": _index_select,

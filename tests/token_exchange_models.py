@@ -204,6 +204,16 @@ class Searched(Exchanging):
         return torch.zeros_like(x).index_add(0, token, y)
 
 
+class SortedHere(Searched):
+    """Rows that came are sorted by their experts' numbers, and gathered by the inverse."""
+
+    def in_order(self, arrived: Tensor, way: Way) -> tuple[Tensor, Any]:
+        expert = torch.arange(self.num_experts) % self.here
+        order = expert.repeat_interleave(way.came, output_size=arrived.shape[0]).sort().indices
+        inverse = order.argsort()
+        return arrived[order], lambda y: y[inverse]
+
+
 class OfDTensors(Exchanging):
     """Experts that are shards of DTensors, their sums added to a shared expert by torchtitan's operator; load."""
 
@@ -289,6 +299,16 @@ class AsTheyCame(Exchanging):
         begins = way.came.cumsum(0) - way.came
         segment = torch.arange(way.came.shape[0]).repeat_interleave(way.came, output_size=total)
         return begins[segment] + torch.arange(total) - begins[segment]
+
+
+class SortedByRank(SortedHere):
+    """Rows that came are sorted by the rank that they come from."""
+
+    def in_order(self, arrived: Tensor, way: Way) -> tuple[Tensor, Any]:
+        rank = torch.arange(self.num_experts) // self.here
+        order = rank.repeat_interleave(way.came, output_size=arrived.shape[0]).sort().indices
+        inverse = order.argsort()
+        return arrived[order], lambda y: y[inverse]
 
 
 class ExpertsTurned(Exchanging):
@@ -451,6 +471,7 @@ REFUSED: dict[type[Exchanging], str] = {
     CountsOfOthers: "sorted by other ids",
     OtherGroup: "another group",
     AsTheyCame: "sizes of segments, sorted by expert",
+    SortedByRank: "sizes of segments, sorted by expert",
     ExpertsTurned: "flip",
     Rotated: "pieces of symbolic length",
     BackwardsOrder: "flip",
