@@ -260,20 +260,25 @@ def _check_modes(end: fx.Node, ordered: Sequence[fx.Node], layout: Layout) -> No
 def checks_size(node: fx.Node) -> bool:
     """Whether a node serves only assertions that row counts are at least 0 and at most all rows, or add up to them.
 
-    Capturing a selection of rows records these; they hold for every routing.
+    Capturing a selection of rows records these; they hold for every routing. Sizes that nobody reads count as well: the
+    bodies of checkpoints keep such.
     """
     if isinstance(fake_of(node), torch.Tensor) or node.op == "output":
         return False
     if getattr(node.target, "__name__", str(node.target)).split(".")[0] in ("_assert_scalar", "_check"):
         return True
-    return _is_count_check(node) and bool(node.users) and all(checks_size(user) for user in node.users)
+    read = bool(node.users) or isinstance(fake_of(node), (int, torch.SymInt, torch.Size))
+    return _is_count_check(node) and read and all(checks_size(user) for user in node.users)
 
 
 def _is_count_check(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
     if name in ("ge", "le", "eq"):
         bound = node.args[1]
-        return isinstance(bound, int) and (name != "ge" or bound == 0)
+        adds_up = getattr(getattr(node.args[0], "target", None), "__name__", "") == "sym_sum"  # to all rows, or more
+        return isinstance(bound, int) and (name != "ge" or bound == 0 or adds_up)
+    if name == "getitem":
+        return isinstance(node.args[0], fx.Node) and isinstance(fake_of(node.args[0]), torch.Size)
     return name in ("sym_size", "size", "sym_sum", "add", "item")
 
 

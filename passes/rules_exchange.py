@@ -71,6 +71,8 @@ def _all_to_all(call: Call, state: Interpretation) -> Value:
     if isinstance(value.content, Count):
         return _counts(call, state, value, value.content, ranks)
     if first is not None and first.variable.kind == "arrived":
+        if first != first.variable.key.arrived(state.shape(call["input"])[0]):
+            raise Refused("only some of the rows that came are sent back")
         return _home(call, state, value, first.variable.key)
     if first is not None and first.variable.kind == "order":
         return _sent(call, state, value, first)

@@ -22,6 +22,7 @@ from token_exchange_models import (
     HIDDEN,
     NEVER_RUN,
     REFUSED,
+    Checkpointed,
     Exchanging,
     OfDTensors,
     Remembering,
@@ -30,6 +31,7 @@ from token_exchange_models import (
     SentTwice,
     SortedHere,
     Stacked,
+    WeightedThere,
 )
 
 BOUND = 1.5e-2
@@ -90,6 +92,10 @@ def check_searched_segments(rank: int, ranks: int) -> None:
     exchanges(made(Searched), tokens_of(rank, 9 - 2 * rank))
 
 
+def check_weighted_there(rank: int, ranks: int) -> None:
+    exchanges(made(WeightedThere), tokens_of(rank, 5 + 2 * rank))
+
+
 def check_sorted_here(rank: int, ranks: int) -> None:
     exchanges(made(SortedHere), tokens_of(rank, 5 + 2 * rank))
 
@@ -103,6 +109,10 @@ def check_shards_of_dtensors(rank: int, ranks: int) -> None:
 
 def check_two_blocks(rank: int, ranks: int) -> None:
     exchanges(made(Stacked), tokens_of(rank, 5 + rank), blocks=2)
+
+
+def check_checkpointed(rank: int, ranks: int) -> None:
+    exchanges(made(Checkpointed), tokens_of(rank, 5 + rank))
 
 
 def check_exchanged_twice(rank: int, ranks: int) -> None:

@@ -5,7 +5,7 @@ Each rank holds its own experts. One method for each step, so that a variant is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_to_all_single
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 32, 16
 BF16 = torch.bfloat16
@@ -45,6 +46,7 @@ class Way:
     x: Tensor
     weights: Tensor
     ids: Tensor
+    order: Tensor
     came: Tensor
     leaving: list[int]
     arriving: list[int]
@@ -70,7 +72,7 @@ class Exchanging(nn.Module):
         weights, ids = self.route(x)
         order = torch.argsort(ids.view(-1), stable=True)
         token = order // TOP_K
-        way = Way(x, weights, ids, *self.exchange_counts(self.count(ids, x)))
+        way = Way(x, weights, ids, order, *self.exchange_counts(self.count(ids, x)))
         arrived = self.send(self.rows_of(x[token], weights.view(-1)[order]), way)
         rows, back = self.in_order(arrived, way)
         y = self.fetch(back(self.experts(rows, way)), way)
@@ -214,6 +216,24 @@ class SortedHere(Searched):
         return arrived[order], lambda y: y[inverse]
 
 
+class WeightedThere(Exchanging):
+    """Weights are exchanged as well, and applied by the ranks of the experts."""
+
+    def in_order(self, arrived: Tensor, way: Way) -> tuple[Tensor, Any]:
+        places = self.places(arrived.shape[0], way)
+        weights = self.send(way.weights.view(-1)[way.order].unsqueeze(-1), way)[places]
+
+        def back(y: Tensor) -> Tensor:
+            out = y.new_empty(arrived.shape)
+            out[places, :] = y * weights
+            return out
+
+        return arrived[places, :], back
+
+    def weighted(self, y: Tensor, weights: Tensor, way: Way) -> Tensor:
+        return y
+
+
 class OfDTensors(Exchanging):
     """Experts that are shards of DTensors, their sums added to a shared expert by torchtitan's operator; load."""
 
@@ -256,6 +276,18 @@ class SentTwice(Exchanging):
 
     def fetch(self, rows: Tensor, way: Way) -> Tensor:
         return super().fetch(self.send(super().fetch(rows, way), way) * 2, way)
+
+
+class Checkpointed(nn.Module):
+    """A block whose rows are exchanged once more in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Exchanging()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Any = checkpoint(self.block, x, use_reentrant=False)
+        return x + made
 
 
 class Stacked(nn.Module):
@@ -391,6 +423,13 @@ class WeightedInAnotherOrder(Exchanging):
         return super().weighted(y, way.weights.view(-1)[way.ids.view(-1).argsort()], way)
 
 
+class WeightedApart(WeightedThere):
+    """Weights are exchanged in the order of another sort of the same ids."""
+
+    def in_order(self, arrived: Tensor, way: Way) -> tuple[Tensor, Any]:
+        return super().in_order(arrived, replace(way, order=way.ids.view(-1).argsort(stable=True)))
+
+
 class Detached(Exchanging):
     """No gradient flows back through the exchange."""
 
@@ -481,7 +520,8 @@ REFUSED: dict[type[Exchanging], str] = {
     MixedWithTokensHere: "of this rank alone",
     SeenOutside: "is also used by",
     WeightedInAnotherOrder: "different orders",
-    Detached: "",
+    WeightedApart: "sorted apart",
+    Detached: "no gradient flows",
     ActivationOfItsRank: "not all ranks found it",
 }
 """Models that are left as they are, and words of the reason."""
