@@ -87,6 +87,8 @@ def _tokens(site: Site) -> int | str:
 
 def _exchanging(graph: fx.Graph) -> dict[Group, list[str]]:
     """Groups whose ranks exchange rows in this graph, as many as data say; and what the ranks know the graph by."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return {}
     stacks = [input_name(node) for node in graph.find_nodes(op="placeholder") if _is_stack(node)]
     found: dict[Group, list[str]] = {}
     for node in graph.nodes:
