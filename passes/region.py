@@ -21,8 +21,8 @@ from moecompile.passes.aliases import fake_of, is_foreign, lies_in_order, tensor
 from moecompile.passes.calls import writes
 from moecompile.passes.interpret import Interpretation, Refused, is_plain, walk
 from moecompile.passes.layout import Layout
-from moecompile.passes.terms import Apply, Contract, Element, Total, Value
-from moecompile.passes.token_exchange import Arriving, Leaving, Sent
+from moecompile.passes.terms import Apply, Contract, Element, Special, Total, Value
+from moecompile.passes.token_exchange import Arriving, Leaving, Own, Sent
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
@@ -119,7 +119,8 @@ def _is_size_of_rows(node: fx.Node, state: Interpretation) -> bool:
     """Whether the node is a number of rows that other ranks have sent, which nobody has without these."""
     if tensors_in(fake_of(node)):
         return is_row(node, state) and _is_sent(state.values.get(node))
-    if isinstance(state.numbers.get(node), (Leaving, Arriving)):
+    number = state.numbers.get(node)
+    if isinstance(number, (Leaving, Arriving)) or (isinstance(number, Special) and isinstance(number.about[0], Own)):
         return True
     return fake_of(node) is not None and any(_is_size_of_rows(argument, state) for argument in node.all_input_nodes)
 
@@ -275,11 +276,17 @@ def _is_count_check(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
     if name in ("ge", "le", "eq"):
         bound = node.args[1]
-        adds_up = getattr(getattr(node.args[0], "target", None), "__name__", "") == "sym_sum"  # to all rows, or more
-        return isinstance(bound, int) and (name != "ge" or bound == 0 or adds_up)
+        if name == "eq" and isinstance(bound, fx.Node):
+            return _adds_up(node.args[0]) and _adds_up(bound)
+        return isinstance(bound, int) and (name != "ge" or bound == 0 or _adds_up(node.args[0]))
     if name == "getitem":
         return isinstance(node.args[0], fx.Node) and isinstance(fake_of(node.args[0]), torch.Size)
     return name in ("sym_size", "size", "sym_sum", "add", "item")
+
+
+def _adds_up(node: object) -> bool:
+    """Whether this is a sum of row counts: of one block's, all rows."""
+    return isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "sym_sum"
 
 
 def _size_checks(region: frozenset[fx.Node]) -> set[fx.Node]:

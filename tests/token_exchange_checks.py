@@ -24,6 +24,7 @@ from token_exchange_models import (
     REFUSED,
     Checkpointed,
     Exchanging,
+    LoopedExperts,
     OfDTensors,
     Remembering,
     ScaledByRank,
@@ -94,6 +95,10 @@ def check_searched_segments(rank: int, ranks: int) -> None:
 
 def check_weighted_there(rank: int, ranks: int) -> None:
     exchanges(made(WeightedThere), tokens_of(rank, 5 + 2 * rank))
+
+
+def check_looped_experts(rank: int, ranks: int) -> None:
+    exchanges(made(LoopedExperts), tokens_of(rank, 5 + 2 * rank))
 
 
 def check_sorted_here(rank: int, ranks: int) -> None:

@@ -234,6 +234,17 @@ class WeightedThere(Exchanging):
         return y
 
 
+class LoopedExperts(Exchanging):
+    """Each expert by itself, on as many rows as the host has read that it has."""
+
+    def experts(self, rows: Tensor, way: Way) -> Tensor:
+        made = []
+        for expert, part in enumerate(rows.split(self.counts_here(way).tolist())):
+            gate = F.silu(part @ self.w1[expert].t())
+            made.append((gate * (part @ self.w3[expert].t())) @ self.w2[expert].t())
+        return torch.cat(made)
+
+
 class OfDTensors(Exchanging):
     """Experts that are shards of DTensors, their sums added to a shared expert by torchtitan's operator; load."""
 
@@ -391,6 +402,19 @@ class CountsReversed(Exchanging):
         return super().counts_here(way).flip(0)
 
 
+class PaddedRows(Exchanging):
+    """Each expert's rows in a bin, rounded up to 8 of them: not wrong, and not known."""
+
+    def experts(self, rows: Tensor, way: Way) -> Tensor:
+        counts = self.counts_here(way)
+        sizes = (counts + 7) // 8 * 8
+        expert = torch.arange(self.here).repeat_interleave(counts, output_size=rows.shape[0])
+        shift = sizes.cumsum(0) - sizes - (counts.cumsum(0) - counts)
+        slot = torch.arange(rows.shape[0]) + shift[expert]
+        bins = rows.new_zeros(rows.shape[0] + 8 * self.here, rows.shape[1]).index_copy(0, slot, rows)
+        return self.products(bins.to(BF16), sizes.cumsum(0, dtype=torch.int32)).type_as(rows)[slot]
+
+
 class ScaledByRank(Exchanging):
     """What an expert makes is scaled by a vector of its rank."""
 
@@ -516,6 +540,7 @@ REFUSED: dict[type[Exchanging], str] = {
     BackwardsOrder: "flip",
     AcrossRows: "mean",
     CountsReversed: "not the running sum of the experts' counts",
+    PaddedRows: "not in a sorted order",
     ScaledByRank: "of this rank alone",
     MixedWithTokensHere: "of this rank alone",
     SeenOutside: "is also used by",
