@@ -16,14 +16,18 @@ from torch import distributed
 
 from moecompile import ranks
 from moecompile.passes.expert_parallel import Group
+from moecompile.passes.near_misses import UNKNOWN_TOKENS
 from moecompile.runtime.sharded import process_group
 
 _agreed: dict[tuple[str, str], dict[str, int]] = {}
 """By group and parameters: blocks that exchange, and their capacity."""
+_shared: dict[tuple[str, str], dict[str, str]] = {}
+"""By group and graph: blocks whose model exchanges, and why they are left alone."""
+NOT_FOUND = "not all ranks found it"
 
 
 def agree(
-    group: Group, parameters: Sequence[str], tokens: Mapping[str, Any], capacity: int | None, why: str
+    group: Group, parameters: Sequence[str], tokens: Mapping[str, Any], asked: Mapping[str, int | None], why: str
 ) -> dict[str, int]:
     """The capacity of each block that all ranks exchange.
 
@@ -31,24 +35,20 @@ def agree(
         group: of ranks that share experts.
         parameters: of the group, in the graph that is being compiled.
         tokens: of each block that this rank has found: a number, or a symbol.
-        capacity: the option `ep_capacity`.
+        asked: options that all ranks have to be given alike: `ep_capacity`, `ep_sms`.
         why: this rank has not found others, if it has not.
 
     Raises:
-        ValueError: a rank has more tokens than agreed, or nobody knows how many there will be.
+        ValueError: a rank has more tokens than agreed, or nobody knows how many there will be; or options differ.
         RuntimeError: not all ranks compile, or this one does not find what the ranks agreed on before.
     """
     key = group.name, " ".join(parameters)
     if key not in _agreed:
-        _agreed[key] = _meet(group, key, tokens, capacity)
+        _agreed[key] = _meet(group, key, tokens, asked)
     found = _agreed[key]
     for name, most in found.items():
         if name not in tokens:
-            raise RuntimeError(
-                f"moecompile: the ranks {members(group)} have agreed to exchange the tokens of {name}, and the graph "
-                f"that is being compiled here has no such block{': ' if why else ''}{why}. Disable the pass "
-                '"exchange" on all ranks, or run them alike.'
-            )
+            raise _lost(group, name, why)
         count = tokens[name]
         if isinstance(count, int) and count > most:
             raise ValueError(
@@ -58,9 +58,43 @@ def agree(
     return found
 
 
+def agree_on_blocks(
+    group: Group, words: Sequence[str], tokens: Mapping[str, Any], capacity: int | None, why: str
+) -> dict[str, str]:
+    """Why each block that exchanges its tokens by itself is left alone; the empty string if all ranks rewrite it.
+
+    Args:
+        group: of ranks that exchange.
+        words: that the ranks know the graph by that is being compiled.
+        tokens: of each block that this rank has found: a number, or a symbol.
+        capacity: the option `ep_capacity`.
+        why: this rank has not found others, if it has not.
+
+    Raises:
+        RuntimeError: not all ranks compile, or this one does not find what the ranks agreed on before.
+    """
+    key = group.name, " ".join(words)
+    if key not in _shared:
+        mine = {name: capacity is not None or isinstance(count, int) for name, count in tokens.items()}
+        _shared[key] = _blocks_of_all([json.loads(each) for each in _words_of_all(group, key, json.dumps(mine))])
+    found = _shared[key]
+    for name, reason in found.items():
+        if not reason and name not in tokens:
+            raise _lost(group, name, why)
+    return {name: found.get(name, NOT_FOUND) for name in tokens}
+
+
+def _blocks_of_all(notes: Sequence[Mapping[str, bool]]) -> dict[str, str]:
+    """By name, why not all ranks rewrite a block. Of each rank: what it has found, and whether it knows the tokens."""
+    found = dict.fromkeys(name for note in notes for name in note)
+    reasons = {name: "" if all(note.get(name, True) for note in notes) else UNKNOWN_TOKENS for name in found}
+    return {name: why if all(name in note for note in notes) else NOT_FOUND for name, why in reasons.items()}
+
+
 def forget() -> None:
     """Ranks agree anew at the next graph; all of them have to forget."""
     _agreed.clear()
+    _shared.clear()
 
 
 def members(group: Group) -> list[int]:
@@ -69,25 +103,39 @@ def members(group: Group) -> list[int]:
     return found
 
 
-def _meet(group: Group, key: tuple[str, str], tokens: Mapping[str, Any], capacity: int | None) -> dict[str, int]:
+def _meet(
+    group: Group, key: tuple[str, str], tokens: Mapping[str, Any], asked: Mapping[str, int | None]
+) -> dict[str, int]:
     mine = {name: count if isinstance(count, int) else None for name, count in tokens.items()}
-    word = json.dumps({"tokens": mine, "capacity": capacity})
+    word = json.dumps({"tokens": mine, "asked": dict(asked)})
+    notes = [json.loads(each) for each in _words_of_all(group, key, word)]
+    for option in asked:
+        values = [note["asked"].get(option) for note in notes]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"moecompile: option `{option}`: the ranks {members(group)} were given different ones: {values}. Give "
+                "all the same."
+            )
+    common = [name for name in notes[0]["tokens"] if all(name in note["tokens"] for note in notes)]
+    return {name: _capacity([note["tokens"][name] for note in notes], asked["ep_capacity"]) for name in common}
+
+
+def _words_of_all(group: Group, key: tuple[str, str], word: str) -> list[str]:
     words = ranks.words_of_all(word, f"exchange {key}", members(group))
     if words is None:
         raise RuntimeError(
             f"moecompile: not all of the ranks {members(group)}, which share experts, compiled within {ranks.PATIENCE};"
             " each of them has to call the model"
         )
-    notes = [json.loads(each) for each in words]
-    asked = {note["capacity"] for note in notes}
-    if len(asked) > 1:
-        raise ValueError(
-            f"moecompile: option `ep_capacity`: the ranks {members(group)} were given different ones: "
-            f"{[note['capacity'] for note in notes]}. Give all the same."
-        )
-    (most,) = asked
-    common = [name for name in notes[0]["tokens"] if all(name in note["tokens"] for note in notes)]
-    return {name: _capacity([note["tokens"][name] for note in notes], most) for name in common}
+    return words
+
+
+def _lost(group: Group, name: str, why: str) -> RuntimeError:
+    return RuntimeError(
+        f"moecompile: the ranks {members(group)} have agreed to exchange the tokens of {name}, and the graph "
+        f"that is being compiled here has no such block{': ' if why else ''}{why}. Disable the pass "
+        '"exchange" on all ranks, or run them alike.'
+    )
 
 
 def _capacity(counts: Sequence[int | None], asked: int | None) -> int:
@@ -97,7 +145,7 @@ def _capacity(counts: Sequence[int | None], asked: int | None) -> int:
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
         raise ValueError(
-            "moecompile: a rank's number of tokens is symbolic, so nobody knows how much room the others need for it: "
+            f"moecompile: {UNKNOWN_TOKENS}: "
             "give all ranks the option `ep_capacity`, the most tokens of a rank, or compile with dynamic=False"
         )
     return max(1, *known)

@@ -21,8 +21,8 @@ from moecompile.runtime.peer_memory import MOST_PATIENCE, MOST_SMS, PATIENCE, SM
 PASSES: dict[str, str] = {
     "detect": "finds the mixture-of-experts blocks; without it none is rewritten",
     "fuse": "replaces each block found by moecompile's operators; without it blocks are only reported",
-    "exchange": "exchanges tokens between the ranks that share a block's experts (`moecompile.shard_experts`); without "
-    "it each rank gathers all experts",
+    "exchange": "exchanges tokens between the ranks that share a block's experts; without it each rank gathers all "
+    "experts (`moecompile.shard_experts`), or the model's own exchange stays",
     "precision": "casts linear layers and experts to FP8 where the option `precision` asks for it",
 }
 

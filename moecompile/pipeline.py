@@ -11,7 +11,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,19 +20,20 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from moecompile.agreement import agree
+from moecompile.agreement import agree, agree_on_blocks
 from moecompile.bodies import bodies_of, copy_graph, text_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
 from moecompile.passes.casts import Cast, Casting, Kept
 from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions, Wishes
-from moecompile.passes.expert_parallel import Exchanged, Travel, exchange_tokens, share_gathers
+from moecompile.passes.expert_parallel import Exchanged, Group, Travel, exchange_tokens, share_gathers
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast, modules_of, purposes_of
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.purposes import Purposes
+from moecompile.passes.shared_blocks import shared_by_all
 from moecompile.passes.site import NearMiss, Site
 from moecompile.remarks import remark, remark_on_ranks, remark_on_wishes
 from moecompile.report import GraphReport, PassRecord
@@ -82,6 +83,22 @@ def detect_sites(piece: Piece, options: Options) -> None:
     chosen: dict[str, Any] = {"kernels": _kernels(options), "recompute": options.recompute}
     piece.sites = tuple(dataclasses.replace(site, **chosen) for site in detection.sites)
     piece.near_misses, piece.layout = detection.near_misses, detection.layout
+    _leave_what_others_do_not_find(piece, options)
+
+
+def _leave_what_others_do_not_find(piece: Piece, options: Options) -> None:
+    """Of blocks that exchange tokens by themselves, those are rewritten that all ranks rewrite."""
+    why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
+    rewrites = not {"fuse", "exchange"} & {*options.disable}
+    reason = "" if "fuse" in options.disable else "the pass exchange is disabled"  # without fuse blocks are reported
+
+    def agree_if_on(group: Group, words: Sequence[str], tokens: Mapping[str, Any]) -> Mapping[str, str]:
+        mine = tokens if rewrites else {}
+        reasons = agree_on_blocks(group, words, mine, capacity=options.ep_capacity, why=why)
+        return reasons if rewrites else dict.fromkeys(tokens, reason)
+
+    piece.sites, others = shared_by_all(piece.module.graph, piece.sites, agree_if_on)
+    piece.near_misses += others
 
 
 def fuse_sites(piece: Piece, _: Options) -> None:
@@ -93,7 +110,8 @@ def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
     travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience)
-    done, kept = exchange_tokens(piece.module.graph, partial(agree, capacity=options.ep_capacity, why=why), travel)
+    asked = {"ep_capacity": options.ep_capacity, "ep_sms": travel.sms}
+    done, kept = exchange_tokens(piece.module.graph, partial(agree, asked=asked, why=why), travel)
     piece.exchanged, piece.gathered = tuple(done), tuple(kept)
     piece.changed |= bool(done)
 
@@ -153,7 +171,7 @@ def run_passes(
                 continue
             if name == "exchange" and casts:
                 _find_purposes(gm, pieces)  # of blocks that are still whole
-            if name == "exchange" and not sharded:
+            if name == "exchange" and not sharded and not any(site.spread for piece in pieces for site in piece.sites):
                 continue
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")

@@ -94,6 +94,7 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "index_add": ("input dim index source alpha=1", ("torch.index_add", ".index_add")),
     "scatter": ("input dim index src reduce=None", ("torch.scatter", ".scatter")),
     "scatter_add": ("input dim index src", ("torch.scatter_add", ".scatter_add")),
+    "deterministic_scatter_add": ("out index src", ("torch.ops.torchtitan.deterministic_scatter_add",)),
     "index_fill": ("input dim index value", ("torch.index_fill", ".index_fill")),
     "masked_fill": ("input mask value", ("torch.masked_fill", ".masked_fill")),
     "where": ("condition input=None other=None", ("torch.where",)),
@@ -138,6 +139,15 @@ TABLE: dict[str, tuple[str, tuple[str, ...]]] = {
     "any": ("input dim=None keepdim=False", ("torch.any", ".any")),
     "item": ("input", (".item",)),
     "invert": ("input", ("operator.invert", "torch.logical_not", ".logical_not", "torch.bitwise_not", ".bitwise_not")),
+    # exchanges between ranks
+    "all_to_all_single": (
+        "input output_split_sizes input_split_sizes group_name",
+        (
+            "torch.ops._c10d_functional.all_to_all_single",
+            "torch.ops._c10d_functional_autograd.all_to_all_single",
+        ),
+    ),
+    "wait_tensor": ("tensor", ("torch.ops._c10d_functional.wait_tensor",)),
     # bits, used on routing values
     **{
         name: ("input other", (f"torch.{name}", f".{name}", f"operator.{short}", f".__{short.strip('_')}__"))

@@ -38,11 +38,14 @@ from moecompile.passes.provenance import common_module, source_of
 from moecompile.passes.recognise import Block, weight_steps
 from moecompile.passes.region import check_additions, check_layout, region_of
 from moecompile.passes.rules_routing import known_range
-from moecompile.passes.site import Detection, Operand, Site
+from moecompile.passes.site import GATHER, Detection, Operand, Site
 from moecompile.passes.terms import Content, Contract, Element, Size, Stacked, Total, Value
 from moecompile.passes.vacant import has_places, read_block, routing_operands
 from moecompile.runtime.contract import DIFFERENTIABLE, operator_dtypes
 from moecompile.runtime.elementwise import dtype_name
+
+MATRICES = ("w_in", "w_up", "w_out")
+BIASES = ("b_in", "b_up", "b_out")
 
 
 def detect(graph: fx.Graph) -> Detection:
@@ -190,7 +193,19 @@ def _operands(block: Block, state: Interpretation, routed: dict[str, Operand]) -
         operands |= _matrices("w_up", "b_up", up[0], block.num_experts, state)
     operands |= _matrices("w_in", "b_in", gate, block.num_experts, state)
     operands |= _matrices("w_out", "b_out", block.out, block.num_experts, state)
+    _check_spread(operands, state)
     return operands
+
+
+def _check_spread(operands: dict[str, Operand], state: Interpretation) -> None:
+    """Raises Refused unless the ranks of one group share all the experts' tensors, and no others."""
+    for name, operand in operands.items():
+        roots = {state.spread.get(node) for node in operand.nodes}
+        if name not in (*MATRICES, *BIASES) and roots != {None}:
+            raise Refused(f"{operand.node} is of this rank's experts, and of its tokens", operand.node)
+    spread = {state.spread.get(operand.node) for name, operand in operands.items() if name in (*MATRICES, *BIASES)}
+    if len(spread) > 1:
+        raise Refused("experts of which ranks share some tensors, and not others")
 
 
 def _counted_from_zero(
@@ -220,11 +235,20 @@ def _is_given(call: Call, ids: Element, state: Interpretation) -> bool:
 def _matrices(weight: str, bias: str, product: Product, num_experts: int, state: Interpretation) -> dict[str, Operand]:
     """One matrix, and one bias vector if there is one, for each expert."""
     inner, outer = product.over.size, product.extent
-    shape = (num_experts, inner, outer) if product.transposed else (num_experts, outer, inner)
-    found = {weight: _converted(_shaped(product.weight, shape, state), product.cast)}
+    shape = (inner, outer) if product.transposed else (outer, inner)
+    found = {weight: _converted(_of_experts(product.weight, num_experts, shape, state), product.cast)}
     if product.bias is not None:
-        found[bias] = _converted(_shaped(product.bias, (num_experts, outer), state), product.bias_cast)
+        found[bias] = _converted(_of_experts(product.bias, num_experts, (outer,), state), product.bias_cast)
     return found
+
+
+def _of_experts(node: fx.Node | Stacked, num_experts: int, shape: tuple[Size, ...], state: Interpretation) -> Operand:
+    """One tensor of this shape for each expert; those of all ranks, if these share them."""
+    spread = state.spread.get(node) if isinstance(node, fx.Node) else None
+    if spread is None:
+        return _shaped(node, (num_experts, *shape), state)
+    local = _shaped(node, (num_experts // spread.ranks, *shape), state)
+    return replace(local, steps=(*local.steps, (GATHER, (spread.ranks, spread.group))))
 
 
 def _converted(operand: Operand, dtype: str | None) -> Operand:
@@ -300,4 +324,5 @@ def _described(
         partials=combine.partials,
         operands=operands,
         region=region,
+        spread=state.spread.get(operands["w_in"].node),
     )

@@ -305,8 +305,10 @@ def parameter_of(matrix: Any) -> fx.Node:
 
 def _name_of(gather: fx.Node) -> str:
     """Of the parameter that it gathers, as the graph's input is called."""
-    local: Any = gather.args[0]
-    return input_name(_source(local))
+    node: Any = gather.args[0]
+    while _source(node) is node and node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    return input_name(_source(node))
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -47,7 +47,7 @@ class Form:
 
 _GROUPED = frozenset({"grouped_mm", "grouped_mm_fallback"})
 _BATCHED = frozenset({"bmm", "matmul", "baddbmm"})
-_ADDS = frozenset({"index_add", "scatter_add", "index_put"})
+_ADDS = frozenset({"index_add", "scatter_add", "deterministic_scatter_add", "index_put"})
 
 
 def _has(block: Traits | Traces, operations: frozenset[str]) -> bool:
@@ -70,7 +70,7 @@ FORMS: tuple[Form, ...] = (
         "three grouped GEMMs, outputs added back by token (torchtitan)",
         _GROUPED,
         lambda traits: _has(traits, _GROUPED) and traits.gate_up == "separate" and traits.combine in _ADDS,
-        lambda traces: _has(traces, _GROUPED) and _has(traces, frozenset({"index_add", "scatter_add"})),
+        lambda traces: _has(traces, _GROUPED) and _has(traces, _ADDS - {"index_put"}),
         "h = silu(grouped_mm(x[order // k], w1, offs=offs)) * grouped_mm(x[order // k], w3, offs=offs); "
         "out.scatter_add_(0, token, grouped_mm(h, w2, offs=offs) * w)",
     ),

@@ -31,7 +31,7 @@ from moecompile.passes.aliases import empty_fake, fake_of, lies_in_order
 from moecompile.passes.calls import bind, writes
 from moecompile.passes.layout import Layout
 from moecompile.passes.region import only_reads_dtype, removable
-from moecompile.passes.site import Operand, Site
+from moecompile.passes.site import GATHER, Operand, Site
 from moecompile.runtime import kernels
 
 _TENSORS = ("w_up", "b_in", "b_up", "b_out")
@@ -201,6 +201,10 @@ class _Emitter:
         arguments = tuple(
             self._made_of(inner, len(inner.steps), ids) if isinstance(inner, Operand) else inner for inner in given
         )
+        if step == GATHER:
+            ranks, group = arguments
+            attributes = {"ranks": ranks, "group": group, "mean": False}
+            return self.call(torch.ops.moecompile.gather_experts.default, (node,), attributes)
         if step == "stack":
             return self.call(torch.stack, (list(operand.parts),))
         if step == "cat":

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -32,6 +32,9 @@ from moecompile.passes.aliases import Aliases, fake_of, tensors_in
 from moecompile.passes.calls import Call, bind, writes
 from moecompile.passes.spelling import not_understood
 from moecompile.passes.terms import Atom, Constant, Content, Element, Size, Value, Variable
+
+if TYPE_CHECKING:
+    from moecompile.passes.site import Spread
 
 
 class Refused(Exception):
@@ -90,6 +93,7 @@ class Interpretation:
     id_ranges: dict[fx.Node, int] = field(default_factory=dict)  # leaves of expert ids that are all in range(number)
     distinct: set[fx.Node] = field(default_factory=set)  # leaves of ids that differ along their last dimension
     appended: dict[fx.Node, Value] = field(default_factory=dict)  # leaves that are these rows, and rows of zeros after
+    spread: dict[fx.Node, Spread] = field(default_factory=dict)  # leaves of this rank's experts, taken as all ranks'
     seen: set[fx.Node] = field(default_factory=set)  # the nodes that were interpreted, as far as the walk has come
     writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)  # writing node -> the nodes it writes into
     touched: set[fx.Node] = field(default_factory=set)  # tensors, later ones too, of memory that was written into

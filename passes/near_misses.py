@@ -29,12 +29,14 @@ from moecompile.passes.terms import Content, Contract, Element, Equals, Special
 # how far a reason is looked for, in nodes: a block has some dozens, a model has thousands
 _REACH = 80
 
+_ALL_TO_ALL = "all_to_all_single"
 _NOT_SUMMED = "the experts' results are not summed into tokens the way a known form does"
 
 # transformers' "all_reduce", and code that is like it
 _MASKED = (
     "rows whose experts lie on other ranks are masked (all-reduce expert parallelism: all ranks compute all tokens)"
 )
+UNKNOWN_TOKENS = "a rank's number of tokens is symbolic, so nobody knows how much room the others need for it"
 EXCHANGE = (
     'before loading: moecompile.register_transformers() and DistributedConfig(..., ep_implementation="moecompile"); or '
     "load without ep_size, and moecompile.shard_experts(model, mesh)"
@@ -70,6 +72,10 @@ _CURES: tuple[tuple[str, str], ...] = (
         "merge the adapter into the experts' weights before the product, `w + a @ b`: that is found",
     ),
     (_MASKED, EXCHANGE),
+    (
+        UNKNOWN_TOKENS,
+        "give all ranks the option `ep_capacity`, the most tokens of a rank, or compile with dynamic=False",
+    ),
     ("ids may lie outside", "choose the experts with topk or argmax over as many scores as the loop has turns"),
 )
 
@@ -92,6 +98,8 @@ def near_misses(
             node, text = _first_difference(combine.node, reason, state)
             if _resembles(block, state) == "padded_bins" and (cause := state.first_refused(combine.node)) is not None:
                 node, text = cause, state.refusals[cause]
+            elif (cause := _lost_by_exchange(combine.node, state)) is not None:
+                node, text = cause, state.refusals[cause]
             misses.append(_near_miss(node, text, block | after, [*products, combine.node], state))
             covered |= block
             for ids in dict.fromkeys(_chosen_by(node, state) for node in products):
@@ -109,6 +117,7 @@ def near_misses(
             if node in state.refusals
             else next((after for after in state.graph.nodes if after in block and after in state.refusals), node)
         )
+        place = _lost_by_exchange(place, state) or place
         text = _between(place, state.refusals[place], state) if place in state.refusals else _NOT_SUMMED
         misses.append(_near_miss(place, text, block | {node}, [node], state))
         covered |= block | {node}
@@ -118,6 +127,11 @@ def near_misses(
         misses.append(NearMiss(found.form, found.reason, operation_name(first), module, source_of(first), found.cure))
         covered.update(found.nodes)
     return list(dict.fromkeys(misses))
+
+
+def cure_of(reason: str) -> str | None:
+    """What the user can do about a reason, where that is known."""
+    return next((cure for part, cure in _CURES if part in reason), None)
 
 
 def _sums_experts(combine: Combine) -> bool:
@@ -154,11 +168,13 @@ def _is_stack(content: terms.Content) -> bool:
     return isinstance(content, Element) and len(content.index) >= 3
 
 
-def _reachable(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+def _reachable(
+    start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]], reach: int = _REACH
+) -> Iterator[fx.Node]:
     """Nodes within reach, nearest first."""
     seen: dict[fx.Node, None] = {}
     waiting = list(start)
-    while waiting and len(seen) < _REACH:
+    while waiting and len(seen) < reach:
         node = waiting.pop(0)
         if node in seen or node.op in ("placeholder", "get_attr", "output"):
             continue
@@ -252,6 +268,15 @@ def _first_lost(end: fx.Node, state: Interpretation) -> fx.Node | None:
     return next((node for node in state.graph.nodes if node in way - sums and _loses(node, state)), None)
 
 
+def _lost_by_exchange(end: fx.Node, state: Interpretation) -> fx.Node | None:
+    """Where tokens are exchanged between ranks on the way to a node: the first that is refused from there on."""
+    way = set(_reachable([end], lambda node: node.all_input_nodes, 4 * _REACH))
+    ordered = [node for node in state.graph.nodes if node in way]
+    called = [state.calls[node].name if node in state.calls else "" for node in ordered]
+    first = called.index(_ALL_TO_ALL) if _ALL_TO_ALL in called else len(called)
+    return next((node for node in ordered[first:] if node in state.refusals), None)
+
+
 def _loses(node: fx.Node, state: Interpretation) -> bool:
     value = state.values.get(node)
     own = Element(node, value.content.index) if value is not None and isinstance(value.content, Element) else None
@@ -283,7 +308,7 @@ def _near_miss(
 ) -> NearMiss:
     """The near miss of a block, for a reason that is found at a node; its parts' common module is the block's."""
     reason = _MASKED if _masks_others(block, state) else reason
-    cure = next((cure for part, cure in _CURES if part in reason), None)
+    cure = cure_of(reason)
     module = common_module({node, *parts})
     return NearMiss(_resembles(block, state), reason, operation_name(node), module, source_of(node), cure)
 

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import fx
 
-from moecompile.passes.aliases import fake_of, is_foreign, lies_in_order
+from moecompile.passes.aliases import fake_of, is_foreign, lies_in_order, tensors_in
 from moecompile.passes.calls import writes
-from moecompile.passes.interpret import Interpretation, Refused, is_plain
+from moecompile.passes.interpret import Interpretation, Refused, is_plain, walk
 from moecompile.passes.layout import Layout
-from moecompile.passes.terms import Apply, Contract, Element, Total, Value
+from moecompile.passes.terms import Apply, Contract, Element, Special, Total, Value
+from moecompile.passes.token_exchange import Arriving, Leaving, Own, Sent
 
 _MAKERS = frozenset({"zeros", "ones", "empty", "full", "full_like", "new_full", "arange"})
 _LIKE = frozenset({"cast", "view_as", "expand_as"})
@@ -71,7 +72,11 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
         ]
         call = state.calls.get(node)
         if call is not None and call.name in _MAKERS:  # zeros_like(rows[:n]) reads a shape only
-            waiting += [argument for argument in node.all_input_nodes if _is_of_rows(argument, state, layout)]
+            waiting += [
+                argument
+                for argument in node.all_input_nodes
+                if _is_of_rows(argument, state, layout) or _is_size_of_rows(argument, state)
+            ]
             continue
         if call is not None and call.name in _LIKE:  # of the other tensor they read the dtype or shape only
             waiting += [
@@ -79,7 +84,8 @@ def _between(ends: Sequence[fx.Node], roots: frozenset[fx.Node], state: Interpre
             ]
             continue
         # a size read off a tensor depends on the tensor only if that is one of the block's rows
-        waiting += [argument for argument in node.all_input_nodes if _holds_tensor(node) or is_row(argument, state)]
+        made_of_all = _holds_tensor(node) or _is_size_of_rows(node, state)
+        waiting += [argument for argument in node.all_input_nodes if made_of_all or is_row(argument, state)]
     return region
 
 
@@ -105,8 +111,22 @@ def _is_of_assignments(value: Value | None) -> bool:
         value is not None
         and not is_plain(value)
         and bool(value.dims and value.dims[-1])
-        and isinstance(value.content, (Element, Apply, Contract, Total))
+        and isinstance(value.content, (Element, Apply, Contract, Total, Sent))
     )
+
+
+def _is_size_of_rows(node: fx.Node, state: Interpretation) -> bool:
+    """Whether the node is a number of rows that other ranks have sent, which nobody has without these."""
+    if tensors_in(fake_of(node)):
+        return is_row(node, state) and _is_sent(state.values.get(node))
+    number = state.numbers.get(node)
+    if isinstance(number, (Leaving, Arriving)) or (isinstance(number, Special) and isinstance(number.about[0], Own)):
+        return True
+    return fake_of(node) is not None and any(_is_size_of_rows(argument, state) for argument in node.all_input_nodes)
+
+
+def _is_sent(value: Value | None) -> bool:
+    return value is not None and any(isinstance(inner, Sent) for inner in walk(value.content))
 
 
 def _is_of_rows(node: fx.Node, state: Interpretation, layout: Layout) -> bool:
@@ -241,21 +261,32 @@ def _check_modes(end: fx.Node, ordered: Sequence[fx.Node], layout: Layout) -> No
 def checks_size(node: fx.Node) -> bool:
     """Whether a node serves only assertions that row counts are at least 0 and at most all rows, or add up to them.
 
-    Capturing a selection of rows records these; they hold for every routing.
+    Capturing a selection of rows records these; they hold for every routing. Sizes that nobody reads count as well: the
+    bodies of checkpoints keep such.
     """
     if isinstance(fake_of(node), torch.Tensor) or node.op == "output":
         return False
     if getattr(node.target, "__name__", str(node.target)).split(".")[0] in ("_assert_scalar", "_check"):
         return True
-    return _is_count_check(node) and bool(node.users) and all(checks_size(user) for user in node.users)
+    read = bool(node.users) or isinstance(fake_of(node), (int, torch.SymInt, torch.Size))
+    return _is_count_check(node) and read and all(checks_size(user) for user in node.users)
 
 
 def _is_count_check(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
     if name in ("ge", "le", "eq"):
         bound = node.args[1]
-        return isinstance(bound, int) and (name != "ge" or bound == 0)
+        if name == "eq" and isinstance(bound, fx.Node):
+            return _adds_up(node.args[0]) and _adds_up(bound)
+        return isinstance(bound, int) and (name != "ge" or bound == 0 or _adds_up(node.args[0]))
+    if name == "getitem":
+        return isinstance(node.args[0], fx.Node) and isinstance(fake_of(node.args[0]), torch.Size)
     return name in ("sym_size", "size", "sym_sum", "add", "item")
+
+
+def _adds_up(node: object) -> bool:
+    """Whether this is a sum of row counts: of one block's, all rows."""
+    return isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "sym_sum"
 
 
 def _size_checks(region: frozenset[fx.Node]) -> set[fx.Node]:

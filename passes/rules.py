@@ -5,12 +5,14 @@ from __future__ import annotations
 from moecompile.passes import (
     rules_arithmetic,
     rules_capacity,
+    rules_exchange,
     rules_index,
     rules_loop,
     rules_padded,
     rules_places,
     rules_products,
     rules_routing,
+    rules_segments,
     rules_sums,
     rules_views,
 )
@@ -48,5 +50,5 @@ def _before(own: Rule, general: Rule | None) -> Rule:
 
 
 # forms with meanings of their own: each table's rules look at an operation before the rules above do
-for _own in (rules_padded.RULES, rules_capacity.RULES, rules_places.RULES):
+for _own in (rules_padded.RULES, rules_capacity.RULES, rules_places.RULES, rules_segments.RULES, rules_exchange.RULES):
     RULES.update({name: _before(rule, RULES.get(name)) for name, rule in _own.items()})

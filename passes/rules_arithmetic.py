@@ -283,6 +283,10 @@ def _made(call: Call, state: Interpretation) -> Value | None:
     return constant(Constant(in_dtype(number, state.dtype(call.node))), state.shape(call.node), call.node)
 
 
+def _unwritten(call: Call, state: Interpretation) -> None:
+    """empty: memory that means nothing yet."""
+
+
 def _softmax(call: Call, state: Interpretation) -> Value | None:
     """softmax along experts keeps a leaf sparse: -inf outside becomes 0."""
     source = call["input"]
@@ -297,6 +301,7 @@ RULES: dict[str, Rule] = {
     "rsub": _rsub,
     "clamp_min": _clamp_one,
     "clamp_max": _clamp_one,
+    "empty": _unwritten,
     "zeros": _made,
     "ones": _made,
     "full": _made,

@@ -199,10 +199,18 @@ def _arange(call: Call, state: Interpretation) -> Value | None:
 # ---- writes through a permutation: target[index] = source
 
 
+def of_rows(index: Any) -> Any:
+    """An index without the whole dimensions that it ends with, and without a tuple around one."""
+    if not isinstance(index, tuple):
+        return index
+    items = [*index]
+    while len(items) > 1 and isinstance(items[-1], slice) and items[-1] == slice(None):
+        items.pop()
+    return items[0] if len(items) == 1 else tuple(items)
+
+
 def _setitem(call: Call, state: Interpretation) -> Value | None:
-    index = call["index"]
-    if isinstance(index, tuple) and len(index) == 1:
-        index = index[0]
+    index = of_rows(call["index"])
     if not isinstance(index, fx.Node) or _is_mask(index):
         raise Refused("an assignment into part of a tensor")
     return permuted_write(call, state, call["input"], state.value(index), call["value"])

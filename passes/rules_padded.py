@@ -22,7 +22,7 @@ from moecompile.passes.bins import at_ids, is_bins, is_slots, is_whole_order, sl
 from moecompile.passes.calls import Call
 from moecompile.passes.interpret import Interpretation, Passed, Refused, Rule, is_plain
 from moecompile.passes.radix import difference
-from moecompile.passes.rules_index import check_wrapped
+from moecompile.passes.rules_index import check_wrapped, of_rows
 from moecompile.passes.slots import (
     Table,
     along_rows,
@@ -49,9 +49,7 @@ from moecompile.passes.unify import enumerates, look_up, unify
 
 
 def _setitem(call: Call, state: Interpretation) -> Value:
-    index = call["index"]
-    if isinstance(index, tuple) and len(index) == 1:
-        index = index[0]
+    index = of_rows(call["index"])
     return _put(call, state, state.value(integers(index)), call["value"])
 
 

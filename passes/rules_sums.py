@@ -90,9 +90,15 @@ def _scatter_add(call: Call, state: Interpretation) -> Value | None:
     index = state.value(call["index"])
     if len(index.dims) != 2 or call["dim"] not in (0, -2):
         raise Refused("scatter_add along another dimension")
-    if state.shape(call["index"]) != state.shape(call["src"]):
+    if [*map(radix.group_size, index.dims)] != [*map(radix.group_size, state.value(call["src"]).dims)]:
         raise Refused("scatter_add of a part of its source")
     return _added_rows(call, state, rows_index(index, 0), call["src"])
+
+
+def _deterministic_scatter_add(call: Call, state: Interpretation) -> Value | tuple[Value | None, ...] | None:
+    """torchtitan's: scatter_add along the first dimension, in an order that is the same in every run."""
+    arguments = {"input": call["out"], "dim": 0, "index": call["index"], "src": call["src"]}
+    return state.rules["scatter_add"](Call("scatter_add", arguments, False, call.node), state)
 
 
 def _index_put(call: Call, state: Interpretation) -> Value | None:
@@ -136,5 +142,6 @@ RULES: dict[str, Rule] = {
     "sum": _sum,
     "index_add": _index_add,
     "scatter_add": _scatter_add,
+    "deterministic_scatter_add": _deterministic_scatter_add,
     "index_put": _index_put,
 }

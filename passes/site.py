@@ -9,6 +9,17 @@ from torch import fx
 
 from moecompile.passes.layout import Layout
 
+GATHER = "gather_experts"
+"""The step that makes all ranks' experts of one rank's, as `moecompile::gather_experts` does; (ranks, group)."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Experts that lie on the ranks of a group, as many on each, in their order."""
+
+    ranks: int
+    group: str
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -38,7 +49,8 @@ class Site:
 
     `input`, `activation` and `output` are expressions as text (codegen/expression.py): of `x` and `weight` before
     the first GEMM; of `gate` and `up` (or `hidden`) between the GEMMs; of `out` and `weight` after the second. Private
-    fields hold graph nodes, and what the user chose to run inside the operators.
+    fields hold graph nodes, and what the user chose to run inside the operators; `spread` says that the model exchanges
+    its tokens with ranks which have the other experts.
     """
 
     form: str
@@ -66,6 +78,7 @@ class Site:
     recompute: bool = field(repr=False, compare=False, default=False)
     operands: dict[str, Operand] = field(repr=False, compare=False, default_factory=dict)
     region: frozenset[fx.Node] = field(repr=False, compare=False, default=frozenset())
+    spread: Spread | None = field(repr=False, compare=False, default=None)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from moecompile.passes.terms import (
     Value,
     Variable,
 )
+from moecompile.passes.token_exchange import Own
 
 
 def _rank(group: Group) -> int:
@@ -174,5 +175,8 @@ def rows_covered(group: Group) -> bool:
 
 def run_once_through(dims: Iterable[Group], key: Content) -> bool:
     """Whether dimensions that run through assignments have as many elements as the key does: each of it once."""
+    if isinstance(key, Own):
+        groups = [*dims]
+        return len(groups) == 1 and len(groups[0]) == 1 and groups[0][0] == key.exchange.arrived(groups[0][0].size)
     own = [part for part in key.index if isinstance(part, Atom)] if isinstance(key, Element) else []
     return radix.difference(radix.product(map(radix.group_size, dims)), radix.group_size(own)) == 0

@@ -377,6 +377,19 @@ def check_more_tokens_than_agreed(rank: int, ranks: int) -> None:
     assert "capacity=16" in moecompile.last_report().graphs[-1].after
 
 
+def check_options_that_differ_between_ranks(rank: int, ranks: int) -> None:
+    """Who sends with other channels than the others wait for would hang: all ranks refuse."""
+    model = moecompile.shard_experts(Block(), mesh_of(ranks))
+    for name, mine in (("ep_sms", 4 + rank), ("ep_capacity", 8 + rank)):
+        try:
+            compiled(model, **{name: mine})(tokens_of(rank, 4))
+        except Exception as error:
+            assert f"option `{name}`" in str(error) and f"[{mine - rank}, {mine - rank + 1}" in str(error), error
+        else:
+            raise AssertionError(f"{name} differed")
+        torch._dynamo.reset()
+
+
 def check_shards_that_are_read_by_others_are_gathered(rank: int, ranks: int) -> None:
     """What is no block of experts still computes what it did, and the report says that it gathers."""
 

@@ -1,0 +1,35 @@
+"""Models that exchange tokens themselves, on gloo: what 2 ranks check together (tests/token_exchange_checks.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+import token_exchange_checks
+from ranks_in_processes import run_on_ranks
+
+SLOW = ("check_under_inductor", "check_fp8")
+CHECKS = tuple(name for name in vars(token_exchange_checks) if name.startswith("check_") and name not in SLOW)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each check came to: one group of processes runs them all."""
+    return run_on_ranks(2, token_exchange_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_together(results: dict[str, str], name: str) -> None:
+    assert not results[name], results[name]
+
+
+@pytest.mark.slow
+def test_the_longer_ones(tmp_path_factory: pytest.TempPathFactory) -> None:
+    found = run_on_ranks(2, token_exchange_checks.__name__, SLOW, tmp_path_factory.mktemp("ranks"))
+    assert not any(found.values()), "\n".join(found.values())
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    names = [name for name in CHECKS if name != "check_refused"]  # one of these is written for two ranks
+    found = run_on_ranks(4, token_exchange_checks.__name__, names, tmp_path_factory.mktemp("ranks"))
+    assert not any(found.values()), "\n".join(found.values())
