@@ -257,7 +257,7 @@ def check_refused(rank: int, ranks: int) -> None:
     """Left as they are: bit for bit what they are eagerly, and a near miss with the reason."""
     failed = []
     for cls, words in REFUSED.items():
-        model, x = made(cls), tokens_of(rank, 5 + 2 * rank)
+        model, x = made(cls), tokens_of(rank, 5 + 2 * rank).requires_grad_()
         right, (found, record) = model(x), run_by_passes(model, x)
         reasons = [miss.reason for miss in record.near_misses]
         distributed.barrier()
