@@ -92,8 +92,8 @@ def _exchanging(graph: fx.Graph) -> dict[Group, list[str]]:
     stacks = [input_name(node) for node in graph.find_nodes(op="placeholder") if _is_stack(node)]
     found: dict[Group, list[str]] = {}
     for node in graph.nodes:
-        call = bind(node) if node.op == "call_function" else None
-        if call is None or call.name != "all_to_all_single" or not isinstance(call["group_name"], str):
+        call = bind(node) if "all_to_all_single" in str(node.target) else None
+        if call is None or not isinstance(call["group_name"], str):
             continue
         if not all(isinstance(call[name], (list, tuple)) for name in ("input_split_sizes", "output_split_sizes")):
             continue

@@ -70,16 +70,43 @@ def results(run: Callable[..., Any], model: nn.Module, x: Tensor) -> list[Tensor
     return [first.detach(), *(local_of(grad) if hasattr(grad, "to_local") else grad for grad in found)]
 
 
+def by_passes(model: nn.Module) -> tuple[Callable[..., Any], list[GraphReport]]:
+    """The model as the passes leave it, and their record once it runs: without AOTAutograd, for the sake of time."""
+    records: list[GraphReport] = []
+
+    def rewritten(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        records.append(GraphReport.of(gm))
+        run_passes(gm, Options.parse(None, None), records[-1])
+        found: Callable[..., Any] = gm.forward
+        return found
+
+    agreement.forget()
+    torch._dynamo.reset()
+    return torch.compile(model, backend=rewritten, fullgraph=True), records
+
+
 def exchanges(model: nn.Module, x: Tensor, blocks: int = 1, **options: Any) -> str:
     """The compiled model exchanges its tokens by our operators, and computes the same; returns its graph."""
     right = results(model, model, x)
     close(results(compiled(model, **options), model, x), right, BOUND)
     (graph,) = moecompile.last_report().graphs
+    is_exchanged(graph, blocks)
+    return str(graph.after)
+
+
+def exchanges_by_passes(model: nn.Module, x: Tensor) -> None:
+    """The same of the graph that the passes leave."""
+    right, (run, records) = results(model, model, x), by_passes(model)
+    close(results(run, model, x), right, BOUND)
+    (graph,) = records
+    is_exchanged(graph)
+
+
+def is_exchanged(graph: GraphReport, blocks: int = 1) -> None:
     assert not graph.near_misses, graph.near_misses
     assert len(graph.sites) == blocks and graph.after.count("dispatch_start") == blocks, graph.after
     for name in ("all_to_all_single", "wait_tensor", "item", "gather_experts", "grouped_mm"):
         assert name not in graph.after, f"{name} is left: {graph.after}"
-    return str(graph.after)
 
 
 def check_repeated_segments(rank: int, ranks: int) -> None:
@@ -94,15 +121,15 @@ def check_searched_segments(rank: int, ranks: int) -> None:
 
 
 def check_weighted_there(rank: int, ranks: int) -> None:
-    exchanges(made(WeightedThere), tokens_of(rank, 5 + 2 * rank))
+    exchanges_by_passes(made(WeightedThere), tokens_of(rank, 5 + 2 * rank))
 
 
 def check_looped_experts(rank: int, ranks: int) -> None:
-    exchanges(made(LoopedExperts), tokens_of(rank, 5 + 2 * rank))
+    exchanges_by_passes(made(LoopedExperts), tokens_of(rank, 5 + 2 * rank))
 
 
 def check_sorted_here(rank: int, ranks: int) -> None:
-    exchanges(made(SortedHere), tokens_of(rank, 5 + 2 * rank))
+    exchanges_by_passes(made(SortedHere), tokens_of(rank, 5 + 2 * rank))
 
 
 def check_shards_of_dtensors(rank: int, ranks: int) -> None:
@@ -121,7 +148,7 @@ def check_checkpointed(rank: int, ranks: int) -> None:
 
 
 def check_exchanged_twice(rank: int, ranks: int) -> None:
-    exchanges(made(SentTwice), tokens_of(rank, 5 + rank))
+    exchanges_by_passes(made(SentTwice), tokens_of(rank, 5 + rank))
 
 
 def check_counts_that_others_need(rank: int, ranks: int) -> None:
@@ -142,7 +169,7 @@ def check_explained(rank: int, ranks: int) -> None:
 
 
 def check_one_expert_a_rank(rank: int, ranks: int) -> None:
-    exchanges(made(Exchanging, ranks), tokens_of(rank, 4 + rank))
+    exchanges_by_passes(made(Exchanging, ranks), tokens_of(rank, 4 + rank))
 
 
 def check_a_rank_whose_experts_nobody_chooses(rank: int, ranks: int) -> None:
@@ -238,27 +265,13 @@ def check_never_run(rank: int, ranks: int) -> None:
         assert bool(found.near_misses) == (cls in NEVER_RUN), f"{cls.__name__}: {found}"
 
 
-def run_by_passes(model: nn.Module, x: Tensor) -> tuple[Any, GraphReport]:
-    """What the graph computes that the passes leave, and their record; without AOTAutograd, for the sake of time."""
-    records: list[GraphReport] = []
-
-    def rewritten(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        records.append(GraphReport.of(gm))
-        run_passes(gm, Options.parse(None, None), records[0])
-        found: Callable[..., Any] = gm.forward
-        return found
-
-    agreement.forget()
-    torch._dynamo.reset()
-    return torch.compile(model, backend=rewritten, fullgraph=True)(x), records[0]
-
-
 def check_refused(rank: int, ranks: int) -> None:
     """Left as they are: bit for bit what they are eagerly, and a near miss with the reason."""
     failed = []
     for cls, words in REFUSED.items():
-        model, x = made(cls), tokens_of(rank, 5 + 2 * rank)
-        right, (found, record) = model(x), run_by_passes(model, x)
+        model, x = made(cls), tokens_of(rank, 5 + 2 * rank).requires_grad_()
+        right, (run, records) = model(x), by_passes(model)
+        found, (record,) = run(x), records
         reasons = [miss.reason for miss in record.near_misses]
         distributed.barrier()
         if not all(map(torch.equal, pytree.tree_leaves(found), pytree.tree_leaves(right))):
