@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from moecompile.bodies import text_of
 from moecompile.lifting import nested_nodes, own_graph, say, with_graph
-from moecompile.passes.main_gradients import OPERATORS, add_main_gradients
+from moecompile.passes.main_gradients import MEAN, OPERATORS, add_main_gradients
 from moecompile.report import GraphReport
 
 OPTION = "main_grad"
@@ -67,7 +67,8 @@ def lift(
         say(
             record,
             OPTION,
-            f"a gradient of {each.module or 'the function'} goes to parameter.grad: {each.reason}. {GIVE}",
+            f"a gradient of {each.module or 'the function'} goes to parameter.grad: {each.reason}"
+            f"{'' if each.reason.endswith(MEAN) else f'. {GIVE}'}",
         )
     if any(node.target in OPERATORS for node in nested_nodes(gm)):
         say(record, OPTION, NESTED)
@@ -112,7 +113,7 @@ def _of(lifted: Lifted, given: Sequence[Any]) -> list[Tensor]:
                 "(layers that are compiled by themselves share graphs). Give all of them one before the first call, or "
                 f"{AGAIN}"
             )
-    found = [given[place].main_grad for place in lifted.layouts]
+    found = [_local(given[place].main_grad) for place in lifted.layouts]
     for main, (place, layout) in zip(found, lifted.layouts.items(), strict=True):
         if _layout(main) != layout:
             raise RuntimeError(
@@ -174,17 +175,24 @@ def _is_asked_for(parameter: nn.Parameter) -> bool:
 
 
 def _main_of(given: Any) -> Tensor | None:
-    """The main gradient of an input that is a parameter and has one."""
+    """The main gradient of an input that is a parameter and has one; this rank's part of a sharded one."""
     main = getattr(given, "main_grad", None) if isinstance(given, nn.Parameter) else None
-    return main if isinstance(main, torch.Tensor) else None
+    return _local(main) if isinstance(main, torch.Tensor) else None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    whole: Any = tensor
+    return whole.to_local() if hasattr(whole, "placements") else tensor
 
 
 def _check(name: str, main: Tensor, parameter: Tensor) -> None:
     if main.dtype != torch.float32:
         words = f"must be float32, got {main.dtype}; give it one of {GIVEN}"
         raise TypeError(f"moecompile: the main_grad of {name} {words}")
+    own = _local(parameter)  # an example, which has a DTensor's placements
     for what in ("shape", "device"):
-        was, is_now = getattr(parameter, what), getattr(main, what)
+        was, is_now = getattr(own, what), getattr(main, what)
         if was != is_now:
             words = f"must have its {what}, {was}, got {is_now}; give it one of {GIVEN}"
             raise ValueError(f"moecompile: the main_grad of {name} {words}")

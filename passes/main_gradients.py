@@ -2,8 +2,9 @@
 
 Contract
 - On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/cast_experts.py).
-- A matrix gets one if it is a parameter that the graph gets as an input, and that has one. Others keep their gradients,
-  and are returned with the reason.
+- A matrix gets one if it is a parameter that the graph gets as an input, or this rank's part of one (passes/
+  expert_parallel.py), and that has one. Others keep their gradients, and are returned with the reason: so do parameters
+  whose gradient is to be the mean over ranks, since what is added is the sum.
 - Inputs that there were keep their places; the new ones follow, one for each such parameter, in their order.
 
     moecompile.experts(x, ..., w_in, w_out, ...)
@@ -22,12 +23,17 @@ from torch._subclasses import FakeTensor
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Kept
+from moecompile.passes.expert_parallel import parameter_of
 from moecompile.passes.provenance import input_name, module_of
 from moecompile.runtime.main_gradients import KEYWORDS
 
 OPERATORS = (torch.ops.moecompile.experts.default, torch.ops.moecompile.experts_fp8.default)
 PLACES = {"w_in": 5, "w_out": 6, "w_up": 7}
 """Of the matrices among the operators' arguments."""
+MEAN = (
+    "has a gradient that is the mean over ranks, and what is added is the sum: give "
+    'shard_experts(gradients="sum"), and divide main_grad, or the loss'
+)
 
 
 @dataclass
@@ -57,18 +63,27 @@ def add_main_gradients(graph: fx.Graph, having: Mapping[int, Tensor]) -> Added:
     for target in OPERATORS:
         for node in graph.find_nodes(op="call_function", target=target):
             for name, matrix in _matrices(node).items():
-                place = places.get(matrix)
-                if place is not None:
-                    done.names[place] = input_name(matrix)
-                if place is None or place not in having:
-                    why = "is no parameter that the graph is given" if place is None else "has no main_grad"
-                    done.kept.append(Kept(module_of(node), f"{name} ({input_name(matrix)}) {why}"))
+                parameter = parameter_of(matrix)
+                place = places.get(parameter)
+                means = matrix.target is torch.ops.moecompile.mean_gradient.default
+                if place is not None and not means:
+                    done.names[place] = input_name(parameter)
+                if why := MEAN if means else _obstacle(place, having):
+                    done.kept.append(Kept(module_of(node), f"{name} ({input_name(parameter)}) {why}"))
                     continue
+                assert place is not None
                 if place not in done.inputs:
                     last = next(reversed(done.inputs.values()), inputs[-1])
                     done.inputs[place] = _input(graph, matrix, having[place], last)
                 node.kwargs = {**node.kwargs, KEYWORDS[name]: done.inputs[place]}
     return done
+
+
+def _obstacle(place: int | None, having: Mapping[int, Tensor]) -> str:
+    """Why a parameter gets none; empty if it gets one."""
+    if place is None:
+        return "is no parameter that the graph is given"
+    return "" if place in having else "has no main_grad"
 
 
 def _matrices(experts: fx.Node) -> dict[str, fx.Node]:

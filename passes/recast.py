@@ -33,6 +33,7 @@ from moecompile.runtime.fp8_contract import check_weights
 
 ops, aten, prims = torch.ops.moecompile, torch.ops.aten, torch.ops.prims
 CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
+VIEWS = (aten.view.default, aten.alias.default)
 TANGENTS = "tangents"
 """What AOTAutograd's names for the gradients that a backward gets begin with."""
 INPUTS = "eager_input_vals"
@@ -86,13 +87,25 @@ def _is_divisible(node: fx.Node) -> bool:
 
 def _input_of(matrix: fx.Node) -> fx.Node | None:
     """The graph's input that a matrix is, or that it is a copy of in another dtype."""
+    matrix = _seen(matrix)
     if matrix.op == "placeholder":
         return matrix
     if matrix.target not in CONVERSIONS:
         return None
     given: Any = matrix.args[0]
+    given = _seen(given)
     others = {name for name, value in matrix.kwargs.items() if value is not None} - {"dtype"}
     return None if others or given.op != "placeholder" else given
+
+
+def _seen(matrix: fx.Node) -> fx.Node:
+    """What a matrix is a view of, as a whole and as it is: `moecompile::mean_gradient` gives one."""
+    while matrix.target in VIEWS:
+        given: Any = matrix.args[0]
+        if fake_of(given).shape != fake_of(matrix).shape:
+            break
+        matrix = given
+    return matrix
 
 
 def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
@@ -117,8 +130,9 @@ def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
 def _again(node: fx.Node, matrix: fx.Node) -> fx.Node:
     """The matrix for the backward: converted there once more, if it is a converted input."""
     given, fake = _input_of(matrix), fake_of(matrix)
-    if given is matrix:
-        return matrix
+    assert given is not None
+    if fake_of(given).dtype == fake.dtype:
+        return given
     made = call_for(node, prims.convert_element_type.default, (given,), {"dtype": fake.dtype})
     made.meta["val"] = fake
     return made

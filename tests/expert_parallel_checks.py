@@ -473,6 +473,46 @@ def check_fp8(rank: int, ranks: int) -> None:
     close(with_mean_of_others(found, model), meaned(right, whole), 6e-2)
 
 
+def check_main_gradients(rank: int, ranks: int) -> None:
+    """Sums are added to this rank's part of `main_grad`, plain or sharded; means are not, and the report says so."""
+    x = tokens_of(rank, 6 + 5 * rank)
+    for kind in ("plain", "sharded", "mean"):
+        model = Model()
+        moecompile.shard_experts(model, mesh_of(ranks), gradients="mean" if kind == "mean" else "sum")
+        found = results(compiled(model), model, x)
+        grads = found[len(found) - len([*model.parameters()]) :]
+        sharded: list[Any] = [each for each in model.parameters() if isinstance(each, DTensor)]
+        for each in sharded:
+            each.main_grad = torch.ones_like(
+                each if kind == "sharded" else local_of(each), dtype=torch.float32
+            ).detach()
+            each.grad = None
+        compiled(model, main_grad=True)(x).float().pow(2).sum().backward()
+        # to_local gives zeros for no gradient in torch 2.11
+        assert all((each.grad is not None and bool(local_of(each.grad).any())) == (kind == "mean") for each in sharded)
+        assert ("mean over ranks" in str(moecompile.last_report())) == (kind == "mean")
+        right = [grad for each, grad in zip(model.parameters(), grads, strict=True) if isinstance(each, DTensor)]
+        for each, grad in zip(sharded, right, strict=True):
+            added = (local_of(each.main_grad) if kind == "sharded" else each.main_grad) - 1
+            expected = torch.zeros_like(added) if kind == "mean" else grad.chunk(ranks)[rank].float()
+            close([added], [expected], 6e-3)
+
+
+def check_recast_weights(rank: int, ranks: int) -> None:
+    """`fp8_recast_weights` lets the backward cast this rank's experts for itself, whose gradients are means too."""
+    for gradients in ("mean", "sum"):
+        model = Model(256, 128, fixed=True)
+        x = tokens_of(rank, 12, hidden=256)
+        moecompile.shard_experts(model, mesh_of(ranks), gradients=gradients)
+        right = results(compiled(model, precision="fp8"), model, x)
+        found = results(compiled(model, precision="fp8", fp8_recast_weights=True), model, x)
+        assert "fp8_recast_weights" not in str(moecompile.last_report()), moecompile.last_report()
+        assert str(moecompile.last_report().graphs[-1].backward).count("quantize_weights") >= 5, (
+            "of each block and first"
+        )
+        assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+
+
 def check_cached_copies(rank: int, ranks: int) -> None:
     """`fp8_cache_weights` keeps the copies of this rank's experts, and makes them anew when these have changed."""
     model = Model(256, 128)
