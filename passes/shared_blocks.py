@@ -4,8 +4,8 @@ Contract
 - On entry detection has proven blocks (`Site.spread`) whose experts lie on the ranks of a group. Nothing is rewritten
   yet: fuse would read the experts gathered from all ranks, and the pass `exchange` makes an exchange of ours of it.
 - All ranks rewrite the same blocks, whatever each of them has found: a rank whose model exchanges would wait for ever
-  for one that does so by other operators. They agree on it, by names that say what a block computes: what all ranks
-  compute alike is one program, which is what detection takes for granted of the other ranks.
+  for one that does so by other operators. They agree on it, by names that say what a block computes, and by which
+  steps: what all ranks compute alike is one program, which is what detection takes for granted of the other ranks.
 - A graph without an exchange of rows asks nobody.
 
 Returned are the blocks to rewrite, and near misses for the others, whose own exchange stays.
@@ -13,6 +13,7 @@ Returned are the blocks to rewrite, and near misses for the others, whose own ex
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,38 @@ def _named(sites: Sequence[Site]) -> Iterator[tuple[fx.Node, str]]:
         words = f"{site.input}; {site.activation}; {site.output}; {site.gate_up}; {site.dtype}; {site.out_dtype}"
         weights = site.operands.get("weights")
         rows = f"{fake_of(site.operands['x'].node).dtype}, {weights and fake_of(weights.node).dtype}"
-        yield site.node, f"block {number} ({sizes}; {rows}; {words}; {parameters})"
+        program = hashlib.sha256("\n".join(_program(site)).encode()).hexdigest()[:16]
+        yield site.node, f"block {number} ({sizes}; {rows}; {words}; {parameters}; program {program})"
+
+
+def _program(site: Site) -> Iterator[str]:
+    """How a block is computed, step by step: who does a step at home and who where the experts are would go unnoticed.
+
+    Numbers of tokens differ between ranks: whole numbers but -1, 0 and 1 are left out. What they say of the block is
+    said by its sizes and expressions.
+    """
+    places: dict[fx.Node, int] = {}
+
+    def spelled(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return f"%{places[argument]}" if argument in places else "input"
+        if isinstance(argument, (list, tuple)):
+            return [spelled(each) for each in argument]
+        if isinstance(argument, dict):
+            return {name: spelled(each) for name, each in argument.items()}
+        if isinstance(argument, slice):
+            return ["slice", *map(spelled, (argument.start, argument.stop, argument.step))]
+        return argument if type(argument) is not int or argument in (-1, 0, 1) else "number"
+
+    for node in site.node.graph.nodes:
+        if node in site.region and isinstance(fake_of(node), (torch.Tensor, list, tuple)):
+            places[node] = len(places)
+            yield f"{operation_name(node)} {spelled(node.args)} {spelled(node.kwargs)} {_dtype_of(node)}"
+
+
+def _dtype_of(node: fx.Node) -> str:
+    fake = fake_of(node)
+    return str(fake.dtype) if isinstance(fake, torch.Tensor) else ""
 
 
 def _input_of(node: fx.Node) -> str:

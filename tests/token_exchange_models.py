@@ -472,6 +472,28 @@ class ActivationOfItsRank(Exchanging):
         return torch._grouped_mm(gate * torch._grouped_mm(rows, w3, offs=ends), w2, offs=ends)
 
 
+class ScaledThereOrHome(Exchanging):
+    """One rank doubles what its experts make, the other what came home: each is proven by itself."""
+
+    def experts(self, rows: Tensor, way: Way) -> Tensor:
+        y = super().experts(rows, way)
+        return y if distributed.get_rank() else y * 2.0
+
+    def fetch(self, rows: Tensor, way: Way) -> Tensor:
+        y = super().fetch(rows, way)
+        return y * 2.0 if distributed.get_rank() else y
+
+
+class ActivatedHereOrThere(Exchanging):
+    """One rank activates rows before it sends them, the other those that have arrived."""
+
+    def rows_of(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return rows if distributed.get_rank() else F.silu(rows)
+
+    def experts(self, rows: Tensor, way: Way) -> Tensor:
+        return super().experts(F.silu(rows) if distributed.get_rank() else rows, way)
+
+
 # ---- with places of rows that are none: nobody runs these
 
 
@@ -548,5 +570,7 @@ REFUSED: dict[type[Exchanging], str] = {
     WeightedApart: "sorted apart",
     Detached: "no gradient flows",
     ActivationOfItsRank: "not all ranks found it",
+    ScaledThereOrHome: "not all ranks found it",
+    ActivatedHereOrThere: "not all ranks found it",
 }
 """Models that are left as they are, and words of the reason."""
