@@ -19,6 +19,11 @@ from moecompile.passes.expert_parallel import Group
 from moecompile.passes.near_misses import UNKNOWN_TOKENS
 from moecompile.runtime.sharded import process_group
 
+
+class DisagreementError(RuntimeError):
+    """Ranks were given different things, or what one of them does is not what all have agreed on."""
+
+
 _agreed: dict[tuple[str, str], dict[str, int]] = {}
 """By group and parameters: blocks that exchange, and their capacity."""
 _shared: dict[tuple[str, str], dict[str, str]] = {}
@@ -39,8 +44,8 @@ def agree(
         why: this rank has not found others, if it has not.
 
     Raises:
-        ValueError: a rank has more tokens than agreed, or nobody knows how many there will be; or options differ.
-        RuntimeError: not all ranks compile, or this one does not find what the ranks agreed on before.
+        DisagreementError: a rank has more tokens than agreed, or nobody knows how many there will be; options differ;
+            not all ranks compile, or this one does not find what the ranks agreed on before.
     """
     key = group.name, " ".join(parameters)
     if key not in _agreed:
@@ -51,7 +56,7 @@ def agree(
             raise _lost(group, name, why)
         count = tokens[name]
         if isinstance(count, int) and count > most:
-            raise ValueError(
+            raise DisagreementError(
                 f"moecompile: this rank has {count} tokens, and the ranks {members(group)} have room for {most} of "
                 "each: give all of them the option `ep_capacity`, the most tokens of a rank"
             )
@@ -71,7 +76,7 @@ def agree_on_blocks(
         why: this rank has not found others, if it has not.
 
     Raises:
-        RuntimeError: not all ranks compile, or this one does not find what the ranks agreed on before.
+        DisagreementError: not all ranks compile, or this one does not find what the ranks agreed on before.
     """
     key = group.name, " ".join(words)
     if key not in _shared:
@@ -112,7 +117,7 @@ def _meet(
     for option in asked:
         values = [note["asked"].get(option) for note in notes]
         if len(set(values)) > 1:
-            raise ValueError(
+            raise DisagreementError(
                 f"moecompile: option `{option}`: the ranks {members(group)} were given different ones: {values}. Give "
                 "all the same."
             )
@@ -123,15 +128,15 @@ def _meet(
 def _words_of_all(group: Group, key: tuple[str, str], word: str) -> list[str]:
     words = ranks.words_of_all(word, f"exchange {key}", members(group))
     if words is None:
-        raise RuntimeError(
+        raise DisagreementError(
             f"moecompile: not all of the ranks {members(group)}, which share experts, compiled within {ranks.PATIENCE};"
             " each of them has to call the model"
         )
     return words
 
 
-def _lost(group: Group, name: str, why: str) -> RuntimeError:
-    return RuntimeError(
+def _lost(group: Group, name: str, why: str) -> DisagreementError:
+    return DisagreementError(
         f"moecompile: the ranks {members(group)} have agreed to exchange the tokens of {name}, and the graph "
         f"that is being compiled here has no such block{': ' if why else ''}{why}. Disable the pass "
         '"exchange" on all ranks, or run them alike.'
@@ -144,7 +149,7 @@ def _capacity(counts: Sequence[int | None], asked: int | None) -> int:
         return asked
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
-        raise ValueError(
+        raise DisagreementError(
             f"moecompile: {UNKNOWN_TOKENS}: "
             "give all ranks the option `ep_capacity`, the most tokens of a rank, or compile with dynamic=False"
         )

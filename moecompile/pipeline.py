@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from moecompile.agreement import agree, agree_on_blocks
+from moecompile.agreement import DisagreementError, agree, agree_on_blocks
 from moecompile.bodies import bodies_of, copy_graph, text_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
@@ -224,6 +224,8 @@ def _run_pass(
             run(piece, options)
             if piece.changed:
                 piece.module.graph.lint()
+    except DisagreementError:  # what users have to see to
+        raise
     except Exception as error:
         raise PassFailed(
             f"the pass {name!r} failed with {type(error).__name__}: {error}. That is a bug in moecompile: please "

@@ -3,8 +3,9 @@
 Contract
 - On entry blocks are `moecompile::plan` and `moecompile::experts` (passes/fuse.py), which read parameters that
   `moecompile::gather_experts` gathers from all ranks of a group. The graph is right as it is, and slow.
-- A block is rewritten if all its sharded parameters are gathered by one group, and nothing but casts, transpositions
-  and copies of single experts lies between. What every rank has whole (biases, say) is cut to this rank's part.
+- A block is rewritten if all its sharded parameters are gathered by one group, nothing writes them, and nothing but
+  casts, transpositions and copies of single experts lies between. What every rank has whole (biases, say) is cut to
+  this rank's part.
 - The result is the same sum over a token's experts, divided by ranks: each rank's part is rounded once to the result's
   dtype, and the parts are summed in float32, in the order of ranks. Gradients likewise.
 - All ranks rewrite the same blocks, whatever each of them has found: they agree on it.
@@ -34,7 +35,7 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
-from moecompile.passes.calls import bind
+from moecompile.passes.calls import bind, writes
 from moecompile.passes.casts import Kept, call_for, key_of
 from moecompile.passes.provenance import input_name, module_of, source_of
 from moecompile.passes.spelling import operation_name
@@ -97,7 +98,8 @@ exchange: the capacity of those that all ranks exchange."""
 def share_gathers(graph: fx.Graph) -> bool:
     """Makes one of several nodes that gather the same parameter: models read parameters more than once.
 
-    Contract: nothing between them writes the parameter; where something does, they stay apart.
+    Contract: nothing between them writes the parameter; where something does, they stay apart. Who writes what was
+    gathered writes it for all that read it later in the same forward, as eagerly.
 
     Returns:
         whether there are any.
@@ -173,6 +175,9 @@ class _Block:
         if len(self.groups) > 1:
             return f"its parameters are spread over different groups of ranks: {sorted(map(str, self.groups))}"
         offsets = self._given["offsets"]
+        for gather in self._sharded.values():
+            if gather is not None and _is_written(gather):
+                return f"{_name_of(gather)}, gathered from all ranks, is written in the graph"
         if self.groups and (offsets.target is not operator.getitem or offsets.args[0].target is not ops.plan.default):
             return "nobody knows where its plan comes from"
         return ""
@@ -325,6 +330,22 @@ def _is_local_part(node: fx.Node) -> bool:
 
 
 def _is_written(node: fx.Node) -> bool:
-    """Whether the graph writes a sharded parameter."""
-    calls = [bind(user) for user in node.users]
-    return any(call is not None and call.inplace for call in calls)
+    """Whether the graph writes a tensor, or what is made of it before experts or a gather read it: it may be a view."""
+    made = {node}
+    waiting = [*node.users]
+    while waiting:
+        user = waiting.pop()
+        if user in made or user.target in (GATHER, ops.experts.default):
+            continue
+        if writes(user) and _target_of(user) in (*made, None):
+            return True
+        made.add(user)
+        waiting += user.users
+    return False
+
+
+def _target_of(node: fx.Node) -> fx.Node | None:
+    """What an operation in place writes, its first argument; None if that is not all, or not known."""
+    call = bind(node)
+    first = node.args[0] if node.args else None
+    return first if call is not None and call.inplace and isinstance(first, fx.Node) else None
