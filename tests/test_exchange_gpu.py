@@ -68,6 +68,7 @@ class Ranks:
         One step of all ranks after the other, so that no kernel waits for what has not been launched: PyTorch's
         allocator and the loading of kernels may wait for the device.
         """
+        torch.cuda.synchronize()  # what they bring was made on another stream
         steps = [self.steps(memory, mine) for memory, mine in zip(self.every, brings, strict=True)]
         found: list[tuple[Tensor, ...]] = []
         for _ in range(STEPS):
