@@ -21,7 +21,7 @@ from torch import distributed
 
 from moecompile import ranks as moecompile_ranks
 
-PATIENCE = timedelta(seconds=20)
+PATIENCE = timedelta(seconds=60)
 
 
 def run_on_ranks(
