@@ -15,7 +15,7 @@ from typing import Any
 from torch import distributed
 
 from moecompile import ranks
-from moecompile.passes.expert_parallel import Group
+from moecompile.passes.expert_parallel import NOT_FOUND, Group
 from moecompile.passes.near_misses import UNKNOWN_TOKENS
 from moecompile.runtime.sharded import process_group
 
@@ -28,7 +28,6 @@ _agreed: dict[tuple[str, str], dict[str, int]] = {}
 """By group and parameters: blocks that exchange, and their capacity."""
 _shared: dict[tuple[str, str], dict[str, str]] = {}
 """By group and graph: blocks whose model exchanges, and why they are left alone."""
-NOT_FOUND = "not all ranks found it"
 
 
 def agree(

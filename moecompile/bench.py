@@ -94,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         "well FP8 learns (bench accuracy --help)",
     )
     parser.add_argument(
-        "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"experts: sections, of {','.join(SECTIONS)}"
+        "--only",
+        type=some_of(SECTIONS),
+        default=SECTIONS,
+        metavar="NAMES",
+        help=f"experts: sections, of {','.join(SECTIONS)}",
     )
     parser.add_argument(
         "--layers", type=_positives, default=LAYERS, metavar="N,N", help=f"model: layers (default: {_joined(LAYERS)})"
@@ -103,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sequence", type=positive, metavar="N", help=f"model: tokens of a sequence (default: {SEQUENCE})"
     )
     parser.add_argument(
-        "--shapes", type=_split, default=(), metavar="NAMES", help=f"sizes, of {','.join(_names('cuda'))}"
+        "--shapes", type=split, default=(), metavar="NAMES", help=f"sizes, of {','.join(_names('cuda'))}"
     )
     parser.add_argument("--rounds", type=positive, metavar="N", help=f"turns of each contender (default: {ROUNDS})")
     parser.add_argument("--quick", action="store_true", help=f"fewer sizes, {QUICK_ROUNDS} turns: a first look")
@@ -113,19 +117,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _split(text: str) -> tuple[str, ...]:
+def split(text: str) -> tuple[str, ...]:
+    """An argument of the command line that is names with commas between."""
     return tuple(part for part in text.split(",") if part)
 
 
-def _sections(text: str) -> tuple[str, ...]:
-    sections = _split(text)
-    if not sections or not set(sections) <= set(SECTIONS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
-    return sections
+def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argument of the command line that is one or more of these names."""
+
+    def parsed(text: str) -> tuple[str, ...]:
+        names = split(text)
+        if not names or not set(names) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
+        return names
+
+    return parsed
 
 
 def _positives(text: str) -> tuple[int, ...]:
-    return tuple(map(positive, _split(text)))
+    return tuple(map(positive, split(text)))
 
 
 def _joined(numbers: Sequence[int]) -> str:

@@ -79,9 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     names = ",".join(shape.name for shape in BLOCKS)
     parser.add_argument("--ranks", type=bench.positive, metavar="N", help="processes to start (default: one a GPU)")
     parser.add_argument(
-        "--only", type=_sections, default=SECTIONS, metavar="NAMES", help=f"sections, of {','.join(SECTIONS)}"
+        "--only",
+        type=bench.some_of(SECTIONS),
+        default=SECTIONS,
+        metavar="NAMES",
+        help=f"sections, of {','.join(SECTIONS)}",
     )
-    parser.add_argument("--shapes", type=_split, default=(), metavar="NAMES", help=f"blocks, of {names}")
+    parser.add_argument("--shapes", type=bench.split, default=(), metavar="NAMES", help=f"blocks, of {names}")
     parser.add_argument(
         "--rounds", type=bench.positive, metavar="N", help=f"turns of each contender (default: {bench.ROUNDS})"
     )
@@ -96,17 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=argparse.SUPPRESS)
     return parser
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
-
-
-def _sections(text: str) -> tuple[str, ...]:
-    sections = _split(text)
-    if not sections or not set(sections) <= set(SECTIONS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
-    return sections
 
 
 def _missing(chosen: argparse.Namespace) -> str:

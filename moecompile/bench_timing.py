@@ -120,6 +120,17 @@ class Timer(Protocol):
         ...
 
 
+def _issued(calls: Sequence[Call], start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    """Issues the calls between two events; milliseconds of the host."""
+    start.record()
+    begun = time.perf_counter()
+    for call in calls:
+        call()
+    host = 1000 * (time.perf_counter() - begun)
+    end.record()
+    return host
+
+
 @dataclass
 class CudaTimer:
     """The current CUDA device's clock.
@@ -149,12 +160,7 @@ class CudaTimer:
         torch.cuda._sleep(int(self.lead.get(name, 1.0) * CYCLES))
         if before is not None:
             before()
-        start.record()
-        begun = time.perf_counter()
-        for call in calls:
-            call()
-        host = 1000 * (time.perf_counter() - begun)
-        end.record()
+        host = _issued(calls, start, end)
         ahead = not start.query()
         end.synchronize()
         return Timing(start.elapsed_time(end) / len(calls), host / len(calls), ahead)
@@ -167,12 +173,7 @@ class CudaTimer:
         """Times all calls between two events."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        start.record()
-        begun = time.perf_counter()
-        for call in calls:
-            call()
-        host = 1000 * (time.perf_counter() - begun)
-        end.record()
+        host = _issued(calls, start, end)
         end.synchronize()
         return Timing(start.elapsed_time(end) / len(calls), host / len(calls))
 

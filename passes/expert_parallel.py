@@ -88,6 +88,7 @@ class Travel:
     patience: float
 
 
+NOT_FOUND = "not all ranks found it"
 TURNS = SLOTS_USED // 2
 """Blocks whose exchanges may be in flight at once."""
 Agree = Callable[[Group, Sequence[str], Mapping[str, Any]], Mapping[str, int]]
@@ -143,7 +144,7 @@ def exchange_tokens(graph: fx.Graph, agree: Agree, travel: Travel) -> tuple[list
             if name in capacities:
                 done.append(block.exchange(capacities[name], len(done) % TURNS, travel))
             else:
-                kept.append(Kept(block.module, "not all ranks found it"))
+                kept.append(Kept(block.module, NOT_FOUND))
     for node in reversed(graph.find_nodes(op="call_function", target=GATHER)):
         if not node.users:
             graph.erase_node(node)
@@ -325,8 +326,9 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _is_local_part(node: fx.Node) -> bool:
     """Whether the node is a DTensor's `to_local`: a method, or in torch 2.11 a function that Dynamo makes for it."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name == ("to_local" if node.op == "call_method" else "prim_to_local")
+    if node.op == "call_method":
+        return node.target == "to_local"
+    return getattr(node.target, "__name__", "") == "prim_to_local"
 
 
 def _is_written(node: fx.Node) -> bool:

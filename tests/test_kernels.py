@@ -282,23 +282,24 @@ READING = [each for each in WITHOUT_PRODUCTS if isinstance(each, ExchangeReceive
 IN_TURN = [each for each in WITHOUT_PRODUCTS if each not in READING]
 
 
+def turns_of(instance: Instance) -> tuple[list[str], int, int, list[int]]:
+    """A kernel's operations; which of them waits for earlier grids, which lets the next begin, which touch memory."""
+    names = [name for name, _ in sass.machine(instance).operations]
+    (waits,), (lets,) = ([i for i, name in enumerate(names) if name == kind] for kind in ("ACQBULK", "PREEXIT"))
+    return names, waits, lets, [i for i, name in enumerate(names) if name.startswith(MEMORY)]
+
+
 @pytest.mark.parametrize("instance", IN_TURN, ids=lambda instance: instance.template)
 def test_nothing_is_read_before_earlier_grids_are_done(instance: Instance) -> None:
     """Nor written; and then the next grid is let begin, not before."""
-    made = sass.machine(instance)
-    names = [name for name, _ in made.operations]
-    (waits,), (lets,) = ([i for i, name in enumerate(names) if name == kind] for kind in ("ACQBULK", "PREEXIT"))
-    touches = [i for i, name in enumerate(names) if name.startswith(MEMORY)]
+    _, waits, lets, touches = turns_of(instance)
     assert waits < lets and waits < min(touches)
 
 
 @pytest.mark.parametrize("instance", READING, ids=lambda instance: instance.template)
 def test_grids_that_begin_early_end_after_earlier_ones(instance: Instance) -> None:
     """And read nothing that the L1 cache may have held before: addresses of memory alone, which never change."""
-    made = sass.machine(instance)
-    names = [name for name, _ in made.operations]
-    (waits,), (lets,) = ([i for i, name in enumerate(names) if name == kind] for kind in ("ACQBULK", "PREEXIT"))
-    touches = [i for i, name in enumerate(names) if name.startswith(MEMORY)]
+    names, waits, lets, touches = turns_of(instance)
     assert max(touches) < waits < lets
     loads = [name for name in names if name.startswith("LDG")]
     assert all("STRONG" in name or name == "LDG.E.64.CONSTANT" for name in loads), set(loads)
