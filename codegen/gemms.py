@@ -150,6 +150,9 @@ class GroupedGemm:
         overhang: how many rows beyond whole pairs of tiles may go along with the last pair; 0, 32 or 64, of 16 bits and
             for clusters of two.
         dispatches: whether the rows are tokens', which the kernel dispatches itself.
+        records: whether some of these tokens came from other ranks, and lie where those have written them.
+        taken: whether blocks take tiles when they are free, so that some may begin late, and leave those of an expert's
+            rows that are another launch's.
         whole: whether all rows are of one group, and the host knows how many they are.
         epilogue: what becomes of the products.
     """
@@ -162,6 +165,8 @@ class GroupedGemm:
     over_rows: bool = False
     overhang: int = 0
     dispatches: bool = False
+    records: bool = False
+    taken: bool = False
     whole: bool = False
     epilogue: Plain | Turned | Added | Activated | ActivationBackward = Plain()
 
@@ -172,7 +177,7 @@ class GroupedGemm:
         """What profilers call it."""
         over_rows, dispatching = "_over_rows" * self.over_rows, "_dispatching" * self.dispatches
         kind = "gemm" if self.whole else "grouped_gemm"
-        return f"moecompile_{kind}{over_rows}{self.epilogue.suffix}{dispatching}"
+        return f"moecompile_{kind}{over_rows}{self.epilogue.suffix}{dispatching}{'_taken' * self.taken}"
 
     @property
     def definitions(self) -> str:
@@ -183,8 +188,10 @@ class GroupedGemm:
     def template(self) -> str:
         """The C++ type."""
         given = (self.columns, self.stages, self.cluster, self.transposed, self.over_rows, self.overhang)
-        feed = (instantiation("Dispatched", self.quantized),) if self.dispatches else ("Whole",) * self.whole
-        return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self), *feed)
+        source = ("Records",) * self.records
+        feed = instantiation("Dispatched", self.quantized, *source) if self.dispatches else "Given"
+        last = (feed, self.taken) if self.taken or self.dispatches else ("Whole",) * self.whole
+        return instantiation("GroupedGemm", INPUTS[self.input], *given, self.epilogue.template(self), *last)
 
     @property
     def quantized(self) -> bool:

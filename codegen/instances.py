@@ -307,6 +307,26 @@ class ExchangeReceive:
 
 
 @dataclass(frozen=True)
+class ExchangeJoin:
+    """The rows of a rank's own assignments, which two launches have computed.
+
+    Attributes:
+        ids: dtype of the expert ids, one of IDS.
+    """
+
+    ids: str
+
+    header: ClassVar[str] = "exchange_join.cuh"
+    name: ClassVar[str] = "moecompile_exchange_join"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("ExchangeJoin", IDS[self.ids])
+
+
+@dataclass(frozen=True)
 class ExchangeHome:
     """Rows that came back from other ranks, summed into tokens.
 

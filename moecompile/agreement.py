@@ -31,22 +31,24 @@ _shared: dict[tuple[str, str], dict[str, str]] = {}
 
 
 def agree(
-    group: Group, parameters: Sequence[str], tokens: Mapping[str, Any], asked: Mapping[str, int | None], why: str
-) -> dict[str, int]:
+    group: Group, parameters: Sequence[str], tokens: Mapping[str, Any], asked: Mapping[str, int | str | None], why: str,
+    inference: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """The capacity of each block that all ranks exchange.
 
     Args:
         group: of ranks that share experts.
         parameters: of the group, in the graph that is being compiled.
         tokens: of each block that this rank has found: a number, or a symbol.
-        asked: options that all ranks have to be given alike: `ep_capacity`, `ep_sms`.
+        asked: options that all ranks have to be given alike, `ep_capacity` among them.
         why: this rank has not found others, if it has not.
+        inference: whether nobody calls the graph's backward: what is agreed on for such graphs holds for no others.
 
     Raises:
         DisagreementError: a rank has more tokens than agreed, or nobody knows how many there will be; options differ;
             not all ranks compile, or this one does not find what the ranks agreed on before.
     """
-    key = group.name, " ".join(parameters)
+    key = group.name, " ".join((*parameters, *["for inference"] * inference))
     if key not in _agreed:
         _agreed[key] = _meet(group, key, tokens, asked)
     found = _agreed[key]
@@ -107,9 +109,7 @@ def members(group: Group) -> list[int]:
     return found
 
 
-def _meet(
-    group: Group, key: tuple[str, str], tokens: Mapping[str, Any], asked: Mapping[str, int | None]
-) -> dict[str, int]:
+def _meet(group: Group, key: tuple[str, str], tokens: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, int]:
     mine = {name: count if isinstance(count, int) else None for name, count in tokens.items()}
     word = json.dumps({"tokens": mine, "asked": dict(asked)})
     notes = [json.loads(each) for each in _words_of_all(group, key, word)]

@@ -29,6 +29,7 @@ from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions, Wishes
 from moecompile.passes.expert_parallel import Exchanged, Group, Travel, exchange_tokens, share_gathers
 from moecompile.passes.fuse import fuse
+from moecompile.passes.hide import hide_exchanges
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast, modules_of, purposes_of
 from moecompile.passes.printer import count_changes, op_counts
@@ -60,6 +61,7 @@ class Piece:
         uncast: the body as it was before that, where it is to be compared.
         exchanged: blocks whose tokens are exchanged between ranks.
         gathered: blocks whose experts are gathered instead, and why.
+        hidden: how many exchanges are hidden behind the experts.
         changed: whether some pass rewrote it.
     """
 
@@ -74,6 +76,7 @@ class Piece:
     differentiable: bool = True
     exchanged: tuple[Exchanged, ...] = ()
     gathered: tuple[Kept, ...] = ()
+    hidden: int = 0
     changed: bool = False
 
 
@@ -110,8 +113,15 @@ def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
     travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience)
-    asked = {"ep_capacity": options.ep_capacity, "ep_sms": travel.sms}
-    done, kept = exchange_tokens(piece.module.graph, partial(agree, asked=asked, why=why), travel)
+    asked = {
+        "ep_capacity": options.ep_capacity,
+        "ep_sms": travel.sms,
+        "precision": options.precision,  # what travels in inference
+        "disable": ", ".join(name for name in ("precision", "hide") if name in options.disable),
+    }
+    inference = not piece.differentiable
+    agreed = partial(agree, asked=asked, why=why, inference=inference)
+    done, kept = exchange_tokens(piece.module.graph, agreed, travel)
     piece.exchanged, piece.gathered = tuple(done), tuple(kept)
     piece.changed |= bool(done)
 
@@ -128,6 +138,13 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
         layers = tuple(Layer(row, places[before], after) for row, before, after in table.replaced)
         plans = graph.find_nodes(op="call_function", target=torch.ops.moecompile.plan.default)
         piece.uncast = Uncast(piece.module, uncast, layers, tuple((places[plan], plan) for plan in plans))
+
+
+def hide(piece: Piece, _: Options) -> None:
+    """Hides exchanges behind the experts, where nobody calls a backward."""
+    if not piece.differentiable:
+        piece.hidden = hide_exchanges(piece.module.graph)
+        piece.changed |= piece.hidden > 0
 
 
 def _kernels(options: Options) -> str | None:
@@ -147,6 +164,7 @@ PASSES: dict[str, Callable[[Piece, Options], None]] = {
     "fuse": fuse_sites,
     "exchange": exchange,
     "precision": cast_to_fp8,
+    "hide": hide,
 }
 
 
@@ -173,6 +191,8 @@ def run_passes(
                 _find_purposes(gm, pieces)  # of blocks that are still whole
             if name == "exchange" and not sharded and not any(site.spread for piece in pieces for site in piece.sites):
                 continue
+            if name == "hide" and (options.fp8_compare or not any(piece.exchanged for piece in pieces)):
+                continue
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")
                 if name == "precision":
@@ -188,7 +208,7 @@ def run_passes(
     record.casts = tuple(row for piece in pieces for row in piece.casts)
     remark(record, options, modules)
     for piece in pieces:
-        remark_on_ranks(record, piece.module, piece.exchanged, piece.gathered)
+        remark_on_ranks(record, piece.module, piece.exchanged, piece.gathered, piece.hidden)
     record.after = text_of(gm)
     return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
 

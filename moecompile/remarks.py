@@ -54,13 +54,15 @@ def remark_on_wishes(record: GraphReport, options: Options, exclusions: Exclusio
 
 
 def remark_on_ranks(
-    record: GraphReport, module: fx.GraphModule, exchanged: Sequence[Exchanged], gathered: Sequence[Kept]
+    record: GraphReport, module: fx.GraphModule, exchanged: Sequence[Exchanged], gathered: Sequence[Kept], hidden: int
 ) -> None:
-    """On experts that are spread over ranks: whose tokens are exchanged, and who gathers them instead."""
+    """On experts that are spread over ranks: whose tokens are exchanged, how, and who gathers them instead."""
     for group, capacity in dict.fromkeys((each.group, each.capacity) for each in exchanged):
         blocks = [each.module for each in exchanged if (each.group, each.capacity) == (group, capacity)]
         words = f"{group.ranks} ranks share the experts of {listed(each or 'the function' for each in blocks)}"
         record.notes.append(f"{words}, and exchange tokens, at most {capacity} of each rank")
+    if hidden:
+        record.notes.append(f"{hidden} of {len(exchanged)} exchanges are hidden behind the experts")
     for kept in gathered:
         warn(record, f"experts of {kept.module or 'the function'} are gathered from all ranks: {kept.reason}")
     for name, readers in gathers_left(module.graph).items():
@@ -105,10 +107,12 @@ def _say_if_dequantised(modules: Iterable[fx.GraphModule], record: GraphReport) 
         warn(record, f"{words} ({input_name(read[0])}, for one); what precision='fp8' casts is read as it is")
 
 
+EXPERTS_IN_FP8 = (torch.ops.moecompile.experts_fp8.default, torch.ops.moecompile.exchanged_experts.default)
+"""The latter where it has quantised matrices."""
 _TAKE_FP8 = (
     torch.ops.moecompile.quantize_weights.default,
     torch.ops.moecompile.linear_fp8.default,
-    torch.ops.moecompile.experts_fp8.default,
+    *EXPERTS_IN_FP8,
     torch.stack,
 )
 
@@ -129,7 +133,9 @@ def _say_if_emulated(modules: Iterable[fx.GraphModule], record: GraphReport) -> 
 
 def _multiplied(graph: fx.Graph) -> Iterator[tuple[torch.device, torch.dtype]]:
     """Where matrices are multiplied in FP8, and what dtype the rows have."""
-    for target in (torch.ops.moecompile.linear_fp8.default, torch.ops.moecompile.experts_fp8.default):
+    for target in (torch.ops.moecompile.linear_fp8.default, *EXPERTS_IN_FP8):
         for node in graph.find_nodes(op="call_function", target=target):
+            if not node.kwargs.get("quantized", True):
+                continue
             rows = fake_of(node.args[0])
             yield rows.device, rows.dtype

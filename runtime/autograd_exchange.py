@@ -187,3 +187,20 @@ gather_experts = _linear("gather_experts", torch.ops.moecompile.scatter_gradient
 scatter_gradient = _linear("scatter_gradient", _gathered)
 own_experts = _linear("own_experts", torch.ops.moecompile.among_others)
 among_others = _linear("among_others", torch.ops.moecompile.own_experts)
+
+
+def exchanged_experts(*args: Any, **attributes: Any) -> Tensor:
+    """The operator above autograd: it has no derivative.
+
+    Raises:
+        RuntimeError: one is asked for.
+    """
+    tensors = [each for each in (*args, *attributes.get("quantized", ())) if isinstance(each, Tensor)]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        raise RuntimeError(
+            "moecompile::exchanged_experts has no derivative: the graph was compiled for inference, under "
+            "torch.no_grad(). Compile the model with gradients enabled, or disable the pass `hide`"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        found: Tensor = torch.ops.moecompile.exchanged_experts(*args, **attributes)
+    return found

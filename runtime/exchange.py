@@ -119,7 +119,7 @@ def dispatch_start(
         that stands for the exchange.
     """
     _check_rows(x, sent, "dispatch_start")
-    memory = _memory(x, expert_ids, weights, ranks, group, capacity)
+    memory = memory_for(x, expert_ids, weights, ranks, group, capacity)
     if memory is not None:
         rows = Rows.of(x, expert_ids, weights)
         into = rows.room(sent.shape[0])
@@ -159,7 +159,7 @@ def dispatch_wait(
         rows, ids, weights and came; what was not sent has one dimension and no elements.
     """
     here = experts_here(num_experts, ranks, "dispatch_wait")
-    if memory := _memory(x, expert_ids, given, ranks, group, capacity):
+    if memory := memory_for(x, expert_ids, given, ranks, group, capacity):
         own, into, came = _begun(memory, slot, "dispatch_start")
         hopper_exchange.receive(Exchange(memory, slot, capacity, sms, patience), own, sent, into, came, here)
         return (*_results(x, into), came)
@@ -188,7 +188,7 @@ def combine_start(
     Returns:
         handles, for `combine_wait` alone, the second of one dimension for None; and a token for the exchange.
     """
-    memory = _memory(y, None, weights, ranks, group, capacity)
+    memory = memory_for(y, None, weights, ranks, group, capacity)
     if memory is not None:
         rows = Rows.of(y.contiguous(), None, weights)
         memory.begun[slot] = rows, rows.room(home.shape[0])
@@ -225,7 +225,7 @@ def combine_wait(
     Returns:
         (T, H) and (T, K), of the dtypes of what came; the latter of one dimension, without elements, if nothing came.
     """
-    if memory := _memory(y, None, weights, ranks, group, capacity):
+    if memory := memory_for(y, None, weights, ranks, group, capacity):
         own, into = _begun(memory, slot, "combine_start")
         hopper_exchange.home(Exchange(memory, slot, capacity, sms, patience), home, own, into)
         sums, _, along = _results(y, into)
@@ -252,7 +252,7 @@ def by_kernels(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int
     return reaches_peers(group, x.device)
 
 
-def _memory(
+def memory_for(
     x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int, group: str, capacity: int
 ) -> PeerMemory | None:
     """What the kernels write to; None if they do not exchange such rows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,19 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda" and usable(device.index)
 
 
+@dataclass(frozen=True)
+class Taking:
+    """How blocks take tiles when they are free (codegen/kernels/tickets.cuh).
+
+    Attributes:
+        taken: one int32, zero when the kernel begins.
+        multiple: of each expert's rows only so many times that many are computed, the first ones; 0 for all.
+    """
+
+    taken: Tensor
+    multiple: int = 0
+
+
 def grouped_gemm(
     a: Tensor,
     b: Tensor,
@@ -64,6 +77,7 @@ def grouped_gemm(
     b_scales: Tensor | None = None,
     instance: GroupedGemm | None = None,
     early: bool = False,
+    taking: Taking | None = None,
 ) -> Tensor:
     """out[r, :] = a[r, :] @ b[e(r)] + bias[e(r)], where expert e has the rows from offsets[e - 1] to offsets[e].
 
@@ -78,6 +92,7 @@ def grouped_gemm(
         instance: the kernel; chosen by the sizes if None.
         early: whether the launch before this one writes neither offsets nor matrices, so that they are read meanwhile:
             what wrote them is done, since that launch has waited for it (`let_next_grid_begin` of kernels/ptx.cuh).
+        taking: how blocks take tiles; None if each has its own.
 
     Returns:
         out.
@@ -86,7 +101,8 @@ def grouped_gemm(
     chosen = instance or choose(a.dtype, rows, experts, n, k, is_transposed(b))
     chosen = with_bias(chosen, bias is not None)
     scales = _mapped(a_scales, (1, ROWS + 4), turned=True) if a_scales is not None else None
-    _launch(chosen, a, (b,), offsets, (experts, k, n), (_written(out), bias), scales, b_scales, early=early)
+    written = (_written(out), bias)
+    _launch(chosen, a, (b,), offsets, (experts, k, n), written, scales, b_scales, early=early, taking=taking)
     return out
 
 
@@ -102,6 +118,7 @@ def activated_gemm(
     order: Tensor | None = None,
     dispatching: Dispatching | None = None,
     early: bool = False,
+    taking: Taking | None = None,
 ) -> None:
     """out = activation(a @ matrices + biases), each row with its expert's; `hidden` gets the rows.
 
@@ -116,18 +133,18 @@ def activated_gemm(
         order: (rows,) int32, the assignment of a row; goes with `weights`.
         dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
         early: as of `grouped_gemm`.
+        taking: likewise.
     """
     (rows, k), (experts, _, n) = a.shape, projection.matrices[0].shape
     chosen = activated_instance(a.dtype, rows, projection, activation, hidden is not None)
-    chosen = replace(chosen, dispatches=dispatching is not None)
     parts = projection.parts(hidden) if hidden is not None else ()
     # where nothing is saved, the kernel takes only the number of columns from these
     targets: list[Value] = [_written(part) for part in parts] or [_columns(n)]
     biases = projection.biases or ()
     _launch(
         chosen, a, projection.matrices, offsets, (experts, k, n),
-        (_written(out), targets[0], targets[-1], *_pair(biases), weights, order), feed=_feed(dispatching, a),
-        early=early,
+        (_written(out), targets[0], targets[-1], *_pair(biases), weights, order), dispatching=dispatching, early=early,
+        taking=taking,
     )  # fmt: skip
 
 
@@ -238,11 +255,6 @@ def _pair(biases: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     return (biases[0], biases[-1]) if biases else (None, None)
 
 
-def _feed(dispatching: Dispatching | None, rows: Tensor, scales: Tensor | None = None) -> tuple[Value, ...]:
-    """`Feed::Arguments` of kernels/feed.cuh."""
-    return (0,) if dispatching is None else dispatching.values(rows, scales)
-
-
 def _launch(
     instance: GroupedGemm,
     a: Tensor,
@@ -250,17 +262,25 @@ def _launch(
     offsets: Tensor | None,
     sizes: tuple[int, int, int],
     epilogue: tuple[Value, ...],
-    scales: bytes | Mapped | None = None,
+    scales: Mapped | None = None,
     b_scales: Tensor | None = None,
     b_scale_pair: int = 0,
-    feed: tuple[Value, ...] = (0,),
+    dispatching: Dispatching | None = None,
     early: bool = False,
+    taking: Taking | None = None,
 ) -> None:
-    """Launches the kernel.
+    """Launches the kernel; of the instance it is left to the arguments how rows come, and tiles.
 
     `sizes` are the experts, the columns of a and those of the schedule. b_scales are (E, blocks of N, blocks of K); a
     second matrix begins `b_scale_pair` blocks after the first.
     """
+    feed: tuple[Value, ...] = (a.shape[0] if instance.whole else 0,)
+    if dispatching is not None:
+        feed = dispatching.values(a, None if scales is None else scales.tensor)
+        instance = replace(instance, dispatches=True, records=dispatching.records)
+    if taking is not None:
+        instance = replace(instance, taken=True)
+    tiles = (0, None) if taking is None else (taking.multiple, taking.taken)
     columns = LINE // a.element_size()
     loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
     boxes = [
@@ -273,5 +293,5 @@ def _launch(
     maps = (_mapped(a, box), boxes[0], boxes[-1], along)
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
-    values = (*maps, scales or bytes(128), offsets, b_scales, *sizes, *grid, b_scale_pair, int(early), *feed, *epilogue)
-    Launch(kernel, blocks, values).run()
+    more = (*sizes, *grid, b_scale_pair, int(early), *tiles, *feed, *epilogue)
+    Launch(kernel, blocks, (*maps, scales or bytes(128), offsets, b_scales, *more)).run()

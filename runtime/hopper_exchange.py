@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import IDS, ExchangeHome, ExchangePlan, ExchangeReceive, ExchangeSend
+from moecompile.codegen.instances import IDS, ExchangeHome, ExchangeJoin, ExchangePlan, ExchangeReceive, ExchangeSend
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.launch import Kernel, Launch, Value, load
+from moecompile.runtime.launch import Beginning, Kernel, Launch, Value, load
 from moecompile.runtime.peer_memory import CHANNELS_OF_AN_SM, PATIENCE, RANKS, SMS, PeerMemory, room_for
 
 RING = 54 * 1024
@@ -157,13 +157,21 @@ class Exchange:
         where = (memory.rank, memory.ranks, self.slot, memory.room // 16, self.capacity, pitch)
         return (memory.bases, memory.told, *where, self.sms * CHANNELS_OF_AN_SM, milliseconds)
 
+    def records(self, pitch: int) -> Tensor:
+        """What has come from all ranks and stays where it is: (ranks * capacity, pitch) bytes."""
+        memory, rows = self.memory, self.memory.ranks * self.capacity
+        return memory.rows(self.slot)[: rows * pitch].view(rows, pitch)
+
     def readers(self, kernel: Kernel, rows: int) -> int:
         """Blocks that read so many rows, each of whose warps reads one at a time."""
         each = kernel.threads // 32
         return max(1, min(-(-rows // each), self.memory.readers or READERS * kernel.multiprocessors))
 
 
-def send(exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None) -> None:
+def send(
+    exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None, *, read: int = -1,
+    beginning: Beginning | None = None,
+) -> None:  # fmt: skip
     """Writes rows into the memory of the other ranks that are to have them, and says so.
 
     Args:
@@ -171,13 +179,15 @@ def send(exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | Non
         rows: N = T, or ranks * capacity where `sent` is None.
         sent: of `plan`, or None: the first `came` of each rank's rows go back to it.
         came: (ranks,) int32.
+        read: the slot of another exchange whose rows `take` has left where they were, and nobody reads any more.
+        beginning: of the launch.
     """
     kernel = load(ExchangeSend(rows.id_type), rows.values.device.index)
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, came, rows.ids, rows.weights, rows.row_bytes, rows.line_bytes,
-        rows.top_k, rows.weight_bytes,
+        rows.top_k, rows.weight_bytes, read,
     )  # fmt: skip
-    Launch(kernel, exchange.sms, values).run()
+    Launch(kernel, exchange.sms, values, beginning).run()
 
 
 def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int) -> None:
@@ -194,26 +204,84 @@ def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tens
     kernel = load(ExchangeReceive(rows.id_type), rows.values.device.index)
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids, into.weights,
-        came, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
+        came, None, None, 0, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
     )  # fmt: skip
     Launch(kernel, exchange.readers(kernel, exchange.capacity), values).run()
 
 
-def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
+def take(
+    exchange: Exchange, rows: Rows, sent: Tensor, into: tuple[Tensor, Tensor | None], came: Tensor,
+    own: tuple[Tensor, Tensor], multiple: int,
+) -> None:  # fmt: skip
+    """Waits for what came, and puts all but the rows where it is to be: these stay in the memory (`Exchange.records`).
+
+    It does not begin before the kernels before it have ended: it would keep multiprocessors from others meanwhile.
+
+    Args:
+        exchange: of this rank.
+        rows: what this rank sends, with ids.
+        sent: of `plan`.
+        into: room for ids and weights of ranks * capacity rows.
+        came: (ranks,) int32; how many rows came from each.
+        own: offsets (E,) and slots (T, K) of a plan of this rank's own assignments to experts of its own.
+        multiple: of each expert's rows there the first so many times that many are left out: they have no expert here.
+    """
+    kernel, (offsets, slots) = load(ExchangeReceive(rows.id_type), rows.values.device.index), own
+    values = (
+        *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, None, *into, came, slots, offsets,
+        multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
+    )  # fmt: skip
+    Launch(kernel, exchange.readers(kernel, exchange.capacity), values, Beginning(early=False)).run()
+
+
+def join(
+    exchange: Exchange,
+    ids: Tensor,
+    places: Tensor,
+    own: tuple[Tensor, Tensor],
+    others: Tensor,
+    first: int,
+    multiple: int,
+) -> Tensor:
+    """The rows of this rank's own assignments to experts of its own, which are in the one or the other of two plans.
+
+    Args:
+        exchange: of this rank.
+        ids: (T, K).
+        places: `home` of `plan`, (T, ranks).
+        own: offsets (E,) and slots (T, K) of the one, which has of each expert the first so many times `multiple`.
+        others: slots (ranks * capacity, K) of the other.
+        first: where rows of the other begin.
+        multiple: as of `take`.
+
+    Returns:
+        (T, K) int32; -1 for assignments to other ranks' experts, or to none.
+    """
+    ids, (offsets, slots) = _conformed(ids), own
+    kernel = load(ExchangeJoin(dtype_name(ids.dtype)), ids.device.index)
+    joint, memory = torch.empty_like(slots), exchange.memory
+    blocks = max(1, min(-(-slots.numel() // kernel.threads), kernel.multiprocessors))
+    sizes = (slots.numel(), slots.shape[1], memory.rank, memory.ranks, exchange.capacity, offsets.shape[0])
+    Launch(kernel, blocks, (ids, places, slots, offsets, others, joint, *sizes, first, multiple)).run()
+    return joint
+
+
+def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows, by_token: bool = False) -> None:
     """Sums what came back for each token, and what travelled with it.
 
     Args:
         exchange: of this rank.
         places: `home` of `plan`, (T, ranks).
-        rows: what this rank sends, contiguous.
+        rows: what this rank sends, contiguous; or of each token what it adds itself, (T, H).
         into: room for T of them, allocated before they were sent: the kernel begins early.
+        by_token: whether it is the latter.
     """
     dtypes = [dtype_name(each.dtype) for each in (rows.values, rows.values if rows.weights is None else rows.weights)]
     kernel = load(ExchangeHome(*dtypes), rows.values.device.index)
     tokens, columns = into.values.shape
     values = (
         *exchange.peers(rows.pitch), places, rows.values, rows.weights, into.values, into.weights, tokens, columns,
-        rows.top_k,
+        rows.top_k, int(by_token),
     )  # fmt: skip
     Launch(kernel, exchange.readers(kernel, tokens), values).run()
 

@@ -11,8 +11,8 @@ from moecompile.codegen.gemms import Activated, ActivationBackward, Added, Group
 from moecompile.runtime.hopper import (
     OUT_BOX,
     ROWS,
+    Taking,
     _columns,
-    _feed,
     _launch,
     _mapped,
     _pair,
@@ -30,8 +30,9 @@ TURNED_BOX = (1, 64, 16)  # of a transposed result, written at once
 
 
 def product(
-    a: QuantizedRows, b: Matrices, offsets: Tensor | None, out: Tensor, bias: Tensor | None = None, early: bool = False
-) -> Tensor:
+    a: QuantizedRows, b: Matrices, offsets: Tensor | None, out: Tensor, bias: Tensor | None = None, early: bool = False,
+    taking: Taking | None = None,
+) -> Tensor:  # fmt: skip
     """out[r, :] = a[r, :] @ b[e(r)].T + bias[e(r)].
 
     Args:
@@ -41,15 +42,16 @@ def product(
         out: (R, columns) bfloat16, contiguous; rows beyond offsets[-1] are left as they are.
         bias: (E, columns) bfloat16, contiguous, or None.
         early: as of `moecompile.runtime.hopper.grouped_gemm`.
+        taking: likewise.
 
     Returns:
         out.
     """
     n = out.shape[1]
     instance = product_instance(n, bias is not None, whole=offsets is None)
-    sizes, feed = (b.values.shape[0], a.values.shape[1], n), (a.values.shape[0] if offsets is None else 0,)
+    sizes = (b.values.shape[0], a.values.shape[1], n)
     written, matrices = (_written(out), bias), (b.values.mT,)
-    _launch(instance, a.values, matrices, offsets, sizes, written, _scales(a), b.scales, feed=feed, early=early)
+    _launch(instance, a.values, matrices, offsets, sizes, written, _scales(a), b.scales, early=early, taking=taking)
     return out
 
 
@@ -68,6 +70,7 @@ def activated(
     dispatching: Dispatching | None = None,
     early: bool = False,
     scale_format: str = POWER_OF_TWO,
+    taking: Taking | None = None,
 ) -> None:
     """out = activation(a @ b.T + bias), quantised, and the rows themselves into `hidden`.
 
@@ -85,12 +88,12 @@ def activated(
         dispatching: the tokens whose rows `a` is to be filled with; None if they are there.
         early: as of `moecompile.runtime.hopper.grouped_gemm`.
         scale_format: of `out`; that of `hidden` is powers of two.
+        taking: as of `moecompile.runtime.hopper.grouped_gemm`.
     """
     columns = out.values.shape[1]
     halves = b.values.split(columns, 1)
     gate_up = "halves" if len(halves) == 2 else "single"
-    saves, dispatches = hidden is not None, dispatching is not None
-    instance = activated_instance(activation, gate_up, saves, bool(biases), dispatches, scale_format)
+    instance = activated_instance(activation, gate_up, hidden is not None, bool(biases), scale_format=scale_format)
     sizes = (b.values.shape[0], a.values.shape[1], features)
     _launch(
         instance, a.values, tuple(half.mT for half in halves), offsets, sizes,
@@ -99,7 +102,7 @@ def activated(
             out.scales, hidden.scales if hidden else None, *_pair(biases), weights, order,
             out.scales.shape[1], features, columns,
         ),
-        _scales(a), b.scales, columns // 128, _feed(dispatching, a.values, a.scales), early,
+        _scales(a), b.scales, columns // 128, dispatching, early, taking,
     )  # fmt: skip
 
 
@@ -140,7 +143,7 @@ def activation_backward(
     """
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
-    instance = backward_instance(activation, gate_up, scales is not None, dispatching is not None, scale_format)
+    instance = backward_instance(activation, gate_up, scales is not None, scale_format=scale_format)
     of_hidden = hidden
     if not in_place:
         of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
@@ -155,7 +158,7 @@ def activation_backward(
             hidden.scales, of_hidden.scales, scaled.scales, of_weight, weights, scales, order,
             rows, hidden.scales.shape[1], features, columns,
         ),
-        _scales(of_out), b.scales, feed=_feed(dispatching, of_out.values, of_out.scales),
+        _scales(of_out), b.scales, dispatching=dispatching,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 

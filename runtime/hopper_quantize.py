@@ -133,7 +133,8 @@ def quantize_rows(
         x: (T, H), bfloat16 or float16, contiguous; H is a multiple of 16.
         slots: (T, K) int32, contiguous; nothing is written where it is -1. None if tokens are rows.
         rows: (R, H), written; None if nobody wants them.
-        tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written; None if nobody wants them.
+        tokens: values (T, H) e4m3 and scales (T, ceil(H / 128)) float32, written, lines contiguous; None if nobody
+            wants them.
         scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
     """
     kernel = load(QuantizeRows(dtype_name(x.dtype), scale_format), x.device.index)
@@ -142,7 +143,8 @@ def quantize_rows(
     pitch = row_scales.shape[1] if row_scales is not None else 0
     warps = x.shape[0] * -(-x.shape[1] // 1024)
     blocks = max(1, min(-(-warps * 32 // kernel.threads), 32 * kernel.multiprocessors))
-    sizes = (x.shape[0], 1 if slots is None else slots.shape[1], x.shape[1], pitch)
+    lines = (0, 0) if tokens is None else (tokens[0].stride(0), tokens[1].stride(0))
+    sizes = (x.shape[0], 1 if slots is None else slots.shape[1], x.shape[1], pitch, *lines)
     Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *sizes)).run()
 
 

@@ -25,13 +25,17 @@ def takes_plan(num_experts: int) -> bool:
     return num_experts <= PLAN_EXPERTS[-1]
 
 
-def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plan(
+    expert_ids: Tensor, num_experts: int, first: int = 0, among: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts, offsets, slots and order of `moecompile::plan`, in one launch or two.
 
     Args:
         expert_ids: (T, K) of any integer dtype; -1 for an assignment without an expert. Any other id outside
-            [0, num_experts) is a device-side assertion.
+            [0, among) is a device-side assertion.
         num_experts: at most the last of PLAN_EXPERTS.
+        first: of these experts among all that the ids speak of. Assignments to others have no row.
+        among: how many those are; `num_experts` if None.
     """
     ids = _conformed(expert_ids)
     chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
@@ -42,13 +46,12 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     def empty(*size: int) -> Tensor:
         return ids.new_empty(size, dtype=torch.int32)
 
-    block_counts = None
+    block_counts, of = None, (assignments, num_experts, first, num_experts if among is None else among)
     if blocks > 1:
         block_counts, count = empty(blocks, num_experts), load(Plan("count", *chosen), ids.device.index)
-        Launch(count, blocks, (ids, block_counts, assignments, num_experts)).run()
+        Launch(count, blocks, (ids, block_counts, *of)).run()
     counts, offsets, slots, order = made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(assignments)
-    values = (ids, block_counts, counts, offsets, slots, order, assignments, num_experts)
-    Launch(place, blocks, values).run()
+    Launch(place, blocks, (ids, block_counts, counts, offsets, slots, order, *of)).run()
     return made
 
 
@@ -85,39 +88,44 @@ def is_beside(rows: int, columns: int, item: int) -> bool:
     return BESIDE <= rows * columns * item < 16 << 32
 
 
+def words_of_progress(rows: int) -> int:
+    """What a GEMM that dispatches so many rows counts in."""
+    return 1 + -(-rows // COUNTED)
+
+
 @dataclass(frozen=True)
 class Dispatching:
     """Tokens whose rows a grouped GEMM dispatches itself, while it multiplies (codegen/kernels/feed.cuh).
 
     Attributes:
-        x: (T, K), contiguous.
-        scales: (T, ceil(K / 128)) float32, contiguous, of tokens in e4m3; None of others.
+        source: `Source::Arguments` of the kernel: where the tokens are.
         order: (R,) int32, the assignment of a row.
         top_k: assignments of a token.
         progress: int32, zeros when the kernel begins, which counts the rows taken, and of each COUNTED those written.
+        records: whether the tokens are `Records`, some of which came from other ranks.
     """
 
-    x: Tensor
-    scales: Tensor | None
+    source: tuple[Value, ...]
     order: Tensor
     top_k: int
     progress: Tensor
+    records: bool = False
 
     @classmethod
     def of(cls, x: Tensor, scales: Tensor | None, order: Tensor, top_k: int) -> Dispatching:
-        """The same, with what the kernel counts in, made and cleared."""
-        progress = x.new_zeros(1 + -(-order.shape[0] // COUNTED), dtype=torch.int32)
-        return cls(x, scales, order, top_k, progress)
+        """Those of a tensor (T, K), contiguous, and of its scales (T, ceil(K / 128)) float32 if it is in e4m3.
+
+        What the kernel counts in is made and cleared.
+        """
+        return cls((x, scales), order, top_k, x.new_zeros(words_of_progress(order.shape[0]), dtype=torch.int32))
 
     def values(self, rows: Tensor, scales: Tensor | None) -> tuple[Value, ...]:
         """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""
         pieces = rows.shape[1] * rows.element_size() // 16
-        blocks, pitch = scales.shape if scales is not None else (0, 0)
+        blocks, pitch = (scales.shape[0], scales.stride(0)) if scales is not None else (0, 0)
         if rows.shape[0] * pieces >= 1 << 32:
             raise ValueError(f"rows {tuple(rows.shape)} are too many to be counted in 32 bits: dispatch them before")
-        return (
-            self.x, rows, self.scales, scales, self.order, self.progress, self.top_k, pieces, blocks, pitch,
-        )  # fmt: skip
+        return (*self.source, rows, scales, self.order, self.progress, self.top_k, pieces, blocks, pitch)
 
 
 def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, out: Tensor) -> Tensor:

@@ -18,6 +18,7 @@
     exchange_plan(expert_ids, num_experts, ranks, capacity) -> (sent, home)
     dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights, came) has
     combine_start(y, weights, came, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) has
+    exchanged_experts(x, expert_ids, weights, sent, home, w_in, w_out, ...) -> result
     gather_experts(local, ranks, group, mean) -> whole
     scatter_gradient(grad, ranks, group, mean) -> local
     own_experts(whole, ranks, group) -> local
@@ -98,6 +99,9 @@ FP8 = f"{ARGUMENTS}, {FORMAT}"
 FP8_WITHOUT_X = f"{WITHOUT_X}, {FORMAT}"
 EXCHANGE = "int ranks, str group, int capacity, int slot, int sms, float patience"
 PLANNED = "Tensor sent, Tensor home"
+EXCHANGED = ARGUMENTS.replace("Tensor offsets, Tensor slots, Tensor order", PLANNED).replace(
+    "Tensor? weights", "Tensor expert_ids, Tensor? weights", 1
+)
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
@@ -128,6 +132,7 @@ SCHEMAS = (
     "-> (Tensor back, Tensor of_weights, Tensor token)",
     f"combine_wait(Tensor back, Tensor of_weights, Tensor token, Tensor y, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
     "-> (Tensor result, Tensor weights)",
+    f"exchanged_experts({EXCHANGED}, {FORMAT}, int num_experts, {EXCHANGE}, Tensor[] quantized) -> Tensor",
     "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
     "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",
     "own_experts(Tensor whole, *, int ranks, str group) -> Tensor",
@@ -144,6 +149,7 @@ ROOMS = {
     ),
     "linear_fp8": ("quantize", "quantize_gradient", "along_tokens", "scaled_mm", "linear_fp8"),
     "exchange": ("exchange_plan", "dispatch_start", "dispatch_wait", "combine_start", "combine_wait"),
+    "exchanged": ("exchanged_experts",),
     "sharded": ("gather_experts", "scatter_gradient", "own_experts", "among_others"),
 }
 """The module that computes an operator, and its fake."""
@@ -152,6 +158,7 @@ ABOVE = {
     "fp8_experts": "autograd",
     "linear_fp8": "autograd_linear",
     "exchange": "autograd_exchange",
+    "exchanged": "autograd_exchange",
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""

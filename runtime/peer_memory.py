@@ -62,6 +62,10 @@ class PeerMemory:
         """Of the group."""
         return self.bases.shape[0]
 
+    def rows(self, slot: int) -> Tensor:
+        """This rank's room for rows in that slot, bytes."""
+        return self.own[WORDS + slot * self.room :][: self.room]
+
     def failure(self) -> str:
         """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
         word = int(self.told[0])

@@ -19,6 +19,7 @@ struct Consumer {
     static constexpr i32 ROWS = Gemm::ROWS, LINE = Gemm::LINE, K_TILE = Gemm::K_TILE, PARTS = Gemm::PARTS;
     static constexpr i32 OVERHANG = Gemm::OVERHANG;
     static constexpr bool SCALED = Gemm::SCALED, A_MN = Gemm::A_MN, B_MN = Gemm::B_MN, OVER_ROWS = Gemm::OVER_ROWS;
+    static constexpr bool TAKEN = Gemm::TAKEN;
     // FP8 gradients of matrices are faster written at once (docs/perf.md).
     static constexpr bool LATER = !(SCALED && OVER_ROWS);
 
@@ -84,11 +85,13 @@ struct Consumer {
         Operands operands(shared, group);
         Waiting waiting;
         i32 count = TOLD ? uniform(shared.tile_count) : 0;
-        for (i32 number = blockIdx.x / CLUSTER; number < (TOLD ? count : shared.tile_count); number += gridDim.x / CLUSTER) {
+        for (i32 number = blockIdx.x / CLUSTER; TAKEN || number < (TOLD ? count : shared.tile_count);
+             number += gridDim.x / CLUSTER) {
             float total[COLUMNS / 2];
             if (UNIFORM) stage = uniform(stage), parity = uniform(parity);
             ptx::barrier_wait(&shared.full[stage], parity);
             Tile tile = read(shared.tiles[stage], arguments);
+            if (TAKEN && tile.expert < 0) break;
             if (!OVER_ROWS && tile.row + i32(group) * 64 >= tile.row_end || Epilogue::ADDS && tile.k_begin >= tile.k_end) {
                 waiting.write(boxes, arguments);
                 pass(shared, tile, stage, parity);

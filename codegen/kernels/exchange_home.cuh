@@ -38,11 +38,12 @@ struct ExchangeHome {
     struct Arguments {
         Peers peers;
         const i32* home;                             // (tokens, ranks): the place of a token on each rank, -1 where it has none
-        const typename Result::Element* own;         // (ranks * capacity, columns): what this rank sends
+        const typename Result::Element* own;         // (ranks * capacity, columns): what this rank sends, or
         const typename Weight::Element* own_weights; // (ranks * capacity, top_k), or null
         typename Result::Element* out;               // (tokens, columns)
         typename Weight::Element* weights;           // (tokens, top_k), or null
         i32 tokens, columns, top_k;
+        i32 by_token;                                // (tokens, columns): of its tokens what it adds itself
     };
     struct Shared {
         const u8* rows[WARPS][RANKS];  // of a warp's token, by rank, or null
@@ -72,7 +73,7 @@ struct ExchangeHome {
                 sum(arguments, rows, token, __int_as_float(0x7fffffff));
         }
         __syncthreads();
-        if (threadIdx.x == 0) peers.done_reading(exchange);
+        if (threadIdx.x == 0) peers.done_reading();
         ptx::take_turn();  // whoever waits for this grid waits for those before it, too
     }
 
@@ -84,12 +85,16 @@ struct ExchangeHome {
             i32 place = __ldcg(arguments.home + i64(token) * peers.ranks + rank);
             const u8* row = nullptr;
             if (place >= 0 && rank == peers.rank)
-                row = reinterpret_cast<const u8*>(arguments.own + (i64(rank) * peers.capacity + place) * arguments.columns);
+                row = reinterpret_cast<const u8*>(arguments.own + own_line(arguments, token, place) * arguments.columns);
             else if (place >= 0 && peers.wait_for_row(rank, place, exchange, Step::HOME) == Row::HERE)
                 row = peers.record(peers.rank, rank, place);
             rows[rank] = row;
         }
         __syncwarp();
+    }
+
+    static __device__ __forceinline__ i64 own_line(const Arguments& arguments, i32 token, i32 place) {
+        return arguments.by_token ? token : i64(arguments.peers.rank) * arguments.peers.capacity + place;
     }
 
     // By a warp: what its rows add to that.

@@ -1,10 +1,19 @@
 // This rank's own rows, and those that came from the others, out of the memory that these write to, which they may write to
 // again. A row is copied as soon as it is there. Rows of places where nothing came are not written, and have no expert.
 //
+// Or all but the rows, which stay where they are until somebody says that they have been read (exchange_send.cuh).
+//
 // The grid begins while rows are still being sent, by the kernel before it (exchange_send.cuh): it writes only what was
 // allocated before that one, and ends after it.
 #pragma once
 #include "peer.cuh"
+
+// Whether the row of an assignment, -1 if it has none, is among its expert's first so many times `multiple`.
+__device__ __forceinline__ bool is_whole(i32 slot, i32 expert, const i32* offsets, i32 multiple) {
+    if (slot < 0) return false;
+    i32 begin = expert ? __ldcg(offsets + expert - 1) : 0, rows = __ldcg(offsets + expert) - begin;
+    return slot - begin < rows - rows % multiple;
+}
 
 template <typename Id>
 struct ExchangeReceive {
@@ -16,10 +25,13 @@ struct ExchangeReceive {
         const i32* sent;           // (ranks, capacity): the line for each place, -1 behind the last
         const Id* own_ids;         // (tokens, top_k), or null
         const u8* own_weights;     // (tokens, top_k) of `weight` bytes, 2 or 4, or null
-        uint4* rows;               // (ranks * capacity, pieces) of 16 bytes
+        uint4* rows;               // (ranks * capacity, pieces) of 16 bytes; null if they stay
         i32* ids;                  // (ranks * capacity, top_k), counted from this rank's first; or null
         u8* weights;               // (ranks * capacity, top_k) of `weight` bytes; or null
         i32* came;                 // (ranks,): how many rows came from each
+        const i32* own_slots;      // (tokens, top_k): the rows of this rank's own assignments to experts of its own; or null.
+        const i32* own_offsets;    // (experts,): of each expert the first so many times `multiple` of them are somebody else's,
+        i32 multiple;              // and have no expert here
         i32 line, pieces, top_k, weight, experts;  // experts of each rank
     };
     struct Shared {
@@ -38,7 +50,7 @@ struct ExchangeReceive {
         }
         for (i32 from = first; from < peers.ranks; from += warps) count(arguments, from, exchange);
         __syncthreads();
-        if (threadIdx.x == 0) peers.done_reading(exchange);
+        if (threadIdx.x == 0 && arguments.rows) peers.done_reading();
         ptx::take_turn();  // whoever waits for this grid waits for those before it, too
     }
 
@@ -47,10 +59,17 @@ struct ExchangeReceive {
         const Peers& peers = arguments.peers;
         i32 token = __ldcg(arguments.sent + i64(peers.rank) * peers.capacity + place), lane = threadIdx.x % 32;
         i64 row = i64(peers.rank) * peers.capacity + place, at = i64(token) * arguments.top_k + lane;
-        if (token >= 0) copy(arguments, row, arguments.x + i64(token) * arguments.line);
+        if (token >= 0 && arguments.rows) copy(arguments, row, arguments.x + i64(token) * arguments.line);
         if (lane >= arguments.top_k) return;
-        if (arguments.ids) put_id(arguments, row, token < 0 ? -1 : i32(__ldcg(arguments.own_ids + at)));
+        if (arguments.ids) put_id(arguments, row, token < 0 ? -1 : left(arguments, at, i32(__ldcg(arguments.own_ids + at))));
         if (arguments.weights) put_weight(arguments, row, token < 0 ? nullptr : arguments.own_weights + at * arguments.weight);
+    }
+
+    // The expert of one of this rank's own assignments, or -1 if that is somebody else's.
+    static __device__ __forceinline__ i32 left(const Arguments& arguments, i64 assignment, i32 id) {
+        if (!arguments.own_slots) return id;
+        i32 slot = __ldcg(arguments.own_slots + assignment), expert = id - arguments.peers.rank * arguments.experts;
+        return is_whole(slot, expert, arguments.own_offsets, arguments.multiple) ? -1 : id;
     }
 
     static __device__ __forceinline__ void take(const Arguments& arguments, i32 from, i32 place, u32 exchange) {
@@ -61,9 +80,9 @@ struct ExchangeReceive {
         Row found = Row::NONE;
         if (lane == 0) found = peers.wait_for_row(from, place, exchange, Step::RECEIVE);
         found = Row(__shfl_sync(~0u, i32(found), 0));
-        if (found == Row::HERE) copy(arguments, row, record);
+        if (found == Row::HERE && arguments.rows) copy(arguments, row, record);
         constexpr i32 N = NOT_A_NUMBER;
-        for (i32 piece = lane; found == Row::LOST && piece < arguments.pieces; piece += 32)
+        for (i32 piece = lane; found == Row::LOST && arguments.rows && piece < arguments.pieces; piece += 32)
             arguments.rows[row * arguments.pieces + piece] = make_uint4(N, N, N, N);
         if (lane >= arguments.top_k) return;
         const u8* behind = record + 16 * arguments.pieces;

@@ -19,6 +19,9 @@
 // Rows need not be there when the kernel begins: it may dispatch them itself (feed.cuh), by the three warps beside the
 // producer's, of which one may fill the ring for the first time before.
 //
+// Tiles have numbers, of which a cluster's blocks have every so-manieth, or (TAKEN) the next whenever they are free
+// (tickets.cuh): then blocks may begin late, and an expert's rows beyond a multiple may be another launch's.
+//
 // A persistent block is a producer warp (producer.cuh), which moves tiles into a ring of stages in shared memory by bulk
 // tensor copies, and two consumer warpgroups (consumer.cuh), each of which multiplies 64 rows of the tile and writes them
 // out on its own. Two blocks of a cluster take neighbouring row tiles of one expert and share its matrix: each loads half of
@@ -34,16 +37,17 @@
 #include "kernel.cuh"
 #include "producer.cuh"
 #include "schedule.cuh"
+#include "tickets.cuh"
 #include "wgmma.cuh"
 
 template <typename Input_, i32 COLUMNS_, i32 STAGES_, i32 CLUSTER_, bool B_MN_, bool OVER_ROWS_, i32 OVERHANG_, typename Epilogue_,
-          typename Feed_ = Given>
+          typename Feed_ = Given, bool TAKEN_ = false>
 struct GroupedGemm {
     using Input = Input_;
     using Epilogue = Epilogue_;
     using Feed = Feed_;
     static constexpr i32 COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_, OVERHANG = OVERHANG_;
-    static constexpr bool B_MN = B_MN_, OVER_ROWS = OVER_ROWS_;
+    static constexpr bool B_MN = B_MN_, OVER_ROWS = OVER_ROWS_, TAKEN = TAKEN_;
     static constexpr i32 CONSUMERS = 2, BOX_ROWS = 64, ROWS = BOX_ROWS * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
     static constexpr i32 BLOCKS = CLUSTER;
     static constexpr i32 LINE = 128;                     // bytes of a line of a stage: one swizzle atom
@@ -52,7 +56,7 @@ struct GroupedGemm {
     static constexpr bool SCALED = Input::SCALED, A_MN = OVER_ROWS && !SCALED;
     static constexpr bool PAIRED = Epilogue::PAIRED;
     // Who fills the ring before the producer may needs registers that not every epilogue leaves.
-    static constexpr bool EARLY = Epilogue::REGISTERS <= 216 && !OVER_ROWS;
+    static constexpr bool EARLY = Epilogue::REGISTERS <= 216 && !OVER_ROWS && !TAKEN;
     static constexpr i32 BOX = PAIRED && CLUSTER == 1 ? COLUMNS / 2 : SHARE;  // columns that are loaded at once
     static constexpr i32 WIDTH = PAIRED ? COLUMNS / 2 : COLUMNS;  // of a tile, in what the schedule counts
     // A bulk copy without swizzle begins at a multiple of 16 bytes, a tile at any row: up to three scales before it come too.
@@ -71,7 +75,7 @@ struct GroupedGemm {
 
     template <bool over_rows, bool whole>
     struct ScheduleOf {
-        using Type = RowSchedule<ROWS, WIDTH, CLUSTER, OVERHANG>;
+        using Type = RowSchedule<ROWS, WIDTH, CLUSTER, OVERHANG, TAKEN>;
     };
     template <>
     struct ScheduleOf<true, false> {
@@ -82,6 +86,8 @@ struct GroupedGemm {
         using Type = WholeSchedule<ROWS, WIDTH, CLUSTER>;
     };
     using Schedule = typename ScheduleOf<OVER_ROWS, Feed::WHOLE>::Type;
+    using Tickets = ::Tickets<TAKEN, CLUSTER, STAGES>;
+    static_assert(!TAKEN || !OVER_ROWS && !Feed::WHOLE, "tiles are taken of rows by expert");
 
     struct Arguments {
         TensorMap a;          // boxes of BOX_ROWS x K_TILE, or of K_TILE x BOX_ROWS if A_MN
@@ -91,7 +97,9 @@ struct GroupedGemm {
         const i32* offsets;     // null if all rows are of one group
         const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
-        i32 early;  // whether offsets, b and its scales were there before the grid before this one began
+        i32 early;     // whether offsets, b and its scales were there before the grid before this one began
+        i32 multiple;  // TAKEN: of each expert's rows only so many times that many, the first ones; 0 for all
+        u32* taken;    // TAKEN: zero at first
         typename Feed::Arguments feed;
         typename Epilogue::Arguments epilogue;
     };
@@ -105,6 +113,7 @@ struct GroupedGemm {
         Tile tiles[STAGES];  // of the stage that is a tile's first
         u64 full[STAGES], empty[STAGES];
         typename Epilogue::Shared epilogue;
+        typename Tickets::Shared tickets;
         i32 tile_count;
         i32 reached;  // a row of the tile that the producer is at
     };
@@ -113,7 +122,7 @@ struct GroupedGemm {
         if constexpr (Feed::WHOLE)
             return Schedule(arguments.feed.rows, arguments.a_columns, arguments.n);
         else
-            return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n);
+            return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n, arguments.multiple);
     }
 
     static __device__ __forceinline__ void run(const Arguments& arguments) {
@@ -126,6 +135,7 @@ struct GroupedGemm {
                 ptx::barrier_init(&shared.empty[i], CONSUMERS * 4 * CLUSTER);
             }
             Epilogue::prepare(shared.epilogue);
+            if (TAKEN) Tickets::prepare(shared.tickets);
             shared.reached = 0;
             ptx::barrier_init_fence();
             ptx::prefetch_map(&arguments.a);

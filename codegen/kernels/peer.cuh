@@ -90,7 +90,9 @@ struct Peers {
     }
 
     // By one thread of each block of a kernel that reads rows, when the block is done.
-    __device__ __forceinline__ void done_reading(u32 exchange) const;
+    __device__ __forceinline__ void done_reading() const;
+    // By one thread alone, when kernels that were before its own have read all of the next exchange in that slot.
+    __device__ __forceinline__ void tell_all_read(i32 of) const;
 };
 
 // The number of the exchange that a kernel takes part in, counted by `counter`.
@@ -106,10 +108,13 @@ __device__ __forceinline__ bool is_last_block(u32 (&counter)[2]) {
     return last;
 }
 
-__device__ __forceinline__ void Peers::done_reading(u32 exchange) const {
-    u32(&ended)[2] = words(rank).ended[slot];
-    if (!is_last_block(ended)) return;
+__device__ __forceinline__ void Peers::done_reading() const {
+    if (is_last_block(words(rank).ended[slot])) tell_all_read(slot);
+}
+
+__device__ __forceinline__ void Peers::tell_all_read(i32 of) const {
+    u32(&ended)[2] = words(rank).ended[of], exchange = exchange_of(ended);
     ended[0] = exchange;
     ptx::fence_system();
-    for (i32 other = 0; other < ranks; other++) ptx::store_release_system(&words(other).taken[slot][rank], exchange);
+    for (i32 other = 0; other < ranks; other++) ptx::store_release_system(&words(other).taken[of][rank], exchange);
 }

@@ -10,11 +10,12 @@ struct Producer {
     using Arguments = typename Gemm::Arguments;
     using Schedule = typename Gemm::Schedule;
     using Feed = typename Gemm::Feed;
+    using Tickets = typename Gemm::Tickets;
     static constexpr i32 COLUMNS = Gemm::COLUMNS, STAGES = Gemm::STAGES, CLUSTER = Gemm::CLUSTER, CONSUMERS = Gemm::CONSUMERS;
     static constexpr i32 ROWS = Gemm::ROWS, BOX_ROWS = Gemm::BOX_ROWS, LINE = Gemm::LINE, K_TILE = Gemm::K_TILE;
     static constexpr i32 SHARE = Gemm::SHARE, BOX = Gemm::BOX, WIDTH = Gemm::WIDTH, PARTS = Gemm::PARTS, SCALES = Gemm::SCALES;
     static constexpr bool SCALED = Gemm::SCALED, A_MN = Gemm::A_MN, B_MN = Gemm::B_MN, OVER_ROWS = Gemm::OVER_ROWS;
-    static constexpr bool PAIRED = Gemm::PAIRED;
+    static constexpr bool PAIRED = Gemm::PAIRED, TAKEN = Gemm::TAKEN;
     static constexpr i32 OVERHANG = Gemm::OVERHANG;
 
     // ---- the producer warp: all lanes walk together, one of them copies
@@ -26,13 +27,27 @@ struct Producer {
         i32 filled = Gemm::starts_early(arguments) ? stages_filled_first(arguments) : 0, stage = filled % STAGES;
         u32 parity = filled < STAGES;
         ptx::wait_for_earlier_grids();
-        for (i32 number = blockIdx.x / CLUSTER; number < shared.tile_count; number += gridDim.x / CLUSTER) {
+        i32 turn = 0, number = blockIdx.x / CLUSTER;
+        if (TAKEN) number = Tickets::get(shared.tickets, Tickets::ask(arguments.taken, rank), turn++, rank);
+        while (number < shared.tile_count) {
+            u32 asked = TAKEN ? Tickets::ask(arguments.taken, rank) : 0;
             Tile tile = own(schedule.find(number), rank);
             if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, tile.row);
             Feed::wait(arguments.feed, tile.row, rows_end(tile), rows);
-            fill(shared, arguments, tile, rank, stage, parity, number == i32(blockIdx.x) / CLUSTER ? filled * K_TILE : 0);
+            bool first = !TAKEN && number == i32(blockIdx.x) / CLUSTER;
+            fill(shared, arguments, tile, rank, stage, parity, first ? filled * K_TILE : 0);
+            number = TAKEN ? Tickets::get(shared.tickets, asked, turn++, rank) : number + gridDim.x / CLUSTER;
         }
+        if (TAKEN) end(shared, stage, parity);
         if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, 0x7fffffff);  // the rows left are other blocks'
+    }
+
+    // A stage without anything, for consumers that do not know how many tiles there are for them.
+    static __device__ __forceinline__ void end(Shared& shared, i32 stage, u32 parity) {
+        ptx::barrier_wait(&shared.empty[stage], parity);
+        if (!ptx::elect()) return;
+        shared.tiles[stage] = Tile{-1};
+        ptx::barrier_arrive(&shared.full[stage]);
     }
 
     // A block's part of what a cluster has a number for.

@@ -36,6 +36,17 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Writes a word to the same place of another block of the cluster, whose barrier counts the bytes.
+__device__ __forceinline__ void store_at(i32* to, u32 value, u64* barrier, u32 rank) {
+    asm volatile(
+        "{\n.reg .b32 place, remote;\n"
+        "mapa.shared::cluster.u32 place, %0, %3;\n"
+        "mapa.shared::cluster.u32 remote, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [place], %1, [remote];\n}" ::"r"(shared_address(to)),
+        "r"(value), "r"(shared_address(barrier)), "r"(rank)
+        : "memory");
+}
+
 // ---- warps
 
 // True in one lane of a warp that has come together.

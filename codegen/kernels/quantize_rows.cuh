@@ -17,9 +17,9 @@ struct QuantizeRows {
         const i32* slots;     // (tokens, top_k); -1 for an assignment without an expert. Null if tokens are rows
         u8* rows;             // (rows, columns); null if they are not wanted
         float* row_scales;    // (blocks, pitch)
-        u8* values;           // (tokens, columns); null if they are not wanted
-        float* scales;        // (tokens, blocks)
-        i32 tokens, top_k, columns, pitch;
+        u8* values;           // (tokens, columns), lines of `line` bytes; null if they are not wanted
+        float* scales;        // (tokens, blocks), lines of `scale_line` numbers
+        i32 tokens, top_k, columns, pitch, line, scale_line;
     };
     struct Shared {
         u32 unused;
@@ -36,13 +36,14 @@ struct QuantizeRows {
 #pragma unroll
             for (i32 piece = 0; piece < PIECES; piece++)
                 quantize(arguments, token, first + piece * 32 * OWN, values[piece], scales[piece]);
-            i64 blocks = (arguments.columns + fp8::BLOCK - 1) / fp8::BLOCK;
             if (arguments.values)
-                write(arguments, arguments.values, token, arguments.scales + token * blocks, 1, first, values, scales);
+                write(arguments, arguments.values + i64(token) * arguments.line,
+                      arguments.scales + i64(token) * arguments.scale_line, 1, first, values, scales);
             for (i32 k = 0; arguments.rows && k < arguments.top_k; k++) {
                 i32 slot = arguments.slots ? __ldg(arguments.slots + i64(token) * arguments.top_k + k) : token;
                 if (slot < 0) continue;
-                write(arguments, arguments.rows, slot, arguments.row_scales + slot, arguments.pitch, first, values, scales);
+                write(arguments, arguments.rows + i64(slot) * arguments.columns, arguments.row_scales + slot, arguments.pitch,
+                      first, values, scales);
             }
         }
     }
@@ -63,13 +64,13 @@ struct QuantizeRows {
         scale = found.value;
     }
 
-    static __device__ __forceinline__ void write(const Arguments& arguments, u8* rows, i64 row, float* scales, i64 step,
-                                                 i32 first, const uint4 (&values)[PIECES], const float (&found)[PIECES]) {
+    static __device__ __forceinline__ void write(const Arguments& arguments, u8* row, float* scales, i64 step, i32 first,
+                                                 const uint4 (&values)[PIECES], const float (&found)[PIECES]) {
 #pragma unroll
         for (i32 piece = 0; piece < PIECES; piece++) {
             i32 column = first + piece * 32 * OWN;
             if (column >= arguments.columns) continue;
-            *reinterpret_cast<uint4*>(rows + row * arguments.columns + column) = values[piece];
+            *reinterpret_cast<uint4*>(row + column) = values[piece];
             if (column % fp8::BLOCK == 0) scales[column / fp8::BLOCK * step] = found[piece];
         }
     }

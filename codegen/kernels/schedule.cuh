@@ -35,16 +35,17 @@ __device__ __forceinline__ void in_bands(i32 local, i32 rows, i32 columns, i32& 
 // With CLUSTER 2, what has a number is the two tiles of a cluster: two row tiles, or, where an odd one is left, that one
 // with two column tiles. Up to OVERHANG rows beyond an expert's last whole pair have no tile of their own: that pair takes
 // them along.
-template <i32 ROWS, i32 COLUMNS, i32 CLUSTER, i32 OVERHANG>
+template <i32 ROWS, i32 COLUMNS, i32 CLUSTER, i32 OVERHANG, bool PARTLY = false>
 struct RowSchedule {
     const i32* offsets;
-    i32 experts, k, columns, lane;
+    i32 experts, k, columns, multiple, lane;
     i32 first = 0;         // of the 32 experts
     i32 before = 0;        // tiles before theirs
     i32 begin, end, last;  // this lane's expert: its rows, its last tile and one
 
-    __device__ __forceinline__ RowSchedule(const i32* offsets, i32 experts, i32 k, i32 n)
-        : offsets(offsets), experts(experts), k(k), columns((n + COLUMNS - 1) / COLUMNS), lane(threadIdx.x % 32) {
+    // PARTLY: of an expert's rows only the first so many times `multiple`, if that is not 0.
+    __device__ __forceinline__ RowSchedule(const i32* offsets, i32 experts, i32 k, i32 n, i32 multiple)
+        : offsets(offsets), experts(experts), k(k), columns((n + COLUMNS - 1) / COLUMNS), multiple(multiple), lane(threadIdx.x % 32) {
         load();
     }
 
@@ -70,6 +71,7 @@ struct RowSchedule {
         bool real = expert < experts;
         end = real ? __ldcg(offsets + expert) : 0;  // maybe before earlier grids are done (ptx.cuh)
         begin = real && expert ? __ldcg(offsets + expert - 1) : 0;
+        if (PARTLY && multiple) end -= (end - begin) % multiple;
         last = tiles(end - begin);
         for (i32 step = 1; step < 32; step *= 2) {
             i32 other = __shfl_up_sync(~0u, last, step);
@@ -140,7 +142,7 @@ struct MatrixSchedule {
     const i32* offsets;
     i32 experts, m, rows, columns;
 
-    __device__ __forceinline__ MatrixSchedule(const i32* offsets, i32 experts, i32 m, i32 n)
+    __device__ __forceinline__ MatrixSchedule(const i32* offsets, i32 experts, i32 m, i32 n, i32)
         : offsets(offsets), experts(experts), m(m), rows((m + ROWS - 1) / ROWS), columns((n + COLUMNS - 1) / COLUMNS) {}
 
     __device__ __forceinline__ i32 count() { return experts * rows * columns; }

@@ -1,0 +1,154 @@
+"""Hide the exchange of tokens behind the experts, where nobody calls a backward.
+
+Contract
+- On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
+  this rank (in FP8 or not), combine.
+- The block becomes one operator, if there are so many tokens that its kernels hide anything (`exchanged.hides`). That
+  follows from what the ranks have agreed on: all rewrite it, or none.
+- A block of which something else reads a part stays, as does what is not exactly such a block.
+
+    rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
+    y = experts(rows, row_weights, *plan(ids, E / R), w_in, w_out)
+    result, _ = combine_wait(*combine_start(y, came, sent, home), y, sent, home)
+        becomes result = exchanged_experts(*tokens, w_in, w_out, ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import fake_of
+from moecompile.passes.casts import call_for, key_of
+from moecompile.runtime.contract import TENSORS
+from moecompile.runtime.exchanged import OF_EXCHANGE, hides
+
+ops = torch.ops.moecompile
+EXPERTS = (ops.experts.default, ops.experts_fp8.default)
+ABOUT_GRADIENTS = ("recompute", "held")
+"""Attributes of the experts that say nothing where there are none."""
+
+
+def hide_exchanges(graph: fx.Graph) -> int:
+    """Rewrite the graph in place; returns how many blocks were rewritten. The caller recompiles the GraphModule.
+
+    Args:
+        graph: of Dynamo's; nobody calls its backward.
+    """
+    found = [
+        block
+        for node in graph.find_nodes(op="call_function", target=ops.combine_wait.default)
+        if (block := _block(node))
+    ]
+    for block in found:
+        block.replace()
+    return len(found)
+
+
+class _Block:
+    """The nodes of a block, from the last to the first."""
+
+    def __init__(self, wait: fx.Node) -> None:
+        self.combined = wait
+        self.sent_back = _maker(wait.args[0], ops.combine_start.default)
+        self.experts = _maker(self.sent_back.args[0], *EXPERTS)
+        self.came = _maker(self.experts.args[0], ops.dispatch_wait.default)
+        self.planned = _maker(_part_of(self.experts.args[2]), ops.plan.default)
+        self.sent = _maker(self.came.args[0], ops.dispatch_start.default)
+
+    def is_whole(self) -> bool:
+        """Whether these are all of it, each reads what it should, and nobody else reads anything."""
+        x, ids, weights, sent, home = self.sent.args
+        rows, row_ids, row_weights, came = _parts(self.came, 4)
+        there, back = _travel(self.sent), _travel(self.sent_back)
+        kwargs: Any = self.came.kwargs
+        reads: list[tuple[fx.Node, list[Any]]] = [
+            (self.came, [*_parts(self.sent, 4), x, ids, weights, sent, home]),
+            (self.planned, [row_ids, kwargs["num_experts"] // there["ranks"]]),
+            (self.experts, [rows, None if weights is None else row_weights, *_parts(self.planned, 4)[1:]]),
+            (self.sent_back, [self.experts, None, came, sent, home]),
+            (self.combined, [*_parts(self.sent_back, 3), self.experts, None, sent, home]),
+        ]
+        alike = all(list(node.args)[: len(wanted)] == wanted for node, wanted in reads)
+        inside = {self.sent, self.came, self.planned, self.experts, self.sent_back, self.combined}
+        users = {
+            user
+            for node in inside - {self.combined}
+            for part in (node, *(each for each in node.users if each.target is operator.getitem))
+            for user in part.users
+            if user.target is not operator.getitem or user.args[0] is not node
+        }
+        result, rest = _parts(self.combined, 2)
+        return (
+            alike
+            and users <= inside
+            and ids is not None
+            and result is not None
+            and (rest is None or not rest.users)
+            and back == {**there, "slot": there["slot"] + 1}
+        )
+
+    def hides(self) -> bool:
+        """Whether there is anything to gain, by what all ranks know."""
+        kwargs: Any = self.came.kwargs
+        ids: Any = self.sent.args[1]
+        top_k = fake_of(ids).shape[1]
+        return isinstance(top_k, int) and hides(kwargs["capacity"], top_k, kwargs["num_experts"])
+
+    def replace(self) -> None:
+        """Puts the operator in the block's place."""
+        experts, result = self.experts, _parts(self.combined, 2)[0]
+        given: dict[str, Any] = {**dict(zip(TENSORS, experts.args, strict=False)), **experts.kwargs}
+        matrices = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
+        keywords = {name: value for name, value in experts.kwargs.items() if name not in TENSORS + ABOUT_GRADIENTS}
+        keywords |= {"num_experts": self.came.kwargs["num_experts"], **_travel(self.sent)}
+        keywords.setdefault("quantized", [])
+        with experts.graph.inserting_before(self.combined):
+            args = (*self.sent.args, *(given.get(name) for name in matrices))
+            made = call_for(experts, ops.exchanged_experts.default, args, keywords)
+        made.meta[key_of(result)] = result.meta[key_of(result)]
+        result.replace_all_uses_with(made)
+        for node in (self.combined, self.sent_back, experts, self.planned, self.came, self.sent):
+            for part in [*node.users]:
+                experts.graph.erase_node(part)
+            experts.graph.erase_node(node)
+
+
+def _block(wait: fx.Node) -> _Block | None:
+    """That ends there, if it is one and is to be rewritten."""
+    try:
+        block = _Block(wait)
+    except _OtherError:
+        return None
+    return block if block.is_whole() and block.hides() else None
+
+
+class _OtherError(Exception):
+    """A node is not what it is in a block."""
+
+
+def _maker(value: Any, *targets: Any) -> fx.Node:
+    """The call of one of these that gives the value, or has it among its results."""
+    node = _part_of(value)
+    if not isinstance(node, fx.Node) or node.target not in targets:
+        raise _OtherError
+    return node
+
+
+def _part_of(value: Any) -> Any:
+    return value.args[0] if isinstance(value, fx.Node) and value.target is operator.getitem else value
+
+
+def _travel(node: fx.Node) -> dict[str, Any]:
+    """How its tokens travel."""
+    given: Any = node.kwargs
+    return {name: given[name] for name in OF_EXCHANGE}
+
+
+def _parts(node: fx.Node, count: int) -> list[Any]:
+    """The nodes of a call's results, None where nobody reads one."""
+    found: dict[Any, fx.Node] = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    return [found.get(number) for number in range(count)]

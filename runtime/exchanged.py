@@ -1,0 +1,110 @@
+"""Experts that are spread over ranks as one operator, from dispatch to combine, for graphs without a backward.
+
+    result = exchanged_experts(x, expert_ids, weights, sent, home, w_in, w_out, ...)
+
+computes what these do, one after the other, to the bit (`moecompile.runtime.exchange` says what each of them does):
+
+    rows, ids, row_weights, came = dispatch(x, expert_ids, weights)
+    y = experts(rows, row_weights, plan(ids), w_in, w_out, ...)        or experts_fp8
+    result = combine(y, came)
+
+Where moecompile's kernels exchange tokens, and tokens are many, the exchange is hidden behind the experts
+(`moecompile.runtime.hopper_exchanged`), and in FP8 it is quantised tokens that travel. All ranks have to do so or none:
+what decides is what they have agreed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moecompile.runtime import exchange, fp8_experts, hopper_exchange, kernels
+from moecompile.runtime.autocast import exact
+from moecompile.runtime.contract import Arguments
+from moecompile.runtime.fp8_contract import check_fp8
+
+OF_EXCHANGE = ("ranks", "group", "capacity", "slot", "sms", "patience")
+HIDES_FROM = 128
+"""Tokens of a rank for each expert, on average, from which the exchange is hidden: a tile's rows. An expert's matrices
+are read twice then, by its own rank's tokens and by the others': with fewer, to read them is what takes the time."""
+
+
+def hides(capacity: int, top_k: int, num_experts: int) -> bool:
+    """Whether an exchange of so many tokens a rank is hidden: the same answer on all ranks."""
+    return capacity * top_k >= HIDES_FROM * num_experts
+
+
+def exchanged_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *matrices: Tensor | None,
+    num_experts: int, quantized: Sequence[Tensor] = (), **attributes: Any,
+) -> Tensor:  # fmt: skip
+    """The result (T, H2).
+
+    Args:
+        x: (T, H).
+        expert_ids: (T, K) integers, of all ranks' experts; -1 means no expert.
+        weights: (T, K) or None.
+        sent: of `exchange_plan`.
+        home: likewise.
+        matrices: w_in, w_out, w_up, b_in, b_up, b_out of this rank's experts, as of `experts`.
+        num_experts: of all ranks.
+        quantized: as of `experts_fp8`; empty for the model's precision.
+        attributes: of the exchange, of which that of the way back has the slot after `slot`; and of the experts.
+    """
+    given = {name: attributes.pop(name) for name in OF_EXCHANGE}
+    ranks, group, capacity = given["ranks"], given["group"], given["capacity"]
+    if hides(capacity, expert_ids.shape[1], num_experts) and x.is_cuda:
+        memory = exchange.memory_for(x, expert_ids, weights, ranks, group, capacity)
+        if memory is not None and attributes.get("kernels") is None:
+            from moecompile.runtime import hopper_exchanged
+
+            there, back = (
+                hopper_exchange.Exchange(memory, given["slot"] + way, capacity, given["sms"], given["patience"])
+                for way in (0, 1)
+            )
+            tokens = hopper_exchanged.Brought(x, expert_ids, weights, sent, home, num_experts)
+            if hopper_exchanged.takes(tokens, there, matrices, quantized, attributes):
+                with exact(x):
+                    return hopper_exchanged.forward(tokens, there, back, matrices, quantized, attributes)
+    return _one_after_the_other(
+        (x, expert_ids, weights, sent, home), matrices, num_experts, quantized, given, attributes
+    )
+
+
+def fake_exchanged_experts(
+    x: Tensor, expert_ids: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *matrices: Tensor | None,
+    num_experts: int, quantized: Sequence[Tensor] = (), **attributes: Any,
+) -> Tensor:  # fmt: skip
+    """Shape and dtype of the result."""
+    here = exchange.experts_here(num_experts, attributes["ranks"], "exchanged_experts")
+    attributes = {name: value for name, value in attributes.items() if name not in OF_EXCHANGE}
+    _, offsets, slots, order = kernels.fake_plan(expert_ids, here)
+    arguments = Arguments(x, weights, offsets, slots, order, *matrices, **attributes)  # type: ignore[arg-type]
+    if quantized:
+        check_fp8(arguments, quantized)
+    else:
+        arguments.check()
+    return x.new_empty((x.shape[0], arguments.out_features), dtype=arguments.dtypes.result)
+
+
+def _one_after_the_other(
+    tokens: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], matrices: Sequence[Tensor | None], num_experts: int,
+    quantized: Sequence[Tensor], travel: dict[str, Any], attributes: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """By the operators that the pass `exchange` writes."""
+    *_, weights, sent, home = tokens
+    begun = exchange.dispatch_start(*tokens, **travel)
+    rows, ids, row_weights, came = exchange.dispatch_wait(*begun, *tokens, num_experts=num_experts, **travel)  # type: ignore[arg-type]
+    _, offsets, slots, order = kernels.plan(ids, num_experts // travel["ranks"])
+    args = (rows, None if weights is None else row_weights, offsets, slots, order, *matrices)
+    if quantized:
+        y = fp8_experts.experts_fp8(*args, quantized=quantized, **attributes)
+    else:
+        attributes.pop("scale_format", None)
+        y = kernels.experts(*args, **attributes)
+    back = {**travel, "slot": travel["slot"] + 1}
+    given = (y, None, came, sent, home)
+    result, _ = exchange.combine_wait(*exchange.combine_start(*given, **back), y, None, sent, home, **back)
+    return result

@@ -1,0 +1,368 @@
+"""Experts between ranks on Hopper GPUs, with the exchange hidden behind their products.
+
+Of this rank's own tokens, the rows of each expert that fill whole tiles (`own`) are multiplied without waiting for
+anybody. The rest of them goes along with what the other ranks send (`others`). Two streams, the second of a higher
+priority:
+
+    this one                                        the other one
+                                                    send tokens                     on few multiprocessors
+    plan(own)
+    GEMM1(own)                                      take ids and weights, plan(others), GEMM1(others), GEMM2(others)
+                                                    sum others' tokens, send them back          likewise
+    GEMM2(own), when these are being sent
+    sum of own tokens, and of what came back
+
+All products take tiles as multiprocessors become free (codegen/kernels/tickets.cuh): those that send, or wait for what
+has not come, delay nothing. No product waits for another rank on the device: so no rank keeps multiprocessors from what
+others wait for. Results are those of one step after the other, to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen.gemms import GroupedGemm
+from moecompile.codegen.instances import Instance
+from moecompile.runtime import (
+    hopper,
+    hopper_exchange,
+    hopper_experts,
+    hopper_fp8,
+    hopper_fp8_gemm,
+    hopper_kernels,
+    hopper_quantize,
+    hopper_routing,
+)
+from moecompile.runtime.contract import Arguments, expression_leaves
+from moecompile.runtime.hopper import Taking
+from moecompile.runtime.hopper_exchange import Exchange, Rows
+from moecompile.runtime.hopper_quantize import QuantizedRows
+from moecompile.runtime.hopper_routing import Dispatching
+from moecompile.runtime.launch import Beginning, Value, driver_call
+from moecompile.runtime.peer_memory import PeerMemory
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
+
+DISABLE_TIMING = 2
+"""CU_EVENT_DISABLE_TIMING: others cannot say when a launch has begun."""
+MULTIPLE = 128
+"""Rows of a tile. Whole ones of an expert's own are multiplied without waiting; the rest fills tiles with others'."""
+
+
+@dataclass(frozen=True)
+class Brought:
+    """This rank's tokens, and where they go.
+
+    Attributes:
+        x: (T, H).
+        ids: (T, K), of all ranks' experts.
+        weights: (T, K) or None.
+        sent: of `exchange_plan`.
+        home: likewise.
+        num_experts: of all ranks.
+    """
+
+    x: Tensor
+    ids: Tensor
+    weights: Tensor | None
+    sent: Tensor
+    home: Tensor
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are multiplied together.
+
+    Attributes:
+        number: 0 for this rank's own, 1 for the others.
+        first: of these among the rows of both parts.
+        count: of them at most.
+        offsets: of their plan.
+        slots: likewise.
+        order: likewise.
+        weights: of their assignments, float32; None if there are none.
+        source: of the tokens, `Records` of codegen/kernels/feed.cuh.
+        progress: of their dispatch, zeros.
+        taken: of GEMM1's and GEMM2's tiles, zeros.
+        multiple: of each expert's rows only so many times that many are multiplied.
+    """
+
+    number: int
+    first: int
+    count: int
+    offsets: Tensor
+    slots: Tensor
+    order: Tensor
+    weights: Tensor | None
+    source: tuple[Value, ...]
+    progress: Tensor
+    taken: tuple[Tensor, Tensor]
+    multiple: int
+
+    @property
+    def rows(self) -> slice:
+        """Among those of both parts."""
+        return slice(self.first, self.first + self.count)
+
+    @property
+    def dispatching(self) -> Dispatching:
+        """Of GEMM1."""
+        return Dispatching(self.source, self.order, self.slots.shape[1], self.progress, records=True)
+
+    def taking(self, product: int) -> Taking:
+        """Of GEMM1 (0) or GEMM2 (1)."""
+        return Taking(self.taken[product], self.multiple)
+
+
+class Sixteen:
+    """Products in the model's precision; tokens travel in it."""
+
+    def __init__(self, args: Arguments, rows: int) -> None:
+        self.args, self.projection = args, hopper_experts._projection(args, biased=True)
+        self.w_out = hopper_experts._out_matrices(args)
+        x = args.x
+        self.rows, self.a = x.new_empty(rows, args.features), x.new_empty(rows, args.intermediate)
+        # a part's rows are not read any more when its results are written
+        self.y = self.rows if args.out_features == args.features else x.new_empty(rows, args.out_features)
+
+    def travelling(self, tokens: Brought) -> Rows:
+        """What is sent."""
+        return Rows.of(tokens.x, tokens.ids, tokens.weights)
+
+    def instances(self) -> list[Instance]:
+        """The kernels, but for tiles being taken and rows being records."""
+        return hopper_kernels.of_experts(self.args, self.projection, self.w_out, train=False)
+
+    def multiply_in(self, part: Part, weights: Tensor | None) -> None:
+        """GEMM1 and the activation, which reads these weights."""
+        hopper.activated_gemm(
+            self.rows[part.rows], self.projection, self.args.activation, part.offsets, self.a[part.rows],
+            weights=weights, order=None if weights is None else part.order, dispatching=part.dispatching,
+            taking=part.taking(0),
+        )  # fmt: skip
+
+    def multiply_out(self, part: Part) -> None:
+        """GEMM2."""
+        hopper.grouped_gemm(
+            self.a[part.rows], self.w_out, part.offsets, self.y[part.rows], bias=self.args.b_out, taking=part.taking(1)
+        )
+
+
+class Eight:
+    """Products in FP8; tokens travel quantised, each with its scales behind it."""
+
+    def __init__(self, args: Arguments, quantized: Sequence[Tensor], counts: Sequence[int]) -> None:
+        self.args, self.x, rows = args, hopper_experts._lines(args.x), sum(counts)
+        self.w_in, _, self.w_out, _ = hopper_fp8._matrices(quantized)
+        self.rows, self.a = (
+            [QuantizedRows.empty(self.x, count, columns) for count in counts]
+            for columns in (args.features, pad(args.intermediate))
+        )
+        self.y = self.x.new_empty(rows, args.out_features)
+
+    def travelling(self, tokens: Brought) -> Rows:
+        """What is sent."""
+        features = self.args.features
+        blocks = blocks_in(features, BLOCK)
+        lines = self.x.new_empty((self.x.shape[0], features + -(-4 * blocks // 16) * 16), dtype=torch.uint8)
+        scales = lines[:, features : features + 4 * blocks].view(torch.float32)
+        values = lines[:, :features].view(E4M3)
+        hopper_quantize.quantize_rows(self.x, None, None, (values, scales), self.args.scale_format)
+        return Rows.of(lines, tokens.ids, tokens.weights)
+
+    def instances(self) -> list[Instance]:
+        """The kernels, but for tiles being taken and rows being records."""
+        return hopper_kernels.of_experts_in_fp8(self.args, train=False)
+
+    def multiply_in(self, part: Part, weights: Tensor | None) -> None:
+        """GEMM1 and the activation, which reads these weights."""
+        args = self.args
+        hopper_fp8_gemm.activated(
+            self.rows[part.number], self.w_in, args.activation, part.offsets, args.intermediate, self.a[part.number],
+            None, biases=hopper_fp8._biases(args), weights=weights, order=None if weights is None else part.order,
+            dispatching=part.dispatching, scale_format=args.scale_format, taking=part.taking(0),
+        )  # fmt: skip
+
+    def multiply_out(self, part: Part) -> None:
+        """GEMM2."""
+        bias = None if self.args.b_out is None else hopper_experts._lines(self.args.b_out)
+        hopper_fp8_gemm.product(
+            self.a[part.number], self.w_out, part.offsets, self.y[part.rows], bias, taking=part.taking(1)
+        )
+
+
+def takes(
+    tokens: Brought, there: Exchange, matrices: Sequence[Tensor | None], quantized: Sequence[Tensor],
+    attributes: dict[str, Any],
+) -> bool:  # fmt: skip
+    """Whether the kernels compute these: on all ranks of one model the same."""
+    here = tokens.num_experts // there.memory.ranks
+    if there.memory.ranks == 1 or not hopper_routing.takes_plan(here):
+        return False
+    args = _arguments(tokens, matrices, attributes, here)
+    rows, item = _rows_of(tokens, there), 1 if quantized else tokens.x.element_size()
+    if not all(hopper_routing.is_beside(count, args.features, item) for count in rows):
+        return False
+    return hopper_fp8.takes(args, quantized) if quantized else hopper_experts.takes(args)
+
+
+def forward(
+    tokens: Brought, there: Exchange, back: Exchange, matrices: Sequence[Tensor | None], quantized: Sequence[Tensor],
+    attributes: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The result (T, H2)."""
+    return _Forward(tokens, there, back, matrices, quantized, attributes).run()
+
+
+class _Forward:
+    """One call. Large memory is made on the caller's stream, and freed when that has waited for the other."""
+
+    def __init__(
+        self, tokens: Brought, there: Exchange, back: Exchange, matrices: Sequence[Tensor | None],
+        quantized: Sequence[Tensor], attributes: dict[str, Any],
+    ) -> None:  # fmt: skip
+        memory = there.memory
+        self.tokens, self.there, self.back, self.rank = tokens, there, back, memory.rank
+        self.here = tokens.num_experts // memory.ranks
+        self.args = args = _arguments(tokens, matrices, attributes, self.here)
+        self.counts = counts = _rows_of(tokens, there)
+        self.products = Eight(args, quantized, counts) if quantized else Sixteen(args, sum(counts))
+        hopper_kernels.compile_together(args, False, ("exchanged", len(quantized)), self._instances)
+        words = [hopper_routing.words_of_progress(count) for count in counts]
+        zeros = args.x.new_zeros(sum(words) + 4, dtype=torch.int32).split([*words, 1, 1, 1, 1])
+        self.progress, self.taken = zeros[:2], (zeros[2:4], zeros[4:])
+        self.reads_weights = "weight" in expression_leaves(args.activation)
+
+    def run(self) -> Tensor:
+        """As the module's documentation has it."""
+        args, tokens, there, back, products = self.args, self.tokens, self.there, self.back, self.products
+        main, side = torch.cuda.current_stream(args.x.device), other_stream(there.memory)
+        lines, begun = products.travelling(tokens), _event(there.memory)
+        came, sums, mine, result = self._room()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            hopper_exchange.send(there, lines, tokens.sent, None, beginning=Beginning(early=False))
+        own = self._own(lines)
+        planned = main.record_event()
+        self._multiply_in(own)
+        with torch.cuda.stream(side):
+            side.wait_event(planned)
+            others = self._others(lines, own, came)
+            self._multiply_in(others)
+            products.multiply_out(others)
+            self._sum_others(others, sums)
+            hopper_exchange.send(
+                back, Rows(sums), None, came, read=there.slot, beginning=Beginning(begun=int(begun))
+            )  # fmt: skip
+        driver_call("cuStreamWaitEvent", main.cuda_stream, begun, 0, about="an exchange that sends results back")
+        products.multiply_out(own)
+        planned_own = own.offsets, own.slots
+        joint = hopper_exchange.join(
+            back, tokens.ids, tokens.home, planned_own, others.slots, others.first, own.multiple
+        )  # fmt: skip
+        hopper_routing.combine(products.y, joint, own.weights, args.output, mine)
+        main.wait_stream(side)
+        hopper_exchange.home(back, tokens.home, Rows(mine), Rows(result), by_token=True)
+        return result
+
+    def _room(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For how many rows came, sums of others' tokens, sums of own tokens, and these with what comes back."""
+        args, sent = self.args, self.tokens.sent
+
+        def results(count: int) -> Tensor:
+            return args.x.new_empty(count, args.out_features, dtype=args.dtypes.result)
+
+        tokens = args.x.shape[0]
+        return sent.new_empty(self.there.memory.ranks), results(sent.shape[0]), results(tokens), results(tokens)
+
+    def _own(self, lines: Rows) -> Part:
+        """Of each expert of this rank, the rows of this rank's tokens that fill tiles."""
+        tokens = self.tokens
+        planned = hopper_routing.plan(tokens.ids, self.here, self.rank * self.here, tokens.num_experts)
+        source = (lines.values, None, None, 0, 0, lines.line_bytes // 16, 0, self._scales_at, 0)
+        return self._part(0, planned, hopper_experts._weights(self.args), source, MULTIPLE)
+
+    def _others(self, lines: Rows, own: Part, came: Tensor) -> Part:
+        """The rest of them, and those of other ranks' tokens."""
+        tokens, there, (places, top_k) = self.tokens, self.there, (self.tokens.sent.shape[0], lines.top_k)
+        ids = tokens.sent.new_empty(places, top_k)
+        weights = None if lines.weights is None else lines.weights.new_empty(places, top_k)
+        planned_own = own.offsets, own.slots
+        hopper_exchange.take(there, lines, tokens.sent, (ids, weights), came, planned_own, own.multiple)
+        first, pitch = self.rank * there.capacity, lines.pitch
+        source = (
+            lines.values, there.records(pitch), tokens.sent, first, first + there.capacity, lines.line_bytes // 16,
+            pitch // 16, self._scales_at, 0,
+        )  # fmt: skip
+        weights = None if weights is None else hopper_experts._float32(weights)
+        return self._part(1, hopper_routing.plan(ids, self.here), weights, source, 0)
+
+    def _part(
+        self, number: int, planned: tuple[Tensor, ...], weights: Tensor | None, source: tuple[Value, ...], multiple: int
+    ) -> Part:
+        _, offsets, slots, order = planned
+        first, count = number * self.counts[0], self.counts[number]
+        left = self.progress[number], self.taken[number]
+        return Part(number, first, count, offsets, slots, order, weights, source, *left, multiple)
+
+    @property
+    def _scales_at(self) -> int:
+        """Where a line's scales begin, in pieces of 16 bytes: behind its values, where it has some."""
+        return self.args.features // 16
+
+    def _multiply_in(self, part: Part) -> None:
+        self.products.multiply_in(part, part.weights if self.reads_weights else None)
+
+    def _sum_others(self, others: Part, sums: Tensor) -> None:
+        """What becomes of other ranks' tokens here: those before this rank, and those after it."""
+        first, capacity = self.rank * self.there.capacity, self.there.capacity
+        for places in (slice(0, first), slice(first + capacity, sums.shape[0])):
+            if places.start == places.stop:
+                continue
+            weights = None if others.weights is None else others.weights[places]
+            y, slots = self.products.y[others.rows], others.slots[places]
+            hopper_routing.combine(y, slots, weights, self.args.output, sums[places])
+
+    def _instances(self) -> list[Instance]:
+        """The products' kernels, as they are launched here; those of the exchange are small."""
+        return [
+            replace(each, taken=True, records=each.dispatches) if isinstance(each, GroupedGemm) else each
+            for each in self.products.instances()
+        ]
+
+
+def _arguments(tokens: Brought, matrices: Sequence[Tensor | None], attributes: dict[str, Any], here: int) -> Arguments:
+    """As those of the experts, for this rank's own tokens. Of the plan, which is yet to be made, there are sizes."""
+
+    def planned(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device="meta")
+
+    count, top_k = tokens.ids.shape
+    plan = planned(here), planned(count, top_k), planned(count * top_k)
+    w_in, w_out, *others = matrices
+    assert w_in is not None and w_out is not None
+    return Arguments(tokens.x, tokens.weights, *plan, w_in, w_out, *others, **attributes)
+
+
+def _rows_of(tokens: Brought, there: Exchange) -> tuple[int, int]:
+    """Rows of both parts, at most."""
+    return tokens.ids.numel(), there.memory.ranks * there.capacity * tokens.ids.shape[1]
+
+
+@functools.cache
+def other_stream(memory: PeerMemory) -> torch.cuda.Stream:
+    """What waits for other ranks; where multiprocessors become free, its kernels are first."""
+    return torch.cuda.Stream(memory.own.device, priority=-1)
+
+
+@functools.cache
+def _event(memory: PeerMemory) -> Any:
+    """The driver's handle of an event that is recorded and waited for within one call."""
+    with torch.cuda.device(memory.own.device):
+        return driver_call("cuEventCreate", DISABLE_TIMING, about=f"on {memory.own.device}")

@@ -1,0 +1,113 @@
+"""Exchanges that are hidden behind the experts, what ranks check together (tests/test_hidden_exchange.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import Tensor
+
+import moecompile
+from expert_parallel_checks import EXPERTS, TOP_K, Model, close, compiled, mesh_of, ops, tokens_of
+from moecompile.agreement import DisagreementError
+from moecompile.runtime.exchanged import HIDES_FROM
+
+MANY = HIDES_FROM * EXPERTS // TOP_K
+"""Tokens of a rank from which an exchange is hidden."""
+
+
+def graph_text() -> str:
+    """Of the last graph that was compiled, rewritten."""
+    return moecompile.last_report().graphs[-1].after
+
+
+def compare(rank: int, ranks: int, counts: list[int], bound: float, hidden: int = 64, **options: object) -> None:
+    """Hidden, one step after the other, which is the same unless Inductor writes experts out, and the whole model."""
+    model = Model(hidden, hidden // 2, fixed=True)
+    whole, x = copy.deepcopy(model), tokens_of(rank, counts[rank], hidden=hidden)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    with torch.no_grad():
+        found = compiled(model, **options)(x)
+        (graph,) = moecompile.last_report().graphs
+        assert "moecompile.exchanged_experts" in graph.after and "dispatch_start" not in graph.after
+        assert "2 of 2 exchanges are hidden behind the experts" in graph.notes
+        after = compiled(model, disable=("hide",), **options)(x)
+        assert torch.equal(found, after) or options.get("lowering") == "inductor"
+        assert "exchanged_experts" not in graph_text() and "dispatch_start" in graph_text()
+        close([found, after], [compiled(whole, **options)(x)] * 2, bound)
+
+
+def check_hidden(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [MANY] * ranks, 8e-3)
+
+
+def check_hidden_in_fp8(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [MANY] * ranks, 8e-3, hidden=256, precision="fp8")
+
+
+def check_hidden_by_inductor(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [MANY] * ranks, 8e-3, lowering="inductor")
+
+
+def check_ranks_with_few_tokens_do_as_the_others(rank: int, ranks: int) -> None:
+    """What decides is the most that any has."""
+    compare(rank, ranks, [MANY, *range(ranks - 1)], 8e-3)
+
+
+def check_cached_copies(rank: int, ranks: int) -> None:
+    compare(rank, ranks, [MANY] * ranks, 8e-3, hidden=256, precision="fp8", fp8_cache_weights=True)
+
+
+def check_few_tokens_are_not_hidden(rank: int, ranks: int) -> None:
+    model = Model(fixed=True)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    with torch.no_grad():
+        compiled(model)(tokens_of(rank, MANY - 1))
+    assert "exchanged_experts" not in graph_text() and "dispatch_start" in graph_text()
+
+
+def check_nothing_is_hidden_where_there_are_gradients(rank: int, ranks: int) -> None:
+    model = Model(fixed=True)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    run = compiled(model)
+    run(tokens_of(rank, MANY)).sum().backward()
+    assert "exchanged_experts" not in graph_text()
+    with torch.no_grad():  # and later is, with an agreement of its own
+        run(tokens_of(rank, MANY))
+    assert "exchanged_experts" in graph_text()
+
+
+def check_ranks_that_send_other_things_disagree(rank: int, ranks: int) -> None:
+    model = Model(256, 128, fixed=True)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    for options in ({"precision": "fp8" if rank else "model"}, {"disable": ("hide",) if rank else ()}):
+        (name,) = options
+        said = ""
+        with torch.no_grad():
+            try:
+                compiled(model, **options)(tokens_of(rank, MANY, hidden=256))
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+        assert DisagreementError.__name__ in said and f"option `{name}`" in said, said
+
+
+def check_a_derivative_is_refused(rank: int, ranks: int) -> None:
+    x = tokens_of(rank, 4).requires_grad_()
+    ids, weights = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    sent, home = ops.exchange_plan(ids, num_experts=ranks, ranks=ranks, capacity=4)
+    w_in, w_out = torch.randn(1, 16, 64).bfloat16(), torch.randn(1, 64, 8).bfloat16()
+    among = {"ranks": ranks, "group": mesh_of(ranks).get_group().group_name, "capacity": 4, "slot": 0, "sms": 4}
+
+    def run() -> Tensor:
+        found: Tensor = ops.exchanged_experts(
+            x, ids, weights, sent, home, w_in, w_out, activation="mul(silu(gate), up)", gate_up="halves",
+            num_experts=ranks, patience=10.0, quantized=[], **among,
+        )  # fmt: skip
+        return found
+
+    with contextlib.suppress(RuntimeError):
+        run()
+        raise AssertionError("it has no derivative")
+    with torch.no_grad():
+        assert run().shape == (4, 64)
