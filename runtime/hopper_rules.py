@@ -25,7 +25,7 @@ def takes(args: Arguments, rules: Iterable[Rule], instead: str) -> bool:
 
     If they are to run here, and do not because a rule is broken, the log says it, with what runs `instead`, once.
     """
-    if args.kernels is not None or args.rows == 0 or not hopper.serves(args.offsets.device):
+    if args.kernels is not None or args.rows == 0 or not hopper.serves(args.w_in.device):
         return False
     for words, holds in (*SHARED, *rules):
         if not holds(args):
