@@ -201,13 +201,13 @@ def takes(
     tokens: Brought, there: Exchange, matrices: Sequence[Tensor | None], quantized: Sequence[Tensor],
     attributes: dict[str, Any],
 ) -> bool:  # fmt: skip
-    """Whether the kernels compute these: on all ranks of one model the same."""
+    """Whether the kernels compute these: on all ranks of one model the same, however many tokens each has."""
     here = tokens.num_experts // there.memory.ranks
     if there.memory.ranks == 1 or not hopper_routing.takes_plan(here):
         return False
-    args = _arguments(tokens, matrices, attributes, here)
-    rows, item = _rows_of(tokens, there), 1 if quantized else tokens.x.element_size()
-    if not all(hopper_routing.is_beside(count, args.features, item) for count in rows):
+    args = _arguments(tokens, matrices, attributes, here, there.capacity)
+    _, most = _rows_of(tokens, there)
+    if not hopper_routing.can_be_beside(most, args.features, 1 if quantized else tokens.x.element_size()):
         return False
     return hopper_fp8.takes(args, quantized) if quantized else hopper_experts.takes(args)
 
@@ -230,7 +230,7 @@ class _Forward:
         memory = there.memory
         self.tokens, self.there, self.back, self.rank = tokens, there, back, memory.rank
         self.here = tokens.num_experts // memory.ranks
-        self.args = args = _arguments(tokens, matrices, attributes, self.here)
+        self.args = args = _arguments(tokens, matrices, attributes, self.here, tokens.x.shape[0])
         self.counts = counts = _rows_of(tokens, there)
         self.products = Eight(args, quantized, counts) if quantized else Sixteen(args, sum(counts))
         hopper_kernels.compile_together(args, False, ("exchanged", len(quantized)), self._instances)
@@ -250,7 +250,8 @@ class _Forward:
             hopper_exchange.send(there, lines, tokens.sent, None, beginning=Beginning(early=False))
         own = self._own(lines)
         planned = main.record_event()
-        self._multiply_in(own)
+        if own.count:  # or this rank has no tokens
+            self._multiply_in(own)
         with torch.cuda.stream(side):
             side.wait_event(planned)
             others = self._others(lines, own, came)
@@ -261,12 +262,9 @@ class _Forward:
                 back, Rows(sums), None, came, read=there.slot, beginning=Beginning(begun=int(begun))
             )  # fmt: skip
         driver_call("cuStreamWaitEvent", main.cuda_stream, begun, 0, about="an exchange that sends results back")
-        products.multiply_out(own)
-        planned_own = own.offsets, own.slots
-        joint = hopper_exchange.join(
-            back, tokens.ids, tokens.home, planned_own, others.slots, others.first, own.multiple
-        )  # fmt: skip
-        hopper_routing.combine(products.y, joint, own.weights, args.output, mine)
+        if own.count:
+            products.multiply_out(own)
+            self._sum_own(own, others, mine)
         main.wait_stream(side)
         hopper_exchange.home(back, tokens.home, Rows(mine), Rows(result), by_token=True)
         return result
@@ -329,6 +327,14 @@ class _Forward:
             y, slots = self.products.y[others.rows], others.slots[places]
             hopper_routing.combine(y, slots, weights, self.args.output, sums[places])
 
+    def _sum_own(self, own: Part, others: Part, sums: Tensor) -> None:
+        """What becomes of this rank's own tokens here."""
+        tokens, planned = self.tokens, (own.offsets, own.slots)
+        joint = hopper_exchange.join(
+            self.back, tokens.ids, tokens.home, planned, others.slots, others.first, own.multiple
+        )
+        hopper_routing.combine(self.products.y, joint, own.weights, self.args.output, sums)
+
     def _instances(self) -> list[Instance]:
         """The products' kernels, as they are launched here; those of the exchange are small."""
         return [
@@ -337,13 +343,15 @@ class _Forward:
         ]
 
 
-def _arguments(tokens: Brought, matrices: Sequence[Tensor | None], attributes: dict[str, Any], here: int) -> Arguments:
-    """As those of the experts, for this rank's own tokens. Of the plan, which is yet to be made, there are sizes."""
+def _arguments(
+    tokens: Brought, matrices: Sequence[Tensor | None], attributes: dict[str, Any], here: int, count: int
+) -> Arguments:
+    """As those of the experts, for so many tokens. Of the plan, which is yet to be made, there are sizes."""
 
     def planned(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device="meta")
 
-    count, top_k = tokens.ids.shape
+    top_k = tokens.ids.shape[1]
     plan = planned(here), planned(count, top_k), planned(count * top_k)
     w_in, w_out, *others = matrices
     assert w_in is not None and w_out is not None

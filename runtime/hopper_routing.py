@@ -85,7 +85,12 @@ def is_beside(rows: int, columns: int, item: int) -> bool:
 
     It counts the rows' pieces of 16 bytes in 32 bits.
     """
-    return BESIDE <= rows * columns * item < 16 << 32
+    return BESIDE <= rows * columns * item and can_be_beside(rows, columns, item)
+
+
+def can_be_beside(rows: int, columns: int, item: int) -> bool:
+    """Whether it could."""
+    return rows * columns * item < 16 << 32
 
 
 def words_of_progress(rows: int) -> int:

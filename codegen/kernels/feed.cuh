@@ -36,6 +36,7 @@ struct Tokens {
     };
     // Places are counted in pieces, in 32 bits: the producer's warpgroup has few registers.
     using Line = u32;
+    static __device__ __forceinline__ i32 any(const Arguments&) { return 0; }
     static __device__ __forceinline__ i32 find(const Arguments&, i32 token) { return token; }
     static __device__ __forceinline__ Line line(const Arguments&, i32 token, i32 pieces) { return u32(token) * pieces; }
     static __device__ __forceinline__ uint4 load(const Arguments& arguments, Line line, i32 at) {
@@ -59,6 +60,7 @@ struct Records {
         i32 unused;
     };
     using Line = const uint4*;
+    static __device__ __forceinline__ i32 any(const Arguments& arguments) { return arguments.records ? 0 : -1; }
     // A place of another rank, or, less than zero, a line of this one.
     static __device__ __forceinline__ i32 find(const Arguments& arguments, i32 place) {
         if (!arguments.sent) return -1 - place;
@@ -140,7 +142,7 @@ struct Dispatched {
     // Of the unit's rows, each in a lane of that number, as the source calls it.
     static __device__ __forceinline__ i32 token_of(const Arguments& arguments, i32 unit, i32 rows) {
         i32 row = unit * UNIT + i32(threadIdx.x % 32);
-        if (threadIdx.x % 32 >= UNIT || row >= rows) return 0;
+        if (threadIdx.x % 32 >= UNIT || row >= rows) return Source::any(arguments.source);  // which is read, and not written
         return Source::find(arguments.source, __ldg(arguments.order + row) / arguments.top_k);
     }
 
