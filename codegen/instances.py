@@ -307,6 +307,16 @@ class ExchangeReceive:
 
 
 @dataclass(frozen=True)
+class ExchangeGate:
+    """Waits until all blocks of another kernel have begun."""
+
+    header: ClassVar[str] = "exchange_gate.cuh"
+    name: ClassVar[str] = "moecompile_exchange_gate"
+    definitions: ClassVar[str] = ""
+    template: ClassVar[str] = "ExchangeGate"
+
+
+@dataclass(frozen=True)
 class ExchangeJoin:
     """The rows of a rank's own assignments, which two launches have computed.
 

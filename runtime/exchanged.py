@@ -20,11 +20,18 @@ from typing import Any
 
 from torch import Tensor
 
-from moecompile.runtime import exchange, fp8_experts, hopper_exchange, kernels
+from moecompile.runtime import exchange, fp8_experts, kernels
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import check_fp8
+from moecompile.runtime.hopper_exchange import Exchange
+from moecompile.runtime.peer_memory import PeerMemory
+from moecompile.runtime.remembered import CALLS
 
+Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+"""x, expert_ids, weights, sent, home."""
+OF_EXPERTS = 6
+"""w_in, w_out, w_up, b_in, b_up, b_out."""
 OF_EXCHANGE = ("ranks", "group", "capacity", "slot", "sms", "patience")
 HIDES_FROM = 128
 """Tokens of a rank for each expert, on average, from which the exchange is hidden: a tile's rows. An expert's matrices
@@ -53,24 +60,42 @@ def exchanged_experts(
         quantized: as of `experts_fp8`; empty for the model's precision.
         attributes: of the exchange, of which that of the way back has the slot after `slot`; and of the experts.
     """
-    given = {name: attributes.pop(name) for name in OF_EXCHANGE}
-    ranks, group, capacity = given["ranks"], given["group"], given["capacity"]
-    if hides(capacity, expert_ids.shape[1], num_experts) and x.is_cuda:
-        memory = exchange.memory_for(x, expert_ids, weights, ranks, group, capacity)
-        if memory is not None and attributes.get("kernels") is None:
-            from moecompile.runtime import hopper_exchanged
+    travel = {name: attributes.pop(name) for name in OF_EXCHANGE}
+    tokens = x, expert_ids, weights, sent, home
+    memory = None
+    if attributes.get("kernels") is None and hides(travel["capacity"], expert_ids.shape[1], num_experts):
+        memory = exchange.memory_for(x, expert_ids, weights, travel["ranks"], travel["group"], travel["capacity"])
+    hidden = None if memory is None else _hidden(memory, tokens, matrices, num_experts, quantized, travel, attributes)
+    if hidden is not None:
+        return hidden
+    return _one_after_the_other(tokens, matrices, num_experts, quantized, travel, attributes)
 
-            there, back = (
-                hopper_exchange.Exchange(memory, given["slot"] + way, capacity, given["sms"], given["patience"])
-                for way in (0, 1)
-            )
-            tokens = hopper_exchanged.Brought(x, expert_ids, weights, sent, home, num_experts)
-            if hopper_exchanged.takes(tokens, there, matrices, quantized, attributes):
-                with exact(x):
-                    return hopper_exchanged.forward(tokens, there, back, matrices, quantized, attributes)
-    return _one_after_the_other(
-        (x, expert_ids, weights, sent, home), matrices, num_experts, quantized, given, attributes
+
+def _hidden(
+    memory: PeerMemory, tokens: Tokens, matrices: Sequence[Tensor | None], num_experts: int,
+    quantized: Sequence[Tensor], travel: dict[str, Any], attributes: dict[str, Any],
+) -> Tensor | None:  # fmt: skip
+    """The result, if there are kernels that hide the exchange of such tokens."""
+    from moecompile.runtime import hopper_exchanged
+
+    absent = (None,) * (OF_EXPERTS - len(matrices))
+    given = (*tokens, *matrices, *absent, *quantized, memory.own, memory.bases, memory.told)
+    decides = {**attributes, **travel, "num_experts": num_experts}
+    known = CALLS.again("exchanged_experts", given, decides)
+    if known is not None:
+        return known[0]
+    there, back = (
+        Exchange(memory, travel["slot"] + way, travel["capacity"], travel["sms"], travel["patience"]) for way in (0, 1)
     )
+    brought = hopper_exchanged.Brought(*tokens, num_experts)
+    if not hopper_exchanged.takes(brought, there, matrices, quantized, attributes):
+        return None
+
+    def run() -> list[Tensor]:
+        return [hopper_exchanged.forward(brought, there, back, matrices, quantized, attributes)]
+
+    with exact(tokens[0]):
+        return CALLS.first("exchanged_experts", given, decides, run)[0]
 
 
 def fake_exchanged_experts(
@@ -90,8 +115,8 @@ def fake_exchanged_experts(
 
 
 def _one_after_the_other(
-    tokens: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], matrices: Sequence[Tensor | None], num_experts: int,
-    quantized: Sequence[Tensor], travel: dict[str, Any], attributes: dict[str, Any],
+    tokens: Tokens, matrices: Sequence[Tensor | None], num_experts: int, quantized: Sequence[Tensor],
+    travel: dict[str, Any], attributes: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """By the operators that the pass `exchange` writes."""
     *_, weights, sent, home = tokens

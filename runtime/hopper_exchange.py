@@ -10,9 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import IDS, ExchangeHome, ExchangeJoin, ExchangePlan, ExchangeReceive, ExchangeSend
+from moecompile.codegen.instances import (
+    IDS,
+    ExchangeGate,
+    ExchangeHome,
+    ExchangeJoin,
+    ExchangePlan,
+    ExchangeReceive,
+    ExchangeSend,
+)
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.launch import Beginning, Kernel, Launch, Value, load
+from moecompile.runtime.launch import Kernel, Launch, Value, load
 from moecompile.runtime.peer_memory import CHANNELS_OF_AN_SM, PATIENCE, RANKS, SMS, PeerMemory, room_for
 
 RING = 54 * 1024
@@ -170,7 +178,7 @@ class Exchange:
 
 def send(
     exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None, *, read: int = -1,
-    beginning: Beginning | None = None,
+    started: Tensor | None = None, early: bool = True,
 ) -> None:  # fmt: skip
     """Writes rows into the memory of the other ranks that are to have them, and says so.
 
@@ -180,14 +188,20 @@ def send(
         sent: of `plan`, or None: the first `came` of each rank's rows go back to it.
         came: (ranks,) int32.
         read: the slot of another exchange whose rows `take` has left where they were, and nobody reads any more.
-        beginning: of the launch.
+        started: one int32, zero at first: how many blocks have begun.
+        early: of the launch.
     """
     kernel = load(ExchangeSend(rows.id_type), rows.values.device.index)
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, came, rows.ids, rows.weights, rows.row_bytes, rows.line_bytes,
-        rows.top_k, rows.weight_bytes, read,
+        rows.top_k, rows.weight_bytes, read, started,
     )  # fmt: skip
-    Launch(kernel, exchange.sms, values, beginning).run()
+    Launch(kernel, exchange.sms, values, early).run()
+
+
+def await_start(exchange: Exchange, started: Tensor) -> None:
+    """What is launched behind this begins when all blocks of a `send` have: they would find no room after it."""
+    Launch(load(ExchangeGate(), started.device.index), 1, (started, exchange.sms)).run()
 
 
 def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int) -> None:
@@ -231,7 +245,7 @@ def take(
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, None, *into, came, slots, offsets,
         multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
     )  # fmt: skip
-    Launch(kernel, exchange.readers(kernel, exchange.capacity), values, Beginning(early=False)).run()
+    Launch(kernel, exchange.readers(kernel, exchange.capacity), values, early=False).run()
 
 
 def join(

@@ -44,12 +44,10 @@ from moecompile.runtime.hopper import Taking
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
-from moecompile.runtime.launch import Beginning, Value, driver_call
+from moecompile.runtime.launch import Value, wait_for
 from moecompile.runtime.peer_memory import PeerMemory
 from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 
-DISABLE_TIMING = 2
-"""CU_EVENT_DISABLE_TIMING: others cannot say when a launch has begun."""
 MULTIPLE = 128
 """Rows of a tile. Whole ones of an expert's own are multiplied without waiting; the rest fills tiles with others'."""
 
@@ -235,37 +233,36 @@ class _Forward:
         self.products = Eight(args, quantized, counts) if quantized else Sixteen(args, sum(counts))
         hopper_kernels.compile_together(args, False, ("exchanged", len(quantized)), self._instances)
         words = [hopper_routing.words_of_progress(count) for count in counts]
-        zeros = args.x.new_zeros(sum(words) + 4, dtype=torch.int32).split([*words, 1, 1, 1, 1])
-        self.progress, self.taken = zeros[:2], (zeros[2:4], zeros[4:])
+        zeros = args.x.new_zeros(sum(words) + 5, dtype=torch.int32).split([*words, 1, 1, 1, 1, 1])
+        self.progress, self.taken, self.started = zeros[:2], (zeros[2:4], zeros[4:6]), zeros[6]
         self.reads_weights = "weight" in expression_leaves(args.activation)
 
     def run(self) -> Tensor:
         """As the module's documentation has it."""
         args, tokens, there, back, products = self.args, self.tokens, self.there, self.back, self.products
         main, side = torch.cuda.current_stream(args.x.device), other_stream(there.memory)
-        lines, begun = products.travelling(tokens), _event(there.memory)
+        lines = products.travelling(tokens)
         came, sums, mine, result = self._room()
-        side.wait_stream(main)
+        wait_for(side, main)
         with torch.cuda.stream(side):
-            hopper_exchange.send(there, lines, tokens.sent, None, beginning=Beginning(early=False))
+            hopper_exchange.send(there, lines, tokens.sent, None, early=False)
         own = self._own(lines)
-        planned = main.record_event()
+        wait_for(side, main)
         if own.count:  # or this rank has no tokens
             self._multiply_in(own)
         with torch.cuda.stream(side):
-            side.wait_event(planned)
             others = self._others(lines, own, came)
             self._multiply_in(others)
             products.multiply_out(others)
             self._sum_others(others, sums)
-            hopper_exchange.send(
-                back, Rows(sums), None, came, read=there.slot, beginning=Beginning(begun=int(begun))
-            )  # fmt: skip
-        driver_call("cuStreamWaitEvent", main.cuda_stream, begun, 0, about="an exchange that sends results back")
+        wait_for(main, side)
+        with torch.cuda.stream(side):
+            hopper_exchange.send(back, Rows(sums), None, came, read=there.slot, started=self.started)
+        hopper_exchange.await_start(back, self.started)
         if own.count:
             products.multiply_out(own)
             self._sum_own(own, others, mine)
-        main.wait_stream(side)
+        wait_for(main, side)
         hopper_exchange.home(back, tokens.home, Rows(mine), Rows(result), by_token=True)
         return result
 
@@ -367,10 +364,3 @@ def _rows_of(tokens: Brought, there: Exchange) -> tuple[int, int]:
 def other_stream(memory: PeerMemory) -> torch.cuda.Stream:
     """What waits for other ranks; where multiprocessors become free, its kernels are first."""
     return torch.cuda.Stream(memory.own.device, priority=-1)
-
-
-@functools.cache
-def _event(memory: PeerMemory) -> Any:
-    """The driver's handle of an event that is recorded and waited for within one call."""
-    with torch.cuda.device(memory.own.device):
-        return driver_call("cuEventCreate", DISABLE_TIMING, about=f"on {memory.own.device}")

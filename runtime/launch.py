@@ -108,6 +108,7 @@ class Kernel:
         context: the driver's handle of torch's context on it.
         layout: of its arguments, once they have been packed.
         idle: memory for arguments that no launch is using.
+        idle_late: likewise, of launches that do not begin early.
     """
 
     instance: Instance
@@ -121,6 +122,7 @@ class Kernel:
     context: Any = None
     layout: struct.Struct | None = None
     idle: list[_Storage] = field(default_factory=list, repr=False, compare=False)
+    idle_late: list[_Storage] = field(default_factory=list, repr=False, compare=False)
 
     def pack(self, *values: Value) -> bytes:
         """The struct of arguments: tensors as pointers (None: null), numbers in 32 bits.
@@ -141,19 +143,20 @@ class Kernel:
             self.layout = struct.Struct(f"{layout.format}{padding}x")
         return self.layout
 
-    def launch(self, blocks: int, arguments: bytes, beginning: Beginning | None = None) -> None:
+    def launch(self, blocks: int, arguments: bytes, early: bool = True) -> None:
         """Launches that many blocks on the current stream of the kernel's device."""
         if torch._C._cuda_getDevice() != self.device:
             with torch.cuda.device(self.device):
-                return self.launch(blocks, arguments, beginning)
-        return self.launch_on(torch._C._cuda_getCurrentRawStream(self.device), blocks, arguments, beginning)
+                return self.launch(blocks, arguments, early)
+        return self.launch_on(torch._C._cuda_getCurrentRawStream(self.device), blocks, arguments, early)
 
-    def launch_on(self, stream: int, blocks: int, arguments: bytes, beginning: Beginning | None = None) -> None:
+    def launch_on(self, stream: int, blocks: int, arguments: bytes, early: bool = True) -> None:
         """Launches on that stream of the kernel's device, which is the current one."""
+        idle = self.idle if early else self.idle_late
         try:  # taking from the list and giving back are atomic: no two threads have the same memory
-            storage = self.idle.pop() if beginning is None else _Storage(self, beginning)
+            storage = idle.pop()
         except IndexError:
-            storage = _Storage(self)
+            storage = _Storage(self, early)
         storage.bytes[:] = arguments
         driver, how = _driver(), storage.how
         how.gridDimX, how.hStream = blocks, stream
@@ -161,26 +164,12 @@ class Kernel:
         if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # autograd's thread may not have met the device yet
             driver_call("cuCtxSetCurrent", self.context, about=f"{self.instance} on device {self.device}")
             (status,) = driver.cuLaunchKernelEx(how, self.function, storage.address, 0)
-        if beginning is None:
-            self.idle.append(storage)  # the driver has copied the arguments
+        idle.append(storage)  # the driver has copied the arguments
         if int(status):
             raise DriverError(
                 f"cuLaunchKernelEx failed with {getattr(status, 'name', status)}: {self.instance}, {blocks} blocks of "
                 f"{self.threads} threads, {self.shared_bytes} bytes of shared memory, arguments {arguments.hex()}"
             )
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """When a launch begins, if not as others do, and who is told that it has.
-
-    Attributes:
-        early: whether the grid may begin before the one before it in its stream ends, as others may.
-        begun: the driver's handle of an event that is to happen when all of its blocks have begun; 0 for none.
-    """
-
-    early: bool = True
-    begun: int = 0
 
 
 class _Storage:
@@ -193,7 +182,7 @@ class _Storage:
             kernel waits for it on its own (`wait_for_earlier_grids` of kernels/ptx.cuh).
     """
 
-    def __init__(self, kernel: Kernel, beginning: Beginning | None = None) -> None:
+    def __init__(self, kernel: Kernel, early: bool) -> None:
         self.memory = (ctypes.c_char * kernel.argument_bytes)()
         self.bytes = memoryview(self.memory).cast("B")
         self.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.memory))
@@ -202,39 +191,29 @@ class _Storage:
         self.how = driver.CUlaunchConfig()
         self.how.gridDimY = self.how.gridDimZ = self.how.blockDimY = self.how.blockDimZ = 1
         self.how.blockDimX, self.how.sharedMemBytes = kernel.threads, kernel.shared_bytes
-        attributes = _attributes(driver, beginning or Beginning())
-        self.how.attrs, self.how.numAttrs = attributes, len(attributes)
+        self.how.attrs, self.how.numAttrs = [_begins_early(driver)], int(early)
 
 
-def _attributes(driver: Any, beginning: Beginning) -> list[Any]:
-    """What a launch says of its beginning."""
-    kinds, found = driver.CUlaunchAttributeID, []
-    if beginning.early:
-        value = driver.CUlaunchAttributeValue()
-        value.programmaticStreamSerializationAllowed = 1
-        found.append((kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, value))
-    if beginning.begun:
-        value = driver.CUlaunchAttributeValue()
-        value.launchCompletionEvent.event = driver.CUevent(beginning.begun)
-        value.launchCompletionEvent.flags = 0
-        found.append((kinds.CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT, value))
-    attributes = []
-    for kind, value in found:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id, attribute.value = kind, value
-        attributes.append(attribute)
-    return attributes
+def _begins_early(driver: Any) -> Any:
+    """The attribute of a launch that may begin while the one before it still runs."""
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    return attribute
 
 
 class _Observers(threading.local):
-    """Who is told of launches that a thread makes.
+    """Who is told of what a thread launches, and of its streams that wait for each other.
 
     Attributes:
         noting: functions of the launch.
+        waits: functions of the stream that waits, and of the one that it waits for.
     """
 
     def __init__(self) -> None:
         self.noting: list[Callable[[Launch], None]] = []
+        self.waits: list[Callable[[torch.cuda.Stream, torch.cuda.Stream], None]] = []
 
 
 observers = _Observers()
@@ -247,13 +226,21 @@ class Launch:
     kernel: Kernel
     blocks: int
     values: tuple[Value, ...]
-    beginning: Beginning | None = None
+    early: bool = True
+    """Whether the grid may begin before the one before it in its stream has ended."""
 
     def run(self) -> None:
         """Launches it on the current stream of the kernel's device."""
-        self.kernel.launch(self.blocks, self.kernel.pack(*self.values), self.beginning)
+        self.kernel.launch(self.blocks, self.kernel.pack(*self.values), self.early)
         for note in observers.noting:
             note(self)
+
+
+def wait_for(waiting: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+    """What is launched on the first stream from now on begins when all that is on the other is done."""
+    waiting.wait_stream(other)
+    for note in observers.waits:
+        note(waiting, other)
 
 
 @functools.cache

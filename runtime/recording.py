@@ -76,6 +76,7 @@ class _Called:
     uses: tuple[int, ...]
     needed: bool  # whatever becomes of the results
     several: bool  # results
+    stream: torch.cuda.Stream | None  # on which it is called, if not the caller's
 
     @property
     def makes(self) -> tuple[int, ...]:
@@ -90,6 +91,9 @@ class _Called:
 
     def run(self, tensors: list[Any]) -> None:
         """Calls it on the tensors in their places."""
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                return dataclasses.replace(self, stream=None).run(tensors)
         if self.flat:
             args = [tensors[each.number] if type(each) is _Place else each for each in self.args]
             found = self.function(*args, **self.kwargs)
@@ -105,7 +109,9 @@ class _Called:
 class _Launched:
     """A kernel is launched."""
 
-    launch_on: Callable[[int, int, bytes], None]
+    launch_on: Callable[[int, int, bytes, bool], None]
+    stream: torch.cuda.Stream | None  # on which it is launched, if not the caller's
+    early: bool
     blocks: int
     pack: Callable[..., bytes]
     constants: list[Any]
@@ -114,7 +120,21 @@ class _Launched:
     makes: tuple[int, ...] = ()
 
 
-Step = _Made | _Called | _Launched
+@dataclass(frozen=True)
+class _Waited:
+    """A stream waits for another; None is the caller's."""
+
+    waiting: torch.cuda.Stream | None
+    other: torch.cuda.Stream | None
+    uses: tuple[int, ...] = ()
+    makes: tuple[int, ...] = ()
+
+    def run(self, caller: torch.cuda.Stream) -> None:
+        """Has it wait."""
+        (self.waiting or caller).wait_stream(self.other or caller)
+
+
+Step = _Made | _Called | _Launched | _Waited
 
 
 class Recorder(TorchDispatchMode):
@@ -126,6 +146,7 @@ class Recorder(TorchDispatchMode):
         self.steps: list[Step] = []
         self.devices = set[int]()
         self.refused: str | None = None  # why this is no program
+        self.caller: torch.cuda.Stream | None = None  # set when the first of two streams waits
         # of each tensor its place, the place whose memory it is, and where in that it begins
         self.known = WeakTensorKeyDictionary()
         for place, tensor in enumerate(tensors):
@@ -134,12 +155,14 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Recorder:
         launch.observers.noting.append(self.launched)
+        launch.observers.waits.append(self.waited)
         super().__enter__()
         return self
 
     def __exit__(self, *about: Any) -> None:
         super().__exit__(*about)
         launch.observers.noting.remove(self.launched)
+        launch.observers.waits.remove(self.waited)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -163,7 +186,8 @@ class Recorder(TorchDispatchMode):
             self.steps.append(_Made(places[0], found.new_empty(0), tuple(found.shape)))
         else:
             uses = tuple(self._known(each)[0] for each in given)
-            self.steps.append(_Called(places, func, *noted, uses, func._schema.is_mutable, several))
+            mutates = func._schema.is_mutable
+            self.steps.append(_Called(places, func, *noted, uses, mutates, several, self._stream()))
         return found
 
     def _note(self, tensor: Tensor, given: list[Tensor]) -> _Place:
@@ -207,9 +231,21 @@ class Recorder(TorchDispatchMode):
         assert layout is not None, "it has been launched"
         self.devices.add(launched.kernel.device)
         uses = tuple(place for _, place, _, _ in holes)
-        self.steps.append(
-            _Launched(launched.kernel.launch_on, launched.blocks, layout.pack, constants, tuple(holes), uses)
-        )
+        about = self._stream(), launched.early, launched.blocks, layout.pack, constants, tuple(holes), uses
+        self.steps.append(_Launched(launched.kernel.launch_on, *about))
+
+    def waited(self, waiting: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+        """Notes that one stream waits for another. The first is another's wait for the caller's."""
+        self.caller = self.caller or other
+        one, two = (None if each == self.caller else each for each in (waiting, other))
+        self.steps.append(_Waited(one, two))
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The current one, if it is not the caller's."""
+        if self.caller is None:
+            return None
+        current = torch.cuda.current_stream(self.caller.device)
+        return None if current == self.caller else current
 
     def program(self, made: Sequence[Tensor]) -> Program | None:
         """What was noted, where the call's results are those; None if it cannot be repeated, and `refused` says why."""
@@ -241,12 +277,17 @@ def _depends_on_values(func: Any, given: Sequence[Tensor], results: Sequence[Ten
 
 
 def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[tuple[Step, tuple[int, ...]]]:
-    """The steps that results and launches need, each with the places that nobody uses after it."""
+    """The steps that results and launches need, each with the places that nobody uses after it.
+
+    Where streams wait for each other, that is the end: the order of steps is not that of the device.
+    """
     used, kept = set(results), list[tuple[Step, tuple[int, ...]]]()
+    several = any(isinstance(step, _Waited) for step in steps)
     for step in reversed(steps):
-        if isinstance(step, _Launched) or (isinstance(step, _Called) and step.needed) or used & {*step.makes}:
+        kept_anyway = isinstance(step, (_Launched, _Waited)) or (isinstance(step, _Called) and step.needed)
+        if kept_anyway or used & {*step.makes}:
             touched = {*step.uses, *step.makes}
-            kept.append((step, tuple(touched - used)))
+            kept.append((step, () if several else tuple(touched - used)))
             used |= touched
     return kept[::-1]
 
@@ -260,13 +301,15 @@ def _sharing(
         the steps, the workspace's size in bytes, and a tensor of bytes on its device, without elements.
     """
     lives, outside, likes = dict[int, Life](), {*results}, dict[int, Tensor]()
+    several = any(isinstance(step, _Waited) for step, _ in steps)
     for number, (step, _) in enumerate(steps):
         if isinstance(step, _Made):
-            lives[step.place] = Life(step.like.element_size() * math.prod(step.shape), number, number)
+            size, end = step.like.element_size() * math.prod(step.shape), len(steps) if several else number
+            lives[step.place] = Life(size, 0 if several else number, end)
             likes[step.place] = step.like
         elif isinstance(step, _Called):
             outside |= {*step.uses, *step.makes}
-        else:
+        elif not several:
             for place in {*step.uses} & lives.keys():
                 lives[place] = dataclasses.replace(lives[place], end=number)
     inside = [place for place in lives if place not in outside]
@@ -312,6 +355,7 @@ class Program:
     ) -> None:
         self.results, self.count, self.devices = results, count, devices
         self.calls = any(isinstance(step, _Called) for step, _ in steps)
+        self.waits = any(isinstance(step, _Waited) for step, _ in steps)
         self.steps, self.workspace, self.like = _sharing(steps, {*results})
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -322,6 +366,7 @@ class Program:
                 with torch.cuda.device(device):
                     return self.run(tensors)
             stream = torch._C._cuda_getCurrentRawStream(device)
+        caller = torch.cuda.current_stream() if self.waits else None
         places: list[Any] = [*tensors, *[None] * (self.count - len(tensors))]
         base, workspace = 0, None
         if self.workspace:
@@ -333,7 +378,11 @@ class Program:
                 for i, place, offset, boxes in step.holes:
                     address = offset + (base if place == WORKSPACE else places[place].data_ptr())
                     values[i] = address if boxes is None else described(boxes, address)
-                step.launch_on(stream, step.blocks, step.pack(*values))
+                on = stream if step.stream is None else step.stream.cuda_stream
+                step.launch_on(on, step.blocks, step.pack(*values), step.early)
+            elif isinstance(step, _Waited):
+                assert caller is not None
+                step.run(caller)
             elif isinstance(step, _Made):
                 places[step.place] = step.like.new_empty(step.shape)
             else:

@@ -24,6 +24,7 @@ struct ExchangeSend {
         const u8* weights;  // (tokens, top_k) of `weight` bytes, 2 or 4, or null; these two by line, too
         i32 bytes, line, top_k, weight;  // `pitch` is that with what travels behind it
         i32 done;                        // the slot of an exchange whose rows this rank has read; -1 for none
+        u32* started;                    // zero at first: how many blocks have begun (exchange_gate.cuh); or null
     };
     struct Batch {
         i32 turn, index, count;  // turn: of the rank it goes to; this one has none. index: of the first row, among the channel's
@@ -118,6 +119,7 @@ struct ExchangeSend {
         u32(&begun)[2] = peers.words(peers.rank).begun[peers.slot];
         i32 warp = threadIdx.x / 32;
         u32 exchange = exchange_of(begun);
+        if (arguments.started && threadIdx.x == 0) atomicAdd(arguments.started, 1);
         if (arguments.done >= 0 && blockIdx.x == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
         send(shared.warps[warp], shared.rows[warp], arguments, exchange, blockIdx.x * WARPS + warp);
         __syncthreads();
