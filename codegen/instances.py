@@ -317,26 +317,6 @@ class ExchangeGate:
 
 
 @dataclass(frozen=True)
-class ExchangeJoin:
-    """The rows of a rank's own assignments, which two launches have computed.
-
-    Attributes:
-        ids: dtype of the expert ids, one of IDS.
-    """
-
-    ids: str
-
-    header: ClassVar[str] = "exchange_join.cuh"
-    name: ClassVar[str] = "moecompile_exchange_join"
-    definitions: ClassVar[str] = ""
-
-    @property
-    def template(self) -> str:
-        """The C++ type."""
-        return instantiation("ExchangeJoin", IDS[self.ids])
-
-
-@dataclass(frozen=True)
 class ExchangeHome:
     """Rows that came back from other ranks, summed into tokens.
 
@@ -356,6 +336,38 @@ class ExchangeHome:
     def template(self) -> str:
         """The C++ type."""
         return instantiation("ExchangeHome", RESULTS[self.rows], RESULTS[self.weights])
+
+
+@dataclass(frozen=True)
+class ExchangeHomeOfExperts:
+    """The same, and this rank's own rows of experts, which are summed on the way.
+
+    Attributes:
+        input: dtype of these.
+        rows: dtype of what came back and of the sums, one of RESULTS.
+        output: what is summed, an expression of `out`, the row, and of `weight`.
+        ids: dtype of the expert ids, one of IDS.
+    """
+
+    input: str
+    rows: str
+    output: str
+    ids: str
+
+    header: ClassVar[str] = "exchange_home.cuh"
+    name: ClassVar[str] = "moecompile_exchange_home_of_experts"
+
+    @property
+    def definitions(self) -> str:
+        """The output expression as C++."""
+        return print_struct("Output", self.output, ("out", "weight"))
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        rows = RESULTS[self.rows]
+        own = instantiation("OwnSums", INPUTS[self.input], rows, "Output", IDS[self.ids])
+        return instantiation("ExchangeHome", rows, rows, own)
 
 
 def instantiation(name: str, *arguments: str | int | bool) -> str:

@@ -14,7 +14,7 @@ from moecompile.codegen.instances import (
     IDS,
     ExchangeGate,
     ExchangeHome,
-    ExchangeJoin,
+    ExchangeHomeOfExperts,
     ExchangePlan,
     ExchangeReceive,
     ExchangeSend,
@@ -137,6 +137,28 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class OwnParts:
+    """Where the rows of this rank's own assignments to experts of its own are, which are in one of two parts.
+
+    Attributes:
+        ids: (T, K), of all ranks' experts.
+        slots: (T, K) of a plan of these alone, of which the one part has of each expert the first so many times
+            `multiple`.
+        offsets: (E,) of that plan.
+        others: slots (ranks * capacity, K) of the other part.
+        first: where rows of the other begin.
+        multiple: as said.
+    """
+
+    ids: Tensor
+    slots: Tensor
+    offsets: Tensor
+    others: Tensor
+    first: int
+    multiple: int
+
+
+@dataclass(frozen=True)
 class Exchange:
     """One exchange of a rank.
 
@@ -248,54 +270,46 @@ def take(
     Launch(kernel, exchange.readers(kernel, exchange.capacity), values, early=False).run()
 
 
-def join(
-    exchange: Exchange,
-    ids: Tensor,
-    places: Tensor,
-    own: tuple[Tensor, Tensor],
-    others: Tensor,
-    first: int,
-    multiple: int,
-) -> Tensor:
-    """The rows of this rank's own assignments to experts of its own, which are in the one or the other of two plans.
-
-    Args:
-        exchange: of this rank.
-        ids: (T, K).
-        places: `home` of `plan`, (T, ranks).
-        own: offsets (E,) and slots (T, K) of the one, which has of each expert the first so many times `multiple`.
-        others: slots (ranks * capacity, K) of the other.
-        first: where rows of the other begin.
-        multiple: as of `take`.
-
-    Returns:
-        (T, K) int32; -1 for assignments to other ranks' experts, or to none.
-    """
-    ids, (offsets, slots) = _conformed(ids), own
-    kernel = load(ExchangeJoin(dtype_name(ids.dtype)), ids.device.index)
-    joint, memory = torch.empty_like(slots), exchange.memory
-    blocks = max(1, min(-(-slots.numel() // kernel.threads), kernel.multiprocessors))
-    sizes = (slots.numel(), slots.shape[1], memory.rank, memory.ranks, exchange.capacity, offsets.shape[0])
-    Launch(kernel, blocks, (ids, places, slots, offsets, others, joint, *sizes, first, multiple)).run()
-    return joint
-
-
-def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows, by_token: bool = False) -> None:
+def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
     """Sums what came back for each token, and what travelled with it.
 
     Args:
         exchange: of this rank.
         places: `home` of `plan`, (T, ranks).
-        rows: what this rank sends, contiguous; or of each token what it adds itself, (T, H).
+        rows: what this rank sends, contiguous.
         into: room for T of them, allocated before they were sent: the kernel begins early.
-        by_token: whether it is the latter.
     """
     dtypes = [dtype_name(each.dtype) for each in (rows.values, rows.values if rows.weights is None else rows.weights)]
     kernel = load(ExchangeHome(*dtypes), rows.values.device.index)
     tokens, columns = into.values.shape
     values = (
-        *exchange.peers(rows.pitch), places, rows.values, rows.weights, into.values, into.weights, tokens, columns,
-        rows.top_k, int(by_token),
+        *exchange.peers(rows.pitch), places, rows.values, columns, 0, rows.weights, into.values, into.weights, tokens,
+        columns, rows.top_k,
+    )  # fmt: skip
+    Launch(kernel, exchange.readers(kernel, tokens), values).run()
+
+
+def home_of_experts(
+    exchange: Exchange, places: Tensor, parts: OwnParts, rows: Tensor, weights: Tensor | None, output: str, into: Tensor
+) -> None:
+    """Sums what came back for each token, and this rank's own part: its rows of experts, summed and rounded once.
+
+    Args:
+        exchange: of this rank.
+        places: `home` of `plan`, (T, ranks).
+        parts: where its rows are.
+        rows: (rows of both parts, H), bfloat16 or float16, contiguous.
+        weights: (T, K) float32, contiguous, or None.
+        output: an expression of `out` and `weight`.
+        into: (T, H), written, of the dtype of what came back.
+    """
+    ids = _conformed(parts.ids)
+    names = dtype_name(rows.dtype), dtype_name(into.dtype), output, dtype_name(ids.dtype)
+    kernel = load(ExchangeHomeOfExperts(*names), into.device.index)
+    (tokens, columns), (experts,), top_k = into.shape, parts.offsets.shape, ids.shape[1]
+    values = (
+        *exchange.peers(columns * into.element_size()), places, ids, parts.slots, parts.offsets, parts.others, top_k,
+        experts, parts.first, parts.multiple, rows, weights, columns, 0, None, into, None, tokens, columns, 0,
     )  # fmt: skip
     Launch(kernel, exchange.readers(kernel, tokens), values).run()
 

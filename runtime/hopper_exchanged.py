@@ -41,7 +41,7 @@ from moecompile.runtime import (
 )
 from moecompile.runtime.contract import Arguments, expression_leaves
 from moecompile.runtime.hopper import Taking
-from moecompile.runtime.hopper_exchange import Exchange, Rows
+from moecompile.runtime.hopper_exchange import Exchange, OwnParts, Rows
 from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Value, wait_for
@@ -242,7 +242,7 @@ class _Forward:
         args, tokens, there, back, products = self.args, self.tokens, self.there, self.back, self.products
         main, side = torch.cuda.current_stream(args.x.device), other_stream(there.memory)
         lines = products.travelling(tokens)
-        came, sums, mine, result = self._room()
+        came, sums, result = self._room()
         wait_for(side, main)
         with torch.cuda.stream(side):
             hopper_exchange.send(there, lines, tokens.sent, None, early=False)
@@ -261,20 +261,19 @@ class _Forward:
         hopper_exchange.await_start(back, self.started)
         if own.count:
             products.multiply_out(own)
-            self._sum_own(own, others, mine)
         wait_for(main, side)
-        hopper_exchange.home(back, tokens.home, Rows(mine), Rows(result), by_token=True)
+        parts = OwnParts(tokens.ids, own.slots, own.offsets, others.slots, others.first, own.multiple)
+        hopper_exchange.home_of_experts(back, tokens.home, parts, products.y, own.weights, args.output, result)
         return result
 
-    def _room(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For how many rows came, sums of others' tokens, sums of own tokens, and these with what comes back."""
+    def _room(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For how many rows came, for sums of other ranks' tokens, and for the result."""
         args, sent = self.args, self.tokens.sent
-
-        def results(count: int) -> Tensor:
-            return args.x.new_empty(count, args.out_features, dtype=args.dtypes.result)
-
-        tokens = args.x.shape[0]
-        return sent.new_empty(self.there.memory.ranks), results(sent.shape[0]), results(tokens), results(tokens)
+        sums, result = (
+            args.x.new_empty(count, args.out_features, dtype=args.dtypes.result)
+            for count in (sent.shape[0], args.x.shape[0])
+        )
+        return sent.new_empty(self.there.memory.ranks), sums, result
 
     def _own(self, lines: Rows) -> Part:
         """Of each expert of this rank, the rows of this rank's tokens that fill tiles."""
@@ -323,14 +322,6 @@ class _Forward:
             weights = None if others.weights is None else others.weights[places]
             y, slots = self.products.y[others.rows], others.slots[places]
             hopper_routing.combine(y, slots, weights, self.args.output, sums[places])
-
-    def _sum_own(self, own: Part, others: Part, sums: Tensor) -> None:
-        """What becomes of this rank's own tokens here."""
-        tokens, planned = self.tokens, (own.offsets, own.slots)
-        joint = hopper_exchange.join(
-            self.back, tokens.ids, tokens.home, planned, others.slots, others.first, own.multiple
-        )
-        hopper_routing.combine(self.products.y, joint, own.weights, self.args.output, sums)
 
     def _instances(self) -> list[Instance]:
         """The products' kernels, as they are launched here; those of the exchange are small."""

@@ -15,10 +15,13 @@ from torch.distributed.tensor import DTensor
 import moecompile
 from expert_parallel_checks import EXPERTS, TOP_K, Model, close, compiled, tokens_of
 from moecompile.runtime import peer_memory
+from moecompile.runtime.exchanged import HIDES_FROM
 from ranks_on_one_gpu import meet
 
 ops = torch.ops.moecompile
 HIDDEN, INNER = 512, 256
+MANY = HIDES_FROM * EXPERTS // TOP_K
+"""Tokens of a rank from which an exchange is hidden."""
 
 
 def mesh_of(ranks: int) -> DeviceMesh:
@@ -84,10 +87,15 @@ def check_a_rank_without_tokens(rank: int, ranks: int) -> None:
 
 def check_captured(rank: int, ranks: int) -> None:
     """A CUDA graph of the forward, replayed with other tokens, by ranks that are late now and then."""
+    captured(rank, ranks, 160)
+
+
+def captured(rank: int, ranks: int, tokens: int) -> None:
+    """The same for so many tokens."""
     model, mesh = Model(HIDDEN, INNER, fixed=True).cuda().eval(), mesh_of(ranks)
     whole = compiled(copy.deepcopy(model))
     moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
-    run, x = compiled(model), torch.zeros(160, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    run, x = compiled(model), torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
     with torch.no_grad():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -103,6 +111,47 @@ def check_captured(rank: int, ranks: int) -> None:
                 time.sleep(random.random() / 50)
             graph.replay()
             close([y], [whole(x)], 1.5e-2)
+
+
+def hidden(rank: int, ranks: int, counts: list[int], bound: float, **options: object) -> None:
+    """Exchanges behind the experts: bit for bit those before and after them, time and again; and the whole model."""
+    model, mesh = Model(HIDDEN, INNER, fixed=True).cuda().eval(), mesh_of(ranks)
+    whole = compiled(copy.deepcopy(model), **options)
+    moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
+    inputs = [tokens_of(10 * turn + rank, counts[rank], hidden=HIDDEN).cuda() for turn in range(4)]
+    with torch.no_grad():
+        right = [whole(x) for x in inputs]
+        after = compiled(model, disable=("hide",), **options)
+        shown = [after(x) for x in inputs]
+        run = compiled(model, **options)
+        for _ in range(5):  # the first calls load kernels, the next are recorded
+            found = [run(x) for x in inputs]
+            if random.random() < 0.5:
+                time.sleep(random.random() / 20)
+            for one, other, close_to in zip(found, shown, right, strict=True):
+                assert torch.equal(one, other)
+                close([one], [close_to], bound)
+    graph = moecompile.last_report().graphs[-1]
+    assert "exchanged_experts" in graph.after and "dispatch_start" not in graph.after
+
+
+def check_hidden(rank: int, ranks: int) -> None:
+    hidden(rank, ranks, [MANY - 100 * each for each in range(ranks)], 1.5e-2)
+
+
+def check_hidden_in_fp8(rank: int, ranks: int) -> None:
+    hidden(rank, ranks, [MANY - 100 * each for each in range(ranks)], 2e-2, precision="fp8")
+
+
+def check_hidden_and_a_rank_without_tokens(rank: int, ranks: int) -> None:
+    for precision in ("model", "fp8"):
+        hidden(rank, ranks, [MANY] * (ranks - 1) + [0], 2e-2, precision=precision)
+
+
+def check_hidden_and_captured(rank: int, ranks: int) -> None:
+    """A CUDA graph of two streams, replayed with other tokens, by ranks that are late now and then."""
+    captured(rank, ranks, MANY)
+    assert any("exchanged_experts" in graph.after for graph in moecompile.last_report().graphs)
 
 
 def exchanges(rank: int, ranks: int, turns: int) -> None:

@@ -17,7 +17,9 @@ from moecompile.codegen.instances import (
     Collect,
     Combine,
     Dispatch,
+    ExchangeGate,
     ExchangeHome,
+    ExchangeHomeOfExperts,
     ExchangePlan,
     ExchangeReceive,
     ExchangeSend,
@@ -118,6 +120,12 @@ QUANTISING = [
     *(TransposeRows(gathered, per_column) for gathered, per_column in product((False, True), (False, True))),
     *(TransposeRows(gathered, False, "float32") for gathered in (False, True)),
 ]
+
+
+def _saves(gemm: GroupedGemm) -> bool:
+    return isinstance(gemm.epilogue, Activated) and gemm.epilogue.save
+
+
 DISPATCHING = [
     replace(each, dispatches=True)
     for each in (
@@ -135,11 +143,24 @@ ADDED = [
     *(replace(gemm, over_rows=True, epilogue=Added(turned)) for gemm, turned in product((WIDE, NARROW), (False, True))),
 ]
 SENDING = [ExchangeSend(ids) for ids in IDS]
+TAKEN = [
+    replace(each, taken=True)
+    for each in (
+        *(GroupedGemm("bfloat16", *tile, transposed) for tile, transposed in product(TILES, (False, True))),
+        WIDE,
+        NARROW,
+        *(replace(each, dispatches=True, records=True) for each in (*ACTIVATED, *QUANTIZED[False]) if not _saves(each)),
+    )
+]
+"""Products whose exchange is hidden behind them."""
 WITHOUT_PRODUCTS = [
     *map(ExchangePlan, IDS),
     *SENDING,
     *map(ExchangeReceive, IDS),
     *(ExchangeHome(rows, weights) for rows, weights in product(RESULTS, RESULTS)),
+    ExchangeGate(),
+    *(ExchangeHomeOfExperts("bfloat16", rows, "mul(out, weight)", ids) for rows, ids in product(RESULTS, IDS)),
+    ExchangeHomeOfExperts("float16", "float16", "out", "int64"),
     *QUANTISING,
     *map(Collect, RESULTS),
     PadOffsets(),
@@ -153,7 +174,9 @@ WITHOUT_PRODUCTS = [
 
 
 @pytest.mark.parametrize(
-    "instance", [*PLAIN, *ALONG, *SCALED, *ACTIVATED, *QUANTIZED[False]], ids=lambda instance: instance.template
+    "instance",
+    [*PLAIN, *ALONG, *SCALED, *ACTIVATED, *QUANTIZED[False], *TAKEN],
+    ids=lambda instance: instance.template,
 )
 def test_machine_code(instance: GroupedGemm) -> None:
     made = sass.machine(instance)

@@ -33,12 +33,13 @@ struct Combine {
         }
     }
 
-    // A row that is not there is read as the first one and not added: a branch would keep the loads apart.
+    // A row that is not there is not read: by a predicate, since a branch would keep the loads apart.
     static __device__ __forceinline__ void add(const Arguments& arguments, i64 assignment, i64 column, float (&sum)[8]) {
         i32 slot = __ldg(arguments.slots + assignment);
         float weight = arguments.weights ? __ldg(arguments.weights + assignment) : 0;
         const u16* row = arguments.rows + i64(max(slot, 0)) * arguments.columns + column;
-        uint4 packed = __ldg(reinterpret_cast<const uint4*>(row));
+        uint4 packed = make_uint4(0, 0, 0, 0);
+        if (slot >= 0) packed = __ldg(reinterpret_cast<const uint4*>(row));
         u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
         for (i32 i = 0; i < 4; i++) {

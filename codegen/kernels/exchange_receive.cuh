@@ -6,14 +6,8 @@
 // The grid begins while rows are still being sent, by the kernel before it (exchange_send.cuh): it writes only what was
 // allocated before that one, and ends after it.
 #pragma once
+#include "parts.cuh"
 #include "peer.cuh"
-
-// Whether the row of an assignment, -1 if it has none, is among its expert's first so many times `multiple`.
-__device__ __forceinline__ bool is_whole(i32 slot, i32 expert, const i32* offsets, i32 multiple) {
-    if (slot < 0) return false;
-    i32 begin = expert ? __ldcg(offsets + expert - 1) : 0, rows = __ldcg(offsets + expert) - begin;
-    return slot - begin < rows - rows % multiple;
-}
 
 template <typename Id>
 struct ExchangeReceive {

@@ -28,15 +28,19 @@ struct Producer {
         u32 parity = filled < STAGES;
         ptx::wait_for_earlier_grids();
         i32 turn = 0, number = blockIdx.x / CLUSTER;
-        if (TAKEN) number = Tickets::get(shared.tickets, Tickets::ask(arguments.taken, rank), turn++, rank);
+        if (TAKEN) Tickets::tell(shared.tickets, Tickets::ask(arguments.taken, rank), turn, rank);
+        if (TAKEN) number = Tickets::get(shared.tickets, turn++);
         while (number < shared.tile_count) {
             u32 asked = TAKEN ? Tickets::ask(arguments.taken, rank) : 0;
             Tile tile = own(schedule.find(number), rank);
             if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, tile.row);
             Feed::wait(arguments.feed, tile.row, rows_end(tile), rows);
             bool first = !TAKEN && number == i32(blockIdx.x) / CLUSTER;
-            fill(shared, arguments, tile, rank, stage, parity, first ? filled * K_TILE : 0);
-            number = TAKEN ? Tickets::get(shared.tickets, asked, turn++, rank) : number + gridDim.x / CLUSTER;
+            auto meanwhile = [&] {
+                if (TAKEN) Tickets::tell(shared.tickets, asked, turn, rank);
+            };
+            fill(shared, arguments, tile, rank, stage, parity, first ? filled * K_TILE : 0, meanwhile);
+            number = TAKEN ? Tickets::get(shared.tickets, turn++) : number + gridDim.x / CLUSTER;
         }
         if (TAKEN) end(shared, stage, parity);
         if (Feed::BESIDE && threadIdx.x % 32 == 0) atomicExch(&shared.reached, 0x7fffffff);  // the rows left are other blocks'
@@ -71,9 +75,10 @@ struct Producer {
     };
 
     // A tile's stages, but for the first ones of K, `skipped`. The scales of b are read a stage ahead: nothing may come between
-    // a free stage and its copies.
+    // a free stage and its copies. `meanwhile` is done behind the first stage.
+    template <typename Meanwhile>
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
-                                                i32& stage, u32& parity, i32 skipped) {
+                                                i32& stage, u32& parity, i32 skipped, Meanwhile meanwhile) {
         i32 k = tile.k_begin + skipped;
         if (skipped && k >= tile.k_end) return;
         MatrixScales scales(arguments, tile);
@@ -93,6 +98,7 @@ struct Producer {
             }
 #pragma unroll
             for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales.at(part, next));
+            if (TAKEN && k == tile.k_begin) meanwhile();
             Gemm::advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);

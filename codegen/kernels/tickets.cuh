@@ -20,18 +20,21 @@ struct Tickets {
         for (i32 i = 0; i < HELD; i++) ptx::barrier_init(shared.told + i, 1);
     }
 
-    // All that follows by one warp of each block. The number may be long on its way: whoever asks early does not wait.
+    // All that follows by one warp of each block, for the `turn`th of its numbers. Each of the steps may be long on its way:
+    // whoever takes one when there is something else to do does not wait.
     static __device__ __forceinline__ u32 ask(u32* taken, u32 rank) {
         return rank == 0 && threadIdx.x % 32 == 0 ? atomicAdd(taken, 1) : 0;
     }
 
-    // The number that was asked for, the `turn`th of this block.
-    static __device__ __forceinline__ i32 get(Shared& shared, u32 asked, i32 turn, u32 rank) {
+    static __device__ __forceinline__ void tell(Shared& shared, u32 asked, i32 turn, u32 rank) {
         asked = __shfl_sync(~0u, asked, 0);
-        if (CLUSTER == 1) return i32(asked);
         i32 lane = threadIdx.x % 32, place = turn % HELD;
         if (rank == 0 && lane < CLUSTER) ptx::store_at(shared.numbers + place, asked, shared.told + place, lane);
-        if (lane == 0) ptx::barrier_expect(shared.told + place, sizeof(i32));
+    }
+
+    static __device__ __forceinline__ i32 get(Shared& shared, i32 turn) {
+        i32 place = turn % HELD;
+        if (threadIdx.x % 32 == 0) ptx::barrier_expect(shared.told + place, sizeof(i32));
         ptx::barrier_wait(shared.told + place, turn / HELD & 1);
         return uniform(*const_cast<const volatile i32*>(shared.numbers + place));
     }
