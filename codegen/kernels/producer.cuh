@@ -75,12 +75,13 @@ struct Producer {
     };
 
     // A tile's stages, but for the first ones of K, `skipped`. The scales of b are read a stage ahead: nothing may come between
-    // a free stage and its copies. `meanwhile` is done behind the first stage.
+    // a free stage and its copies, and `meanwhile` is done half-way: what it waits for, and who waits for it, have that long.
     template <typename Meanwhile>
     static __device__ __forceinline__ void fill(Shared& shared, const Arguments& arguments, const Tile& tile, u32 rank,
                                                 i32& stage, u32& parity, i32 skipped, Meanwhile meanwhile) {
         i32 k = tile.k_begin + skipped;
         if (skipped && k >= tile.k_end) return;
+        i32 half = tile.k_begin + (tile.k_end - tile.k_begin) / (2 * K_TILE) * K_TILE;
         MatrixScales scales(arguments, tile);
         float ahead[PARTS];
 #pragma unroll
@@ -98,7 +99,7 @@ struct Producer {
             }
 #pragma unroll
             for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales.at(part, next));
-            if (TAKEN && k == tile.k_begin) meanwhile();
+            if (TAKEN && k == half) meanwhile();
             Gemm::advance(stage, parity);
             k += K_TILE;
         } while (k < tile.k_end);
