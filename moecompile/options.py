@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moecompile.passes.exclusions import check_pattern
-from moecompile.runtime.peer_memory import MOST_PATIENCE, MOST_SMS, PATIENCE, SMS
+from moecompile.runtime.peer_memory import MOST_PATIENCE, MOST_SMS, PATIENCE, ROWS, ROWS_AT_LEAST, SMS
 
 # The passes over the captured graph, in the order in which they run; `Options.disable` takes these names.
 PASSES: dict[str, str] = {
@@ -134,6 +134,12 @@ class Options:
         "tokens that a rank brings to an exchange with the ranks that share its experts, at most; every rank has to "
         "give the same number. Without it the ranks agree on the most of the first graph that they compile",
     )
+    ep_rows: float = _option(
+        ROWS,
+        "rows that a rank's experts have room for, as a multiple of tokens (`ep_capacity`) times experts of each; what "
+        "the backward needs is as large. More give the exchange up: results are NaN on all ranks, and the next step of "
+        f"an optimizer raises an error with the number. There is always room for {ROWS_AT_LEAST}",
+    )
     ep_sms: int | Literal["auto"] = _option(
         "auto",
         "multiprocessors that send tokens to the ranks which share experts, where moecompile's kernels do it; every "
@@ -182,6 +188,8 @@ class Options:
         """Raises ValueError for numbers that no exchange of tokens can have."""
         if self.ep_capacity is not None and self.ep_capacity < 1:
             raise ValueError(f"moecompile: option `ep_capacity`: expected 1 or more, got {self.ep_capacity}.")
+        if not self.ep_rows > 0:
+            raise ValueError(f"moecompile: option `ep_rows`: expected more than 0, got {self.ep_rows}.")
         if self.ep_sms != "auto" and not 1 <= self.ep_sms <= MOST_SMS:
             raise ValueError(f"moecompile: option `ep_sms`: expected 1 to {MOST_SMS}, or 'auto', got {self.ep_sms}.")
         if not 0.001 <= self.ep_patience <= MOST_PATIENCE:

@@ -112,7 +112,7 @@ def fuse_sites(piece: Piece, _: Options) -> None:
 def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
-    travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience)
+    travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience, options.ep_rows)
     asked = {
         "ep_capacity": options.ep_capacity,
         "ep_sms": travel.sms,

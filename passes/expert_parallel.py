@@ -17,7 +17,8 @@ Contract
     sent, home = exchange_plan(expert_ids, num_experts=E, ranks=R, capacity=C)
     tokens = x, expert_ids, weights, sent, home
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
-    y = experts(rows, row_weights, *plan(ids, E / R), w_in_here, w_out_here)
+    y = experts(rows, row_weights, *plan(ids, E / R), w_in_here, w_out_here)        (and where there may be no room for
+                                                                        all rows: came = came_within(came, counts))
     result, _ = combine_wait(*combine_start(y, came, sent, home), y, sent, home)
 
 A start and its wait are nodes of their own, so that what does not need the tokens can run between them.
@@ -25,7 +26,7 @@ A start and its wait are nodes of their own, so that what does not need the toke
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from moecompile.passes.casts import Kept, call_for, key_of
 from moecompile.passes.provenance import input_name, module_of, source_of
 from moecompile.passes.spelling import operation_name
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS
-from moecompile.runtime.peer_memory import SLOTS_USED
+from moecompile.runtime.peer_memory import ROWS, ROWS_AT_LEAST, SLOTS_USED
 
 ops = torch.ops.moecompile
 GATHER = ops.gather_experts.default
@@ -82,10 +83,22 @@ class Travel:
     Attributes:
         sms: multiprocessors that send, the same number on all ranks.
         patience: seconds that a rank waits for another.
+        rows: that a rank's experts have room for, as a multiple of a rank's assignments.
     """
 
     sms: int
     patience: float
+    rows: float = ROWS
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Of the operators that carry tokens."""
+        return {"sms": self.sms, "patience": self.patience}
+
+    def room(self, group: Group, capacity: int, top_k: int) -> int | None:
+        """For how many rows of experts there is to be room; None for all that may be."""
+        rows = max(ROWS_AT_LEAST, math.ceil(self.rows * capacity * top_k))
+        return rows if rows < group.ranks * capacity * top_k else None
 
 
 NOT_FOUND = "not all ranks found it"
@@ -192,7 +205,8 @@ class _Block:
         plan: Any = given["offsets"].args[0]
         ids, num_experts = plan.args
         x, weights = given["x"], given.get("weights")
-        among = {"ranks": group.ranks, "group": group.name, "capacity": capacity, **dataclasses.asdict(travel)}
+        among = {"ranks": group.ranks, "group": group.name, "capacity": capacity, **travel.attributes}
+        room = travel.room(group, capacity, fake_of(ids).shape[1])
         here = {"num_experts": num_experts, "ranks": group.ranks}
         with self._graph.inserting_before(node):
             sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity}, 2)
@@ -202,8 +216,11 @@ class _Block:
             rows, row_ids, row_weights, came = self._several(
                 ops.dispatch_wait.default, (*parts, *tokens), {"num_experts": num_experts, **there}, 4
             )
-            planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), {}, 4)
-            y = self._experts(group, rows, None if weights is None else row_weights, planned)
+            limit = {} if room is None else {"room": room}
+            planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), limit, 4)
+            if limit:
+                came = self._one(ops.came_within.default, (came, planned[0]), limit)
+            y = self._experts(group, rows, None if weights is None else row_weights, planned, limit)
             parts = self._several(ops.combine_start.default, (y, None, came, sent, home), back, 3)
             result, _ = self._several(ops.combine_wait.default, (*parts, y, None, sent, home), back, 2)
         result.meta[key_of(node)] = node.meta[key_of(node)]
@@ -216,13 +233,15 @@ class _Block:
             self._graph.erase_node(plan)
         return Exchanged(self.module, group, num_experts, capacity)
 
-    def _experts(self, group: Group, rows: fx.Node, weights: fx.Node | None, planned: list[fx.Node]) -> fx.Node:
+    def _experts(
+        self, group: Group, rows: fx.Node, weights: fx.Node | None, planned: list[fx.Node], limit: dict[str, int]
+    ) -> fx.Node:
         """The block on the rows that came, with this rank's experts."""
         _, offsets, slots, order = planned
         local = {name: self._local(name, group) for name in self._sharded}
         positional = (rows, weights, offsets, slots, order, local.pop("w_in"), local.pop("w_out"))
         attributes = {name: value for name, value in self._node.kwargs.items() if name not in MATRICES}
-        node = call_for(self._node, ops.experts.default, positional, {**local, **attributes})
+        node = call_for(self._node, ops.experts.default, positional, {**local, **attributes, **limit})
         before = fake_of(self._node)
         shape = (fake_of(rows).shape[0], before.shape[1])
         node.meta[key_of(node)] = empty_fake(before, shape, before.dtype).requires_grad_(before.requires_grad)

@@ -54,10 +54,22 @@ class _Block:
     def __init__(self, wait: fx.Node) -> None:
         self.combined = wait
         self.sent_back = _maker(wait.args[0], ops.combine_start.default)
+        self.within = _call(self.sent_back.args[2], ops.came_within.default)
         self.experts = _maker(self.sent_back.args[0], *EXPERTS)
         self.came = _maker(self.experts.args[0], ops.dispatch_wait.default)
         self.planned = _maker(_part_of(self.experts.args[2]), ops.plan.default)
         self.sent = _maker(self.came.args[0], ops.dispatch_start.default)
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All of them, users first."""
+        within = [] if self.within is None else [self.within]
+        return [self.combined, self.sent_back, *within, self.experts, self.planned, self.came, self.sent]
+
+    @property
+    def _room(self) -> Any:
+        """For how many rows of experts there is room, if not for all."""
+        return None if self.within is None else self.within.kwargs["room"]
 
     def is_whole(self) -> bool:
         """Whether these are all of it, each reads what it should, and nobody else reads anything."""
@@ -65,15 +77,18 @@ class _Block:
         rows, row_ids, row_weights, came = _parts(self.came, 4)
         there, back = _travel(self.sent), _travel(self.sent_back)
         kwargs: Any = self.came.kwargs
+        counts, *plan = _parts(self.planned, 4)
+        within = [] if self.within is None else [(self.within, [came, counts])]
         reads: list[tuple[fx.Node, list[Any]]] = [
+            *within,
             (self.came, [*_parts(self.sent, 4), x, ids, weights, sent, home]),
             (self.planned, [row_ids, kwargs["num_experts"] // there["ranks"]]),
-            (self.experts, [rows, None if weights is None else row_weights, *_parts(self.planned, 4)[1:]]),
-            (self.sent_back, [self.experts, None, came, sent, home]),
+            (self.experts, [rows, None if weights is None else row_weights, *plan]),
+            (self.sent_back, [self.experts, None, self.within or came, sent, home]),
             (self.combined, [*_parts(self.sent_back, 3), self.experts, None, sent, home]),
         ]
         alike = all(list(node.args)[: len(wanted)] == wanted for node, wanted in reads)
-        inside = {self.sent, self.came, self.planned, self.experts, self.sent_back, self.combined}
+        inside = {*self.nodes}
         users = {
             user
             for node in inside - {self.combined}
@@ -84,6 +99,7 @@ class _Block:
         result, rest = _parts(self.combined, 2)
         return (
             alike
+            and {self.planned.kwargs.get("room"), self.experts.kwargs.get("room")} == {self._room}
             and users <= inside
             and ids is not None
             and result is not None
@@ -111,7 +127,7 @@ class _Block:
             made = call_for(experts, ops.exchanged_experts.default, args, keywords)
         made.meta[key_of(result)] = result.meta[key_of(result)]
         result.replace_all_uses_with(made)
-        for node in (self.combined, self.sent_back, experts, self.planned, self.came, self.sent):
+        for node in self.nodes:
             for part in [*node.users]:
                 experts.graph.erase_node(part)
             experts.graph.erase_node(node)
@@ -136,6 +152,11 @@ def _maker(value: Any, *targets: Any) -> fx.Node:
     if not isinstance(node, fx.Node) or node.target not in targets:
         raise _OtherError
     return node
+
+
+def _call(value: Any, target: Any) -> fx.Node | None:
+    """The value, if it is a call of that."""
+    return value if isinstance(value, fx.Node) and value.target is target else None
 
 
 def _part_of(value: Any) -> Any:

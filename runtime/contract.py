@@ -27,8 +27,8 @@ DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_ou
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_plan(expert_ids: Tensor, num_experts: int) -> None:
-    """Raises for anything but a (T, K) integer tensor and at least one expert."""
+def check_plan(expert_ids: Tensor, num_experts: int, room: int | None = None) -> None:
+    """Raises for anything but a (T, K) integer tensor, at least one expert, and room for a row at least."""
     if expert_ids.dtype not in INTEGERS:
         raise TypeError(f"moecompile::plan: expert_ids must hold integers, got dtype {expert_ids.dtype}")
     if expert_ids.dim() != 2:
@@ -37,6 +37,8 @@ def check_plan(expert_ids: Tensor, num_experts: int) -> None:
         )
     if num_experts < 1:
         raise ValueError(f"moecompile::plan: num_experts must be at least 1, got {num_experts}")
+    if room is not None and room < 1:
+        raise ValueError(f"moecompile::plan: room must be at least 1, got {room}; leave it out for all assignments")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Arguments:
     out_dtype: torch.dtype | None = None
     kernels: str | None = None
     recompute: bool = False
+    room: int | None = None
     scale_format: str = "power_of_two"
     """Of what is quantised: an argument of the FP8 operators alone."""
 
@@ -146,7 +149,7 @@ class Arguments:
 
     @property
     def rows(self) -> int:
-        """T*K, the number of assignments of a token to an expert."""
+        """T*K, the number of assignments of a token to an expert; fewer where there is room for fewer rows."""
         return self.order.shape[0]
 
     @property
@@ -239,7 +242,7 @@ class Arguments:
             raise _error(ValueError, f"w_in must hold the matrices of an expert at least, got {tuple(self.w_in.shape)}")
         first = inner if self.gate_up in ("separate", "single") else self.width
         _expect(self.slots, "slots", (tokens, top_k), "(tokens, experts per token)")
-        _expect(self.order, "order", (tokens * top_k,), "(tokens * experts per token,)")
+        self._check_order(tokens * top_k)
         _expect(self.offsets, "offsets", (experts,), "(experts,)")
         if self.weights is not None:
             _expect(self.weights, "weights", (tokens, top_k), "(tokens, experts per token)")
@@ -256,6 +259,13 @@ class Arguments:
                 _expect(bias, name, (experts, size), "(experts, features)")
         if self.b_out is not None:
             _expect(self.b_out, "b_out", (experts, self.out_features), "(experts, features)")
+
+    def _check_order(self, assignments: int) -> None:
+        """It has a row for each, or for as many as there is room for."""
+        if self.room is None:
+            return _expect(self.order, "order", (assignments,), "(tokens * experts per token,)")
+        rows = torch.sym_min(self.room, assignments)
+        return _expect(self.order, "order", (rows,), "(tokens * experts per token,), or (room,) if that is less")
 
 
 _RANKS = (

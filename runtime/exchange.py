@@ -16,7 +16,8 @@ combine, that of a combine a dispatch: of a wait the reverse's start, of a start
     rows (R * C, H)         the tokens that came from each rank; anything where none did
     ids (R * C, K) int32    experts of these, counted from this rank's first; -1: none, or one of another rank
     weights (R * C, K)      of these; zeros where no token came
-    came (R,) int32         how many rows a combine has to send back to each rank, at least those that came from it
+    came (R,) int32         how many rows a combine has to send back to each rank, at least those that came from it;
+                            less than none where this rank's experts have no room for them all
 
 On Hopper GPUs with access to each other's memory moecompile's kernels do it (`moecompile.runtime.hopper_exchange`).
 Elsewhere each rank sends C rows to each, over torch's functional collectives: slow, and right. A start gives handles:
@@ -35,7 +36,7 @@ from torch import Tensor, distributed
 from moecompile.runtime import hopper_exchange
 from moecompile.runtime.contract import INTEGERS
 from moecompile.runtime.hopper_exchange import Exchange, Rows
-from moecompile.runtime.peer_memory import PeerMemory, memory_of, reaches_peers, room_for
+from moecompile.runtime.peer_memory import PeerMemory, give_up, memory_of, reaches_peers, room_for, too_many
 from moecompile.runtime.reference import check_range
 from moecompile.runtime.sharded import process_group
 
@@ -179,6 +180,28 @@ def fake_dispatch_wait(
     return (*_in_flight(x, expert_ids, given, ranks * capacity)[:3], sent.new_empty(ranks))
 
 
+def came_within(came: Tensor, counts: Tensor, *, room: int) -> Tensor:
+    """`came`, or, if more assignments met experts of this rank than `room`, how many, times -1.
+
+    A combine that is given that gives the exchange up: results are NaN on all ranks, and no optimizer of torch's takes
+    a step.
+
+    Args:
+        came: of `dispatch_wait`.
+        counts: (E,) of `plan`.
+        room: for so many rows.
+    """
+    met = counts.sum(dtype=torch.int32)
+    if not came.is_cuda and int(met) > room:
+        give_up(too_many(distributed.get_rank(), int(met), room))
+    return torch.where(met > room, -met, came)
+
+
+def fake_came_within(came: Tensor, counts: Tensor, *, room: int) -> Tensor:
+    """Its shape."""
+    return torch.empty_like(came)
+
+
 def combine_start(
     y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
     capacity: int, slot: int, sms: int, patience: float,
@@ -195,6 +218,7 @@ def combine_start(
         hopper_exchange.send(Exchange(memory, slot, capacity, sms, patience), rows, None, came)
         back, _, along, token = _handles(y, None, weights, home.shape[0])
         return back, along, token
+    y = torch.where((came < 0).any(), torch.nan, y) if came.is_cuda or bool((came < 0).any()) else y
     return (
         _all_to_all(y.contiguous(), ranks, group),
         y.new_empty(0) if weights is None else _all_to_all(weights.contiguous(), ranks, group),

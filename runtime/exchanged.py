@@ -45,7 +45,7 @@ def hides(capacity: int, top_k: int, num_experts: int) -> bool:
 
 def exchanged_experts(
     x: Tensor, expert_ids: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *matrices: Tensor | None,
-    num_experts: int, quantized: Sequence[Tensor] = (), **attributes: Any,
+    num_experts: int, quantized: Sequence[Tensor] = (), room: int | None = None, **attributes: Any,
 ) -> Tensor:  # fmt: skip
     """The result (T, H2).
 
@@ -58,6 +58,7 @@ def exchanged_experts(
         matrices: w_in, w_out, w_up, b_in, b_up, b_out of this rank's experts, as of `experts`.
         num_experts: of all ranks.
         quantized: as of `experts_fp8`; empty for the model's precision.
+        room: for so many rows of this rank's experts (`exchange.came_within`); None for all that there may be.
         attributes: of the exchange, of which that of the way back has the slot after `slot`; and of the experts.
     """
     travel = {name: attributes.pop(name) for name in OF_EXCHANGE}
@@ -65,29 +66,28 @@ def exchanged_experts(
     memory = None
     if attributes.get("kernels") is None and hides(travel["capacity"], expert_ids.shape[1], num_experts):
         memory = exchange.memory_for(x, expert_ids, weights, travel["ranks"], travel["group"], travel["capacity"])
-    hidden = None if memory is None else _hidden(memory, tokens, matrices, num_experts, quantized, travel, attributes)
-    if hidden is not None:
-        return hidden
-    return _one_after_the_other(tokens, matrices, num_experts, quantized, travel, attributes)
+    call = tokens, matrices, num_experts, quantized, room, travel, attributes
+    hidden = None if memory is None else _hidden(memory, *call)
+    return _one_after_the_other(*call) if hidden is None else hidden
 
 
 def _hidden(
     memory: PeerMemory, tokens: Tokens, matrices: Sequence[Tensor | None], num_experts: int,
-    quantized: Sequence[Tensor], travel: dict[str, Any], attributes: dict[str, Any],
+    quantized: Sequence[Tensor], room: int | None, travel: dict[str, Any], attributes: dict[str, Any],
 ) -> Tensor | None:  # fmt: skip
     """The result, if there are kernels that hide the exchange of such tokens."""
     from moecompile.runtime import hopper_exchanged
 
     absent = (None,) * (OF_EXPERTS - len(matrices))
     given = (*tokens, *matrices, *absent, *quantized, memory.own, memory.bases, memory.told)
-    decides = {**attributes, **travel, "num_experts": num_experts}
+    decides = {**attributes, **travel, "num_experts": num_experts, "room": room}
     known = CALLS.again("exchanged_experts", given, decides)
     if known is not None:
         return known[0]
     there, back = (
         Exchange(memory, travel["slot"] + way, travel["capacity"], travel["sms"], travel["patience"]) for way in (0, 1)
     )
-    brought = hopper_exchanged.Brought(*tokens, num_experts)
+    brought = hopper_exchanged.Brought(*tokens, num_experts, room)
     if not hopper_exchanged.takes(brought, there, matrices, quantized, attributes):
         return None
 
@@ -100,7 +100,7 @@ def _hidden(
 
 def fake_exchanged_experts(
     x: Tensor, expert_ids: Tensor, weights: Tensor | None, sent: Tensor, home: Tensor, *matrices: Tensor | None,
-    num_experts: int, quantized: Sequence[Tensor] = (), **attributes: Any,
+    num_experts: int, quantized: Sequence[Tensor] = (), room: int | None = None, **attributes: Any,
 ) -> Tensor:  # fmt: skip
     """Shape and dtype of the result."""
     here = exchange.experts_here(num_experts, attributes["ranks"], "exchanged_experts")
@@ -116,13 +116,16 @@ def fake_exchanged_experts(
 
 def _one_after_the_other(
     tokens: Tokens, matrices: Sequence[Tensor | None], num_experts: int, quantized: Sequence[Tensor],
-    travel: dict[str, Any], attributes: dict[str, Any],
+    room: int | None, travel: dict[str, Any], attributes: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """By the operators that the pass `exchange` writes."""
     *_, weights, sent, home = tokens
     begun = exchange.dispatch_start(*tokens, **travel)
     rows, ids, row_weights, came = exchange.dispatch_wait(*begun, *tokens, num_experts=num_experts, **travel)  # type: ignore[arg-type]
-    _, offsets, slots, order = kernels.plan(ids, num_experts // travel["ranks"])
+    counts, offsets, slots, order = kernels.plan(ids, num_experts // travel["ranks"], room=room)
+    if room is not None:
+        came = exchange.came_within(came, counts, room=room)
+        attributes["room"] = room
     args = (rows, None if weights is None else row_weights, offsets, slots, order, *matrices)
     if quantized:
         y = fp8_experts.experts_fp8(*args, quantized=quantized, **attributes)

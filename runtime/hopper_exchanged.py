@@ -30,6 +30,7 @@ from torch import Tensor
 from moecompile.codegen.gemms import GroupedGemm
 from moecompile.codegen.instances import Instance
 from moecompile.runtime import (
+    exchange,
     hopper,
     hopper_exchange,
     hopper_experts,
@@ -63,6 +64,7 @@ class Brought:
         sent: of `exchange_plan`.
         home: likewise.
         num_experts: of all ranks.
+        room: for so many rows besides those of `own`; None for all that there may be.
     """
 
     x: Tensor
@@ -71,6 +73,7 @@ class Brought:
     sent: Tensor
     home: Tensor
     num_experts: int
+    room: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Part:
         number: 0 for this rank's own, 1 for the others.
         first: of these among the rows of both parts.
         count: of them at most.
-        offsets: of their plan.
+        counts: of their plan.
+        offsets: likewise.
         slots: likewise.
         order: likewise.
         weights: of their assignments, float32; None if there are none.
@@ -94,6 +98,7 @@ class Part:
     number: int
     first: int
     count: int
+    counts: Tensor
     offsets: Tensor
     slots: Tensor
     order: Tensor
@@ -255,6 +260,8 @@ class _Forward:
             self._multiply_in(others)
             products.multiply_out(others)
             self._sum_others(others, sums)
+            if tokens.room is not None:
+                came = exchange.came_within(came, others.counts, room=tokens.room)
         wait_for(main, side)
         with torch.cuda.stream(side):
             hopper_exchange.send(back, Rows(sums), None, came, read=there.slot, started=self.started)
@@ -278,7 +285,9 @@ class _Forward:
     def _own(self, lines: Rows) -> Part:
         """Of each expert of this rank, the rows of this rank's tokens that fill tiles."""
         tokens = self.tokens
-        planned = hopper_routing.plan(tokens.ids, self.here, self.rank * self.here, tokens.num_experts)
+        planned = hopper_routing.plan(
+            tokens.ids, self.here, first=self.rank * self.here, among=tokens.num_experts
+        )  # fmt: skip
         source = (lines.values, None, None, 0, 0, lines.line_bytes // 16, 0, self._scales_at, 0)
         return self._part(0, planned, hopper_experts._weights(self.args), source, MULTIPLE)
 
@@ -295,15 +304,15 @@ class _Forward:
             pitch // 16, self._scales_at, 0,
         )  # fmt: skip
         weights = None if weights is None else hopper_experts._float32(weights)
-        return self._part(1, hopper_routing.plan(ids, self.here), weights, source, 0)
+        return self._part(1, hopper_routing.plan(ids, self.here, tokens.room), weights, source, 0)
 
     def _part(
         self, number: int, planned: tuple[Tensor, ...], weights: Tensor | None, source: tuple[Value, ...], multiple: int
     ) -> Part:
-        _, offsets, slots, order = planned
+        counts, offsets, slots, order = planned
         first, count = number * self.counts[0], self.counts[number]
         left = self.progress[number], self.taken[number]
-        return Part(number, first, count, offsets, slots, order, weights, source, *left, multiple)
+        return Part(number, first, count, counts, offsets, slots, order, weights, source, *left, multiple)
 
     @property
     def _scales_at(self) -> int:
@@ -348,7 +357,8 @@ def _arguments(
 
 def _rows_of(tokens: Brought, there: Exchange) -> tuple[int, int]:
     """Rows of both parts, at most."""
-    return tokens.ids.numel(), there.memory.ranks * there.capacity * tokens.ids.shape[1]
+    most = there.memory.ranks * there.capacity * tokens.ids.shape[1]
+    return tokens.ids.numel(), most if tokens.room is None else min(most, tokens.room)
 
 
 @functools.cache

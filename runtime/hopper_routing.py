@@ -26,7 +26,7 @@ def takes_plan(num_experts: int) -> bool:
 
 
 def plan(
-    expert_ids: Tensor, num_experts: int, first: int = 0, among: int | None = None
+    expert_ids: Tensor, num_experts: int, room: int | None = None, first: int = 0, among: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts, offsets, slots and order of `moecompile::plan`, in one launch or two.
 
@@ -34,6 +34,7 @@ def plan(
         expert_ids: (T, K) of any integer dtype; -1 for an assignment without an expert. Any other id outside
             [0, among) is a device-side assertion.
         num_experts: at most the last of PLAN_EXPERTS.
+        room: for so many rows; None for all assignments.
         first: of these experts among all that the ids speak of. Assignments to others have no row.
         among: how many those are; `num_experts` if None.
     """
@@ -50,8 +51,9 @@ def plan(
     if blocks > 1:
         block_counts, count = empty(blocks, num_experts), load(Plan("count", *chosen), ids.device.index)
         Launch(count, blocks, (ids, block_counts, *of)).run()
-    counts, offsets, slots, order = made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(assignments)
-    Launch(place, blocks, (ids, block_counts, counts, offsets, slots, order, *of)).run()
+    rows = assignments if room is None else min(room, assignments)
+    counts, offsets, slots, order = made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(rows)
+    Launch(place, blocks, (ids, block_counts, counts, offsets, slots, order, *of, rows)).run()
     return made
 
 

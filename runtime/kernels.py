@@ -22,29 +22,38 @@ ABSENT = (None,) * len(TENSORS)
 NO_MAIN: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plan(expert_ids: Tensor, num_experts: int, *, room: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layout of `expert_ids`."""
-    fused, given, sizes = _fused_on(expert_ids.device), (expert_ids,), {"num_experts": num_experts}
+    fused, given = _fused_on(expert_ids.device), (expert_ids,)
+    sizes = {"num_experts": num_experts} | ({} if room is None else {"room": room})
     made = None if fused is None else CALLS.again("plan", given, sizes)
     if made is None:
-        check_plan(expert_ids, num_experts)
+        check_plan(expert_ids, num_experts, room)
         if fused is None or not fused.hopper_routing.takes_plan(num_experts):
-            return reference.plan(expert_ids, num_experts)
-        made = CALLS.first("plan", given, sizes, lambda: [*fused.hopper_routing.plan(expert_ids, num_experts)])
+            return reference.plan(expert_ids, num_experts, room)
+        made = CALLS.first("plan", given, sizes, lambda: [*fused.hopper_routing.plan(expert_ids, num_experts, room)])
     counts, offsets, slots, order = made
     return counts, offsets, slots, order
 
 
-def plan_shapes(expert_ids: Tensor, num_experts: int) -> tuple[tuple[int, ...], ...]:
+def plan_shapes(expert_ids: Tensor, num_experts: int, room: int | None = None) -> tuple[tuple[int, ...], ...]:
     """Shapes of counts, offsets, slots and order, all of int32; raises what `plan` raises for such arguments."""
-    check_plan(expert_ids, num_experts)
+    check_plan(expert_ids, num_experts, room)
     tokens, top_k = expert_ids.shape
-    return ((num_experts,), (num_experts,), (tokens, top_k), (tokens * top_k,))
+    assignments = tokens * top_k
+    return (
+        (num_experts,),
+        (num_experts,),
+        (tokens, top_k),
+        (assignments if room is None else torch.sym_min(room, assignments),),
+    )
 
 
-def fake_plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_plan(
+    expert_ids: Tensor, num_experts: int, *, room: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the layout."""
-    shapes = plan_shapes(expert_ids, num_experts)
+    shapes = plan_shapes(expert_ids, num_experts, room)
     counts, offsets, slots, order = (expert_ids.new_empty(shape, dtype=torch.int32) for shape in shapes)
     return counts, offsets, slots, order
 

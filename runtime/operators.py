@@ -1,6 +1,6 @@
 """The operators of the namespace `moecompile`: schemas, fake kernels, torch kernels and autograd.
 
-    plan(expert_ids, num_experts) -> (counts, offsets, slots, order)
+    plan(expert_ids, num_experts, room) -> (counts, offsets, slots, order)
     experts(x, weights, offsets, slots, order, w_in, w_out, w_up, b_in, b_up, b_out, ...) -> result
     experts_forward(the same) -> (result, hidden)
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
@@ -18,6 +18,7 @@
     exchange_plan(expert_ids, num_experts, ranks, capacity) -> (sent, home)
     dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights, came) has
     combine_start(y, weights, came, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) has
+    came_within(came, counts, room) -> came
     exchanged_experts(x, expert_ids, weights, sent, home, w_in, w_out, ...) -> result
     gather_experts(local, ranks, group, mean) -> whole
     scatter_gradient(grad, ranks, group, mean) -> local
@@ -35,10 +36,12 @@ experts that are spread over ranks in `moecompile.runtime.sharded`.
 Shapes, for T tokens of H features, K experts a token, E experts of inner size I, results of H2 features:
 
     expert_ids (T, K) any integer dtype; -1 means no expert, any other id outside [0, E) is an error
-    counts (E,) int32     rows of each expert
+    counts (E,) int32     assignments to each expert
     offsets (E,) int32    the end of each expert's rows
-    slots (T, K) int32    the row of an assignment in expert order, -1 if it has no expert
+    slots (T, K) int32    the row of an assignment in expert order, -1 if it has no expert, or no row
     order (T*K,) int32    the assignment t*K+k of each row, -1 beyond offsets[-1]; stable, so token-major in an expert
+    room                  for so many rows, if not for all T*K: so many order has. What comes beyond has no row, and is
+        in counts alone
     x (T, H); weights (T, K) or None
     w_in (E, N, H), or (E, H, N) if w_in_transposed; w_up like w_in, only for gate_up="separate"
     w_out (E, H2, I), or (E, I, H2) if w_out_transposed
@@ -88,7 +91,7 @@ ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor offsets, Tensor slots, Tensor order, Tensor w_in, Tensor w_out, "
     "Tensor? w_up=None, Tensor? b_in=None, Tensor? b_up=None, Tensor? b_out=None, *, str activation, str gate_up, "
     'str input="x", str output="mul(out, weight)", bool w_in_transposed=False, bool w_out_transposed=False, '
-    "ScalarType? out_dtype=None, str? kernels=None, bool recompute=False"
+    "ScalarType? out_dtype=None, str? kernels=None, bool recompute=False, SymInt? room=None"
 )
 WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
 MAIN = "Tensor? main_w_in=None, Tensor? main_w_out=None, Tensor? main_w_up=None"
@@ -105,7 +108,8 @@ EXCHANGED = ARGUMENTS.replace("Tensor offsets, Tensor slots, Tensor order", PLAN
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
-    "plan(Tensor expert_ids, int num_experts) -> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",
+    "plan(Tensor expert_ids, int num_experts, *, SymInt? room=None) "
+    "-> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",
     f"experts({ARGUMENTS}, {MAIN}) -> Tensor",
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
@@ -132,6 +136,7 @@ SCHEMAS = (
     "-> (Tensor back, Tensor of_weights, Tensor token)",
     f"combine_wait(Tensor back, Tensor of_weights, Tensor token, Tensor y, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
     "-> (Tensor result, Tensor weights)",
+    "came_within(Tensor came, Tensor counts, *, int room) -> Tensor",
     f"exchanged_experts({EXCHANGED}, {FORMAT}, int num_experts, {EXCHANGE}, Tensor[] quantized) -> Tensor",
     "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
     "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",
@@ -148,7 +153,7 @@ ROOMS = {
         "experts_fp8_backward_adding",
     ),
     "linear_fp8": ("quantize", "quantize_gradient", "along_tokens", "scaled_mm", "linear_fp8"),
-    "exchange": ("exchange_plan", "dispatch_start", "dispatch_wait", "combine_start", "combine_wait"),
+    "exchange": ("exchange_plan", "dispatch_start", "dispatch_wait", "came_within", "combine_start", "combine_wait"),
     "exchanged": ("exchanged_experts",),
     "sharded": ("gather_experts", "scatter_gradient", "own_experts", "among_others"),
 }
@@ -162,7 +167,7 @@ ABOVE = {
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""
-INTEGERS = ("plan", "exchange_plan")
+INTEGERS = ("plan", "exchange_plan", "came_within")
 """Operators that take and give nothing else, and have none."""
 
 

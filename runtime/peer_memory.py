@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moecompile.runtime.sharded import process_group
 
+log = logging.getLogger("moecompile")
+
 RANKS, SLOTS, CHANNELS = 16, 8, 256
 """At most; of peer.cuh."""
 WORDS = 128 + 2 * SLOTS * 2 * 4 + SLOTS * RANKS * 8 + SLOTS * RANKS * CHANNELS * 8
@@ -29,6 +32,9 @@ CHANNELS_OF_AN_SM = 4
 SMS, MOST_SMS = 12, CHANNELS // CHANNELS_OF_AN_SM
 """Multiprocessors that send, if nobody says otherwise: they move rows of 2048 features as fast as NVLink takes them; of
 7168, eight do (docs/perf.md)."""
+ROWS, ROWS_AT_LEAST = 2.0, 4096
+"""Rows that a rank's experts have room for, if nobody says otherwise: as a multiple of its assignments, and at least so
+many."""
 PATIENCE, MOST_PATIENCE = 300.0, float((1 << 31) // 1000)
 """Seconds that a rank waits for another, if nobody says otherwise; kernels count milliseconds in 32 bits."""
 
@@ -72,6 +78,8 @@ class PeerMemory:
         if not word:
             return ""
         rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
+        if step == len(STEPS):
+            return too_many(rank, ROUGHLY * slot)
         what = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}, {STEPS[step]}"
         return f"rank {rank} of {self.ranks} has waited too long for rank {other} ({what})"
 
@@ -81,7 +89,15 @@ STEPS = (
     "until that rank's tokens have come",
     "until that rank's results have come",
 )
-"""What a rank may wait for, as codegen/kernels/peer.cuh numbers it."""
+"""What a rank may wait for, as codegen/kernels/peer.cuh numbers it; the number after these: nothing, it has no room."""
+ROUGHLY = 128
+"""What rows that it has no room for are counted in."""
+
+
+def too_many(rank: int, met: int, rows: int | None = None) -> str:
+    """What is said of a rank whose experts more assignments met than there is room for."""
+    words = "" if rows is None else f", which have room for {rows}"
+    return f"{met} assignments met experts of rank {rank}{words}: raise the option `ep_rows`, or balance the router"
 
 
 def room_for(ranks: int, capacity: int, pitch: int) -> int:
@@ -159,6 +175,15 @@ _reaching: dict[str, bool] = {}
 _memories: dict[str, PeerMemory] = {}
 _outgrown: list[PeerMemory] = []
 """What captured graphs may still refer to."""
+_given_up: list[str] = []
+"""Why exchanges were given up that no kernel carried."""
+
+
+def give_up(why: str) -> None:
+    """No step of an optimizer goes on."""
+    log.error("moecompile: an exchange of tokens was given up: %s", why)
+    _given_up.append(why)
+    _watch_optimizers()
 
 
 def memory_of(group: str, room: int) -> PeerMemory:
@@ -179,11 +204,12 @@ def _watch_optimizers() -> None:
 
 
 def _refuse(*_: Any) -> None:
-    for memory in (*_memories.values(), *_outgrown):
-        if failure := memory.failure():
+    failures = [memory.failure() for memory in (*_memories.values(), *_outgrown)]
+    for failure in (*failures, *_given_up):
+        if failure:
             raise RuntimeError(
                 f"moecompile: an exchange of tokens was given up: {failure}. Its results are NaN on all ranks; what "
-                "follows is as well. Look why that rank did not come, and start again from a checkpoint."
+                "follows is as well. Look why that was, and start again from a checkpoint."
             )
 
 

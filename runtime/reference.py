@@ -22,7 +22,7 @@ from moecompile.runtime.elementwise import evaluate
 from moecompile.runtime.grouped import CpuRows, DeviceRows, rows_of
 
 
-def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def plan(expert_ids: Tensor, num_experts: int, room: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counts, offsets, slots and order of `moecompile::plan`: a stable sort by expert, without atomics."""
     flat = expert_ids.reshape(-1).to(torch.int64)
     check_range(flat, num_experts, "plan")
@@ -31,11 +31,13 @@ def plan(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, 
     offsets = torch.searchsorted(sorted_key, experts, right=True, out_int32=True)
     counts = offsets.clone()
     counts[1:] -= offsets[:-1]
+    if room is not None:
+        offsets = offsets.clamp(max=room)
     row = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
     used = row < offsets[-1]
     order = torch.where(used, assignment.to(torch.int32), -1)
     slots = torch.empty_like(row).scatter_(0, assignment, torch.where(used, row, -1))
-    return counts, offsets, slots.view(expert_ids.shape), order
+    return counts, offsets, slots.view(expert_ids.shape), order if room is None else order[:room].clone()
 
 
 def check_range(ids: Tensor, num_experts: int, operator: str) -> None:
@@ -84,7 +86,9 @@ def _gemm1(args: Arguments, rows: CpuRows | DeviceRows, leaves: Mapping[str, Ten
 def rows_for(args: Arguments) -> CpuRows | DeviceRows:
     """The rows of a call, in expert order."""
     bytes_per_row = args.width * args.dtypes.hidden.itemsize
-    return rows_of(args.offsets, args.order, args.slots.shape[1], bytes_per_row, args.kernels)
+    rows = rows_of(args.offsets, args.order, args.slots.shape[1], bytes_per_row, args.kernels)
+    rows.complete = rows.complete and args.rows == args.slots.numel()  # else some may have found no room
+    return rows
 
 
 def feed(args: Arguments, leaves: Mapping[str, Tensor], chunks: Sequence[slice]) -> Tensor:

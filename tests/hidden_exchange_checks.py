@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import moecompile
-from expert_parallel_checks import EXPERTS, TOP_K, Model, close, compiled, mesh_of, ops, tokens_of
+from expert_parallel_checks import EXPERTS, TOP_K, Experts, Model, close, compiled, mesh_of, ops, tokens_of
 from moecompile.agreement import DisagreementError
+from moecompile.runtime import peer_memory
 from moecompile.runtime.exchanged import HIDES_FROM
 
 MANY = HIDES_FROM * EXPERTS // TOP_K
@@ -90,6 +91,33 @@ def check_ranks_that_send_other_things_disagree(rank: int, ranks: int) -> None:
             except Exception as error:
                 said = f"{type(error).__name__}: {error}"
         assert DisagreementError.__name__ in said and f"option `{name}`" in said, said
+
+
+def check_rows_that_there_is_no_room_for(rank: int, ranks: int) -> None:
+    """All tokens meet experts of one rank: nobody gets a number, and no optimizer goes on there."""
+    count, model = 4096, Experts()
+    whole, x = copy.deepcopy(model), tokens_of(rank, count)
+    ids, weights = torch.arange(TOP_K).expand(count, TOP_K).contiguous(), torch.ones(count, TOP_K)
+    moecompile.shard_experts(model, mesh_of(ranks))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            run = compiled(model, ep_rows=1.0)
+            y = run(x, ids, weights)
+            assert bool(y.isnan().all()) and ("exchanged_experts" in graph_text()) != gradients
+        if gradients:
+            y.sum().backward()
+        if rank == 0:
+            with contextlib.suppress(RuntimeError):
+                optimizer.step()
+                raise AssertionError("a step was taken")
+            (why,) = peer_memory._given_up
+            assert (
+                f"{ranks * count * TOP_K} assignments met experts of rank 0, which have room for {count * TOP_K}" in why
+            )
+            peer_memory._given_up.clear()
+        with torch.set_grad_enabled(gradients):
+            close([compiled(model, ep_rows=float(ranks))(x, ids, weights)], [whole(x, ids, weights)], 8e-3)
 
 
 def check_a_derivative_is_refused(rank: int, ranks: int) -> None:

@@ -53,11 +53,14 @@ def block(**changed: Any) -> tuple[fx.Graph, dict[str, Any]]:
     rows, row_ids, row_weights, came = several(
         ops.dispatch_wait.default, (*begun, *tokens), {"num_experts": 8, **there}, 4
     )
-    _, *planned = several(ops.plan.default, (changed.get("planned", lambda *_: row_ids)(ids), 4), {}, 4)
+    limit = {"room": 4096} if "within" in changed else {}
+    counts, *planned = several(ops.plan.default, (changed.get("planned", lambda *_: row_ids)(ids), 4), limit, 4)
+    if "within" in changed:
+        came = graph.call_function(ops.came_within.default, (came, counts), {"room": changed["within"]})
     weighted = changed.get("weighted", lambda given: given)(row_weights)
     y = graph.call_function(
         ops.experts.default, (rows, weighted, *planned, w_in, w_out),
-        {"activation": "mul(silu(gate), up)", "gate_up": "halves", "recompute": True},
+        {"activation": "mul(silu(gate), up)", "gate_up": "halves", "recompute": True, **limit},
     )  # fmt: skip
     given = (changed.get("result", lambda node: node)(y), None, came, sent, home)
     parts = several(ops.combine_start.default, given, back, 3)
@@ -79,6 +82,14 @@ def test_a_block_becomes_one_operator() -> None:
     assert not graph.find_nodes(op="call_function", target=ops.dispatch_wait.default)
 
 
+def test_room_for_few_rows_goes_along() -> None:
+    graph, _ = block(within=4096)
+    assert hide_exchanges(graph) == 1
+    graph.lint()
+    (node,) = graph.find_nodes(op="call_function", target=ops.exchanged_experts.default)
+    assert node.kwargs["room"] == 4096
+
+
 def halved(node: fx.Node) -> fx.Node:
     """Of half the size, on its way."""
     return node.graph.call_function(torch.mul, (node, 0.5))
@@ -95,6 +106,7 @@ def halved(node: fx.Node) -> fx.Node:
         {"weighted": halved},
         {"weighted": lambda _: None},
         {"result": halved},
+        {"within": 4095},
     ],
     ids=[
         "rows read",
@@ -105,6 +117,7 @@ def halved(node: fx.Node) -> fx.Node:
         "weights changed",
         "no weights",
         "sums changed",
+        "other rows",
     ],
 )
 def test_what_is_not_such_a_block_stays(changed: dict[str, Any]) -> None:

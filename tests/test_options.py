@@ -44,6 +44,7 @@ def test_defaults():
         "main_grad": False,
         "verify": None,
         "ep_capacity": None,
+        "ep_rows": 2.0,
         "ep_sms": "auto",
         "ep_patience": 300.0,
         "disable": (),
@@ -56,6 +57,8 @@ def test_defaults():
     ("values", "message"),
     [
         ({"lowerng": "eager"}, r"unknown option 'lowerng'\. Did you mean 'lowering'\? Known: lowering, kernels, "),
+        ({"ep_rows": 0.0}, r"option `ep_rows`: expected more than 0, got 0\.0"),
+        ({"ep_rows": float("nan")}, r"option `ep_rows`: expected more than 0, got nan"),
         ({"ep_sms": 0}, r"option `ep_sms`: expected 1 to 64, or 'auto', got 0"),
         ({"ep_sms": 65}, r"option `ep_sms`: expected 1 to 64, or 'auto', got 65"),
         ({"ep_sms": "all"}, r"option `ep_sms`: expected .*, got 'all'"),

@@ -19,7 +19,7 @@ struct ExchangeSend {
         Peers peers;
         const u8* x;        // (tokens, H), lines of `line` bytes, of which `bytes` are sent; a multiple of 16
         const i32* sent;    // (ranks, capacity): the line for each place, -1 behind the last; or null: line after line,
-        const i32* came;    // (ranks,) so many of each rank's `capacity`
+        const i32* came;    // (ranks,) so many of each rank's `capacity`; or less than none, and then how many there was no room for
         const Id* ids;      // (tokens, top_k), or null
         const u8* weights;  // (tokens, top_k) of `weight` bytes, 2 or 4, or null; these two by line, too
         i32 bytes, line, top_k, weight;  // `pitch` is that with what travels behind it
@@ -120,10 +120,19 @@ struct ExchangeSend {
         i32 warp = threadIdx.x / 32;
         u32 exchange = exchange_of(begun);
         if (arguments.started && threadIdx.x == 0) atomicAdd(arguments.started, 1);
+        give_up_without_room(arguments);
         if (arguments.done >= 0 && blockIdx.x == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
         send(shared.warps[warp], shared.rows[warp], arguments, exchange, blockIdx.x * WARPS + warp);
         __syncthreads();
         if (threadIdx.x == 0 && is_last_block(begun)) begun[0] = exchange;
+    }
+
+    // Rows that experts have left out are nobody's to guess.
+    static __device__ __forceinline__ void give_up_without_room(const Arguments& arguments) {
+        const Peers& peers = arguments.peers;
+        if (arguments.sent || blockIdx.x || threadIdx.x) return;
+        i32 met = -__ldg(arguments.came);
+        if (met > 0) peers.give_up(failure_of(peers.rank, peers.rank, Step::ROWS, (met + ROUGHLY - 1) / ROUGHLY));
     }
 
     // By a warp. The ring has parts, a batch each: one that leaves, and others on their way to it.

@@ -26,8 +26,9 @@ struct PeerWords {
     u64 arrived[SLOTS][RANKS][CHANNELS];
 };
 
-// What a rank was doing when it gave up.
-enum class Step { SEND, RECEIVE, HOME };
+// What a rank was doing when it gave up: for the last one it was not waiting for anybody, but had no room for rows of experts.
+enum class Step { SEND, RECEIVE, HOME, ROWS };
+constexpr i32 ROUGHLY = 128;  // what these are counted in
 
 // As one word that is never zero: who waited for whom, in which step of the exchange in which slot.
 __device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 slot) {
@@ -55,6 +56,12 @@ struct Peers {
         return failure;
     }
 
+    // Tells everybody.
+    __device__ __forceinline__ void give_up(u64 failure) const {
+        for (i32 each = 0; each < ranks; each++) ptx::store_release_system(&words(each).aborted, failure);
+        ptx::store_release_system(told, failure);
+    }
+
     // Until the word, of this rank's own memory, which another writes, is at least that; what it then is. Zero if it will not
     // be: somebody has given up, or nothing has come in time, and everybody is told so. Before what the word speaks of is
     // touched, a fence is due.
@@ -66,9 +73,7 @@ struct Peers {
             u64 now = ptx::nanoseconds();
             if (!deadline) deadline = now + u64(patience) * 1000000;
             if (now < deadline) continue;
-            u64 failure = failure_of(rank, other, step, slot);
-            for (i32 each = 0; each < ranks; each++) ptx::store_release_system(&words(each).aborted, failure);
-            ptx::store_release_system(told, failure);
+            give_up(failure_of(rank, other, step, slot));
             return 0;
         }
         return found;

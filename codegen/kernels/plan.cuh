@@ -5,7 +5,8 @@
 //                  the blocks before it; within a block, a warp's after those of the warps before it, and so on
 //
 // Few assignments are counted and placed by one block. Sums are of integers, and every place follows from counts alone:
-// the same ids give the same plan. An assignment without an expert (-1) has no row.
+// the same ids give the same plan. An assignment without an expert (-1) has no row, nor has one for which there is no room:
+// counts alone tell of those.
 #pragma once
 #include "kernel.cuh"
 
@@ -79,9 +80,10 @@ struct PlanPlace {
         i32* counts;              // (experts,)
         i32* offsets;             // (experts,): the end of each expert's rows
         i32* slots;               // (assignments,): the row of an assignment
-        i32* order;               // (assignments,): the assignment of a row
+        i32* order;               // (room,): the assignment of a row
         i32 assignments;
         Among among;
+        i32 room;                 // for so many rows, at most
     };
     struct Shared {
         u32 next[EXPERTS];              // the row of the block's next assignment to an expert
@@ -103,7 +105,7 @@ struct PlanPlace {
         if (arguments.block_counts) skip_earlier_blocks(shared, arguments);
         for (i32 first = span.begin; first < span.end; first += THREADS)
             place(shared, arguments, first + i32(threadIdx.x), span.end);
-        for (i32 row = span.begin + threadIdx.x; row < span.end; row += THREADS)
+        for (i32 row = span.begin + threadIdx.x; row < min(span.end, arguments.room); row += THREADS)
             if (row >= shared.used) arguments.order[row] = -1;
     }
 
@@ -141,7 +143,7 @@ struct PlanPlace {
             rows = __shfl_sync(~0u, end, 31);
             if (e >= arguments.among.experts) continue;
             shared.next[e] = end - own;
-            if (blockIdx.x == 0) arguments.counts[e] = own, arguments.offsets[e] = end;
+            if (blockIdx.x == 0) arguments.counts[e] = own, arguments.offsets[e] = min(i32(end), arguments.room);
         }
         if (lane == 0) shared.used = i32(rows);
     }
@@ -167,6 +169,7 @@ struct PlanPlace {
         }
         __syncthreads();
         i32 row = expert < 0 ? -1 : i32(rows[expert]) + __popc(earlier);
+        if (row >= arguments.room) row = -1;
         if (i < end) arguments.slots[i] = row;
         if (row >= 0) arguments.order[row] = i;
         __syncwarp();
