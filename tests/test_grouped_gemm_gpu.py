@@ -71,6 +71,33 @@ def test_rows_times_matrices(instance: GroupedGemm, counts: tuple[int, ...], n: 
     assert results[0][sum(counts) :].isnan().all(), "rows of no expert were written"
 
 
+@pytest.mark.parametrize("multiple", [0, 128, 256])
+@pytest.mark.parametrize("instance", PLAIN[:5] + ALONG[:2], ids=lambda instance: instance.template)
+@pytest.mark.parametrize(("counts", "n", "k"), SIZES, ids=lambda value: str(value)[:16])
+def test_tiles_that_are_taken(instance: GroupedGemm, counts: tuple[int, ...], n: int, k: int, multiple: int) -> None:
+    """The same numbers, of all rows or of each expert's first ones, however late some blocks begin."""
+    torch.manual_seed(0)
+    dtype, (offsets, rows) = getattr(torch, instance.input), experts_of(counts)
+    a = torch.randn(sum(counts) + 70, k, device="cuda", dtype=dtype)
+    b = torch.randn(len(counts), n, k, device="cuda", dtype=dtype).mT
+    right = hopper.grouped_gemm(a, b, offsets, a.new_empty(a.shape[0], n), instance=instance)
+    busy, ones = torch.cuda.Stream(), torch.ones(2048, 2048, device="cuda", dtype=dtype)
+    for turn in range(3):
+        out = torch.full((a.shape[0], n), float("nan"), device="cuda", dtype=dtype)
+        taken = torch.zeros(1, device="cuda", dtype=torch.int32)
+        torch.cuda.synchronize()
+        if turn:  # something else has the multiprocessors at first
+            with torch.cuda.stream(busy):
+                torch.mm(ones, ones)
+        hopper.grouped_gemm(a, b, offsets, out, instance=instance, taking=hopper.Taking(taken, multiple))
+        torch.cuda.synchronize()
+        for each in rows:
+            count = each.stop - each.start
+            end = each.start + (count - count % multiple if multiple else count)
+            assert torch.equal(out[each.start : end], right[each.start : end])
+            assert out[end : each.stop].isnan().all(), "rows of another launch were written"
+
+
 @pytest.mark.parametrize("instance", PLAIN, ids=lambda instance: instance.template)
 @pytest.mark.parametrize(("counts", "n", "m"), SIZES, ids=lambda value: str(value)[:16])
 def test_rows_times_rows(instance: GroupedGemm, counts: tuple[int, ...], n: int, m: int) -> None:

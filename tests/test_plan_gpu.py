@@ -53,6 +53,24 @@ def test_as_the_reference(tokens: int, top_k: int, experts: int, kind: str) -> N
         assert torch.equal(one.cpu(), other), name
 
 
+@pytest.mark.parametrize("room", [1, 1000, 1024, 5000, 8192 * 8, 100_000])
+@pytest.mark.parametrize("kind", ["random", "one expert"])
+def test_room_for_fewer_rows(room: int, kind: str) -> None:
+    ids = routed(8192, 8, 256, torch.int64, kind)
+    expected, found = reference.plan(ids, 256, room), hopper_routing.plan(ids.cuda(), 256, room)
+    for name, one, other in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(one.cpu(), other), name
+
+
+@pytest.mark.parametrize("tokens", [5, 5000])
+def test_experts_of_one_rank(tokens: int) -> None:
+    ids = routed(tokens, 8, 64, torch.int32, "dropped")
+    here = torch.where((ids >= 16) & (ids < 32), ids - 16, -1)
+    found = hopper_routing.plan(ids.cuda(), 16, first=16, among=64)
+    for name, one, other in zip(NAMES, found, reference.plan(here, 16), strict=True):
+        assert torch.equal(one.cpu(), other), name
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     ids = routed(300, 4, 100, dtype, "dropped")

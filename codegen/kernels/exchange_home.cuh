@@ -196,10 +196,12 @@ struct ExchangeHome {
 
     // By a block: the exchange is over when all ranks have said all, those without a row for this one, too.
     static __device__ __forceinline__ void await_all(Shared& shared, const Peers& peers, u32 exchange) {
-        if (threadIdx.x == 0 && peers.is_aborted()) shared.complete = 0;
         for (i32 i = threadIdx.x; i < peers.ranks * peers.channels; i += THREADS) {
             i32 from = i / peers.channels;
             if (from != peers.rank && peers.wait_for_all(from, i % peers.channels, exchange, Step::HOME) < 0) shared.complete = 0;
         }
+        ptx::fence_system();
+        __syncthreads();
+        if (threadIdx.x == 0 && peers.is_aborted()) shared.complete = 0;  // whoever has given up said so before
     }
 };
