@@ -1,4 +1,4 @@
-"""Exchanges hidden behind the experts, between ranks that are streams of one GPU: the bits of one step after the other."""
+"""Exchanges hidden behind the experts, between ranks that are streams of one GPU: the bits of one after the other."""
 
 from __future__ import annotations
 
@@ -135,17 +135,21 @@ def together(ranks: Sequence[Rank], call: Callable[[Rank, int], Tensor]) -> list
 def test_bit_for_bit(counts: list[int], attributes: dict[str, Any], dropped: float, fp8: bool) -> None:
     ranks = ranks_of(len(counts), max(counts), attributes, fp8)
     for turn in range(3):
-        tokens = [brought(10 * turn + number, count, dropped) for number, count in enumerate(counts)]
-        steps = [rank.steps(mine) for rank, mine in zip(ranks, tokens, strict=True)]
-        for _ in range(4):
-            right = together(ranks, lambda _, number, steps=steps: next(steps[number]))
-        for rank in ranks:  # what was there before is NaN
-            rank.memory.own[-4 * rank.memory.room :].fill_(0x7F)
-        for _ in range(3):
-            found = together(ranks, lambda rank, number, tokens=tokens: rank.hidden(tokens[number]))
-            assert not any(rank.memory.failure() for rank in ranks)
-            assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
-            assert not any(each.isnan().any() for each in found)
+        compare(ranks, [brought(10 * turn + number, count, dropped) for number, count in enumerate(counts)])
+
+
+def compare(ranks: Sequence[Rank], tokens: Sequence[Sequence[Tensor]]) -> None:
+    """Three times hidden with once one step after the other."""
+    steps = [rank.steps(mine) for rank, mine in zip(ranks, tokens, strict=True)]
+    for _ in range(4):
+        right = together(ranks, lambda _, number: next(steps[number]))
+    for rank in ranks:  # what was there before is NaN
+        rank.memory.own[-4 * rank.memory.room :].fill_(0x7F)
+    for _ in range(3):
+        found = together(ranks, lambda rank, number: rank.hidden(tokens[number]))
+        assert not any(rank.memory.failure() for rank in ranks)
+        assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
+        assert not any(each.isnan().any() for each in found)
 
 
 def test_rows_that_there_is_no_room_for() -> None:
