@@ -183,7 +183,10 @@ def _exchanging() -> None:
     """Raises NotOursError if moecompile has left experts gathered instead of exchanging tokens."""
     report = moecompile.last_report()
     graphs = [graph.after for graph in report.current]
-    if any("gather_experts" in each for each in graphs) or not any("dispatch_start" in each for each in graphs):
+    exchanging = ("dispatch_start", "exchanged_experts")
+    if any("gather_experts" in each for each in graphs) or not any(
+        name in each for each in graphs for name in exchanging
+    ):
         raise NotOursError(f"its tokens are not exchanged: {report}")
 
 

@@ -84,19 +84,26 @@ def _measure_dispatch(
             raise WrongResultError("the rows that came are not those of the baseline")
         return "the baseline's rows, to the bit"
 
+    def check_quantised() -> str:
+        from moecompile.runtime.hopper_quantize import quantize_lines
+
+        rows, ids = mine.dispatch_quantised(mine.planned)
+        if not torch.equal(by_expert(rows, ids, mine.ranks.size), quantize_lines(baseline.dispatch(x, top_k, layout))):
+            raise WrongResultError("the rows that came are not those of the baseline, quantised")
+        return "quantised here; the baseline's rows, quantised, to the bit"
+
     calls: dict[str, Call] = {
         OURS: partial(mine.dispatch, mine.planned),
+        FP8: partial(mine.dispatch_quantised, mine.planned),
         EAGER: partial(baseline.dispatch, x, top_k, layout),
     }
-    _measure(setting, mine, DISPATCH, calls, {OURS: check, EAGER: lambda: ""}, floor)
+    checks = {OURS: check, FP8: check_quantised, EAGER: lambda: ""}
+    if setting.device == "cpu":
+        checks.pop(FP8)
+    _measure(setting, mine, DISPATCH, calls, checks, floor)
     _add_symmetric(setting, mine, DISPATCH, symmetric)
-    setting.results.add(
-        Speed("exchange", mine.shape.name, DISPATCH, FP8, note="not built: tokens travel in bfloat16"),
-        *(
-            Bar("exchange", mine.shape.name, DISPATCH, FP8, None, limit, "not built")
-            for limit in LIMITS.get((mine.shape.name, DISPATCH, FP8), ())
-        ),
-    )
+    if setting.device == "cpu":
+        _add_without_kernels(setting, mine, DISPATCH, FP8)
 
 
 def _measure_combine(
@@ -169,12 +176,12 @@ def _measure(
     ranks, case = mine.ranks, mine.shape.name
     setting.results.head(f"{case}  {_title(mine.shape)}  {what}")
     notes: dict[str, str] = {}
-    blocks: dict[str, int] = {}
+    blocks: dict[str, dict[str, int]] = {}
     for name, check in checks.items():
         try:
             notes[name] = ranks.attempt(check)
-            if name == OURS:
-                blocks = ranks.attempt(partial(proven, calls[name], setting.device))
+            if name in (OURS, FP8):
+                blocks[name] = ranks.attempt(partial(proven, calls[name], setting.device))
         except RanksFailedError as error:  # the others are measured all the same
             setting.results.fail(f"{what}, {name}", error)
     present = [Contender(name, partial(numberless, calls[name]), 0.0) for name in notes]
@@ -183,12 +190,21 @@ def _measure(
     for name, checked in notes.items():
         against = {} if name in BASELINES or fastest is None else {BASELINE: fastest / times[name].median}
         words = [checked]
-        words += [f"{kernel} on {count} SMs" for kernel, count in blocks.items()] if name == OURS else []
+        words += [f"{kernel} on {count} SMs" for kernel, count in blocks.get(name, {}).items()]
         words += [EMULATED] if name == OURS and setting.device == "cpu" else []
         note = "; ".join(word for word in words if word)
         setting.results.add(Speed("exchange", case, what, name, times[name], floor=floor, ratios=against, note=note))
-        values = {TIME: 1000 * times[name].median, SMS: max(blocks.values(), default=None) if name == OURS else None}
+        values = {TIME: 1000 * times[name].median, SMS: max(blocks.get(name, {}).values(), default=None)}
         setting.results.add(*bars("exchange", case, what, name, values, ranks))
+
+
+def _add_without_kernels(setting: Setting, mine: Exchange, what: str, name: str) -> None:
+    """The row of what moecompile's kernels alone do."""
+    limits = LIMITS.get((mine.shape.name, what, name), ())
+    setting.results.add(
+        Speed("exchange", mine.shape.name, what, name, note="needs a Hopper GPU"),
+        *(Bar("exchange", mine.shape.name, what, name, None, limit, "no GPU") for limit in limits),
+    )
 
 
 def _add_symmetric(setting: Setting, mine: Exchange, what: str, symmetric: Mapping[str, Statistics | str]) -> None:

@@ -67,6 +67,25 @@ class Exchange:
         )
         return found
 
+    def dispatch_quantised(self, plan: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows that came in FP8, as bytes with their scales behind them, and their experts: tokens are quantised here.
+
+        By moecompile's kernels alone.
+        """
+        from moecompile.runtime import exchange, hopper_exchange, hopper_quantize
+
+        (sent, _), inputs, ranks, capacity = plan, self.inputs, self.ranks.size, self.shape.tokens
+        x, weights, group = inputs.x.detach(), inputs.weights.detach(), self.ranks.group.group_name
+        memory = exchange.memory_for(x, inputs.ids, weights, ranks, group, capacity)
+        assert memory is not None, "its kernels serve this device"
+        rows = hopper_exchange.Rows.of(hopper_quantize.quantize_lines(x), inputs.ids, weights)
+        into, came = rows.room(sent.shape[0]), sent.new_empty(ranks)
+        there = hopper_exchange.Exchange(memory, self.slot, capacity, SMS, self.ranks.patience)
+        hopper_exchange.send(there, rows, sent, None)
+        hopper_exchange.receive(there, rows, sent, into, came, self.shape.experts // ranks)
+        assert into.ids is not None
+        return into.values, into.ids
+
     def combine(self, y: Tensor, came: Tensor, plan: tuple[Tensor, Tensor]) -> Tensor:
         """Sums at home (T, H) of the rows that are sent back."""
         ops, where = torch.ops.moecompile, {**self._among, "slot": self.slot + 1}

@@ -112,7 +112,8 @@ class _Block:
         kwargs: Any = self.came.kwargs
         ids: Any = self.sent.args[1]
         top_k = fake_of(ids).shape[1]
-        return isinstance(top_k, int) and hides(kwargs["capacity"], top_k, kwargs["num_experts"])
+        several = kwargs["ranks"] > 1
+        return several and isinstance(top_k, int) and hides(kwargs["capacity"], top_k, kwargs["num_experts"])
 
     def replace(self) -> None:
         """Puts the operator in the block's place."""

@@ -47,10 +47,12 @@ from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Value, wait_for
 from moecompile.runtime.peer_memory import PeerMemory
-from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
+from moecompile.runtime.quantize import pad
 
-MULTIPLE = 128
+TILE = 128
 """Rows of a tile. Whole ones of an expert's own are multiplied without waiting; the rest fills tiles with others'."""
+PAIRS_FROM = 4 * TILE
+"""Rows of an expert's own, on average, from which it is whole pairs of tiles: 4 % faster in FP8 (docs/perf.md)."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,7 @@ class Eight:
 
     def travelling(self, tokens: Brought) -> Rows:
         """What is sent."""
-        features = self.args.features
-        blocks = blocks_in(features, BLOCK)
-        lines = self.x.new_empty((self.x.shape[0], features + -(-4 * blocks // 16) * 16), dtype=torch.uint8)
-        scales = lines[:, features : features + 4 * blocks].view(torch.float32)
-        values = lines[:, :features].view(E4M3)
-        hopper_quantize.quantize_rows(self.x, None, None, (values, scales), self.args.scale_format)
+        lines = hopper_quantize.quantize_lines(self.x, self.args.scale_format)
         return Rows.of(lines, tokens.ids, tokens.weights)
 
     def instances(self) -> list[Instance]:
@@ -289,7 +286,8 @@ class _Forward:
             tokens.ids, self.here, first=self.rank * self.here, among=tokens.num_experts
         )  # fmt: skip
         source = (lines.values, None, None, 0, 0, lines.line_bytes // 16, 0, self._scales_at, 0)
-        return self._part(0, planned, hopper_experts._weights(self.args), source, MULTIPLE)
+        multiple = 2 * TILE if tokens.ids.numel() >= PAIRS_FROM * tokens.num_experts else TILE
+        return self._part(0, planned, hopper_experts._weights(self.args), source, multiple)
 
     def _others(self, lines: Rows, own: Part, came: Tensor) -> Part:
         """The rest of them, and those of other ranks' tokens."""

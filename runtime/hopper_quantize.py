@@ -148,6 +148,20 @@ def quantize_rows(
     Launch(kernel, blocks, (x, slots, row_values, row_scales, values, scales, *sizes)).run()
 
 
+def quantize_lines(x: Tensor, scale_format: str = POWER_OF_TWO) -> Tensor:
+    """Rows quantised 1 x 128, each with its scales behind it: bytes (T, H + 4 ceil(H / 128)), in whole pieces of 16.
+
+    Args:
+        x: (T, H), bfloat16 or float16, contiguous; H is a multiple of 16.
+        scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
+    """
+    (count, columns), scale_bytes = x.shape, 4 * blocks_in(x.shape[1], BLOCK)
+    lines = x.new_empty((count, columns + -(-scale_bytes // 16) * 16), dtype=torch.uint8)
+    values, scales = lines[:, :columns].view(E4M3), lines[:, columns : columns + scale_bytes].view(torch.float32)
+    quantize_rows(x, None, None, (values, scales), scale_format)
+    return lines
+
+
 def quantize_gradient(x: Tensor, scale_format: str = POWER_OF_TWO) -> tuple[QuantizedRows, QuantizedRows]:
     """The rows of x quantised 1 x 128, and these as columns, with a scale for each column and 128 rows.
 

@@ -86,14 +86,21 @@ class Rank:
         yield sums.values
 
 
-def ranks_of(count: int, capacity: int, attributes: dict[str, Any], fp8: bool) -> list[Rank]:
-    """Whose kernels have been loaded: that may wait for the device, on which one rank waits for another."""
-    _, ids, weights = brought(0, 1)
-    room = room_for(count, capacity, hopper_exchange.pitch_of(COLUMNS, torch.bfloat16, ids.int(), weights))
-    for memory in among_streams(count, room, 0, READERS):
-        Rank(memory, capacity, attributes, fp8).hidden(brought(0, 64), patience=0.1)
-        torch.cuda.synchronize()
-    return [Rank(memory, capacity, attributes, fp8) for memory in among_streams(count, room, 0, READERS)]
+def ranks_of(
+    counts: Sequence[int], attributes: dict[str, Any], fp8: bool, rooms: Sequence[int | None] = (None,)
+) -> list[Rank]:
+    """For so many tokens of each, whose kernels have been loaded for these and with room for so many rows.
+
+    To load one may wait for the device, on which one rank waits for another.
+    """
+    ranks, capacity, (_, ids, weights) = len(counts), max(counts), brought(0, 1)
+    size = room_for(ranks, capacity, hopper_exchange.pitch_of(COLUMNS, torch.bfloat16, ids.int(), weights))
+    for count in dict.fromkeys(counts):
+        for room in rooms:
+            for memory in among_streams(ranks, size, 0, READERS):
+                Rank(memory, capacity, attributes, fp8).hidden(brought(0, count), room, patience=0.05)
+                torch.cuda.synchronize()
+    return [Rank(memory, capacity, attributes, fp8) for memory in among_streams(ranks, size, 0, READERS)]
 
 
 def brought(seed: int, tokens: int, dropped: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +140,7 @@ def together(ranks: Sequence[Rank], call: Callable[[Rank, int], Tensor]) -> list
     ids=["even", "dropped", "none", "weights inside", "biases", "four"],
 )
 def test_bit_for_bit(counts: list[int], attributes: dict[str, Any], dropped: float, fp8: bool) -> None:
-    ranks = ranks_of(len(counts), max(counts), attributes, fp8)
+    ranks = ranks_of(counts, attributes, fp8)
     for turn in range(3):
         compare(ranks, [brought(10 * turn + number, count, dropped) for number, count in enumerate(counts)])
 
@@ -153,7 +160,8 @@ def compare(ranks: Sequence[Rank], tokens: Sequence[Sequence[Tensor]]) -> None:
 
 
 def test_rows_that_there_is_no_room_for() -> None:
-    ranks, rooms = ranks_of(2, 1024, GATED, False), (1 << 20, 64)
+    rooms = 1 << 20, 64
+    ranks = ranks_of([1024, 1024], GATED, False, (None, *rooms))
     tokens = [brought(number, 1024) for number in range(2)]
     met = sum(int((ids >= EXPERTS // 2).sum()) for _, ids, _ in tokens)
     found = together(ranks, lambda rank, number: rank.hidden(tokens[number], rooms[number]))
@@ -167,7 +175,7 @@ def test_rows_that_there_is_no_room_for() -> None:
 
 
 def test_a_rank_that_does_not_come() -> None:
-    first, _ = ranks_of(2, 1024, GATED, False)
+    first, _ = ranks_of([1024, 1024], GATED, False)
     for _ in range(2):
         y = first.hidden(brought(0, 1024), patience=0.3)
         assert bool(y.isnan().all())
@@ -176,7 +184,7 @@ def test_a_rank_that_does_not_come() -> None:
 
 def test_room_for_a_multiple_of_what_is_even() -> None:
     """As the pass gives it: enough for random routing."""
-    ranks = ranks_of(4, 1024, GATED, False)
+    ranks = ranks_of([1024] * 4, GATED, False, (None, 2 * 1024 * TOP_K))
     tokens = [brought(number, 1024) for number in range(4)]
     wide = together(ranks, lambda rank, number: rank.hidden(tokens[number]))
     narrow = together(ranks, lambda rank, number: rank.hidden(tokens[number], 2 * 1024 * TOP_K))
