@@ -39,6 +39,16 @@ PATIENCE, MOST_PATIENCE = 300.0, float((1 << 31) // 1000)
 """Seconds that a rank waits for another, if nobody says otherwise; kernels count milliseconds in 32 bits."""
 
 
+class GivenUpError(RuntimeError):
+    """An exchange of tokens was given up; the message says who has waited for whom, or who has no room."""
+
+    def __init__(self, failure: str) -> None:
+        super().__init__(
+            f"moecompile: an exchange of tokens was given up: {failure}. Its results are NaN on all ranks; so is what "
+            "follows. Look why that was, and start again from a checkpoint."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PeerMemory:
     """What one rank knows of the memory.
@@ -74,7 +84,7 @@ class PeerMemory:
 
     def failure(self) -> str:
         """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
-        word = int(self.told[0])
+        word = int(self.told[0]) & 0xFFFF_FFFF_FFFF_FFFF
         if not word:
             return ""
         rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
@@ -187,8 +197,14 @@ def give_up(why: str) -> None:
 
 
 def memory_of(group: str, room: int) -> PeerMemory:
-    """The group's memory, with that much room at least; made when it is first asked for, by all ranks alike."""
+    """The group's memory, with that much room at least; made when it is first asked for, by all ranks alike.
+
+    Raises:
+        RuntimeError: it is known here that an exchange in it was given up. Nobody waits for a device to know it.
+    """
     found = _memories.get(group)
+    if found is not None and found.told.item():
+        raise GivenUpError(found.failure())
     if found is None or found.room < room:
         if found is not None:
             _outgrown.append(found)
@@ -207,10 +223,7 @@ def _refuse(*_: Any) -> None:
     failures = [memory.failure() for memory in (*_memories.values(), *_outgrown)]
     for failure in (*failures, *_given_up):
         if failure:
-            raise RuntimeError(
-                f"moecompile: an exchange of tokens was given up: {failure}. Its results are NaN on all ranks; what "
-                "follows is as well. Look why that was, and start again from a checkpoint."
-            )
+            raise GivenUpError(failure)
 
 
 def _word() -> Tensor:
