@@ -4,6 +4,7 @@
     compute-sanitizer --tool racecheck python tests/sanitized.py bf16
     compute-sanitizer --tool racecheck python tests/sanitized.py fp8
     compute-sanitizer --tool racecheck python tests/sanitized.py linear
+    compute-sanitizer --tool racecheck python tests/sanitized.py exchange
 
 (PyTorch's allocator puts tensors side by side into large pieces of memory, of which memcheck sees the ends alone.)
 """
@@ -18,8 +19,11 @@ import torch
 from gpu_blocks import GPT_OSS, Block, main_of, run
 from moecompile import bench_proof
 from moecompile.runtime import hopper_experts, hopper_fp8, hopper_linear, hopper_quantize, hopper_routing
+from moecompile.runtime.peer_memory import among_streams, room_for
 from moecompile.runtime.quantize import E4M3, FLOAT32, SCALE_FORMATS
+from one_side import Side
 from special_tiles import TILES, tile_of
+from test_exchange_gpu import Ranks, brought, pitch_of
 
 CAST = "mul(out, cast(weight, bfloat16))"
 BLOCKS = (
@@ -75,6 +79,20 @@ def tiles() -> None:
     hopper_quantize.transpose_rows(*rows, order, top_k=1, per_column=True)
 
 
+def exchanges() -> None:
+    """Between ranks that are streams, each of which launches what no other waits for, or where there is but one."""
+    for precision in ("bf16", "fp8"):
+        side = Side(300, 256, 128, 8, 4, precision == "fp8")
+        for _ in range(2):
+            side.prepare()
+            assert bool(side.hidden().isfinite().all())
+        assert not side.memories[0].failure()
+    for ranks, counts in ((2, [64, 40]), (4, [0, 1, 70, 64])):
+        row = pitch_of(256, torch.bfloat16, 2)
+        group = Ranks(among_streams(ranks, room_for(ranks, max(counts), row), 0), 8, max(counts))
+        group.check([brought(rank, count, 256, 8, 2, torch.bfloat16, "random") for rank, count in enumerate(counts)])
+
+
 def main(precisions: list[str]) -> None:
     """Forward and backward of each block in each precision: rows saved or not, dispatched or not; main ones."""
     with bench_proof.launched() as names:
@@ -82,6 +100,9 @@ def main(precisions: list[str]) -> None:
             if precision == "linear":
                 layers()
                 tiles()
+                continue
+            if precision == "exchange":
+                exchanges()
                 continue
             for block in BLOCKS:
                 tensors = block.tensors()
@@ -100,4 +121,4 @@ def main(precisions: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["bf16", "fp8", "linear"])
+    main(sys.argv[1:] or ["bf16", "fp8", "linear", "exchange"])
