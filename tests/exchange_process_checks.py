@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moecompile
-from expert_parallel_checks import EXPERTS, TOP_K, Model, close, compiled, tokens_of
+from expert_parallel_models import EXPERTS, TOP_K, Model, close, compiled, tokens_of
 from moecompile.runtime import peer_memory
 from moecompile.runtime.exchanged import HIDES_FROM
 from ranks_on_one_gpu import meet

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moecompile
-from expert_parallel_checks import EXPERTS, TOP_K, Experts, Model, close, compiled, mesh_of, ops, tokens_of
+from expert_parallel_models import EXPERTS, TOP_K, Experts, Model, close, compiled, mesh_of, ops, tokens_of
 from moecompile.agreement import DisagreementError
 from moecompile.runtime import peer_memory
 from moecompile.runtime.exchanged import HIDES_FROM

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, fx, nn
 from torch.utils import _pytree as pytree
 
 import moecompile
-from expert_parallel_checks import close, local_of
+from expert_parallel_models import close, local_of
 from moecompile import agreement
 from moecompile.options import Options
 from moecompile.passes.detect import detect

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import moecompile
-from expert_parallel_checks import close, compiled, meaned, mesh_of, with_mean_of_others
+from expert_parallel_models import close, compiled, meaned, mesh_of, with_mean_of_others
 from moecompile import agreement
 from moecompile.report import GraphReport
 from tiny_sizes import Sizes
