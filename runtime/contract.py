@@ -27,16 +27,17 @@ DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_ou
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_plan(expert_ids: Tensor, num_experts: int) -> None:
+def check_plan(expert_ids: Tensor, num_experts: int, operator: str = "plan") -> None:
     """Raises for anything but a (T, K) integer tensor and at least one expert."""
     if expert_ids.dtype not in INTEGERS:
-        raise TypeError(f"moecompile::plan: expert_ids must hold integers, got dtype {expert_ids.dtype}")
+        raise TypeError(f"moecompile::{operator}: expert_ids must hold integers, got dtype {expert_ids.dtype}")
     if expert_ids.dim() != 2:
         raise ValueError(
-            f"moecompile::plan: expert_ids must have shape (tokens, experts per token), got {tuple(expert_ids.shape)}"
+            f"moecompile::{operator}: expert_ids must have shape (tokens, experts per token), got "
+            f"{tuple(expert_ids.shape)}"
         )
     if num_experts < 1:
-        raise ValueError(f"moecompile::plan: num_experts must be at least 1, got {num_experts}")
+        raise ValueError(f"moecompile::{operator}: num_experts must be at least 1, got {num_experts}")
 
 
 @dataclass(frozen=True)

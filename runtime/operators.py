@@ -1,6 +1,7 @@
 """The operators of the namespace `moecompile`: schemas, fake kernels, torch kernels and autograd.
 
     plan(expert_ids, num_experts) -> (counts, offsets, slots, order)
+    count_experts(expert_ids, num_experts) -> counts
     experts(x, weights, offsets, slots, order, w_in, w_out, w_up, b_in, b_up, b_out, ...) -> result
     experts_forward(the same) -> (result, hidden)
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
@@ -106,6 +107,7 @@ EXCHANGED = ARGUMENTS.replace("Tensor offsets, Tensor slots, Tensor order", PLAN
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
     "plan(Tensor expert_ids, int num_experts) -> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",
+    "count_experts(Tensor expert_ids, int num_experts) -> Tensor",
     f"experts({ARGUMENTS}, {MAIN}) -> Tensor",
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
@@ -140,6 +142,7 @@ SCHEMAS = (
 )
 ROOMS = {
     "kernels": ("plan", "experts", "experts_forward", "experts_backward", "experts_backward_adding"),
+    "counting": ("count_experts",),
     "fp8_experts": (
         "quantize_weights",
         "experts_fp8",
@@ -162,7 +165,7 @@ ABOVE = {
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""
-INTEGERS = ("plan", "exchange_plan")
+INTEGERS = ("plan", "count_experts", "exchange_plan")
 """Operators that take and give nothing else, and have none."""
 
 
