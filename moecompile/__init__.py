@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moecompile.checkpoints import fp8_state_dict, load_fp8
     from moecompile.conversion import convert_to_fp8
     from moecompile.explanation import explain
+    from moecompile.loads import expert_load
     from moecompile.options import Options
     from moecompile.report import last_report, reset
     from moecompile.sharding import shard_experts
@@ -26,6 +27,7 @@ __all__ = [
     "Options",
     "__version__",
     "convert_to_fp8",
+    "expert_load",
     "explain",
     "fp8_state_dict",
     "invalidate",
@@ -40,6 +42,7 @@ __all__ = [
 _HOME = {
     "Options": "moecompile.options",
     "convert_to_fp8": "moecompile.conversion",
+    "expert_load": "moecompile.loads",
     "explain": "moecompile.explanation",
     "fp8_state_dict": "moecompile.checkpoints",
     "invalidate": "moecompile.cached",

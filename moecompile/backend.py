@@ -42,7 +42,7 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import advice, cached, comparison, lowering, main_gradients, pipeline, report, verify
+    from moecompile import advice, cached, comparison, loads, lowering, main_gradients, pipeline, report, verify
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
@@ -66,17 +66,21 @@ def moecompile(
     comparison.compare(gm, uncast, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
-    # 4. On request, more comes in from outside: what the weights' gradients are added to, and the weights' FP8 copies,
-    #    kept there until the weights change.
+    # 4. On request, more comes in from outside: what the weights' gradients are added to, the weights' FP8 copies, kept
+    #    there until the weights change, and what tokens are counted in.
     lifted: list[Lifted] = []
     added = None
+    counted: Sequence[loads.Lifted] = ()
     if chosen.main_grad:
         gm, example_inputs, added = main_gradients.lift(gm, example_inputs, record)
     if chosen.fp8_cache_weights:
         gm, example_inputs, lifted = cached.lift(gm, example_inputs, record)
+    if chosen.expert_load:
+        gm, example_inputs, counted = loads.lift(gm, example_inputs, record)
 
     # 5. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    compiled = cached.with_copies(lowering.lower(gm, example_inputs, chosen, record, name), lifted)
+    compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name), counted)
+    compiled = cached.with_copies(compiled, lifted)
     compiled = main_gradients.with_main_gradients(compiled, added)
 
     # 6. A model that was not rewritten at all is worth one warning, with the reason and the cure.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from moecompile.bodies import bodies_of, copy_graph
+from moecompile.bodies import bodies_of, copy_graph, copy_tree
 from moecompile.report import GraphReport
 
 log = logging.getLogger("moecompile")
@@ -19,19 +19,35 @@ log = logging.getLogger("moecompile")
 def own_graph(gm: fx.GraphModule) -> fx.Graph:
     """A copy of the graph that may be rewritten."""
     graph, _ = copy_graph(gm.graph)
-    for node in graph.find_nodes(op="placeholder"):
-        node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
+    _forget_inputs(graph)
     return graph
+
+
+def own_tree(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph and of the bodies below it that may be rewritten, with what Dynamo notes beside it."""
+    made = copy_tree(gm)
+    _forget_inputs(made.graph)
+    _note_what_dynamo_notes(gm, made)
+    return made
 
 
 def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """The same module around another graph, with what Dynamo notes beside it."""
     made = fx.GraphModule(gm, graph)
     made.meta.update(gm.meta)
+    _note_what_dynamo_notes(gm, made)
+    return made
+
+
+def _forget_inputs(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta.pop("grapharg", None)  # Dynamo's own, which refers to the input, and which it clears in its graph
+
+
+def _note_what_dynamo_notes(gm: fx.GraphModule, made: fx.GraphModule) -> None:
     for name, value in vars(gm).items():
         if name not in vars(made):
             setattr(made, name, value)
-    return made
 
 
 def nested_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:

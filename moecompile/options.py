@@ -123,6 +123,11 @@ class Options:
         "gradients of the experts' matrices are added, in float32, to `parameter.main_grad` where a parameter has one, "
         "as Megatron-LM keeps them; `parameter.grad` stays what it was, and hooks of the parameter find no gradient",
     )
+    expert_load: bool = _option(
+        False,
+        "how many tokens each expert was assigned is counted, block by block, in tensors on the device that "
+        "`moecompile.expert_load(model)` gives without waiting for it",
+    )
     verify: Literal["first_call"] | None = _option(
         None,
         "compares every rewritten block, before any exchange and any cast to FP8, with the original region at the "

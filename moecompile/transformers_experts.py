@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moecompile.loads import SPLIT
 from moecompile.sharding import with_tokens
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _implementation() -> type[Any]:
             self._num_experts = self.num_local_experts * ep_mesh.size()
             self._whole = _Whole(experts, ep_mesh)
             shared = tp_mesh.size() > 1
+            setattr(experts, SPLIT, shared)
             self._split = _Split(tp_mesh.size(), tp_mesh.get_local_rank(), group_of(tp_mesh)) if shared else None
 
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,7 @@ def _copy(flat: Flat, gm: fx.GraphModule, inputs: list[Any] | None, leaving: lis
             continue
         if (body := body_of(gm, node)) is not None:
             bodies[node] = body
-        called = _called(node, bodies)
+        called = called_by(node, bodies)
         if called is not None:
             body, operands = called
             known[node] = _copy(flat, body, [mapped(each) for each in operands], leaving)
@@ -87,10 +88,15 @@ def body_of(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     return found if isinstance(found, fx.GraphModule) else None
 
 
-def _called(
-    node: fx.Node, bodies: dict[fx.Node, fx.GraphModule]
+def called_by(
+    node: fx.Node, bodies: Mapping[fx.Node, fx.GraphModule]
 ) -> tuple[fx.GraphModule, tuple[fx.node.Argument, ...]] | None:
-    """The body that a node calls and what it gives to it, if its arguments are the body's inputs."""
+    """The body that a node calls and what it gives to it, if its arguments are the body's inputs.
+
+    Args:
+        node: of any operation.
+        bodies: those that nodes of its graph take from its graph module.
+    """
     if not isinstance(node.target, HigherOrderOperator) or node.target.name() not in INLINED:
         return None
     places = [place for place, each in enumerate(node.args) if isinstance(each, fx.Node) and each in bodies]

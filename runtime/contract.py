@@ -27,18 +27,20 @@ DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_ou
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_plan(expert_ids: Tensor, num_experts: int, room: int | None = None) -> None:
+def check_plan(expert_ids: Tensor, num_experts: int, room: int | None = None, operator: str = "plan") -> None:
     """Raises for anything but a (T, K) integer tensor, at least one expert, and room for a row at least."""
     if expert_ids.dtype not in INTEGERS:
-        raise TypeError(f"moecompile::plan: expert_ids must hold integers, got dtype {expert_ids.dtype}")
+        raise TypeError(f"moecompile::{operator}: expert_ids must hold integers, got dtype {expert_ids.dtype}")
     if expert_ids.dim() != 2:
         raise ValueError(
-            f"moecompile::plan: expert_ids must have shape (tokens, experts per token), got {tuple(expert_ids.shape)}"
+            f"moecompile::{operator}: expert_ids must have shape (tokens, experts per token), got "
+            f"{tuple(expert_ids.shape)}"
         )
     if num_experts < 1:
-        raise ValueError(f"moecompile::plan: num_experts must be at least 1, got {num_experts}")
+        raise ValueError(f"moecompile::{operator}: num_experts must be at least 1, got {num_experts}")
     if room is not None and room < 1:
-        raise ValueError(f"moecompile::plan: room must be at least 1, got {room}; leave it out for all assignments")
+        words = f"room must be at least 1, got {room}; leave it out for all assignments"
+        raise ValueError(f"moecompile::{operator}: {words}")
 
 
 @dataclass(frozen=True)

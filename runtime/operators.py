@@ -1,6 +1,7 @@
 """The operators of the namespace `moecompile`: schemas, fake kernels, torch kernels and autograd.
 
     plan(expert_ids, num_experts, room) -> (counts, offsets, slots, order)
+    count_experts(expert_ids, num_experts) -> counts
     experts(x, weights, offsets, slots, order, w_in, w_out, w_up, b_in, b_up, b_out, ...) -> result
     experts_forward(the same) -> (result, hidden)
     experts_backward(grad, hidden, the same, needs) -> the needed gradients
@@ -110,6 +111,7 @@ ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor
 SCHEMAS = (
     "plan(Tensor expert_ids, int num_experts, *, SymInt? room=None) "
     "-> (Tensor counts, Tensor offsets, Tensor slots, Tensor order)",
+    "count_experts(Tensor expert_ids, int num_experts) -> Tensor",
     f"experts({ARGUMENTS}, {MAIN}) -> Tensor",
     f"experts_forward({ARGUMENTS}) -> (Tensor out, Tensor hidden)",
     f"experts_backward(Tensor grad, Tensor hidden, {ARGUMENTS}, bool[] needs) -> Tensor[]",
@@ -145,6 +147,7 @@ SCHEMAS = (
 )
 ROOMS = {
     "kernels": ("plan", "experts", "experts_forward", "experts_backward", "experts_backward_adding"),
+    "counting": ("count_experts",),
     "fp8_experts": (
         "quantize_weights",
         "experts_fp8",
@@ -167,7 +170,7 @@ ABOVE = {
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""
-INTEGERS = ("plan", "exchange_plan", "came_within")
+INTEGERS = ("plan", "count_experts", "exchange_plan", "came_within")
 """Operators that take and give nothing else, and have none."""
 
 

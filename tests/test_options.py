@@ -42,6 +42,7 @@ def test_defaults():
         "fp8_recast_weights": False,
         "recompute": False,
         "main_grad": False,
+        "expert_load": False,
         "verify": None,
         "ep_capacity": None,
         "ep_rows": 2.0,

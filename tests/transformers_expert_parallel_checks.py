@@ -152,8 +152,11 @@ def check_all_reduce_computes_what_it_did(rank: int, ranks: int) -> None:
     for implementation, blocks in (("grouped_mm", 0), ("batched_mm", 1)):
         model = model_of("qwen3_moe", implementation=implementation)
         whole, block, x = block_of(model), block_of(in_parallel(model, "all_reduce", shared=True)), tokens_of(0, 5)
-        close(results(compiled(block), block, x), results(whole, whole, x), 1e-5)
+        close(results(compiled(block, expert_load=True), block, x), results(whole, whole, x), 1e-5)
         assert len(graph_of().sites) == blocks
+        # other ranks' experts are one of this rank's there, with a weight of 0
+        assert moecompile.expert_load(block) == {}
+        assert any(note.startswith("expert_load: ") for note in graph_of().notes)
         with torch.no_grad():
             close([compiled(block)(x)], [whole(x)], 1e-5)
         graph = graph_of()
@@ -181,8 +184,11 @@ def check_ours_with_a_batch_for_each_rank(rank: int, ranks: int) -> None:
         x = tokens_of(rank, 5 + 2 * rank)
         right = summed(results(whole, whole, x), block)
         close(results(block, block, x), right, 1e-5)
-        close(results(compiled(block), block, x), right, 1e-5)
+        close(results(compiled(block, expert_load=True), block, x), right, 1e-5)
         checks_exchange(graph_of(), 1)
+        (load,) = moecompile.expert_load(block).values()
+        assert load.shape == whole.experts.gate_up_proj.shape[:1]
+        assert int(load.sum()) == x.shape[1] * model.config.num_experts_per_tok
 
 
 def check_ours_as_transformers_all_to_all(rank: int, ranks: int) -> None:
@@ -202,8 +208,14 @@ def check_ours_with_one_batch_for_all(rank: int, ranks: int) -> None:
         x = tokens_of(0, count)
         right = results(whole, whole, x)
         close(results(block, block, x), right, 1e-5)
-        close(results(compiled(block, ep_capacity=4), block, x), right, 1e-5)
+        close(results(compiled(block, ep_capacity=4, expert_load=True), block, x), right, 1e-5)
         checks_exchange(graph_of(), 1)
+        try:
+            moecompile.expert_load(block)
+        except RuntimeError as error:
+            assert "parts of the same tokens that may overlap" in str(error), error
+        else:
+            raise AssertionError("what these ranks count does not add up")
 
 
 def check_ours_as_users_load_it(rank: int, ranks: int) -> None:
