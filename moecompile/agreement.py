@@ -26,6 +26,8 @@ class DisagreementError(RuntimeError):
 
 _agreed: dict[tuple[str, str], dict[str, int]] = {}
 """By group and parameters: blocks that exchange, and their capacity."""
+_asked: dict[tuple[str, str], dict[str, Any]] = {}
+"""By the same: the options that all ranks had been given."""
 _shared: dict[tuple[str, str], dict[str, str]] = {}
 """By group and graph: blocks whose model exchanges, and why they are left alone."""
 
@@ -45,12 +47,13 @@ def agree(
         inference: whether nobody calls the graph's backward: what is agreed on for such graphs holds for no others.
 
     Raises:
-        DisagreementError: a rank has more tokens than agreed, or nobody knows how many there will be; options differ;
-            not all ranks compile, or this one does not find what the ranks agreed on before.
+        DisagreementError: a rank has more tokens than agreed, or nobody knows how many there will be; options differ,
+            or change on some ranks alone; not all ranks compile, or this one does not find what they agreed on before.
     """
     key = group.name, " ".join((*parameters, *["for inference"] * inference))
-    if key not in _agreed:
+    if _asked.get(key) != dict(asked):  # those of all ranks have changed, or nobody meets this one
         _agreed[key] = _meet(group, key, tokens, asked)
+        _asked[key] = dict(asked)
     found = _agreed[key]
     for name, most in found.items():
         if name not in tokens:
@@ -100,6 +103,7 @@ def _blocks_of_all(notes: Sequence[Mapping[str, bool]]) -> dict[str, str]:
 def forget() -> None:
     """Ranks agree anew at the next graph; all of them have to forget."""
     _agreed.clear()
+    _asked.clear()
     _shared.clear()
 
 

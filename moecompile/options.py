@@ -101,7 +101,7 @@ class Options:
     fp8_compare: Literal["first_call"] | None = _option(
         None,
         "compares every layer in FP8 with the same in the model's own precision, and the experts that tokens choose, "
-        "at the first call: the report has a table; what runs does not depend on it",
+        "at the first call: the report has a table; what runs does not depend on it, but that exchanges are not hidden",
     )
     fp8_cache_weights: bool = _option(
         False,

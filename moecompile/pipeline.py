@@ -109,16 +109,26 @@ def fuse_sites(piece: Piece, _: Options) -> None:
     piece.changed |= fuse(piece.module.graph, piece.sites, piece.layout) > 0
 
 
+ASKED = (
+    "precision",
+    "kernels",
+    "fp8_exclude",
+    "fp8_include",
+    "fp8_keep_first_layers",
+    "fp8_keep_last_layers",
+    "fp8_scale_format",
+    "fp8_compare",
+)
+"""Options that decide what travels between ranks in inference, and how it is read."""
+
+
 def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
     travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience, options.ep_rows)
-    asked = {
-        "ep_capacity": options.ep_capacity,
-        "ep_sms": travel.sms,
-        "precision": options.precision,  # what travels in inference
-        "disable": ", ".join(name for name in ("precision", "hide") if name in options.disable),
-    }
+    asked: dict[str, Any] = {"ep_capacity": options.ep_capacity, "ep_sms": travel.sms}
+    asked |= {name: repr(getattr(options, name)) for name in ASKED}
+    asked["disable"] = ", ".join(name for name in ("precision", "hide") if name in options.disable)
     inference = not piece.differentiable
     agreed = partial(agree, asked=asked, why=why, inference=inference)
     done, kept = exchange_tokens(piece.module.graph, agreed, travel)
@@ -191,7 +201,10 @@ def run_passes(
                 _find_purposes(gm, pieces)  # of blocks that are still whole
             if name == "exchange" and not sharded and not any(site.spread for piece in pieces for site in piece.sites):
                 continue
-            if name == "hide" and (options.fp8_compare or not any(piece.exchanged for piece in pieces)):
+            if name == "hide" and not any(piece.exchanged for piece in pieces):
+                continue
+            if name == "hide" and options.fp8_compare:
+                record.notes.append("with fp8_compare no exchange is hidden behind the experts")
                 continue
             if name in options.disable:
                 record.notes.append(f"pass {name} is disabled")

@@ -3,8 +3,8 @@
 Contract
 - On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
   this rank (in FP8 or not), combine.
-- The block becomes one operator, if there are so many tokens that its kernels hide anything (`exchanged.hides`). That
-  follows from what the ranks have agreed on: all rewrite it, or none.
+- The block becomes one operator, if kernels exchange its tokens, and these may be so many that there is something to
+  hide (`exchanged.hides`). That follows from what the ranks have agreed on: all rewrite it, or none.
 - A block of which something else reads a part stays, as does what is not exactly such a block.
 
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
@@ -24,6 +24,7 @@ from torch import fx
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for, key_of
 from moecompile.runtime.contract import TENSORS
+from moecompile.runtime.exchange import by_kernels
 from moecompile.runtime.exchanged import OF_EXCHANGE, hides
 
 ops = torch.ops.moecompile
@@ -65,6 +66,12 @@ class _Block:
         """All of them, users first."""
         within = [] if self.within is None else [self.within]
         return [self.combined, self.sent_back, *within, self.experts, self.planned, self.came, self.sent]
+
+    @property
+    def _tokens(self) -> Any:
+        """Example values of x, ids and weights of the tokens that are sent."""
+        given: Any = self.sent.args[:3]
+        return [None if each is None else fake_of(each) for each in given]
 
     @property
     def _room(self) -> Any:
@@ -110,10 +117,12 @@ class _Block:
     def hides(self) -> bool:
         """Whether there is anything to gain, by what all ranks know."""
         kwargs: Any = self.came.kwargs
-        ids: Any = self.sent.args[1]
-        top_k = fake_of(ids).shape[1]
-        several = kwargs["ranks"] > 1
-        return several and isinstance(top_k, int) and hides(kwargs["capacity"], top_k, kwargs["num_experts"])
+        x, ids, weights = self._tokens
+        top_k = ids.shape[1]
+        if kwargs["ranks"] == 1 or not isinstance(top_k, int):
+            return False
+        enough = hides(kwargs["capacity"], top_k, kwargs["num_experts"])
+        return enough and by_kernels(x, ids, weights, kwargs["ranks"], kwargs["group"])
 
     def replace(self) -> None:
         """Puts the operator in the block's place."""

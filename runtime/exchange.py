@@ -277,12 +277,12 @@ def by_kernels(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int
 
 
 def memory_for(
-    x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int, group: str, capacity: int
+    x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int, group: str, capacity: int, back: int = 0
 ) -> PeerMemory | None:
-    """What the kernels write to; None if they do not exchange such rows."""
+    """What the kernels write to, rows of `back` bytes too; None if they do not exchange such rows."""
     if not by_kernels(x, ids, weights, ranks, group):
         return None
-    pitch = hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights)
+    pitch = max(hopper_exchange.pitch_of(x.shape[1], x.dtype, ids, weights), -(-back // 16) * 16)
     return memory_of(group, room_for(ranks, capacity, pitch))
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import (
-    IDS,
     ExchangeGate,
     ExchangeHome,
     ExchangeHomeOfExperts,
@@ -20,6 +19,7 @@ from moecompile.codegen.instances import (
     ExchangeSend,
 )
 from moecompile.runtime.elementwise import dtype_name
+from moecompile.runtime.hopper_routing import conformed
 from moecompile.runtime.launch import Kernel, Launch, Value, load
 from moecompile.runtime.peer_memory import CHANNELS_OF_AN_SM, PATIENCE, RANKS, SMS, PeerMemory, room_for
 
@@ -50,7 +50,12 @@ def takes(x: Tensor, ids: Tensor | None, weights: Tensor | None, ranks: int) -> 
     along = [each for each in (ids, weights) if each is not None]
     if x.dtype not in DTYPES or x.shape[1] % 8 or ranks > RANKS or any(each.shape[1] > LANES for each in along):
         return False
-    return (weights is None or weights.dtype in DTYPES) and 2 * pitch_of(x.shape[1], x.dtype, ids, weights) <= RING
+    return (weights is None or weights.dtype in DTYPES) and fits(pitch_of(x.shape[1], x.dtype, ids, weights))
+
+
+def fits(pitch: int) -> bool:
+    """Whether a channel has room for rows of so many bytes."""
+    return 2 * pitch <= RING
 
 
 def plan(expert_ids: Tensor, num_experts: int, ranks: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +67,7 @@ def plan(expert_ids: Tensor, num_experts: int, ranks: int, capacity: int) -> tup
         ranks: at most RANKS.
         capacity: T or more.
     """
-    ids = _conformed(expert_ids)
+    ids = conformed(expert_ids)
     kernel = load(ExchangePlan(dtype_name(ids.dtype)), ids.device.index)
     tokens, top_k = ids.shape
     sent = ids.new_empty(ranks * capacity, dtype=torch.int32)
@@ -93,7 +98,7 @@ class Rows:
         lines = lines and values.data_ptr() % 16 == 0
         return cls(
             values if lines else values.clone(memory_format=torch.contiguous_format),
-            None if ids is None else _conformed(ids),
+            None if ids is None else conformed(ids),
             None if weights is None else weights.contiguous(),
         )
 
@@ -212,7 +217,12 @@ def send(
         read: the slot of another exchange whose rows `take` has left where they were, and nobody reads any more.
         started: one int32, zero at first: how many blocks have begun.
         early: of the launch.
+
+    Raises:
+        ValueError: rows are longer than a channel has room for.
     """
+    if not fits(rows.pitch):
+        raise ValueError(f"moecompile: rows of {rows.pitch} bytes: expected {RING // 2} or less")
     kernel = load(ExchangeSend(rows.id_type), rows.values.device.index)
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, came, rows.ids, rows.weights, rows.row_bytes, rows.line_bytes,
@@ -251,7 +261,8 @@ def take(
 ) -> None:  # fmt: skip
     """Waits for what came, and puts all but the rows where it is to be: these stay in the memory (`Exchange.records`).
 
-    It does not begin before the kernels before it have ended: it would keep multiprocessors from others meanwhile.
+    It does not begin before the kernels before it have ended, and has few blocks: where it waits for other ranks, it
+    keeps multiprocessors from what this rank could do meanwhile.
 
     Args:
         exchange: of this rank.
@@ -267,7 +278,8 @@ def take(
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, None, *into, came, slots, offsets,
         multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
     )  # fmt: skip
-    Launch(kernel, exchange.readers(kernel, exchange.capacity), values, early=False).run()
+    blocks = min(exchange.readers(kernel, exchange.capacity), READERS * exchange.sms)
+    Launch(kernel, blocks, values, early=False).run()
 
 
 def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
@@ -303,7 +315,7 @@ def home_of_experts(
         output: an expression of `out` and `weight`.
         into: (T, H), written, of the dtype of what came back.
     """
-    ids = _conformed(parts.ids)
+    ids = conformed(parts.ids)
     names = dtype_name(rows.dtype), dtype_name(into.dtype), output, dtype_name(ids.dtype)
     kernel = load(ExchangeHomeOfExperts(*names), into.device.index)
     (tokens, columns), (experts,), top_k = into.shape, parts.offsets.shape, ids.shape[1]
@@ -312,9 +324,3 @@ def home_of_experts(
         experts, parts.first, parts.multiple, rows, weights, columns, 0, None, into, None, tokens, columns, 0,
     )  # fmt: skip
     Launch(kernel, exchange.readers(kernel, tokens), values).run()
-
-
-def _conformed(expert_ids: Tensor) -> Tensor:
-    """The ids as the kernels read them."""
-    ids = expert_ids.contiguous()
-    return ids if dtype_name(ids.dtype) in IDS else ids.to(torch.int64)

@@ -19,37 +19,28 @@ others wait for. Results are those of one step after the other, to the bit.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moecompile.codegen.gemms import GroupedGemm
-from moecompile.codegen.instances import Instance
 from moecompile.runtime import (
     exchange,
-    hopper,
     hopper_exchange,
     hopper_experts,
     hopper_fp8,
-    hopper_fp8_gemm,
     hopper_kernels,
-    hopper_quantize,
     hopper_routing,
 )
 from moecompile.runtime.contract import Arguments, expression_leaves
-from moecompile.runtime.hopper import Taking
 from moecompile.runtime.hopper_exchange import Exchange, OwnParts, Rows
-from moecompile.runtime.hopper_quantize import QuantizedRows
-from moecompile.runtime.hopper_routing import Dispatching
+from moecompile.runtime.hopper_parts import Eight, Part, Sixteen
+from moecompile.runtime.hopper_tiles import ROWS
 from moecompile.runtime.launch import Value, wait_for
-from moecompile.runtime.peer_memory import PeerMemory
-from moecompile.runtime.quantize import pad
 
-TILE = 128
+TILE = ROWS
 """Rows of a tile. Whole ones of an expert's own are multiplied without waiting; the rest fills tiles with others'."""
 PAIRS_FROM = 4 * TILE
 """Rows of an expert's own, on average, from which it is whole pairs of tiles: 4 % faster in FP8 (docs/perf.md)."""
@@ -78,125 +69,6 @@ class Brought:
     room: int | None = None
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows that are multiplied together.
-
-    Attributes:
-        number: 0 for this rank's own, 1 for the others.
-        first: of these among the rows of both parts.
-        count: of them at most.
-        counts: of their plan.
-        offsets: likewise.
-        slots: likewise.
-        order: likewise.
-        weights: of their assignments, float32; None if there are none.
-        source: of the tokens, `Records` of codegen/kernels/feed.cuh.
-        progress: of their dispatch, zeros.
-        taken: of GEMM1's and GEMM2's tiles, zeros.
-        multiple: of each expert's rows only so many times that many are multiplied.
-    """
-
-    number: int
-    first: int
-    count: int
-    counts: Tensor
-    offsets: Tensor
-    slots: Tensor
-    order: Tensor
-    weights: Tensor | None
-    source: tuple[Value, ...]
-    progress: Tensor
-    taken: tuple[Tensor, Tensor]
-    multiple: int
-
-    @property
-    def rows(self) -> slice:
-        """Among those of both parts."""
-        return slice(self.first, self.first + self.count)
-
-    @property
-    def dispatching(self) -> Dispatching:
-        """Of GEMM1."""
-        return Dispatching(self.source, self.order, self.slots.shape[1], self.progress, records=True)
-
-    def taking(self, product: int) -> Taking:
-        """Of GEMM1 (0) or GEMM2 (1)."""
-        return Taking(self.taken[product], self.multiple)
-
-
-class Sixteen:
-    """Products in the model's precision; tokens travel in it."""
-
-    def __init__(self, args: Arguments, rows: int) -> None:
-        self.args, self.projection = args, hopper_experts._projection(args, biased=True)
-        self.w_out = hopper_experts._out_matrices(args)
-        x = args.x
-        self.rows, self.a = x.new_empty(rows, args.features), x.new_empty(rows, args.intermediate)
-        # a part's rows are not read any more when its results are written
-        self.y = self.rows if args.out_features == args.features else x.new_empty(rows, args.out_features)
-
-    def travelling(self, tokens: Brought) -> Rows:
-        """What is sent."""
-        return Rows.of(tokens.x, tokens.ids, tokens.weights)
-
-    def instances(self) -> list[Instance]:
-        """The kernels, but for tiles being taken and rows being records."""
-        return hopper_kernels.of_experts(self.args, self.projection, self.w_out, train=False)
-
-    def multiply_in(self, part: Part, weights: Tensor | None) -> None:
-        """GEMM1 and the activation, which reads these weights."""
-        hopper.activated_gemm(
-            self.rows[part.rows], self.projection, self.args.activation, part.offsets, self.a[part.rows],
-            weights=weights, order=None if weights is None else part.order, dispatching=part.dispatching,
-            taking=part.taking(0),
-        )  # fmt: skip
-
-    def multiply_out(self, part: Part) -> None:
-        """GEMM2."""
-        hopper.grouped_gemm(
-            self.a[part.rows], self.w_out, part.offsets, self.y[part.rows], bias=self.args.b_out, taking=part.taking(1)
-        )
-
-
-class Eight:
-    """Products in FP8; tokens travel quantised, each with its scales behind it."""
-
-    def __init__(self, args: Arguments, quantized: Sequence[Tensor], counts: Sequence[int]) -> None:
-        self.args, self.x, rows = args, hopper_experts._lines(args.x), sum(counts)
-        self.w_in, _, self.w_out, _ = hopper_fp8._matrices(quantized)
-        self.rows, self.a = (
-            [QuantizedRows.empty(self.x, count, columns) for count in counts]
-            for columns in (args.features, pad(args.intermediate))
-        )
-        self.y = self.x.new_empty(rows, args.out_features)
-
-    def travelling(self, tokens: Brought) -> Rows:
-        """What is sent."""
-        lines = hopper_quantize.quantize_lines(self.x, self.args.scale_format)
-        return Rows.of(lines, tokens.ids, tokens.weights)
-
-    def instances(self) -> list[Instance]:
-        """The kernels, but for tiles being taken and rows being records."""
-        return hopper_kernels.of_experts_in_fp8(self.args, train=False)
-
-    def multiply_in(self, part: Part, weights: Tensor | None) -> None:
-        """GEMM1 and the activation, which reads these weights."""
-        args = self.args
-        hopper_fp8_gemm.activated(
-            self.rows[part.number], self.w_in, args.activation, part.offsets, args.intermediate, self.a[part.number],
-            None, biases=hopper_fp8._biases(args), weights=weights, order=None if weights is None else part.order,
-            dispatching=part.dispatching, scale_format=args.scale_format, taking=part.taking(0),
-        )  # fmt: skip
-
-    def multiply_out(self, part: Part) -> None:
-        """GEMM2."""
-        bias = None if self.args.b_out is None else hopper_experts._lines(self.args.b_out)
-        hopper_fp8_gemm.product(
-            self.a[part.number], self.w_out, part.offsets, self.y[part.rows], bias, taking=part.taking(1)
-        )
-
-
 def takes(
     tokens: Brought, there: Exchange, matrices: Sequence[Tensor | None], quantized: Sequence[Tensor],
     attributes: dict[str, Any],
@@ -207,9 +79,16 @@ def takes(
         return False
     args = _arguments(tokens, matrices, attributes, here, there.capacity)
     _, most = _rows_of(tokens, there)
+    if not hopper_exchange.takes(back_of(args), None, None, there.memory.ranks):
+        return False
     if not hopper_routing.can_be_beside(most, args.features, 1 if quantized else tokens.x.element_size()):
         return False
     return hopper_fp8.takes(args, quantized) if quantized else hopper_experts.takes(args)
+
+
+def back_of(args: Arguments) -> Tensor:
+    """Rows like those that go back, without values."""
+    return torch.empty(1, args.out_features, dtype=args.dtypes.result, device="meta")
 
 
 def forward(
@@ -232,8 +111,8 @@ class _Forward:
         self.here = tokens.num_experts // memory.ranks
         self.args = args = _arguments(tokens, matrices, attributes, self.here, tokens.x.shape[0])
         self.counts = counts = _rows_of(tokens, there)
-        self.products = Eight(args, quantized, counts) if quantized else Sixteen(args, sum(counts))
-        hopper_kernels.compile_together(args, False, ("exchanged", len(quantized)), self._instances)
+        self.products = Eight(args, counts, quantized) if quantized else Sixteen(args, counts)
+        hopper_kernels.compile_together(args, False, ("exchanged", bool(quantized), *counts), self.products.instances)
         words = [hopper_routing.words_of_progress(count) for count in counts]
         zeros = args.x.new_zeros(sum(words) + 5, dtype=torch.int32).split([*words, 1, 1, 1, 1, 1])
         self.progress, self.taken, self.started = zeros[:2], (zeros[2:4], zeros[4:6]), zeros[6]
@@ -242,8 +121,8 @@ class _Forward:
     def run(self) -> Tensor:
         """As the module's documentation has it."""
         args, tokens, there, back, products = self.args, self.tokens, self.there, self.back, self.products
-        main, side = torch.cuda.current_stream(args.x.device), other_stream(there.memory)
-        lines = products.travelling(tokens)
+        main, side = torch.cuda.current_stream(args.x.device), there.memory.side
+        lines = Rows.of(products.lines(), tokens.ids, tokens.weights)
         came, sums, result = self._room()
         wait_for(side, main)
         with torch.cuda.stream(side):
@@ -268,6 +147,7 @@ class _Forward:
         wait_for(main, side)
         parts = OwnParts(tokens.ids, own.slots, own.offsets, others.slots, others.first, own.multiple)
         hopper_exchange.home_of_experts(back, tokens.home, parts, products.y, own.weights, args.output, result)
+        wait_for(side, main)  # whose memory this read, and who may call next from another stream
         return result
 
     def _room(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -330,13 +210,6 @@ class _Forward:
             y, slots = self.products.y[others.rows], others.slots[places]
             hopper_routing.combine(y, slots, weights, self.args.output, sums[places])
 
-    def _instances(self) -> list[Instance]:
-        """The products' kernels, as they are launched here; those of the exchange are small."""
-        return [
-            replace(each, taken=True, records=each.dispatches) if isinstance(each, GroupedGemm) else each
-            for each in self.products.instances()
-        ]
-
 
 def _arguments(
     tokens: Brought, matrices: Sequence[Tensor | None], attributes: dict[str, Any], here: int, count: int
@@ -357,9 +230,3 @@ def _rows_of(tokens: Brought, there: Exchange) -> tuple[int, int]:
     """Rows of both parts, at most."""
     most = there.memory.ranks * there.capacity * tokens.ids.shape[1]
     return tokens.ids.numel(), most if tokens.room is None else min(most, tokens.room)
-
-
-@functools.cache
-def other_stream(memory: PeerMemory) -> torch.cuda.Stream:
-    """What waits for other ranks; where multiprocessors become free, its kernels are first."""
-    return torch.cuda.Stream(memory.own.device, priority=-1)

@@ -38,7 +38,7 @@ def plan(
         first: of these experts among all that the ids speak of. Assignments to others have no row.
         among: how many those are; `num_experts` if None.
     """
-    ids = _conformed(expert_ids)
+    ids = conformed(expert_ids)
     chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
     place = load(Plan("place", *chosen), ids.device.index)
     assignments = ids.numel()
@@ -57,7 +57,7 @@ def plan(
     return made
 
 
-def _conformed(expert_ids: Tensor) -> Tensor:
+def conformed(expert_ids: Tensor) -> Tensor:
     """The ids as the kernels read them."""
     ids = expert_ids.contiguous()
     return ids if dtype_name(ids.dtype) in IDS else ids.to(torch.int64)

@@ -24,7 +24,9 @@ log = logging.getLogger("moecompile")
 
 RANKS, SLOTS, CHANNELS = 16, 8, 256
 """At most; of peer.cuh."""
-WORDS = 128 + 2 * SLOTS * 2 * 4 + SLOTS * RANKS * 8 + SLOTS * RANKS * CHANNELS * 8
+TAKEN_AT = 128 + 2 * SLOTS * 2 * 4
+"""Where in the words it is said what other ranks have read."""
+WORDS = TAKEN_AT + SLOTS * RANKS * 8 + SLOTS * RANKS * CHANNELS * 8
 SLOTS_USED = 4
 """An exchange has one from its start until its wait."""
 CHANNELS_OF_AN_SM = 4
@@ -77,6 +79,11 @@ class PeerMemory:
     def ranks(self) -> int:
         """Of the group."""
         return self.bases.shape[0]
+
+    @functools.cached_property
+    def side(self) -> torch.cuda.Stream:
+        """Where this rank waits for others; its kernels are first where multiprocessors become free."""
+        return torch.cuda.Stream(self.own.device, priority=-1)
 
     def rows(self, slot: int) -> Tensor:
         """This rank's room for rows in that slot, bytes."""

@@ -16,6 +16,7 @@ refused. Launches are noted by `Launch.run`, of the thread that records.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -91,9 +92,10 @@ class _Called:
 
     def run(self, tensors: list[Any]) -> None:
         """Calls it on the tensors in their places."""
-        if self.stream is not None:
-            with torch.cuda.stream(self.stream):
-                return dataclasses.replace(self, stream=None).run(tensors)
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            self._run(tensors)
+
+    def _run(self, tensors: list[Any]) -> None:
         if self.flat:
             args = [tensors[each.number] if type(each) is _Place else each for each in self.args]
             found = self.function(*args, **self.kwargs)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 import moecompile
+import moecompile.ranks as ranks_module
 from expert_parallel_models import EXPERTS, TOP_K, Experts, Model, close, compiled, mesh_of, ops, tokens_of
 from moecompile.agreement import DisagreementError
+from moecompile.passes import hide
 from moecompile.runtime import peer_memory
 from moecompile.runtime.exchanged import HIDES_FROM
 
+vars(hide)["by_kernels"] = lambda *_: True  # collectives, as if they were kernels
 MANY = HIDES_FROM * EXPERTS // TOP_K
 """Tokens of a rank from which an exchange is hidden."""
 
@@ -118,6 +123,33 @@ def check_rows_that_there_is_no_room_for(rank: int, ranks: int) -> None:
             peer_memory._given_up.clear()
         with torch.set_grad_enabled(gradients):
             close([compiled(model, ep_rows=float(ranks))(x, ids, weights)], [whole(x, ids, weights)], 8e-3)
+
+
+def check_ranks_that_cast_other_layers_disagree(rank: int, ranks: int) -> None:
+    """What travels would be read as something else: at once, and when one rank compiles again with other options."""
+    # by names of its own: ranks count their meetings, and one will be missed
+    model, many = nn.Sequential(Model(256, 128, fixed=True)), tokens_of(rank, MANY, hidden=256)
+    moecompile.shard_experts(model, mesh_of(ranks))
+
+    def said(**options: Any) -> str:
+        with torch.no_grad():
+            try:
+                torch._dynamo.reset()
+                torch.compile(model, backend="moecompile", fullgraph=True, options=dict(lowering="eager", **options))(
+                    many
+                )
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+        return ""
+
+    compiled(model)  # nothing has been agreed on
+    assert "option `fp8_exclude`" in said(precision="fp8", fp8_exclude=("0.blocks.0.experts",) if rank else ())
+    assert not said() and not said(precision="fp8"), "all of them may change their minds"
+    patience, ranks_module.PATIENCE = ranks_module.PATIENCE, timedelta(seconds=3)
+    if rank == 0:
+        assert "not all of the ranks" in said(precision="model")
+    distributed.barrier()
+    ranks_module.PATIENCE = patience
 
 
 def check_a_derivative_is_refused(rank: int, ranks: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moecompile.runtime import fp8_experts, hopper_exchange, hopper_exchanged, hopper_quantize, kernels
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought
-from moecompile.runtime.peer_memory import RANKS, SLOTS, SMS, among_streams, room_for
+from moecompile.runtime.peer_memory import RANKS, SMS, TAKEN_AT, among_streams, room_for
 
 GATED: dict[str, Any] = {"activation": "mul(silu(gate), up)", "gate_up": "halves", "out_dtype": torch.bfloat16}
 
@@ -51,9 +51,8 @@ class Side:
 
     def prepare(self) -> None:
         """Rank 1 has read all that rank 0 sent, and sends what this exchange is to bring."""
-        begin = 128 + 2 * SLOTS * 2 * 4  # of `taken` in PeerWords
         for slot in (0, 1):
-            at = begin + (slot * RANKS + 1) * 8
+            at = TAKEN_AT + (slot * RANKS + 1) * 8
             self.memories[0].own[at : at + 8].view(torch.int64).fill_(self.exchanges)
         hopper_exchange.send(self.exchange(1, 0), self.other_lines, self.other_sent, None)
         hopper_exchange.send(self.exchange(1, 1), self.back, None, self.came)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 import hidden_exchange_checks
+from moecompile.passes import hide
 from moecompile.passes.hide import hide_exchanges
 from moecompile.runtime.exchanged import hides
 from ranks_in_processes import run_on_ranks
@@ -29,13 +31,19 @@ def test_together(results: dict[str, str], name: str) -> None:
     assert not results[name], results[name]
 
 
+@pytest.fixture(autouse=True)
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens travel as on GPUs."""
+    monkeypatch.setattr(hide, "by_kernels", lambda *_: True)
+
+
 def block(**changed: Any) -> tuple[fx.Graph, dict[str, Any]]:
     """As passes/expert_parallel.py writes one, but for what is changed; and its nodes by name."""
     graph, nodes = fx.Graph(), dict[str, Any]()
 
     def several(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[fx.Node]:
         made = graph.call_function(target, args, kwargs)
-        return [graph.call_function(__import__("operator").getitem, (made, number)) for number in range(count)]
+        return [graph.call_function(operator.getitem, (made, number)) for number in range(count)]
 
     x, ids, weights, w_in, w_out = (graph.placeholder(name) for name in ("x", "ids", "weights", "w_in", "w_out"))
     for node, shape in (
@@ -124,6 +132,12 @@ def test_what_is_not_such_a_block_stays(changed: dict[str, Any]) -> None:
     graph, _ = block(**changed)
     before = str(graph)
     assert hide_exchanges(graph) == 0 and str(graph) == before
+
+
+def test_what_collectives_carry_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hide, "by_kernels", lambda *_: False)
+    graph, _ = block()
+    assert hide_exchanges(graph) == 0
 
 
 def test_few_tokens_hide_nothing() -> None:

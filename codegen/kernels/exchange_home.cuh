@@ -69,7 +69,7 @@ struct OwnSums {
     __device__ __forceinline__ OwnSums(const Arguments& arguments, const Peers& peers, i32 token, i32 place)
         : rows(arguments.rows), slot(-1), top_k(arguments.parts.top_k), weight(0) {
         i32 k = threadIdx.x % 32;
-        if (k >= top_k) return;
+        if (k >= top_k || place < 0) return;
         slot = arguments.parts.slot(peers, token, place, k);
         if (arguments.weights) weight = __ldcg(arguments.weights + i64(token) * top_k + k);
     }
