@@ -1,0 +1,21 @@
+"""The option `verify` where experts are spread over ranks: what 2 ranks on gloo check (verified_exchange_checks.py)."""
+
+from __future__ import annotations
+
+import pytest
+
+import verified_exchange_checks
+from ranks_in_processes import run_on_ranks
+
+CHECKS = tuple(name for name in vars(verified_exchange_checks) if name.startswith("check_"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each check came to: one group of processes runs them all."""
+    return run_on_ranks(2, verified_exchange_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_together(results: dict[str, str], name: str) -> None:
+    assert not results[name], results[name]
