@@ -99,6 +99,33 @@ def _blocks_of_all(notes: Sequence[Mapping[str, bool]]) -> dict[str, str]:
     return {name: why if all(name in note for note in notes) else NOT_FOUND for name, why in reasons.items()}
 
 
+def gather_together(group: str, names: Sequence[str]) -> None:
+    """Makes sure that all ranks are about to gather these parameters, before one does so eagerly.
+
+    Where compiled graphs exchange tokens, a rank that runs such a model eagerly, or parts of it, may be the only one:
+    it would gather while the others exchange, and all would wait for ever. Nobody is asked before ranks have agreed to
+    exchange anything.
+
+    Args:
+        group: of ranks that share the parameters, by name.
+        names: of the parameters in their module.
+
+    Raises:
+        DisagreementError: not all ranks do.
+    """
+    if not any(key[0] == group and found for key, found in _agreed.items()):
+        return
+    every = distributed.get_process_group_ranks(process_group(group))
+    if ranks.words_of_all("", f"gather {group} {' '.join(names)}", every) is None:
+        raise DisagreementError(
+            f"moecompile: this rank runs experts ({', '.join(names)}) eagerly that the ranks {every} share, and "
+            f"within {ranks.PATIENCE} not all of these did: others run a compiled graph, which exchanges tokens. "
+            "Dynamo runs eagerly what it has compiled `recompile_limit` times, and what torch.compiler.set_stance "
+            "says. Compile with fullgraph=True, which makes the former an error, and for any number of tokens "
+            "(dynamic=True and the option `ep_capacity`); set a stance on all ranks alike"
+        )
+
+
 class Together:
     """The ranks that a graph exchanges something with while it runs: who runs it alone would wait for them for ever.
 

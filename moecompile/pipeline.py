@@ -43,6 +43,7 @@ from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.purposes import Purposes
 from moecompile.passes.shared_blocks import exchanging_groups, shared_by_all
 from moecompile.passes.site import NearMiss, Site
+from moecompile.regions import refuse_sharded_regions
 from moecompile.remarks import remark, remark_on_ranks, remark_on_wishes
 from moecompile.report import GraphReport, PassRecord
 from moecompile.runtime.peer_memory import SMS
@@ -208,6 +209,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Pas
     pieces = [Piece(module, differentiable=differentiable) for module in modules]
     record.before = text_of(gm)
     sharded = any([share_gathers(module.graph) for module in modules])
+    refuse_sharded_regions(gm)
     together = Together(_shared_by_ranks(modules), inference=not differentiable)
     untouched = Untouched(gm, record.notes) if options.verify else None
     with _transforms_hidden(pieces, record), without_collections():
