@@ -1,4 +1,7 @@
-"""The option `verify` where experts are spread over ranks: what 2 ranks on gloo check (verified_exchange_checks.py)."""
+"""The option `verify` where experts are spread over ranks: what 2 ranks on gloo check (verified_exchange_checks.py).
+
+All forms: `pytest -m slow tests/test_verified_exchange.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import pytest
 import verified_exchange_checks
 from ranks_in_processes import run_on_ranks
 
-CHECKS = tuple(name for name in vars(verified_exchange_checks) if name.startswith("check_"))
+LONG = ("check_all_forms_pass",)
+CHECKS = tuple(name for name in vars(verified_exchange_checks) if name.startswith("check_") and name not in LONG)
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +23,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("name", CHECKS)
 def test_together(results: dict[str, str], name: str) -> None:
     assert not results[name], results[name]
+
+
+@pytest.mark.slow
+def test_long_ones(tmp_path_factory: pytest.TempPathFactory) -> None:
+    found = run_on_ranks(2, verified_exchange_checks.__name__, LONG, tmp_path_factory.mktemp("ranks"))
+    assert not any(found.values()), "\n".join(found.values())
