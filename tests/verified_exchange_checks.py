@@ -221,7 +221,7 @@ def check_who_compiles_alone_verifies_nothing(rank: int, ranks: int) -> None:
                 x = tokens_of(rank, count)
                 close([run(x)], [whole(x)], 1e-2)
         first, *others = graphs()
-        assert len(first.verify) == 2 and len(others) == rank
+        assert len(first.verify) == 2 and len(others) == (rank > 0)
         assert all(not graph.verify and any(AGAIN in note for note in graph.notes) for graph in others)
 
 
@@ -233,7 +233,7 @@ def check_who_compares_with_fp8_alone(rank: int, ranks: int) -> None:
         for count in (9, 9 - rank):
             run(tokens_of(rank, count, hidden=256))
     first, *others = graphs()
-    assert first.compared and len(others) == rank
+    assert first.compared and len(others) == (rank > 0)
     assert all(not graph.compared and any("precision again" in note for note in graph.notes) for graph in others)
 
 
