@@ -30,6 +30,8 @@ _asked: dict[tuple[str, str], dict[str, Any]] = {}
 """By the same: the options that all ranks had been given."""
 _shared: dict[tuple[str, str], dict[str, str]] = {}
 """By group and graph: blocks whose model exchanges, and why they are left alone."""
+_done: dict[str, bool] = {}
+"""By what ranks have done together with a graph: whether any of them has objected."""
 
 
 def agree(
@@ -100,11 +102,109 @@ def _blocks_of_all(notes: Sequence[Mapping[str, bool]]) -> dict[str, str]:
     return {name: why if all(name in note for note in notes) else NOT_FOUND for name, why in reasons.items()}
 
 
+def gather_together(group: str, names: Sequence[str]) -> None:
+    """Makes sure that all ranks are about to gather these parameters, before one does so eagerly.
+
+    Where compiled graphs exchange tokens, a rank that runs such a model eagerly, or parts of it, may be the only one:
+    it would gather while the others exchange, and all would wait for ever. Nobody is asked before ranks have agreed to
+    exchange anything.
+
+    Args:
+        group: of ranks that share the parameters, by name.
+        names: of the parameters in their module.
+
+    Raises:
+        DisagreementError: not all ranks do.
+    """
+    if not any(key[0] == group and found for key, found in _agreed.items()):
+        return
+    every = distributed.get_process_group_ranks(process_group(group))
+    if ranks.words_of_all("", f"gather {group} {' '.join(names)}", every) is None:
+        raise DisagreementError(
+            f"moecompile: this rank runs experts ({', '.join(names)}) eagerly that the ranks {every} share, and "
+            f"within {ranks.PATIENCE} not all of these did: others run a compiled graph, which exchanges tokens. "
+            "Dynamo runs eagerly what it has compiled `recompile_limit` times, and what torch.compiler.set_stance "
+            "says. Compile with fullgraph=True, which makes the former an error, and for any number of tokens "
+            "(dynamic=True and the option `ep_capacity`); set a stance on all ranks alike"
+        )
+
+
+class Together:
+    """The ranks that a graph exchanges something with while it runs: who runs it alone would wait for them for ever.
+
+    Ranks meet when they first compile a graph with a group's parameters. A rank that compiles once more, for another
+    number of tokens, may be the only one.
+
+    Args:
+        shared: by group, what its ranks know the graph by; empty if it exchanges nothing.
+        inference: whether nobody calls the graph's backward.
+    """
+
+    def __init__(self, shared: Mapping[Group, Sequence[str]], inference: bool) -> None:
+        self._inference = inference
+        self._words = {group: sorted(words) for group, words in shared.items()}
+
+    @property
+    def alone(self) -> bool:
+        """Whether the graph exchanges nothing with anybody."""
+        return not self._words
+
+    def meet(self, what: str, word: str) -> list[str] | None:
+        """What each rank says when all first compile the graph; None later on, when this rank may be the only one.
+
+        Args:
+            what: they are going to do together.
+            word: this rank's.
+
+        Raises:
+            DisagreementError: not all of them come.
+        """
+        if self.alone:
+            return [word]
+        if self._subject(what) in _done:
+            return None
+        _done[self._subject(what)] = False
+        return self._hear(self._subject(what), word)
+
+    def object(self, what: str, objects: bool) -> bool:
+        """Whether any rank objects, of all that have met to do this; they remember it.
+
+        Raises:
+            DisagreementError: not all of them say.
+        """
+        if not self.alone:
+            objects = "True" in self._hear(f"outcome of {self._subject(what)}", str(objects))
+            _done[self._subject(what)] = objects
+        return objects
+
+    def objected(self, what: str) -> bool:
+        """Whether any rank objected when they met."""
+        return _done.get(self._subject(what), False)
+
+    def _subject(self, what: str) -> str:
+        graph = sorted((group.name, *words) for group, words in self._words.items())
+        return f"{what} {graph}{' for inference' * self._inference}"
+
+    def _hear(self, subject: str, word: str) -> list[str]:
+        among = [members(group) for group in self._words]
+        # whose ranks share with several groups hear them all
+        every = among[0] if len(among) == 1 else [*range(distributed.get_world_size())]
+        words = ranks.words_of_all(word, subject, every)
+        if words is None:
+            raise DisagreementError(
+                f"moecompile: not all of the ranks {every}, which exchange tokens or experts in this graph, came "
+                f"within {ranks.PATIENCE} to do this together: {subject}. Each of them has to call the model, with the "
+                "same options"
+            )
+        return words
+
+
 def forget() -> None:
     """Ranks agree anew at the next graph; all of them have to forget."""
     _agreed.clear()
     _asked.clear()
     _shared.clear()
+    _done.clear()
 
 
 def members(group: Group) -> list[int]:

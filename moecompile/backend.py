@@ -59,11 +59,10 @@ def moecompile(
     # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse. On request, the
     #    rewritten blocks are compared with the original ones, and the original graph is used where they differ; and
     #    layers in FP8 with what they were, to see what that costs.
-    untouched = verify.Untouched(gm) if chosen.verify else None
-    sites, uncast = pipeline.run_passes(gm, chosen, record)
-    if untouched:
-        verify.verify(untouched, sites, example_inputs, record)
-    comparison.compare(gm, uncast, example_inputs, record)
+    with pipeline.out_of_reach_of_hooks():
+        passed = pipeline.run_passes(gm, chosen, record)
+        if verify.verify(passed, example_inputs, record):
+            comparison.compare(gm, passed.uncast, passed.together, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record, example_inputs)
 
     # 4. On request, more comes in from outside: what the weights' gradients are added to, the weights' FP8 copies, kept

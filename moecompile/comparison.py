@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moecompile.agreement import Together
 from moecompile.bodies import copy_graph
 from moecompile.capture import gpus_in_use, safe_inputs
 from moecompile.passes.casts import Cast
@@ -36,6 +37,8 @@ ROWS = 256
 """Sampled of a result, evenly."""
 EXPERTS = 4
 """Of which numbers that are lost are counted."""
+FAKE = "fake"
+"""A rank's word if it has no inputs to compare with."""
 BEYOND = LARGEST * (1 + 1 / 28)
 """What is larger is cut off: half way to the number that would come after e4m3's largest."""
 Observe = Callable[..., None]
@@ -97,20 +100,37 @@ class _Seen:
     agreement: dict[int, float] = field(default_factory=dict)
 
 
-def compare(gm: fx.GraphModule, uncast: Sequence[Uncast], example_inputs: Sequence[Any], record: GraphReport) -> None:
+def compare(
+    gm: fx.GraphModule,
+    uncast: Sequence[Uncast],
+    together: Together,
+    example_inputs: Sequence[Any],
+    record: GraphReport,
+) -> None:
     """Fills `record.compared`, or notes why nothing was compared.
 
     Args:
         gm: a graph of Dynamo's after all passes.
         uncast: its bodies before their casts.
+        together: the ranks that the graph exchanges something with: they run it when all first compile it, or not.
         example_inputs: the inputs of the call being compiled.
         record: the graph's.
     """
     layers = [layer for each in uncast for layer in each.layers]
     plans = [plan for each in uncast for plan in each.plans]
-    if not layers:
+    if not uncast:
         return
-    if any(isinstance(value, torch._subclasses.FakeTensor) for value in example_inputs):
+    fake = any(isinstance(value, torch._subclasses.FakeTensor) for value in example_inputs)
+    words = together.meet("fp8_compare", FAKE if fake else str(len(layers)))
+    if words is None:
+        record.notes.append(
+            "not compared with its own precision again: ranks that share experts do so when all of them first compile "
+            "a graph"
+        )
+        return
+    if not any(word != "0" for word in words):
+        return
+    if FAKE in words:
         record.notes.append("not compared with its own precision: torch compiles this graph on fake inputs")
         return
     seen, before, after = _Seen(), dict[fx.Node, tuple[Any, ...]](), dict[fx.Node, tuple[Any, ...]]()

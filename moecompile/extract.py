@@ -8,19 +8,22 @@ model, because the table's other entries are constant zeros, and that has to sho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from moecompile.bodies import copy_graph
+from moecompile.passes.expert_parallel import gather_of
 from moecompile.passes.fuse import fuse
 from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import tensor_of
 from moecompile.passes.site import Operand, Site
 from moecompile.passes.spelling import operation_name
 
+OWN = torch.ops.moecompile.own_experts.default
 _MATRIX_PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"})
 
 
@@ -31,17 +34,28 @@ class Cut:
     Attributes:
         inputs: the nodes of the graph, outside of what is cut out, whose values the functions take.
         original: the nodes cut out, as they are in the graph; returns the block's result.
-        replacement: what the pass `fuse` makes of `original`.
+        replacement: what the passes `fuse` and `exchange` make of `original`.
+        whole_on: of each input, the group of ranks that all have it whole, and in `replacement` use their own experts'
+            part of it for all ranks' tokens: only the sum of the ranks' gradients is the same. None of other inputs.
     """
 
     inputs: tuple[fx.Node, ...]
     original: fx.GraphModule
     replacement: fx.GraphModule
+    whole_on: tuple[str | None, ...]
 
 
-def cut(site: Site) -> Cut:
-    """Cuts a block out of the graph that its nodes lie in, which stays as it is."""
+def cut(site: Site, exchange: Callable[[fx.Graph], None] | None = None) -> Cut:
+    """Cuts a block out of the graph that its nodes lie in, which stays as it is.
+
+    Args:
+        site: the block.
+        exchange: exchanges its tokens, in the graph of the replacement, where experts are spread over ranks. What
+            gathers them is cut out along, so that the inputs are each rank's own.
+    """
     inside = site.region | _table_code(site)
+    if exchange is not None:
+        inside |= _gathering([*_operand_nodes(site), *(read for node in inside for read in node.all_input_nodes)])
     block = [node for node in site.node.graph.nodes if node in inside]
     read = [argument for node in block for argument in node.all_input_nodes]
     inputs = tuple(node for node in dict.fromkeys([*read, *_operand_nodes(site)]) if node not in inside)
@@ -57,7 +71,9 @@ def cut(site: Site) -> Cut:
 
     rewritten, again = copy_graph(graph)
     fuse(rewritten, [moved(moved(site, places), again)])
-    return Cut(inputs, fx.GraphModule({}, graph), fx.GraphModule({}, rewritten))
+    if exchange is not None:
+        exchange(rewritten)
+    return Cut(inputs, fx.GraphModule({}, graph), fx.GraphModule({}, rewritten), tuple(_groups_with_all(rewritten)))
 
 
 def moved(site: Site, places: Mapping[fx.Node, fx.Node]) -> Site:
@@ -105,6 +121,31 @@ def _table_code(site: Site) -> set[fx.Node]:
         waiting += [
             argument for argument in node.all_input_nodes if isinstance(tensor_of(argument), Tensor | tuple | list)
         ]
+    return found
+
+
+def _groups_with_all(graph: fx.Graph) -> Iterator[str | None]:
+    """Of each input, the group whose ranks take their own experts' part of it, if they do."""
+    found: dict[fx.Node, str] = {}
+    for node in graph.find_nodes(op="call_function", target=OWN):
+        waiting = [*node.all_input_nodes]
+        while waiting:
+            made = waiting.pop()
+            found[made] = str(node.kwargs["group"])
+            waiting += made.all_input_nodes
+    return (found.get(node) for node in graph.find_nodes(op="placeholder"))
+
+
+def _gathering(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """What gathers those of these tensors that are experts, and what is done to them before."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        gather = gather_of(node)
+        step = node
+        while gather is not None and step not in found:
+            found.add(step)
+            if step is not gather:
+                (step,) = step.all_input_nodes
     return found
 
 

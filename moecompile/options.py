@@ -101,7 +101,7 @@ class Options:
     fp8_compare: Literal["first_call"] | None = _option(
         None,
         "compares every layer in FP8 with the same in the model's own precision, and the experts that tokens choose, "
-        "at the first call: the report has a table; what runs does not depend on it, but that exchanges are not hidden",
+        "at the first call: the report has a table; what runs does not depend on it, but that no exchange is hidden",
     )
     fp8_cache_weights: bool = _option(
         False,
@@ -130,9 +130,10 @@ class Options:
     )
     verify: Literal["first_call"] | None = _option(
         None,
-        "compares every rewritten block, before any exchange and any cast to FP8, with the original region at the "
-        "first call: outputs, and gradients in training (in the bodies of cond, map, scan and other operators than "
-        "checkpoint: outputs alone)",
+        "compares every rewritten block, any exchange between ranks included, before any cast to FP8, with the "
+        "original region at the first call: outputs, and gradients in training (in the bodies of cond, map, scan and "
+        "other operators than checkpoint: outputs alone); ranks that share experts do so together, when all first "
+        "compile",
     )
     ep_capacity: int | None = _option(
         None,

@@ -20,29 +20,57 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from moecompile.agreement import DisagreementError, agree, agree_on_blocks
+from moecompile.agreement import DisagreementError, Together, agree, agree_on_blocks
 from moecompile.bodies import bodies_of, copy_graph, text_of
 from moecompile.comparison import Layer, Uncast
 from moecompile.options import Options
 from moecompile.passes.casts import Cast, Casting, Kept
 from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Exclusions, Wishes
-from moecompile.passes.expert_parallel import Exchanged, Group, Travel, exchange_tokens, share_gathers
+from moecompile.passes.expert_parallel import (
+    Exchanged,
+    Group,
+    Travel,
+    exchange_tokens,
+    gathered_parameters,
+    share_gathers,
+)
 from moecompile.passes.fuse import fuse
 from moecompile.passes.hide import hide_exchanges
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast, modules_of, purposes_of
 from moecompile.passes.printer import count_changes, op_counts
 from moecompile.passes.purposes import Purposes
-from moecompile.passes.shared_blocks import shared_by_all
+from moecompile.passes.shared_blocks import exchanging_groups, shared_by_all
 from moecompile.passes.site import NearMiss, Site
+from moecompile.regions import refuse_sharded_regions
 from moecompile.remarks import remark, remark_on_ranks, remark_on_wishes
 from moecompile.report import GraphReport, PassRecord
 from moecompile.runtime.peer_memory import SMS
+from moecompile.untouched import Untouched
 
 log = logging.getLogger("moecompile")
 
 TRANSFORMED = "part of the graph is inside a transform of torch.func (vmap, grad, ...): nothing in there is rewritten"
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the passes leave behind, beside the rewritten graph.
+
+    Attributes:
+        sites: with their graph nodes, which the record's sites are without: it lives as long as the process.
+        exchanges: by number of the site, what puts the exchange of its tokens into a graph that holds it alone.
+        untouched: the graph before every pass, where rewritten blocks are to be compared.
+        uncast: the bodies before their casts, where these are to be compared.
+        together: the ranks that the graph exchanges something with.
+    """
+
+    sites: tuple[Site, ...]
+    exchanges: Mapping[int, Callable[[fx.Graph], None]]
+    untouched: Untouched | None
+    uncast: tuple[Uncast, ...]
+    together: Together
 
 
 class PassFailed(RuntimeError):
@@ -118,14 +146,16 @@ ASKED = (
     "fp8_keep_last_layers",
     "fp8_scale_format",
     "fp8_compare",
+    "verify",
 )
-"""Options that decide what travels between ranks in inference, and how it is read."""
+"""Options that decide what travels between ranks in inference, how it is read, and whether graphs are run to compile
+them."""
 
 
 def exchange(piece: Piece, options: Options) -> None:
     """Sends tokens to the ranks of their experts, where experts are spread over ranks."""
     why = "; ".join(dict.fromkeys(f"{miss.reason}, at {miss.source}" for miss in piece.near_misses))
-    travel = Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience, options.ep_rows)
+    travel = _travel(options)
     asked: dict[str, Any] = {"ep_capacity": options.ep_capacity, "ep_sms": travel.sms}
     asked |= {name: repr(getattr(options, name)) for name in ASKED}
     asked["disable"] = ", ".join(name for name in ("precision", "hide") if name in options.disable)
@@ -157,6 +187,10 @@ def hide(piece: Piece, _: Options) -> None:
         piece.changed |= piece.hidden > 0
 
 
+def _travel(options: Options) -> Travel:
+    return Travel(SMS if options.ep_sms == "auto" else options.ep_sms, options.ep_patience, options.ep_rows)
+
+
 def _kernels(options: Options) -> str | None:
     """The option `kernels` as the attribute of operators: None is the fastest that there are."""
     return None if options.kernels == "auto" else options.kernels
@@ -178,20 +212,16 @@ PASSES: dict[str, Callable[[Piece, Options], None]] = {
 }
 
 
-def run_passes(
-    gm: fx.GraphModule, options: Options, record: GraphReport
-) -> tuple[tuple[Site, ...], tuple[Uncast, ...]]:
-    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after.
-
-    Returns:
-        the sites with their graph nodes, which the record's sites are without: it lives as long as the process; and the
-        bodies before their casts, where these are to be compared.
-    """
+def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Passed:
+    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
     modules = bodies_of(gm).values()
     differentiable = torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in modules)
     pieces = [Piece(module, differentiable=differentiable) for module in modules]
     record.before = text_of(gm)
     sharded = any([share_gathers(module.graph) for module in modules])
+    refuse_sharded_regions(gm)
+    together = Together(_shared_by_ranks(modules), inference=not differentiable)
+    untouched = Untouched(gm, record.notes) if options.verify else None
     with _transforms_hidden(pieces, record), without_collections():
         casts = _look_at_all(pieces, options, record)
         for number, (name, run) in enumerate(PASSES.items(), start=1):
@@ -223,7 +253,38 @@ def run_passes(
     for piece in pieces:
         remark_on_ranks(record, piece.module, piece.exchanged, piece.gathered, piece.hidden)
     record.after = text_of(gm)
-    return sites, tuple(piece.uncast for piece in pieces if piece.uncast is not None)
+    uncast = tuple(piece.uncast for piece in pieces if piece.uncast is not None)
+    return Passed(sites, _exchanges_alone(pieces, options), untouched, uncast, together)
+
+
+def _shared_by_ranks(modules: Iterable[fx.GraphModule]) -> dict[Group, list[str]]:
+    """By group of ranks, what these know the graph by that they run together."""
+    found: dict[Group, list[str]] = {}
+    for module in modules:
+        for groups in (gathered_parameters(module.graph), exchanging_groups(module.graph)):
+            for group, words in groups.items():
+                found.setdefault(group, []).extend(words)
+    return found
+
+
+def _exchanges_alone(pieces: Iterable[Piece], options: Options) -> dict[int, Callable[[fx.Graph], None]]:
+    """By number of the site, of all pieces', what exchanges its tokens in a graph that holds nothing else."""
+    found: dict[int, Callable[[fx.Graph], None]] = {}
+    first = 0
+    for piece in pieces:
+        for each in piece.exchanged:
+            found[first + each.number] = partial(_exchange_alone, each.capacity, _travel(options), piece.hidden > 0)
+        first += len(piece.sites)
+    return found
+
+
+def _exchange_alone(capacity: int, travel: Travel, hidden: bool, graph: fx.Graph) -> None:
+    """Exchanges the tokens of a graph's only block, as all ranks do."""
+    done, kept = exchange_tokens(graph, lambda _, __, tokens: dict.fromkeys(tokens, capacity), travel)
+    if len(done) != 1 or kept:
+        raise RuntimeError(f"expected one block whose tokens are exchanged, got {len(done)}; {kept}")
+    if hidden:
+        hide_exchanges(graph)
 
 
 def _find_purposes(gm: fx.GraphModule, pieces: list[Piece]) -> None:
@@ -284,6 +345,16 @@ def without_collections() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def out_of_reach_of_hooks() -> Iterator[None]:
+    """Within, hooks of saved tensors around the model's call do not see what is run to compile it.
+
+    A checkpoint around the compiled model counts what is saved, and expects as much when it runs the model again.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 @contextlib.contextmanager

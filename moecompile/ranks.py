@@ -47,11 +47,17 @@ def words_of_all(word: str, subject: str, members: Sequence[int]) -> list[str] |
     """
     topic = hashlib.sha256(f"{subject} {list(members)}".encode()).hexdigest()
     _meetings[topic] += 1
-    keys = [f"moecompile/{topic}/{_meetings[topic]}/{rank}" for rank in members]
+    number, own = _meetings[topic], distributed.get_rank()
+    keys = [f"moecompile/{topic}/{number}/{rank}" for rank in members]
     store = distributed.distributed_c10d._get_default_store()
-    store.set(f"moecompile/{topic}/{_meetings[topic]}/{distributed.get_rank()}", word)
+    store.set(f"moecompile/{topic}/{number}/{own}", word)
     try:
         store.wait(keys, PATIENCE)
     except RuntimeError:  # what a store raises when the time is up differs between stores
+        store.delete_key(f"moecompile/{topic}/{number}/{own}")  # who has given up was not there
+        _meetings[topic] -= 1
         return None
-    return [store.get(key).decode() for key in keys]
+    words = [store.get(key).decode() for key in keys]
+    if number > 1:  # who comes to this meeting has heard all of the one before, and the store would grow
+        store.delete_key(f"moecompile/{topic}/{number - 1}/{own}")
+    return words

@@ -248,7 +248,18 @@ def _cut(state: Mapping[str, Any], name: str, parameter: Any) -> dict[str, DTens
 
 
 def _all_whole(module: nn.Module, names: Sequence[str], mean: bool) -> dict[str, Tensor]:
+    from moecompile.agreement import gather_together
+
+    for group in dict.fromkeys(_group_of(module, name) for name in names):
+        gather_together(group, names)
     return {name: _whole(module, name, mean) for name in names}
+
+
+def _group_of(module: nn.Module, name: str) -> str:
+    """The ranks that share a parameter."""
+    parameter: Any = module._parameters[name]
+    found: str = parameter.device_mesh.get_group().group_name
+    return found
 
 
 def _whole(module: nn.Module, name: str, mean: bool) -> Tensor:

@@ -2,19 +2,20 @@
 
     keep the captured graph, rewrite it
     run the kept graph once, without gradients, and wherever a block is about to be computed:
-        cut the block out of the kept graph, once as it is, once rewritten
+        cut the block out of the kept graph, once as it is, once rewritten, its exchange of tokens included
         run both on the values at hand: compare the results and, in training, the gradients for one random cotangent
     every difference within its bound?   go on with the rewritten graph
     one is not, on any rank?             warn, name the block, go on with the kept graph, on all ranks
 
-The run works on copies of what the graph writes into, and puts the random generators back.
+The run works on copies of what the graph writes into, and puts the random generators back. A graph that exchanges
+something between ranks is run by all of them, when all first compile it, or by none.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +25,19 @@ from torch.utils import _pytree as pytree
 
 from moecompile import ranks
 from moecompile.advice import WARNED
-from moecompile.bodies import bodies_of, copy_graph
-from moecompile.capture import gpus_in_use, safe_inputs
-from moecompile.extract import Cut, cut, moved
+from moecompile.extract import Cut
 from moecompile.passes.forms import FORMS
 from moecompile.passes.provenance import tensor_of
 from moecompile.passes.site import NearMiss, Site
+from moecompile.pipeline import Passed
 from moecompile.report import GraphReport
 
 log = logging.getLogger("moecompile")
 
+VERIFY = "verify"
+"""What ranks meet for."""
+FAKE = "fake"
+"""A rank's word if it has no inputs to verify with."""
 _WHOLE_NUMBER = re.compile(r"\d+")
 """What ranks with other numbers of tokens have in the text of the same graph, as sizes."""
 
@@ -72,62 +76,60 @@ class Difference:
         return f"results differ by {self.output:.1e} (bound {self.bounds[0]:.0e}){gradient}"
 
 
-class Untouched:
-    """A captured graph as it was before any pass: to compare with, and to go back to."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._gm = gm
-        self._kept = {module: copy_graph(module.graph) for module in bodies_of(gm).values()}
-
-    def put_back(self) -> None:
-        """Undoes every pass."""
-        for module, (graph, _) in self._kept.items():
-            module.graph = graph
-
-    def cuts(self, sites: Sequence[Site]) -> list[Cut]:
-        """The blocks, cut out of the kept graph."""
-        places = {node: place for _, kept in self._kept.values() for node, place in kept.items()}
-        return [cut(moved(site, places)) for site in sites]
-
-    def run(
-        self, sites: Sequence[Site], cuts: Sequence[Cut], inputs: Sequence[Any], observe: Callable[..., None]
-    ) -> None:
-        """Runs the kept graph once and calls `observe(number of the block, *its inputs)` before each block's result."""
-        rewritten = {module: module.graph for module in self._kept}
-        try:
-            for module, (graph, kept) in self._kept.items():
-                watched, places = copy_graph(graph)
-                for number, site in enumerate(sites):
-                    if site.node in kept:
-                        with watched.inserting_before(places[kept[site.node]]):
-                            reads = tuple(places[node] for node in cuts[number].inputs)
-                            watched.call_function(observe, (number, *reads))
-                module.graph = watched
-            with torch.no_grad(), torch.random.fork_rng(gpus_in_use()):
-                self._gm(*safe_inputs(self._kept[self._gm][0], inputs))
-        finally:
-            for module, graph in rewritten.items():
-                module.graph = graph
-
-
-def verify(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence[Any], record: GraphReport) -> None:
+def verify(passed: Passed, example_inputs: Sequence[Any], record: GraphReport) -> bool:
     """Compares every block of a rewritten graph with the original, and goes back to the original if one differs.
 
-    How it went is in the record, and in a warning if a block differs.
+    How it went is in the record, and in a warning if a block differs. Ranks that share experts do so together, when
+    they first compile the graph; whoever compiles it once more goes the way they went.
 
     Args:
-        untouched: the graph before it was rewritten.
-        sites: what was rewritten in it.
+        passed: what the passes have left; without an untouched graph nothing is compared.
         example_inputs: the inputs of the call being compiled.
         record: the graph's.
+
+    Returns:
+        whether the rewritten graph stays.
+
+    Raises:
+        DisagreementError: not all ranks that share experts verify.
     """
-    if not sites:
-        return
-    if any(isinstance(value, torch._subclasses.FakeTensor) for value in example_inputs):
+    if passed.untouched is None:
+        return True
+    fake = any(isinstance(value, torch._subclasses.FakeTensor) for value in example_inputs)
+    words = passed.together.meet(VERIFY, FAKE if fake else str(len(passed.sites)))
+    if words is None:
+        return _as_before(passed, record)
+    if not any(word != "0" for word in words):
+        return True
+    if FAKE in words:
         record.notes.append("not verified: torch compiles this graph on fake inputs (as DDP's graph splitting does)")
         log.warning("moecompile: %s was %s", record.name, record.notes[-1])
-        return
-    differences = _differences(untouched, sites, example_inputs)
+        return True
+    differences = _differences(passed, example_inputs)
+    _tell(passed.sites, differences, record)
+    differs = not all(difference.small for difference in differences.values())
+    if not _any_rank(passed, differs, record):
+        return True
+    _go_back(passed, record, "a rewritten block differs from the original, on this rank or another")
+    return False
+
+
+def _as_before(passed: Passed, record: GraphReport) -> bool:
+    """Another compilation of what the ranks have verified together: this one may be the only one that compiles."""
+    if passed.together.objected(VERIFY):
+        _go_back(
+            passed, record, "a rewritten block differed from the original when the ranks first compiled this graph"
+        )
+        return False
+    record.notes.append(
+        "not verified again: ranks that share experts verify a graph when all of them first compile it, and this one "
+        "may be the only one that compiles"
+    )
+    return True
+
+
+def _tell(sites: Sequence[Site], differences: Mapping[int, Difference], record: GraphReport) -> None:
+    """How every block has compared."""
     for number, difference in sorted(differences.items()):
         site = sites[number]
         where = f"block {number} ({site.form}, {site.module or '(no module)'}, {site.source})"
@@ -138,26 +140,34 @@ def verify(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence
             )
             reason = f"verify: not what the model computes: {difference}"
             record.near_misses += (NearMiss(site.form, reason, site.node.name, site.module, site.source),)
-    differs = not all(difference.small for difference in differences.values())
-    if ranks.any_rank(differs, _WHOLE_NUMBER.sub("", record.after)):
-        untouched.put_back()
-        record.sites, record.after = (), record.before
-        record.notes += [
-            "a rewritten block differs from the original, on this rank or another: the original runs",
-            WARNED,
-        ]
 
 
-def _differences(untouched: Untouched, sites: Sequence[Site], example_inputs: Sequence[Any]) -> dict[int, Difference]:
+def _any_rank(passed: Passed, differs: bool, record: GraphReport) -> bool:
+    """Whether a block differs on any rank."""
+    if passed.together.alone:
+        return ranks.any_rank(differs, _WHOLE_NUMBER.sub("", record.after))
+    return passed.together.object(VERIFY, differs)
+
+
+def _go_back(passed: Passed, record: GraphReport, why: str) -> None:
+    assert passed.untouched is not None
+    how = "" if passed.together.alone else ", and all ranks that share experts gather them"
+    record.sites, record.casts, record.after = (), (), passed.untouched.put_back()
+    record.notes = [*passed.untouched.notes, f"{why}: the original runs{how}", WARNED]
+
+
+def _differences(passed: Passed, example_inputs: Sequence[Any]) -> dict[int, Difference]:
     differences: dict[int, Difference] = {}
-    cuts, training = untouched.cuts(sites), torch.is_grad_enabled()
+    assert passed.untouched is not None
+    cuts, training = passed.untouched.cuts(passed.sites, passed.exchanges), torch.is_grad_enabled()
 
     def observe(number: int, *values: Any) -> None:
+        found = compare(cuts[number], values, training, passed.sites[number].form in UNCHOSEN)
         # a body that is called several times is judged by its first difference that is not small
         if number not in differences or differences[number].small:
-            differences[number] = compare(cuts[number], values, training, sites[number].form in UNCHOSEN)
+            differences[number] = found
 
-    untouched.run(sites, cuts, example_inputs, observe)
+    passed.untouched.run(passed.sites, cuts, example_inputs, observe)
     return differences
 
 
@@ -181,9 +191,10 @@ def compare(block: Cut, values: Sequence[Any], training: bool, unchosen: bool) -
             actual, actual_leaves = _run(block.replacement, values, wanted)
         if expected.requires_grad:
             cotangent = torch.randn_like(expected)
+            groups = [group for group, wants in zip(block.whole_on, wanted, strict=True) if wants]
             gradient = _distance(
-                _gradients(actual, actual_leaves, cotangent),
-                _gradients(expected, expected_leaves, cotangent),
+                _summed(_gradients(actual, actual_leaves, cotangent), groups),
+                _summed(_gradients(expected, expected_leaves, cotangent), groups),
                 unchosen,
             )
     except Exception as error:  # a block that fails must not be used, whatever the reason
@@ -204,6 +215,15 @@ def _run(function: fx.GraphModule, values: Sequence[Any], wanted: Sequence[bool]
 
 def _gradients(result: Tensor, leaves: Sequence[Tensor], cotangent: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(result, leaves, cotangent, allow_unused=True, materialize_grads=True))
+
+
+def _summed(gradients: Sequence[Tensor], groups: Sequence[str | None]) -> list[Tensor]:
+    """The sums over the ranks of their groups, of those that have one."""
+    ops = torch.ops._c10d_functional
+    return [
+        gradient if group is None else ops.wait_tensor(ops.all_reduce(gradient.float(), "sum", group))
+        for gradient, group in zip(gradients, groups, strict=True)
+    ]
 
 
 def _distance(actual: Sequence[Tensor], expected: Sequence[Tensor], unchosen: bool) -> float:

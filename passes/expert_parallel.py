@@ -68,12 +68,14 @@ class Exchanged:
         group: that shares its experts.
         num_experts: of all ranks.
         capacity: tokens of a rank at most.
+        number: of the block among all of the graph, in their order.
     """
 
     module: str
     group: Group
     num_experts: int
     capacity: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,11 @@ def exchange_tokens(graph: fx.Graph, agree: Agree, travel: Travel) -> tuple[list
         agree: with the other ranks, since all have to exchange the same blocks.
         travel: how.
     """
-    gathered: dict[Group, list[str]] = {}
-    for gather in graph.find_nodes(op="call_function", target=GATHER):
-        gathered.setdefault(_group_of(gather), []).append(_name_of(gather))
+    gathered = gathered_parameters(graph)
     done, kept = list[Exchanged](), list[Kept]()
     blocks: dict[Group, dict[str, _Block]] = {group: {} for group in gathered}
-    for node in graph.find_nodes(op="call_function", target=ops.experts.default):
-        block = _Block(graph, node)
+    for number, node in enumerate(graph.find_nodes(op="call_function", target=ops.experts.default)):
+        block = _Block(graph, node, number)
         if reason := block.obstacle():
             kept.append(Kept(module_of(node), reason))
         elif block.groups:
@@ -164,6 +164,14 @@ def exchange_tokens(graph: fx.Graph, agree: Agree, travel: Travel) -> tuple[list
     return done, kept
 
 
+def gathered_parameters(graph: fx.Graph) -> dict[Group, list[str]]:
+    """By group of ranks, the names of the parameters that the graph gathers from them."""
+    found: dict[Group, list[str]] = {}
+    for gather in graph.find_nodes(op="call_function", target=GATHER):
+        found.setdefault(_group_of(gather), []).append(_name_of(gather))
+    return found
+
+
 def gathers_left(graph: fx.Graph) -> dict[str, str]:
     """Parameters that are still gathered, and who reads them: an operation and the user's line."""
     return {
@@ -175,10 +183,10 @@ def gathers_left(graph: fx.Graph) -> dict[str, str]:
 class _Block:
     """One call of the experts, whose arguments are known by name. Nothing changes before `exchange`."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
-        self._graph, self._node = graph, node
+    def __init__(self, graph: fx.Graph, node: fx.Node, number: int) -> None:
+        self._graph, self._node, self._number = graph, node, number
         self._given: dict[str, Any] = {**dict(zip(TENSORS, node.args, strict=False)), **node.kwargs}
-        self._sharded = {name: _gathered(each) for name in MATRICES if (each := self._given.get(name)) is not None}
+        self._sharded = {name: gather_of(each) for name in MATRICES if (each := self._given.get(name)) is not None}
         gathers = [gather for gather in self._sharded.values() if gather is not None]
         self.groups = {_group_of(gather) for gather in gathers}
         self.name, self.module = " ".join(map(_name_of, gathers)), module_of(node)
@@ -231,7 +239,7 @@ class _Block:
                 self._graph.erase_node(part)
         if not plan.users:
             self._graph.erase_node(plan)
-        return Exchanged(self.module, group, num_experts, capacity)
+        return Exchanged(self.module, group, num_experts, capacity, self._number)
 
     def _experts(
         self, group: Group, rows: fx.Node, weights: fx.Node | None, planned: list[fx.Node], limit: dict[str, int]
@@ -297,7 +305,7 @@ def _run(node: fx.Node) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _gathered(node: fx.Node) -> fx.Node | None:
+def gather_of(node: fx.Node) -> fx.Node | None:
     """The gather behind a parameter of a block, with nothing but STEPS of each expert between."""
     while node.target is not GATHER:
         call = bind(node)

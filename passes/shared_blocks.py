@@ -46,7 +46,7 @@ def shared_by_all(
     """
     names = dict(_named(sites))
     reasons: dict[str, str] = {}
-    for group, words in _exchanging(graph).items():
+    for group, words in exchanging_groups(graph).items():
         among = [site for site in sites if site.spread and site.spread.group == group.name]
         tokens = {names[site.node]: _tokens(site) for site in among}
         reasons |= agree(group, words, tokens)
@@ -117,7 +117,7 @@ def _tokens(site: Site) -> int | str:
     return int(site.tokens) if site.tokens.isdigit() else site.tokens
 
 
-def _exchanging(graph: fx.Graph) -> dict[Group, list[str]]:
+def exchanging_groups(graph: fx.Graph) -> dict[Group, list[str]]:
     """Groups whose ranks exchange rows in this graph, as many as data say; and what the ranks know the graph by."""
     if not distributed.is_available() or not distributed.is_initialized():
         return {}

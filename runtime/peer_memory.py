@@ -11,6 +11,7 @@ import json
 import logging
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,9 +216,25 @@ def memory_of(group: str, room: int) -> PeerMemory:
     if found is None or found.room < room:
         if found is not None:
             _outgrown.append(found)
-        found = _memories[group] = among_devices(group, room)
+        found = _memories[group] = _made_apart(group, room)
         _watch_optimizers()
     return found
+
+
+def _made_apart(group: str, room: int) -> PeerMemory:
+    """Memory that another thread makes on this one's device.
+
+    Where Inductor warms up for CUDA graphs, all memory that this thread asks for comes from a pool of theirs, and what
+    lives on in there is an error.
+    """
+    device = torch.cuda.current_device()
+
+    def make() -> PeerMemory:
+        with torch.cuda.device(device):
+            return among_devices(group, room)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(make).result()
 
 
 @functools.cache

@@ -350,9 +350,9 @@ def test_records_keep_no_graph_alive(monkeypatch: pytest.MonkeyPatch):
     run_passes = pipeline.run_passes
 
     def watched(gm: torch.fx.GraphModule, *rest: Any) -> Any:
-        sites, uncast = run_passes(gm, *rest)
-        seen.extend(weakref.ref(site.node) for site in sites)
-        return sites, uncast
+        passed = run_passes(gm, *rest)
+        seen.extend(weakref.ref(site.node) for site in passed.sites)
+        return passed
 
     monkeypatch.setattr(pipeline, "run_passes", watched)
     model = Model()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from compile_modes import table as compile_modes
 from moecompile.bench_cases import BLOCKS, MEMORY_TARGETS, PRODUCTS, SPEED_TARGETS, STEP
 from moecompile.bench_ep_cases import BLOCKS as RANKED_BLOCKS
 from moecompile.bench_ep_cases import EXCHANGE, LIMITS
@@ -93,8 +94,9 @@ def ep_targets() -> str:
         (ROOT / "docs" / "forms.md", "forms", forms_in_full),
         (ROOT / "docs" / "bench.md", "targets", bench_targets),
         (ROOT / "docs" / "bench.md", "ep targets", ep_targets),
+        (ROOT / "docs" / "expert_parallel.md", "compile modes", compile_modes),
     ],
-    ids=["README", "forms", "bench", "bench ep"],
+    ids=["README", "forms", "bench", "bench ep", "compile modes"],
 )
 def test_the_tables_are_those_of_the_code(
     path: Path, name: str, produce: Callable[[], str], request: pytest.FixtureRequest

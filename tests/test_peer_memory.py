@@ -1,8 +1,11 @@
-"""What the host knows of an exchange that was given up; the rest is for GPUs (tests/test_exchange_gpu.py)."""
+"""The memory that ranks write into each other's, as far as it needs no GPU: who makes it, what is known of failures."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +65,46 @@ def test_what_no_kernel_carried_was_given_up_too(memory: PeerMemory, monkeypatch
 def test_rooms_that_cannot_be(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="expected at most 16 ranks, a multiple of 16 bytes, and less than 32 GiB"):
         room_for(*sizes)
+
+
+def test_another_thread_makes_it_once_on_the_same_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this thread makes while Inductor warms up for CUDA graphs would lie in their pool."""
+    made: list[tuple[str, int, bool]] = []
+    devices: list[int] = []
+
+    @contextlib.contextmanager
+    def device(number: int) -> Any:
+        devices.append(number)
+        yield
+
+    def among_devices(group: str, room: int) -> PeerMemory:
+        assert devices and threading.current_thread() is not threading.main_thread()
+        made.append((group, room, torch.is_inference_mode_enabled()))
+        empty = torch.zeros(1)
+        return PeerMemory(empty, empty, 0, room, empty)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(peer_memory, "among_devices", among_devices)
+    monkeypatch.setattr(peer_memory, "_memories", {})
+    monkeypatch.setattr(peer_memory, "_outgrown", [])
+    monkeypatch.setattr(peer_memory, "_watch_optimizers", lambda: None)
+    with torch.inference_mode():
+        first = memory_of("group", 256)
+        assert memory_of("group", 128) is first
+        assert memory_of("group", 512) is not first
+    assert made == [("group", 256, False), ("group", 512, False)] and devices == [3, 3]
+    assert peer_memory._outgrown == [first], "captured graphs may refer to it"
+
+
+def test_what_fails_there_fails_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def among_devices(group: str, room: int) -> PeerMemory:
+        raise RuntimeError(f"no memory for {group}")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(peer_memory, "among_devices", among_devices)
+    monkeypatch.setattr(peer_memory, "_memories", {})
+    with pytest.raises(RuntimeError, match="no memory for group"):
+        memory_of("group", 256)
+    assert not peer_memory._memories

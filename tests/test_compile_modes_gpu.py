@@ -1,0 +1,33 @@
+"""Modes of torch.compile, CUDA graphs among them, with experts spread over ranks that share one GPU."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+
+import compile_mode_process_checks
+from ranks_in_processes import run_on_ranks
+from ranks_on_one_gpu import shared_gpu
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+PATIENCE = timedelta(seconds=180)
+CHECKS = tuple(name for name in vars(compile_mode_process_checks) if name.startswith("check_"))
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each check came to: one group of processes runs them all."""
+    directory = tmp_path_factory.mktemp("ranks")
+    with shared_gpu(request.param, directory):
+        return run_on_ranks(request.param, compile_mode_process_checks.__name__, CHECKS, directory, PATIENCE)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_together(results: dict[str, str], name: str) -> None:
+    assert not results[name], results[name]
