@@ -123,7 +123,7 @@ class _Forward:
         args, tokens, there, back, products = self.args, self.tokens, self.there, self.back, self.products
         main, side = torch.cuda.current_stream(args.x.device), there.memory.side
         lines = Rows.of(products.lines(), tokens.ids, tokens.weights)
-        came, sums, result = self._room()
+        came, slots, sums, result = self._room()
         wait_for(side, main)
         with torch.cuda.stream(side):
             hopper_exchange.send(there, lines, tokens.sent, None, early=False)
@@ -132,7 +132,7 @@ class _Forward:
         if own.count:  # or this rank has no tokens
             self._multiply_in(own)
         with torch.cuda.stream(side):
-            others = self._others(lines, own, came)
+            others = self._others(lines, own, came, slots)
             self._multiply_in(others)
             products.multiply_out(others)
             self._sum_others(others, sums)
@@ -147,17 +147,20 @@ class _Forward:
         wait_for(main, side)
         parts = OwnParts(tokens.ids, own.slots, own.offsets, others.slots, others.first, own.multiple)
         hopper_exchange.home_of_experts(back, tokens.home, parts, products.y, own.weights, args.output, result)
-        wait_for(side, main)  # whose memory this read, and who may call next from another stream
         return result
 
-    def _room(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For how many rows came, for sums of other ranks' tokens, and for the result."""
+    def _room(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For how many rows came, where the others' rows are, sums of other ranks' tokens, and the result.
+
+        What both streams touch is the caller's: the other's memory may be another caller's next.
+        """
         args, sent = self.args, self.tokens.sent
         sums, result = (
             args.x.new_empty(count, args.out_features, dtype=args.dtypes.result)
             for count in (sent.shape[0], args.x.shape[0])
         )
-        return sent.new_empty(self.there.memory.ranks), sums, result
+        slots = sent.new_empty(sent.shape[0], self.tokens.ids.shape[1])
+        return sent.new_empty(self.there.memory.ranks), slots, sums, result
 
     def _own(self, lines: Rows) -> Part:
         """Of each expert of this rank, the rows of this rank's tokens that fill tiles."""
@@ -169,8 +172,8 @@ class _Forward:
         multiple = 2 * TILE if tokens.ids.numel() >= PAIRS_FROM * tokens.num_experts else TILE
         return self._part(0, planned, hopper_experts._weights(self.args), source, multiple)
 
-    def _others(self, lines: Rows, own: Part, came: Tensor) -> Part:
-        """The rest of them, and those of other ranks' tokens."""
+    def _others(self, lines: Rows, own: Part, came: Tensor, slots: Tensor) -> Part:
+        """The rest of them, and those of other ranks' tokens. How many these are, and `slots`, are written."""
         tokens, there, (places, top_k) = self.tokens, self.there, (self.tokens.sent.shape[0], lines.top_k)
         ids = tokens.sent.new_empty(places, top_k)
         weights = None if lines.weights is None else lines.weights.new_empty(places, top_k)
@@ -182,7 +185,8 @@ class _Forward:
             pitch // 16, self._scales_at, 0,
         )  # fmt: skip
         weights = None if weights is None else hopper_experts._float32(weights)
-        return self._part(1, hopper_routing.plan(ids, self.here, tokens.room), weights, source, 0)
+        planned = hopper_routing.plan(ids, self.here, tokens.room, slots=slots)
+        return self._part(1, planned, weights, source, 0)
 
     def _part(
         self, number: int, planned: tuple[Tensor, ...], weights: Tensor | None, source: tuple[Value, ...], multiple: int

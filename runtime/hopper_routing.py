@@ -26,8 +26,9 @@ def takes_plan(num_experts: int) -> bool:
 
 
 def plan(
-    expert_ids: Tensor, num_experts: int, room: int | None = None, first: int = 0, among: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    expert_ids: Tensor, num_experts: int, room: int | None = None, *, first: int = 0, among: int | None = None,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Counts, offsets, slots and order of `moecompile::plan`, in one launch or two.
 
     Args:
@@ -37,6 +38,7 @@ def plan(
         room: for so many rows; None for all assignments.
         first: of these experts among all that the ids speak of. Assignments to others have no row.
         among: how many those are; `num_experts` if None.
+        slots: (T, K) int32, contiguous, which is to be written; made if None.
     """
     ids = conformed(expert_ids)
     chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
@@ -52,9 +54,10 @@ def plan(
         block_counts, count = empty(blocks, num_experts), load(Plan("count", *chosen), ids.device.index)
         Launch(count, blocks, (ids, block_counts, *of)).run()
     rows = assignments if room is None else min(room, assignments)
-    counts, offsets, slots, order = made = empty(num_experts), empty(num_experts), empty(*ids.shape), empty(rows)
+    counts, offsets, order = empty(num_experts), empty(num_experts), empty(rows)
+    slots = empty(*ids.shape) if slots is None else slots
     Launch(place, blocks, (ids, block_counts, counts, offsets, slots, order, *of, rows)).run()
-    return made
+    return counts, offsets, slots, order
 
 
 def conformed(expert_ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ SMS, READERS, PATIENCE = 8, 16, 20.0
 COLUMNS, INNER, EXPERTS, TOP_K = 512, 256, 16, 4
 GATED: dict[str, Any] = {"activation": "mul(silu(gate), up)", "gate_up": "halves", "out_dtype": torch.bfloat16}
 WEIGHTED: dict[str, Any] = GATED | {"activation": "mul(mul(silu(gate), up), cast(weight, bfloat16))", "output": "out"}
+WIDE: dict[str, Any] = GATED | {"out_dtype": torch.float32}
 BIASED: dict[str, Any] = {"activation": "square(relu(hidden))", "gate_up": "single", "out_dtype": torch.bfloat16}
 
 
@@ -94,7 +95,8 @@ def ranks_of(
     To load one may wait for the device, on which one rank waits for another.
     """
     ranks, capacity, (_, ids, weights) = len(counts), max(counts), brought(0, 1)
-    size = room_for(ranks, capacity, hopper_exchange.pitch_of(COLUMNS, torch.bfloat16, ids.int(), weights))
+    pitch = max(hopper_exchange.pitch_of(COLUMNS, torch.bfloat16, ids.int(), weights), 4 * COLUMNS)  # there, and back
+    size = room_for(ranks, capacity, pitch)
     for count in dict.fromkeys(counts):
         for room in rooms:
             for memory in among_streams(ranks, size, 0, READERS):
@@ -136,8 +138,9 @@ def together(ranks: Sequence[Rank], call: Callable[[Rank, int], Tensor]) -> list
         ([1024, 1], WEIGHTED, 0.1),
         ([1024, 1000], BIASED, 0.0),
         ([1024, 512, 1000, 0], GATED, 0.0),
+        ([1024, 800], WIDE, 0.0),
     ],
-    ids=["even", "dropped", "none", "weights inside", "biases", "four"],
+    ids=["even", "dropped", "none", "weights inside", "biases", "four", "float32"],
 )
 def test_bit_for_bit(counts: list[int], attributes: dict[str, Any], dropped: float, fp8: bool) -> None:
     ranks = ranks_of(counts, attributes, fp8)
