@@ -191,9 +191,14 @@ def came_within(came: Tensor, counts: Tensor, *, room: int) -> Tensor:
         counts: (E,) of `plan`.
         room: for so many rows.
     """
+    if not came.is_cuda and (met := int(counts.sum())) > room:
+        give_up(too_many(distributed.get_rank(), met, room))
+    return within(came, counts, room)
+
+
+def within(came: Tensor, counts: Tensor, room: int) -> Tensor:
+    """The same, of which the host knows nothing."""
     met = counts.sum(dtype=torch.int32)
-    if not came.is_cuda and int(met) > room:
-        give_up(too_many(distributed.get_rank(), int(met), room))
     return torch.where(met > room, -met, came)
 
 

@@ -137,7 +137,7 @@ class _Forward:
             products.multiply_out(others)
             self._sum_others(others, sums)
             if tokens.room is not None:
-                came = exchange.came_within(came, others.counts, room=tokens.room)
+                came = exchange.within(came, others.counts, tokens.room)
         wait_for(main, side)
         with torch.cuda.stream(side):
             hopper_exchange.send(back, Rows(sums), None, came, read=there.slot, started=self.started)

@@ -25,6 +25,7 @@ from moecompile.codegen.instances import Instance
 from moecompile.runtime import (
     fp8_experts,
     hopper,
+    hopper_exchange,
     hopper_experts,
     hopper_fp8,
     hopper_kernels,
@@ -126,6 +127,8 @@ class Launched:
     blocks: int
     threads: int
     arguments: bytes
+    stream: int = STREAM
+    early: bool = True
 
 
 @dataclass
@@ -141,6 +144,7 @@ class FakeGpu:
         status: its answer to a launch.
         current: the current device.
         pause: seconds until it has read a launch's arguments.
+        streams: that there are.
         arena: where what the fused kernels write lies.
     """
 
@@ -152,6 +156,7 @@ class FakeGpu:
     status: int = 0
     current: int | None = None
     pause: float = 0.0
+    streams: tuple[int, ...] = (STREAM,)
     arena: Arena = field(default_factory=Arena)
 
     class CUresult:
@@ -168,17 +173,18 @@ class FakeGpu:
         return (0,)
 
     def cuLaunchKernelEx(self, how: Any, kernel: Kernel, pointers: int, extra: int) -> tuple[int]:
-        assert how.hStream == STREAM and how.sharedMemBytes == kernel.shared_bytes and extra == 0
-        (attribute,) = how.attrs[: how.numAttrs]
-        assert attribute.id == self.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        assert attribute.value.programmaticStreamSerializationAllowed
+        assert how.hStream in self.streams and how.sharedMemBytes == kernel.shared_bytes and extra == 0
+        for attribute in how.attrs[: how.numAttrs]:
+            assert attribute.id == self.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            assert attribute.value.programmaticStreamSerializationAllowed
         self.devices.append(self.current)
         if self.pause:
             time.sleep(self.pause)
         address = ctypes.c_void_p.from_address(pointers).value
         assert address is not None
         arguments = ctypes.string_at(address, kernel.argument_bytes)
-        self.launched.append(Launched(kernel.instance, how.gridDimX, how.blockDimX, arguments))
+        shape = how.gridDimX, how.blockDimX
+        self.launched.append(Launched(kernel.instance, *shape, arguments, how.hStream, bool(how.numAttrs)))
         return (self.status,)
 
     @staticmethod
@@ -220,7 +226,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, shared: int = 0) -> Iterator[Fake
     with monkeypatch.context() as patched:
         patched.setattr(launch, "_driver", lambda: gpu)
         patched.setattr(launch, "tensor_map", gpu.tensor_map)
-        for module in (hopper, hopper_quantize, hopper_routing):
+        for module in (hopper, hopper_exchange, hopper_quantize, hopper_routing):
             patched.setattr(module, "load", _load)
         patched.setattr(hopper_kernels.cubins, "build", gpu.announced.update)
         patched.setattr(hopper_kernels, "THERE", set())

@@ -1,0 +1,135 @@
+"""Hidden exchanges that are remembered launch on both streams what a first call launches, without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fake_gpu
+from fake_gpu import STREAM, FakeGpu, Launched
+from moecompile.codegen.instances import ExchangeGate, ExchangeHomeOfExperts, ExchangeReceive, ExchangeSend
+from moecompile.runtime import exchange, exchanged
+from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory, room_for
+from moecompile.runtime.remembered import CALLS
+
+ops = torch.ops.moecompile
+TOKENS, FEATURES, INNER, EXPERTS, TOP_K, SIDE = 64, 128, 128, 8, 2, 78
+GATED: dict[str, Any] = {"activation": "mul(silu(gate), up)", "gate_up": "halves", "out_dtype": torch.bfloat16}
+Waits = list[tuple[int, int]]
+
+
+@dataclass(eq=False)
+class Stream:
+    """Of a GPU that is not there."""
+
+    cuda_stream: int
+    waits: Waits = field(default_factory=list)
+    device: str = "cpu"
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((self.cuda_stream, other.cuda_stream))
+
+
+class Streams:
+    """The caller's and another, one of which is the current one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waits: Waits = []
+        self.caller, self.side = (Stream(number, self.waits) for number in (STREAM, SIDE))
+        self.current = self.caller
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        raw = lambda device: self.current.cuda_stream  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
+
+    @contextlib.contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    with fake_gpu.installed(monkeypatch) as installed, torch.no_grad():
+        installed.streams = (STREAM, SIDE)
+        yield installed
+
+
+@pytest.fixture
+def streams(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Streams:
+    """With the memory of the second of two ranks."""
+    made = Streams(monkeypatch)
+    room = room_for(2, TOKENS, 4 * FEATURES + 32)
+    own, words = torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    memory = PeerMemory(own, words, 1, room, torch.zeros(1, dtype=torch.int64))
+    vars(memory)["side"] = made.side
+    monkeypatch.setattr(exchange, "memory_for", lambda *_: memory)
+    monkeypatch.setattr(exchanged, "hides", lambda *_: True)
+    return made
+
+
+def call(dtype: torch.dtype = torch.float32, fp8: bool = False, room: int | None = None) -> dict[str, Any]:
+    """Arguments of a call, with routing weights of that dtype."""
+    ids = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K) % EXPERTS
+    sent, home = torch.zeros(2 * TOKENS, dtype=torch.int32), torch.zeros(TOKENS, 2, dtype=torch.int32)
+    x = torch.randn(TOKENS, FEATURES).bfloat16()
+    w_in = torch.randn(EXPERTS // 2, 2 * INNER, FEATURES).bfloat16()
+    w_out = torch.randn(EXPERTS // 2, FEATURES, INNER).bfloat16()
+    copies: list[Tensor] = []
+    if fp8:
+        copies = [
+            *ops.quantize_weights(w_in, gate_up="halves", backward=False),
+            *ops.quantize_weights(w_out, backward=False),
+        ]
+    tensors = (x, ids, torch.rand(TOKENS, TOP_K).to(dtype), sent, home, w_in, w_out)
+    return {"tensors": tensors, "quantized": copies, "room": room}
+
+
+def launched(gpu: FakeGpu, streams: Streams, given: dict[str, Any]) -> tuple[list[Launched], Waits]:
+    """What a call launches on which stream, and which stream waited for which."""
+    gpu.taken()
+    streams.waits.clear()
+    travel = {"ranks": 2, "group": "none", "capacity": TOKENS, "slot": 0, "sms": 4, "patience": 1.0}
+    more = {"room": given["room"], "quantized": given["quantized"], "num_experts": EXPERTS}
+    result = ops.exchanged_experts(*given["tensors"], **GATED, **travel, **more)
+    assert result.shape == (TOKENS, FEATURES) and result.dtype == torch.bfloat16
+    assert streams.current is streams.caller
+    return gpu.taken(), [*streams.waits]
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("room", [None, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_launches(gpu: FakeGpu, streams: Streams, dtype: torch.dtype, room: int | None, fp8: bool) -> None:
+    first = launched(gpu, streams, call(dtype, fp8, room))
+    remembered = len(CALLS)
+    given = call(dtype, fp8, room)
+    found = launched(gpu, streams, given)
+    assert len(CALLS) == remembered > 0, "the second call was taken for a new one"
+    CALLS.clear()
+    expected = launched(gpu, streams, given)
+    assert found == expected and len(found[0]) == len(first[0])
+    assert found[1] == [(SIDE, STREAM), (SIDE, STREAM), (STREAM, SIDE), (STREAM, SIDE)]
+
+
+def test_what_runs_where(gpu: FakeGpu, streams: Streams) -> None:
+    """Sends and what waits for other ranks are on the other stream; what takes ids does not begin early."""
+    found, _ = launched(gpu, streams, call())
+    on = {STREAM: list[Any](), SIDE: list[Any]()}
+    for each in found:
+        on[each.stream].append(each.instance)
+    kinds = [type(each) for each in on[SIDE]]
+    assert kinds[0] is ExchangeSend and kinds[-1] is ExchangeSend and kinds[1] is ExchangeReceive
+    assert [type(each) for each in on[STREAM]][-1] is ExchangeHomeOfExperts
+    assert ExchangeGate() in on[STREAM] and not {ExchangeSend, ExchangeReceive} & {type(each) for each in on[STREAM]}
+    assert {type(each.instance) for each in found if not each.early} == {ExchangeSend, ExchangeReceive}
+    products = [each for each in found if each.instance.name.startswith("moecompile_grouped_gemm")]
+    assert [each.stream for each in products] == [STREAM, SIDE, SIDE, STREAM]
+    assert {each.instance for each in products} <= gpu.announced, "compiled one by one, while other ranks wait"
