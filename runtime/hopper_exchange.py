@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ LANES = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@functools.cache
 def serves(device: torch.device) -> bool:
     """Whether the kernels run on that device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

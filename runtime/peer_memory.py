@@ -167,10 +167,11 @@ def reaches_peers(group: str, device: torch.device) -> bool:
     """Whether the ranks of a group, one of which has this device, may write into each other's memory."""
     if device.type != "cuda":
         return False
-    found = process_group(group)
-    if group not in _reaching:
-        _reaching[group] = found.size() == 1 or _is_one_host(found)
-    return _reaching[group]
+    known = _reaching.get(group)
+    if known is None:
+        found = process_group(group)
+        known = _reaching[group] = found.size() == 1 or _is_one_host(found)
+    return known
 
 
 def _is_one_host(group: distributed.ProcessGroup) -> bool:
