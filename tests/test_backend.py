@@ -19,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moecompile
-from moecompile import advice, options, pipeline
+from moecompile import advice, options, pieces, pipeline
 from moecompile.backend import moecompile as backend
 from moecompile.report import GraphReport
 from small_models import HIDDEN, Layer, Model, assert_same, compiled, inputs
@@ -337,7 +337,7 @@ def test_a_pass_that_fails_is_named_with_a_way_on(monkeypatch: pytest.MonkeyPatc
     def broken(piece: pipeline.Piece, _: options.Options) -> None:
         raise IndexError("no such node")
 
-    monkeypatch.setattr(pipeline, "PASSES", {"detect": broken, "fuse": pipeline.fuse_sites})
+    monkeypatch.setattr(pipeline, "PASSES", {"detect": broken, "fuse": pieces.fuse_sites})
     message = "pass 'detect' failed with IndexError: no such node.*MOECOMPILE_DISABLE_PASSES=detect"
     with pytest.raises(BackendCompilerFailed, match=message):
         compiled(Model())(inputs())

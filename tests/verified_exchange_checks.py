@@ -18,7 +18,7 @@ import token_exchange_checks
 import zoo_forms
 from expert_parallel_checks import HIDDEN, Block, Model, close, compiled, mesh_of, results, tokens_of
 from hidden_exchange_checks import MANY
-from moecompile import pipeline
+from moecompile import pieces
 from moecompile.agreement import DisagreementError
 from moecompile.passes import expert_parallel, fuse
 from moecompile.passes.detect import detect
@@ -68,7 +68,7 @@ def experts_activated_wrongly(block: Any, *given: Any) -> fx.Node:
 
 
 EXPERTS_HERE: Callable[..., fx.Node] = expert_parallel._Block._experts
-EMIT, HIDE = fuse.emit, pipeline.hide_exchanges
+EMIT, HIDE = fuse.emit, pieces.hide_exchanges
 
 
 def emitted_wrongly(graph: fx.Graph, site: Site) -> fx.Node:
@@ -94,7 +94,7 @@ def broken(place: Any, name: str, wrong: Callable[..., Any]) -> Iterator[None]:
 
 WRONG_FUSE = functools.partial(broken, fuse, "emit", emitted_wrongly)
 WRONG_EXCHANGE = functools.partial(broken, expert_parallel._Block, "_experts", experts_activated_wrongly)
-WRONG_HIDE = functools.partial(broken, pipeline, "hide_exchanges", hidden_wrongly)
+WRONG_HIDE = functools.partial(broken, pieces, "hide_exchanges", hidden_wrongly)
 
 
 def check_right_exchanges_pass(rank: int, ranks: int) -> None:
@@ -259,7 +259,7 @@ def check_blocks_that_not_all_ranks_find(rank: int, ranks: int) -> None:
 
     model, whole = sharded(ranks)
     x = tokens_of(rank, 5 + rank)
-    with broken(pipeline, "detect", nothing) if rank else contextlib.nullcontext():
+    with broken(pieces, "detect", nothing) if rank else contextlib.nullcontext():
         close(results(verified(model), model, x)[:2], results(whole, whole, x)[:2], 1e-2)
     (graph,) = graphs()
     assert len(graph.verify) == len(graph.sites) == (0 if rank else 2) and "gather_experts" in graph.after
