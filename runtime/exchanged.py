@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moecompile.runtime import exchange, fp8_experts, kernels
 from moecompile.runtime.autocast import exact
-from moecompile.runtime.contract import Arguments, operator_dtypes
+from moecompile.runtime.contract import Arguments
 from moecompile.runtime.fp8_contract import check_fp8
 from moecompile.runtime.hopper_exchange import Exchange
 from moecompile.runtime.peer_memory import PeerMemory
@@ -64,28 +64,19 @@ def exchanged_experts(
     travel = {name: attributes.pop(name) for name in OF_EXCHANGE}
     tokens, memory = (x, expert_ids, weights, sent, home), None
     if attributes.get("kernels") is None and hides(travel["capacity"], expert_ids.shape[1], num_experts):
-        where, back = (
-            (travel["ranks"], travel["group"], travel["capacity"]),
-            _bytes_back(x, weights, matrices, attributes),
-        )
-        memory = exchange.memory_for(x, expert_ids, weights, *where, back)
+        where = travel["ranks"], travel["group"], travel["capacity"]
+        memory = exchange.memory_for(*tokens[:3], *where, _bytes_back(tokens, matrices, attributes))
     call = tokens, matrices, num_experts, quantized, room, travel, attributes
     hidden = None if memory is None else _hidden(memory, *call)
     return _one_after_the_other(*call) if hidden is None else hidden
 
 
-def _bytes_back(
-    x: Tensor, weights: Tensor | None, matrices: Sequence[Tensor | None], attributes: dict[str, Any]
-) -> int:
+def _bytes_back(tokens: Tokens, matrices: Sequence[Tensor | None], attributes: dict[str, Any]) -> int:
     """Of a row that becomes of a token."""
-    tensors = (x, weights, *matrices, *[None] * (OF_EXPERTS - len(matrices)))
-    expressions = {name: attributes[name] for name in ("input", "output", "out_dtype") if name in attributes}
-    found = tuple(None if each is None else each.dtype for each in tensors)
-    given = {"input": "x", "output": "mul(out, weight)", **expressions}
-    dtypes = operator_dtypes(found, attributes["activation"], attributes["gate_up"], **given)
-    w_out = matrices[1]
-    assert w_out is not None
-    return w_out.shape[2 if attributes.get("w_out_transposed") else 1] * dtypes.result.itemsize
+    x, _, weights, sent, _ = tokens
+    plan = sent, sent, sent  # there is none yet, and nothing asks for it
+    args = Arguments(x, weights, *plan, *matrices, **attributes)  # type: ignore[arg-type]
+    return args.out_features * args.dtypes.result.itemsize
 
 
 def _hidden(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import moecompile
-from expert_parallel_checks import (
+from expert_parallel_models import (
     EXPERTS,
     TOP_K,
     Block,

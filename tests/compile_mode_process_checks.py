@@ -14,7 +14,7 @@ from torch._inductor import cudagraph_trees
 
 import moecompile
 from exchange_process_checks import HIDDEN, INNER, MANY, mesh_of, results
-from expert_parallel_checks import Model, close, compiled, tokens_of
+from expert_parallel_models import Model, close, compiled, tokens_of
 from moecompile import agreement
 from moecompile.runtime import peer_memory
 

@@ -13,15 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moecompile
-from expert_parallel_models import EXPERTS, TOP_K, Model, close, compiled, tokens_of
+from expert_parallel_models import EXPERTS, MANY, TOP_K, Model, close, compiled, tokens_of
 from moecompile.runtime import peer_memory
-from moecompile.runtime.exchanged import HIDES_FROM
 from ranks_on_one_gpu import meet
 
 ops = torch.ops.moecompile
 HIDDEN, INNER = 512, 256
-MANY = HIDES_FROM * EXPERTS // TOP_K
-"""Tokens of a rank from which an exchange is hidden."""
 
 
 def mesh_of(ranks: int) -> DeviceMesh:

@@ -10,10 +10,10 @@ from torch import Tensor, distributed, nn
 
 import moecompile
 import token_exchange_checks
-from expert_parallel_checks import EXPERTS, TOP_K, Model, compiled, mesh_of, results, tokens_of
-from hidden_exchange_checks import MANY
+from expert_parallel_models import EXPERTS, MANY, TOP_K, Model, compiled, hide_as_on_gpus, mesh_of, results, tokens_of
 from token_exchange_models import Exchanging
 
+hide_as_on_gpus()
 CALLS = 3
 PATHS = ["blocks.0.experts", "blocks.1.experts"]
 

@@ -12,15 +12,22 @@ from torch import Tensor, distributed, nn
 
 import moecompile
 import moecompile.ranks as ranks_module
-from expert_parallel_models import EXPERTS, TOP_K, Experts, Model, close, compiled, mesh_of, ops, tokens_of
+from expert_parallel_models import (
+    MANY,
+    TOP_K,
+    Experts,
+    Model,
+    close,
+    compiled,
+    hide_as_on_gpus,
+    mesh_of,
+    ops,
+    tokens_of,
+)
 from moecompile.agreement import DisagreementError
-from moecompile.passes import hide
 from moecompile.runtime import peer_memory
-from moecompile.runtime.exchanged import HIDES_FROM
 
-vars(hide)["by_kernels"] = lambda *_: True  # collectives, as if they were kernels
-MANY = HIDES_FROM * EXPERTS // TOP_K
-"""Tokens of a rank from which an exchange is hidden."""
+hide_as_on_gpus()
 
 
 def graph_text() -> str:

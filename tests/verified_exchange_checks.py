@@ -16,8 +16,18 @@ from torch.utils.checkpoint import checkpoint
 import moecompile
 import token_exchange_checks
 import zoo_forms
-from expert_parallel_checks import HIDDEN, Block, Model, close, compiled, mesh_of, results, tokens_of
-from hidden_exchange_checks import MANY
+from expert_parallel_models import (
+    HIDDEN,
+    MANY,
+    Block,
+    Model,
+    close,
+    compiled,
+    hide_as_on_gpus,
+    mesh_of,
+    results,
+    tokens_of,
+)
 from moecompile import pieces
 from moecompile.agreement import DisagreementError
 from moecompile.passes import expert_parallel, fuse
@@ -27,6 +37,7 @@ from moecompile.report import GraphReport
 from token_exchange_models import Exchanging
 from zoo_case import Case, make
 
+hide_as_on_gpus()
 verified = functools.partial(compiled, verify="first_call")
 WRONG = "mul(sigmoid(gate), up)"
 AGAIN = "not verified again"

@@ -6,6 +6,19 @@
 #include "kernel.cuh"
 #include "result.cuh"
 
+// sum += output(row, weight) of eight neighbouring columns, if there is such a row.
+template <typename Input, typename Output>
+__device__ __forceinline__ void add_output(i32 slot, const uint4& packed, float weight, float (&sum)[8]) {
+    u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (i32 i = 0; i < 4; i++) {
+        float low, high;
+        Input::unpack(pairs[i], low, high);
+        sum[2 * i] += slot < 0 ? 0 : Output::value(low, weight);
+        sum[2 * i + 1] += slot < 0 ? 0 : Output::value(high, weight);
+    }
+}
+
 template <typename Input, typename Result, typename Output>
 struct Combine {
     static constexpr i32 THREADS = 256, BLOCKS = 1;
@@ -40,13 +53,6 @@ struct Combine {
         const u16* row = arguments.rows + i64(max(slot, 0)) * arguments.columns + column;
         uint4 packed = make_uint4(0, 0, 0, 0);
         if (slot >= 0) packed = __ldg(reinterpret_cast<const uint4*>(row));
-        u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            float low, high;
-            Input::unpack(pairs[i], low, high);
-            sum[2 * i] += slot < 0 ? 0 : Output::value(low, weight);
-            sum[2 * i + 1] += slot < 0 ? 0 : Output::value(high, weight);
-        }
+        add_output<Input, Output>(slot, packed, weight, sum);
     }
 };

@@ -4,7 +4,7 @@
 // Where the exchange was aborted, sums are NaN. The grid begins and ends as exchange_receive.cuh does, but where it sums its own
 // part: that is what grids before it have computed.
 #pragma once
-#include "elementwise.cuh"
+#include "combine.cuh"
 #include "parts.cuh"
 #include "peer.cuh"
 #include "result.cuh"
@@ -79,16 +79,9 @@ struct OwnSums {
         for (i32 k = 0; k < top_k; k++) {
             i32 of = __shfl_sync(~0u, slot, k);
             float times = __shfl_sync(~0u, weight, k);
-            uint4 packed = make_uint4(0, 0, 0, 0);  // as in combine.cuh
+            uint4 packed = make_uint4(0, 0, 0, 0);
             if (of >= 0) packed = __ldcg(reinterpret_cast<const uint4*>(rows + i64(of) * arguments.columns + column));
-            u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-            for (i32 i = 0; i < 4; i++) {
-                float low, high;
-                Input::unpack(pairs[i], low, high);
-                sum[2 * i] += of < 0 ? 0 : Output::value(low, times);
-                sum[2 * i + 1] += of < 0 ? 0 : Output::value(high, times);
-            }
+            add_output<Input, Output>(of, packed, times, sum);
         }
         Result::round(sum, v);
     }

@@ -121,6 +121,8 @@ struct GroupedGemm {
     static __device__ __forceinline__ Schedule schedule_of(const Arguments& arguments) {
         if constexpr (Feed::WHOLE)
             return Schedule(arguments.feed.rows, arguments.a_columns, arguments.n);
+        else if constexpr (OVER_ROWS)
+            return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n);
         else
             return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n, arguments.multiple);
     }

@@ -142,7 +142,7 @@ struct MatrixSchedule {
     const i32* offsets;
     i32 experts, m, rows, columns;
 
-    __device__ __forceinline__ MatrixSchedule(const i32* offsets, i32 experts, i32 m, i32 n, i32)
+    __device__ __forceinline__ MatrixSchedule(const i32* offsets, i32 experts, i32 m, i32 n)
         : offsets(offsets), experts(experts), m(m), rows((m + ROWS - 1) / ROWS), columns((n + COLUMNS - 1) / COLUMNS) {}
 
     __device__ __forceinline__ i32 count() { return experts * rows * columns; }
