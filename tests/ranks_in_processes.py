@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import distributed
@@ -22,6 +23,11 @@ from torch import distributed
 from moecompile import ranks as moecompile_ranks
 
 PATIENCE = timedelta(seconds=60)
+
+
+def checks_of(module: ModuleType, but: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the checks of a module, in its order, without those that run apart (`but`)."""
+    return tuple(name for name in vars(module) if name.startswith("check_") and name not in but)
 
 
 def run_on_ranks(

@@ -12,7 +12,7 @@ import pytest
 
 import compile_mode_checks
 from compile_modes import NO, PARTLY, ROWS, YES, Row
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
 LONG = (
     "check_all_modes",
@@ -22,7 +22,7 @@ LONG = (
     "check_more_tokens_than_there_is_room_for",
     "check_autocast_and_compiled_autograd",
 )
-CHECKS = tuple(name for name in vars(compile_mode_checks) if name.startswith("check_") and name not in LONG)
+CHECKS = checks_of(compile_mode_checks, but=LONG)
 
 
 @pytest.fixture(scope="module")

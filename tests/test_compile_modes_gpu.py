@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import compile_mode_process_checks
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 from ranks_on_one_gpu import shared_gpu
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -17,7 +17,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 pytestmark = pytest.mark.gpu
 
 PATIENCE = timedelta(seconds=180)
-CHECKS = tuple(name for name in vars(compile_mode_process_checks) if name.startswith("check_"))
+CHECKS = checks_of(compile_mode_process_checks)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import exchange_process_checks
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 from ranks_on_one_gpu import shared_gpu
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 PATIENCE = timedelta(seconds=120)
 LONG = ("check_ten_thousand_exchanges",)
-CHECKS = tuple(name for name in vars(exchange_process_checks) if name.startswith("check_") and name not in LONG)
+CHECKS = checks_of(exchange_process_checks, but=LONG)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])

@@ -24,11 +24,11 @@ from dense_experts import ROUTINGS, routing
 from moecompile import loads
 from moecompile.passes.expert_loads import CONTROL_FLOW, NO_PARAMETER, NO_PLAN, add_expert_loads
 from moecompile.transformers_experts import SPLIT
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 from small_models import EXPERTS, HIDDEN, TOP_K, Experts, Layer, Model, compiled, inputs
 
 ops = torch.ops.moecompile
-CHECKS = tuple(name for name in vars(expert_load_checks) if name.startswith("check_"))
+CHECKS = checks_of(expert_load_checks)
 both = pytest.mark.parametrize("lowering", ["eager", "inductor"])
 kept = functools.partial(checkpoint, use_reentrant=False)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 
 import expert_parallel_checks
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
-CHECKS = tuple(name for name in vars(expert_parallel_checks) if name.startswith("check_"))
+CHECKS = checks_of(expert_parallel_checks)
 OF_FOUR = (
     "check_compiled_exchanges_tokens",
     "check_all_to_one",

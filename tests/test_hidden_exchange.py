@@ -13,9 +13,9 @@ import hidden_exchange_checks
 from moecompile.passes import hide
 from moecompile.passes.hide import hide_exchanges
 from moecompile.runtime.exchanged import hides
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
-CHECKS = tuple(name for name in vars(hidden_exchange_checks) if name.startswith("check_"))
+CHECKS = checks_of(hidden_exchange_checks)
 ops = torch.ops.moecompile
 TRAVEL = {"ranks": 2, "group": "0", "capacity": 1024, "sms": 4, "patience": 1.0}
 

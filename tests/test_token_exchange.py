@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import token_exchange_checks
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
 SLOW = ("check_under_inductor", "check_fp8")
-CHECKS = tuple(name for name in vars(token_exchange_checks) if name.startswith("check_") and name not in SLOW)
+CHECKS = checks_of(token_exchange_checks, but=SLOW)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("transformers.distributed.expert_parallel")
 
 import transformers_expert_parallel_checks
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
-CHECKS = [name for name in vars(transformers_expert_parallel_checks) if name.startswith("check_")]
+CHECKS = checks_of(transformers_expert_parallel_checks)
 ALWAYS = (
     "check_bfloat16_sharded",
     "check_all_reduce_computes_what_it_did",

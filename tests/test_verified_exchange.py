@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 
 import verified_exchange_checks
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
 LONG = ("check_all_forms_pass",)
-CHECKS = tuple(name for name in vars(verified_exchange_checks) if name.startswith("check_") and name not in LONG)
+CHECKS = checks_of(verified_exchange_checks, but=LONG)
 
 
 @pytest.fixture(scope="module")
