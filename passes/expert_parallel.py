@@ -246,23 +246,26 @@ class _Block:
     ) -> fx.Node:
         """The block on the rows that came, with this rank's experts."""
         _, offsets, slots, order = planned
-        local = {name: self._local(name, group) for name in self._sharded}
+        # where all parameters are sharded, who computes their gradients takes the mean, too
+        within = group.mean and all(gather is not None for gather in self._sharded.values())
+        local = {name: self._local(name, group, group.mean and not within) for name in self._sharded}
         positional = (rows, weights, offsets, slots, order, local.pop("w_in"), local.pop("w_out"))
         attributes = {name: value for name, value in self._node.kwargs.items() if name not in MATRICES}
+        attributes |= {"mean_over": group.ranks} if within else {}
         node = call_for(self._node, ops.experts.default, positional, {**local, **attributes, **limit})
         before = fake_of(self._node)
         shape = (fake_of(rows).shape[0], before.shape[1])
         node.meta[key_of(node)] = empty_fake(before, shape, before.dtype).requires_grad_(before.requires_grad)
         return node
 
-    def _local(self, name: str, group: Group) -> fx.Node:
-        """This rank's part of a parameter of the block."""
+    def _local(self, name: str, group: Group, mean: bool) -> fx.Node:
+        """This rank's part of a parameter of the block; mean: whether its gradient is divided on its own."""
         whole, gather = self._given[name], self._sharded[name]
         if gather is None:
             attributes = {"ranks": group.ranks, "group": group.name}
             return self._one(ops.own_experts.default, (whole,), attributes)
         local: Any = gather.args[0]
-        if group.mean:
+        if mean:
             local = self._one(ops.mean_gradient.default, (local,), {"ranks": group.ranks})
         return self._repeated(whole, gather, local)
 

@@ -29,7 +29,7 @@ from moecompile.runtime.exchanged import OF_EXCHANGE, hides
 
 ops = torch.ops.moecompile
 EXPERTS = (ops.experts.default, ops.experts_fp8.default)
-ABOUT_GRADIENTS = ("recompute", "held")
+ABOUT_GRADIENTS = ("recompute", "held", "mean_over")
 """Attributes of the experts that say nothing where there are none."""
 
 

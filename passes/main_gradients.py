@@ -4,7 +4,7 @@ Contract
 - On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/cast_experts.py).
 - A matrix gets one if it is a parameter that the graph gets as an input, or this rank's part of one (passes/
   expert_parallel.py), and that has one. Others keep their gradients, and are returned with the reason: so do parameters
-  whose gradient is to be the mean over ranks, since what is added is the sum.
+  whose gradient becomes the mean over ranks after the experts, since what these would add is the sum.
 - Inputs that there were keep their places; the new ones follow, one for each such parameter, in their order.
 
     moecompile.experts(x, ..., w_in, w_out, ...)
@@ -31,8 +31,8 @@ OPERATORS = (torch.ops.moecompile.experts.default, torch.ops.moecompile.experts_
 PLACES = {"w_in": 5, "w_out": 6, "w_up": 7}
 """Of the matrices among the operators' arguments."""
 MEAN = (
-    "has a gradient that is the mean over ranks, and what is added is the sum: give "
-    'shard_experts(gradients="sum"), and divide main_grad, or the loss'
+    "has a gradient that is the mean over ranks, in a block some of whose parameters are on all ranks, and what is "
+    'added is the sum: give shard_experts(gradients="sum"), and divide main_grad, or the loss'
 )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.combine import token_sum
-from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
+from moecompile.runtime.contract import PARAMETERS, Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import vjp
 from moecompile.runtime.grouped import row_dot
 from moecompile.runtime.reference import activate, by_chunk, features, feed, gate_and_up, joined, part, rows_for
@@ -30,7 +30,14 @@ from moecompile.runtime.reference import activate, by_chunk, features, feed, gat
 
 def experts_backward(args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str]) -> dict[str, Tensor]:
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and the saved hidden rows."""
-    return _Backward(args, grad, hidden, needs).run()
+    return means(args, _Backward(args, grad, hidden, needs).run(), PARAMETERS)
+
+
+def means(args: Arguments, grads: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The gradients, of which those with these names are divided by what the arguments say."""
+    if args.mean_over == 1:
+        return grads
+    return {name: each / args.mean_over if name in names else each for name, each in grads.items()}
 
 
 class _Backward:

@@ -23,6 +23,9 @@ TENSORS = ("x", "weights", "offsets", "slots", "order", "w_in", "w_out", "w_up",
 """The tensors among the arguments of `experts`, in their order."""
 DIFFERENTIABLE = ("x", "weights", "w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
 """The order of `needs` and of the gradients that `experts_backward` returns."""
+PARAMETERS = DIFFERENTIABLE[2:]
+"""Those of the experts themselves."""
+BIASES = PARAMETERS[3:]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -130,6 +133,7 @@ class Arguments:
     kernels: str | None = None
     recompute: bool = False
     room: int | None = None
+    mean_over: int = 1
     scale_format: str = "power_of_two"
     """Of what is quantised: an argument of the FP8 operators alone."""
 
@@ -220,6 +224,8 @@ class Arguments:
         if self.gate_up not in GATE_UP:
             raise _error(ValueError, f"gate_up must be one of {', '.join(GATE_UP)}; got {self.gate_up!r}")
         check_kernels("experts", self.kernels)
+        if self.mean_over < 1:
+            raise _error(ValueError, f"mean_over must be at least 1, got {self.mean_over}; leave it out for sums")
         hidden = {"hidden"} if self.gate_up == "single" else {"gate", "up"}
         for name, allowed in (("input", {"x"}), ("activation", hidden), ("output", {"out"})):
             found = expression_leaves(getattr(self, name))

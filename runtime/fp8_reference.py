@@ -34,9 +34,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moecompile.runtime.backward import means
 from moecompile.runtime.blocked import blocks_of
 from moecompile.runtime.combine import token_sum, weighted_sum
-from moecompile.runtime.contract import Arguments, expression_leaves, weighting
+from moecompile.runtime.contract import PARAMETERS, Arguments, expression_leaves, weighting
 from moecompile.runtime.elementwise import evaluate, vjp
 from moecompile.runtime.fp8_contract import PITCH, Quantized, Saved
 from moecompile.runtime.grouped import CpuRows, DeviceRows, row_dot
@@ -89,7 +90,7 @@ def backward(
     args: Arguments, quantized: Quantized, grad: Tensor, saved: Saved, needs: Collection[str]
 ) -> dict[str, Tensor]:
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2); x has no values in args."""
-    return _Backward(args, quantized, grad, saved, needs).run()
+    return means(args, _Backward(args, quantized, grad, saved, needs).run(), PARAMETERS)
 
 
 class _Backward:

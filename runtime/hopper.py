@@ -196,8 +196,10 @@ def activation_backward(
     return of_hidden, scaled, of_weight
 
 
-def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None) -> Tensor:
-    """out[e] = a[rows of e].T @ b[rows of e], where expert e has the rows from offsets[e - 1] to offsets[e].
+def grouped_outer(
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None, mean_over: int = 1
+) -> Tensor:
+    """out[e] = a[rows of e].T @ b[rows of e] / mean_over, where expert e has rows offsets[e - 1] to offsets[e].
 
     In float32 the products are added to what `out` holds.
 
@@ -208,6 +210,7 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
         out: (E, M, N) in a's dtype or in float32, contiguous but for columns that may lie between its lines.
             Without rows an expert's is zeros, or, in float32, as it was.
         instance: the kernel; chosen by the sizes if None.
+        mean_over: what float32 sums are divided by, as a product, before they are rounded.
 
     Returns:
         out.
@@ -219,7 +222,7 @@ def grouped_outer(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instanc
         chosen, written = replace(chosen, epilogue=Added()), added(out)
     else:
         written = (_written(out.flatten(0, 1)), None)
-    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written)
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written, mean_over=mean_over)
     return out
 
 
@@ -268,6 +271,7 @@ def _launch(
     dispatching: Dispatching | None = None,
     early: bool = False,
     taking: Taking | None = None,
+    mean_over: int = 1,
 ) -> None:
     """Launches the kernel; of the instance it is left to the arguments how rows come, and tiles.
 
@@ -280,7 +284,7 @@ def _launch(
         instance = replace(instance, dispatches=True, records=dispatching.records)
     if taking is not None:
         instance = replace(instance, taken=True)
-    tiles = (0, None) if taking is None else (taking.multiple, taking.taken)
+    multiple, taken = (0, None) if taking is None else (taking.multiple, taking.taken)
     columns = LINE // a.element_size()
     loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
     boxes = [
@@ -293,5 +297,5 @@ def _launch(
     maps = (_mapped(a, box), boxes[0], boxes[-1], along)
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
     blocks = kernel.multiprocessors // instance.cluster * instance.cluster
-    more = (*sizes, *grid, b_scale_pair, int(early), *tiles, *feed, *epilogue)
+    more = (*sizes, *grid, b_scale_pair, int(early), multiple, 1 / mean_over, taken, *feed, *epilogue)
     Launch(kernel, blocks, (*maps, scales or bytes(128), offsets, b_scales, *more)).run()

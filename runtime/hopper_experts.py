@@ -22,7 +22,8 @@ from torch import Tensor
 
 from moecompile.codegen.instances import RESULTS
 from moecompile.runtime import hopper, hopper_kernels, hopper_routing, hopper_rules
-from moecompile.runtime.contract import Arguments, Weighting, expression_leaves, weighting
+from moecompile.runtime.backward import means
+from moecompile.runtime.contract import BIASES, Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
@@ -110,9 +111,9 @@ def backward(
     if "weights" in needs:
         found["weights"] = _of_weights(args, parts, plain, of_y if scales is not None else None)
     if "w_out" in main:
-        _add(main["w_out"], of_y, scaled, args.w_out_transposed, args.offsets)
+        _add(main["w_out"], of_y, scaled, args.w_out_transposed, args)
     elif "w_out" in needs:
-        found["w_out"] = _of_matrix(args.w_out, of_y, scaled, args.w_out_transposed, args.offsets)
+        found["w_out"] = _of_matrix(args.w_out, of_y, scaled, args.w_out_transposed, args)
     if "b_out" in needs:
         assert plain is not None and args.b_out is not None
         weighted = of_y if scales is None else of_y * scales.view(-1)[plain.assignments, None]
@@ -133,7 +134,7 @@ def backward(
     if wanted:
         made = _of_gemm1(args, wanted, main)
         found.update({name: each for name, each in made.items() if name not in main})
-    return found
+    return means(args, found, BIASES)  # the kernels have seen to the matrices
 
 
 def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,9 +150,7 @@ def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[
     if whole or pieces == 1:
         rows = _dispatched(args, args.x)
         return {
-            name: (_add if name in main else _of_matrix)(
-                matrices[name], of_product, rows, args.w_in_transposed, args.offsets
-            )
+            name: (_add if name in main else _of_matrix)(matrices[name], of_product, rows, args.w_in_transposed, args)
             for name, of_product in of_products.items()
         }
     found = {name: each if name in main else torch.empty_like(each) for name, each in matrices.items()}
@@ -159,7 +158,7 @@ def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[
         piece = slice(start, start + columns // pieces)
         rows = _dispatched(args, args.x, piece)
         for name, of_product in of_products.items():
-            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, piece])
+            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, piece], mean_over=args.mean_over)
         del rows
     return found
 
@@ -191,23 +190,27 @@ def _of_weights(args: Arguments, parts: Tensor | None, plain: HopperRows | None,
     return hopper_routing.collect(parts, more, args.slots.contiguous(), narrow).to(dtype)
 
 
-def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, offsets: Tensor) -> Tensor:
+def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments) -> Tensor:
     """The gradient of an expert's matrix for its products' gradient (R, out) and the rows (R, in), laid out alike."""
     left, right = (rows, of_product) if transposed else (of_product, rows)
     if like.mT.is_contiguous() and not like.is_contiguous():
-        return hopper.grouped_outer(right, left, offsets, like.new_empty(like.mT.shape)).mT
-    out = hopper.grouped_outer(left, right, offsets, like.new_empty(like.shape))
+        return _outer(right, left, like.new_empty(like.mT.shape), args).mT
+    out = _outer(left, right, like.new_empty(like.shape), args)
     expected = torch.empty_like(like, device="meta").stride()
     return out if out.stride() == expected else torch.empty_like(like).copy_(out)
 
 
-def _add(to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, offsets: Tensor) -> Tensor:
+def _add(to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments) -> Tensor:
     """The same, added to a main gradient, which may have a layout of its own."""
     left, right = (rows, of_product) if transposed else (of_product, rows)
     if to.stride(2) == 1:
-        return hopper.grouped_outer(left, right, offsets, to)
-    hopper.grouped_outer(right, left, offsets, to.mT)
+        return _outer(left, right, to, args)
+    _outer(right, left, to.mT, args)
     return to
+
+
+def _outer(left: Tensor, right: Tensor, out: Tensor, args: Arguments) -> Tensor:
+    return hopper.grouped_outer(left, right, args.offsets, out, mean_over=args.mean_over)
 
 
 def _projection(args: Arguments, biased: bool = False) -> Projection:

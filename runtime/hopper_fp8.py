@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
-from moecompile.runtime.contract import Arguments, expression_leaves, weighting
+from moecompile.runtime.backward import means
+from moecompile.runtime.contract import BIASES, Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper_experts import NONE, _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
@@ -158,7 +159,7 @@ class _Backward:
             )
             del of_hidden
             self._of_w_in(rows, ends)
-        return self.found
+        return means(args, self.found, BIASES)  # the kernels have seen to the matrices
 
     def _transpose(
         self,
@@ -197,9 +198,10 @@ class _Backward:
     ) -> None:
         """The gradient of the matrices of that name, or what is added to their main gradient."""
         if name in self.main:
-            hopper_fp8_gemm.add_outer(a, b, ends, self.main[name], transposed)
+            hopper_fp8_gemm.add_outer(a, b, ends, self.main[name], transposed, self.args.mean_over)
         else:
-            self.found[name] = hopper_fp8_gemm.outer(a, b, ends, matrices, transposed)
+            found = hopper_fp8_gemm.outer(a, b, ends, matrices, transposed, self.args.mean_over)
+            self.found[name] = found
 
     def _weights_and_biases(self, parts: Tensor | None, of_hidden: QuantizedRows) -> None:
         args, needs, plain = self.args, self.needs, self.plain

@@ -163,15 +163,18 @@ def activation_backward(
     return of_hidden, scaled, of_weight
 
 
-def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transposed: bool) -> Tensor:
-    """The gradient of matrices: for each expert, a[:, rows of e] @ b[:, rows of e].T, over rows of `transpose_rows`.
+def outer(
+    a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transposed: bool, mean_over: int = 1
+) -> Tensor:
+    """The gradient of matrices: for each expert, a[:, rows of e] @ b[:, rows of e].T / mean_over.
 
     Args:
-        a: (M, P), with scales (P / 128, M) for each row and 128 columns; M is a multiple of 16.
+        a: (M, P) of `transpose_rows`, with scales (P / 128, M) for each row and 128 columns; M is a multiple of 16.
         b: (N, P), with scales (ceil(N / 128), P / 128) for each 128 x 128.
         ends: (E,) int32 of `pad_offsets`.
         like: the matrices (E, M, N), or (E, N, M) if `transposed`, in bfloat16.
         transposed: the layout of `like`.
+        mean_over: as of `moecompile.runtime.hopper.grouped_outer`.
 
     Returns:
         a tensor laid out as `like`; zeros where an expert has no rows.
@@ -183,12 +186,14 @@ def outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transp
     out = like.new_empty((experts, n, m) if turned else (experts, m, n))
     written = (_mapped(out, TURNED_BOX), n) if turned else (_written(out.view(experts * m, n)), None)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
-    _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
+    _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0), mean_over=mean_over)
     found = out if turned == transposed else out.mT
     return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
 
 
-def add_outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, transposed: bool) -> None:
+def add_outer(
+    a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, transposed: bool, mean_over: int = 1
+) -> None:
     """Adds the gradient of matrices (`outer`) to what `out` holds.
 
     Args:
@@ -197,13 +202,15 @@ def add_outer(a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, tra
         ends: likewise.
         out: (E, M, N), or (E, N, M) if `transposed`, float32; of its last two dimensions one is contiguous.
         transposed: the layout of `out`.
+        mean_over: as of `outer`.
     """
     experts, m, n = ends.shape[0], a.values.shape[0], b.values.shape[0]
     found = out.mT if transposed else out
     turned = found.stride(2) != 1
     written = added(found.mT if turned else found, turned)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
-    _launch(add_instance(n, turned), a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0))
+    instance, scales = add_instance(n, turned), (_scales(a), b.scales.unsqueeze(0))
+    _launch(instance, a.values, matrices, ends, sizes, written, *scales, mean_over=mean_over)
 
 
 def add_instance(n: int, turned: bool) -> GroupedGemm:

@@ -69,6 +69,8 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
         of along_tokens that of its argument. The gradients of matrices read powers of two
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
+    mean_over: what the gradients of matrices and biases are divided by: they are sums over tokens of so many ranks,
+        and are to be their mean
     held: whether somebody keeps `quantized` beyond the call. If not, a backward with recompute makes w_in's anew
     main_w_in, main_w_up, main_w_out: float32, of the shapes of w_in, w_up and w_out, or None. In backward a matrix's
         gradient is added to its main gradient, and the matrix itself gets none: by every backward that runs, whatever
@@ -92,7 +94,7 @@ ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor offsets, Tensor slots, Tensor order, Tensor w_in, Tensor w_out, "
     "Tensor? w_up=None, Tensor? b_in=None, Tensor? b_up=None, Tensor? b_out=None, *, str activation, str gate_up, "
     'str input="x", str output="mul(out, weight)", bool w_in_transposed=False, bool w_out_transposed=False, '
-    "ScalarType? out_dtype=None, str? kernels=None, bool recompute=False, SymInt? room=None"
+    "ScalarType? out_dtype=None, str? kernels=None, bool recompute=False, SymInt? room=None, int mean_over=1"
 )
 WITHOUT_X = ARGUMENTS.removeprefix("Tensor x, ")
 MAIN = "Tensor? main_w_in=None, Tensor? main_w_out=None, Tensor? main_w_up=None"

@@ -367,7 +367,7 @@ def check_fp8(rank: int, ranks: int) -> None:
 
 
 def check_main_gradients(rank: int, ranks: int) -> None:
-    """Sums are added to this rank's part of `main_grad`, plain or sharded; means are not, and the report says so."""
+    """Sums or means are added to this rank's part of `main_grad`, plain or sharded."""
     x = tokens_of(rank, 6 + 5 * rank)
     for kind in ("plain", "sharded", "mean"):
         model = Model()
@@ -382,13 +382,11 @@ def check_main_gradients(rank: int, ranks: int) -> None:
             each.grad = None
         compiled(model, main_grad=True)(x).float().pow(2).sum().backward()
         # to_local gives zeros for no gradient in torch 2.11
-        assert all((each.grad is not None and bool(local_of(each.grad).any())) == (kind == "mean") for each in sharded)
-        assert ("mean over ranks" in str(moecompile.last_report())) == (kind == "mean")
+        assert not any(each.grad is not None and bool(local_of(each.grad).any()) for each in sharded)
         right = [grad for each, grad in zip(model.parameters(), grads, strict=True) if isinstance(each, DTensor)]
         for each, grad in zip(sharded, right, strict=True):
             added = (local_of(each.main_grad) if kind == "sharded" else each.main_grad) - 1
-            expected = torch.zeros_like(added) if kind == "mean" else grad.chunk(ranks)[rank].float()
-            close([added], [expected], 6e-3)
+            close([added], [grad.chunk(ranks)[rank].float()], 6e-3)
 
 
 def check_recast_weights(rank: int, ranks: int) -> None:

@@ -147,6 +147,7 @@ def run(
     ids: Tensor | None = None,
     cotangent: Tensor | None = None,
     main: Mapping[str, Tensor] = MappingProxyType({}),
+    mean_over: int = 1,
 ) -> Run:
     """One call with the gradients of the tensors of these names, for a random gradient of the result or for that."""
     leaves = {
@@ -154,7 +155,7 @@ def run(
         for name, value in tensors.items()
     }
     arguments = block.arguments(leaves, ids)
-    attributes = {**block.attributes(), "kernels": kernels, "recompute": recompute}
+    attributes = {**block.attributes(), "kernels": kernels, "recompute": recompute, "mean_over": mean_over}
     attributes |= {f"main_{name}": each for name, each in main.items()}
     if fp8:
         attributes |= {"quantized": block.quantized(leaves), "scale_format": block.scale_format}

@@ -43,6 +43,7 @@ def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directo
     checks, place = importlib.import_module(module), Path(directory)
     moecompile_ranks.PATIENCE = patience
     for name in names:
+        begun = time.monotonic()
         said, store = "", f"file://{directory}/{name}"
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=patience)
         try:
@@ -56,6 +57,8 @@ def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directo
         _note(place, name, rank).write_text(said)
         while not all(_note(place, name, other).exists() for other in range(ranks)):
             time.sleep(0.01)
+        if rank == 0:  # pytest -s shows it
+            print(f"{module}.{name}: {time.monotonic() - begun:.1f} s", flush=True)
 
 
 def _note(directory: Path, name: str, rank: int) -> Path:

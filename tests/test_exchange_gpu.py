@@ -21,8 +21,15 @@ pytestmark = pytest.mark.gpu
 
 SMS, DISPATCH, COMBINE = 8, 0, 1
 STEPS = 4
-READERS = 16
-"""Blocks that read, of each rank: with those that send, no more than there are multiprocessors."""
+MULTIPROCESSORS = 132
+
+
+def readers(ranks: int) -> int:
+    """Blocks of each rank that read: all of them and all that send have a multiprocessor for themselves.
+
+    Who sends needs all of a multiprocessor's shared memory, and with other work beside, streams begin in any order.
+    """
+    return MULTIPROCESSORS // ranks - SMS
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ class Ranks:
     def check(self, brings: Sequence[Brought]) -> None:
         """Every bit of an exchange."""
         found, ranks = self.exchange(brings), len(self.every)
+        assert not any(memory.failure() for memory in self.every), self.every[0].failure()
         capacity = self.capacity
         for rank, (mine, (sent, home, *_, sums, of_weights)) in enumerate(zip(brings, found, strict=True)):
             right = exchange_plan(mine.ids.cpu(), num_experts=self.experts, ranks=ranks, capacity=capacity)
@@ -145,7 +153,7 @@ def test_every_row(
     pitch = pitch_of(columns, dtype, top_k)
     mine = brought(0, 8, columns, experts, top_k, dtype, kind)
     assert kernels.takes(mine.x, mine.ids, mine.weights, ranks)
-    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), 0), experts, capacity)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), 0, readers(ranks)), experts, capacity)
     for memory in group.every:  # what was there before is NaN
         memory.own[-4 * memory.room :].fill_(0x7F)
     for turn in range(4):
@@ -156,7 +164,7 @@ def test_a_thousand_routings() -> None:
     """Slots are used again and again, while ranks are at different places."""
     ranks, experts, top_k, columns, capacity = 4, 32, 4, 256, 96
     pitch = pitch_of(columns, torch.bfloat16, top_k)
-    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), 0), experts, capacity)
+    group = Ranks(among_streams(ranks, room_for(ranks, capacity, pitch), 0, readers(ranks)), experts, capacity)
     generator = torch.Generator().manual_seed(0)
     for turn in range(250):
         tokens = torch.randint(0, capacity + 1, (ranks,), generator=generator).tolist()
@@ -172,7 +180,7 @@ def test_ranks_that_wait_for_each_other() -> None:
     """All steps of all ranks at once, from captured graphs, some later than others: kernels wait for kernels."""
     ranks, experts, top_k, columns, capacity = 4, 32, 4, 512, 200
     pitch = pitch_of(columns, torch.bfloat16, top_k)
-    every = among_streams(ranks, room_for(ranks, capacity, pitch), 0, READERS)
+    every = among_streams(ranks, room_for(ranks, capacity, pitch), 0, readers(ranks))
     group = Ranks(every, experts, capacity)
     brings = [brought(r, capacity - 7 * r, columns, experts, top_k, torch.bfloat16, "random") for r in range(ranks)]
     right = group.exchange(brings)

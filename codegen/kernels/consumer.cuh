@@ -111,6 +111,10 @@ struct Consumer {
                         Epilogue::template finish_along<Along::APART>(boxes, arguments.epilogue, beyond, along.sums);
                     }
                 });
+            if (OVER_ROWS && !SCALED && arguments.factor != 1) {  // FP8's producer has seen to it
+#pragma unroll
+                for (i32 i = 0; i < COLUMNS / 2; i++) total[i] *= arguments.factor;
+            }
             if constexpr (Epilogue::HELD > 0)
                 waiting.take(boxes, arguments, spot, total);
             else

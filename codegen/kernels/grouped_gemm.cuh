@@ -99,6 +99,7 @@ struct GroupedGemm {
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
         i32 early;     // whether offsets, b and its scales were there before the grid before this one began
         i32 multiple;  // TAKEN: of each expert's rows only so many times that many, the first ones; 0 for all
+        float factor;  // OVER_ROWS: of all sums
         u32* taken;    // TAKEN: zero at first
         typename Feed::Arguments feed;
         typename Epilogue::Arguments epilogue;

@@ -92,7 +92,8 @@ struct Producer {
             i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
             if (ptx::elect()) {
                 if (k == tile.k_begin) shared.tiles[stage] = tile;
-                for (i32 part = 0; SCALED && part < PARTS; part++) shared.b_scales[stage][part] = ahead[part];
+                for (i32 part = 0; SCALED && part < PARTS; part++)
+                    shared.b_scales[stage][part] = OVER_ROWS ? arguments.factor * ahead[part] : ahead[part];
                 ptx::barrier_expect(&shared.full[stage], row_bytes(tile) + sizeof(shared.b[0]));
                 load_rows(shared, arguments, tile, k, stage, rank);
                 load_matrix(shared, arguments, tile, k, stage, rank);
