@@ -20,7 +20,7 @@ from moecompile.passes.detect import detect
 from moecompile.passes.exclusions import Wishes
 from moecompile.passes.expert_parallel import Exchanged, Group, Travel, exchange_tokens
 from moecompile.passes.fuse import fuse
-from moecompile.passes.hide import hide_exchanges
+from moecompile.passes.hide import NOTHING_REWRITTEN, Rewritten, hide_exchanges
 from moecompile.passes.layout import Layout
 from moecompile.passes.precision import cast
 from moecompile.passes.purposes import Purposes
@@ -41,7 +41,7 @@ class Piece:
         uncast: the body as it was before that, where it is to be compared.
         exchanged: blocks whose tokens are exchanged between ranks.
         gathered: blocks whose experts are gathered instead, and why.
-        hidden: how many exchanges are hidden behind the experts.
+        rewritten: how many blocks with their exchange are one operator, and of how many the exchange is hidden.
         changed: whether some pass rewrote it.
     """
 
@@ -56,7 +56,7 @@ class Piece:
     differentiable: bool = True
     exchanged: tuple[Exchanged, ...] = ()
     gathered: tuple[Kept, ...] = ()
-    hidden: int = 0
+    rewritten: Rewritten = NOTHING_REWRITTEN
     changed: bool = False
 
 
@@ -135,8 +135,8 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
 def hide(piece: Piece, _: Options) -> None:
     """Hides exchanges behind the experts, where nobody calls a backward."""
     if not piece.differentiable:
-        piece.hidden = hide_exchanges(piece.module.graph)
-        piece.changed |= piece.hidden > 0
+        piece.rewritten = hide_exchanges(piece.module.graph)
+        piece.changed |= piece.rewritten.blocks > 0
 
 
 def travel_of(options: Options) -> Travel:
@@ -165,15 +165,17 @@ def exchanges_alone(pieces: Iterable[Piece], options: Options) -> dict[int, Call
     first = 0
     for piece in pieces:
         for each in piece.exchanged:
-            found[first + each.number] = partial(_exchange_alone, each.capacity, travel_of(options), piece.hidden > 0)
+            found[first + each.number] = partial(
+                _exchange_alone, each.capacity, travel_of(options), piece.rewritten.blocks > 0
+            )
         first += len(piece.sites)
     return found
 
 
-def _exchange_alone(capacity: int, travel: Travel, hidden: bool, graph: fx.Graph) -> None:
+def _exchange_alone(capacity: int, travel: Travel, hide: bool, graph: fx.Graph) -> None:
     """Exchanges the tokens of a graph's only block, as all ranks do."""
     done, kept = exchange_tokens(graph, lambda _, __, tokens: dict.fromkeys(tokens, capacity), travel)
     if len(done) != 1 or kept:
         raise RuntimeError(f"expected one block whose tokens are exchanged, got {len(done)}; {kept}")
-    if hidden:
+    if hide:
         hide_exchanges(graph)

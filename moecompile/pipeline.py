@@ -112,7 +112,7 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Pas
     record.casts = tuple(row for piece in pieces for row in piece.casts)
     remark(record, options, modules)
     for piece in pieces:
-        remark_on_ranks(record, piece.module, piece.exchanged, piece.gathered, piece.hidden)
+        remark_on_ranks(record, piece.module, piece.exchanged, piece.gathered, piece.rewritten)
     record.after = text_of(gm)
     uncast = tuple(piece.uncast for piece in pieces if piece.uncast is not None)
     return Passed(sites, exchanges_alone(pieces, options), untouched, uncast, together)

@@ -13,6 +13,7 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Kept
 from moecompile.passes.exclusions import Exclusions, near
 from moecompile.passes.expert_parallel import Exchanged, gathers_left
+from moecompile.passes.hide import Rewritten
 from moecompile.passes.precision import modules_of
 from moecompile.passes.provenance import input_name
 from moecompile.report import GraphReport
@@ -54,15 +55,16 @@ def remark_on_wishes(record: GraphReport, options: Options, exclusions: Exclusio
 
 
 def remark_on_ranks(
-    record: GraphReport, module: fx.GraphModule, exchanged: Sequence[Exchanged], gathered: Sequence[Kept], hidden: int
-) -> None:
+    record: GraphReport, module: fx.GraphModule, exchanged: Sequence[Exchanged], gathered: Sequence[Kept],
+    rewritten: Rewritten,
+) -> None:  # fmt: skip
     """On experts that are spread over ranks: whose tokens are exchanged, how, and who gathers them instead."""
     for group, capacity in dict.fromkeys((each.group, each.capacity) for each in exchanged):
         blocks = [each.module for each in exchanged if (each.group, each.capacity) == (group, capacity)]
         words = f"{group.ranks} ranks share the experts of {listed(each or 'the function' for each in blocks)}"
         record.notes.append(f"{words}, and exchange tokens, at most {capacity} of each rank")
-    if hidden:
-        record.notes.append(f"{hidden} of {len(exchanged)} exchanges are hidden behind the experts")
+    if rewritten.hidden:
+        record.notes.append(f"{rewritten.hidden} of {len(exchanged)} exchanges are hidden behind the experts")
     for kept in gathered:
         warn(record, f"experts of {kept.module or 'the function'} are gathered from all ranks: {kept.reason}")
     for name, readers in gathers_left(module.graph).items():

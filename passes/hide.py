@@ -1,10 +1,10 @@
-"""Hide the exchange of tokens behind the experts, where nobody calls a backward.
+"""Hide the exchange of tokens behind the experts, and most of the host's work, where nobody calls a backward.
 
 Contract
 - On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
   this rank (in FP8 or not), combine.
-- The block becomes one operator, if kernels exchange its tokens, and these may be so many that there is something to
-  hide (`exchanged.hides`). That follows from what the ranks have agreed on: all rewrite it, or none.
+- The block becomes one operator, if kernels exchange its tokens. If these may be so many that there is something to
+  hide (`exchanged.hides`), it does. Both follow from what the ranks have agreed on.
 - A block of which something else reads a part stays, as does what is not exactly such a block.
 
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
@@ -16,7 +16,7 @@ Contract
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -33,8 +33,19 @@ ABOUT_GRADIENTS = ("recompute", "held", "mean_over")
 """Attributes of the experts that say nothing where there are none."""
 
 
-def hide_exchanges(graph: fx.Graph) -> int:
-    """Rewrite the graph in place; returns how many blocks were rewritten. The caller recompiles the GraphModule.
+class Rewritten(NamedTuple):
+    """Blocks that were."""
+
+    blocks: int
+    hidden: int
+    """Of these, whose exchange is hidden; the others go one step after the other."""
+
+
+NOTHING_REWRITTEN = Rewritten(0, 0)
+
+
+def hide_exchanges(graph: fx.Graph) -> Rewritten:
+    """Rewrite the graph in place; returns what was rewritten. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's; nobody calls its backward.
@@ -44,9 +55,10 @@ def hide_exchanges(graph: fx.Graph) -> int:
         for node in graph.find_nodes(op="call_function", target=ops.combine_wait.default)
         if (block := _block(node))
     ]
+    hidden = [block for block in found if block.hides()]
     for block in found:
         block.replace()
-    return len(found)
+    return Rewritten(len(found), len(hidden))
 
 
 class _Block:
@@ -114,15 +126,18 @@ class _Block:
             and back == {**there, "slot": there["slot"] + 1}
         )
 
-    def hides(self) -> bool:
-        """Whether there is anything to gain, by what all ranks know."""
+    def is_by_kernels(self) -> bool:
+        """Whether kernels exchange its tokens."""
         kwargs: Any = self.came.kwargs
         x, ids, weights = self._tokens
+        return by_kernels(x, ids, weights, kwargs["ranks"], kwargs["group"])
+
+    def hides(self) -> bool:
+        """Whether there is anything to hide, by what all ranks know."""
+        kwargs: Any = self.came.kwargs
+        _, ids, _ = self._tokens
         top_k = ids.shape[1]
-        if kwargs["ranks"] == 1 or not isinstance(top_k, int):
-            return False
-        enough = hides(kwargs["capacity"], top_k, kwargs["num_experts"])
-        return enough and by_kernels(x, ids, weights, kwargs["ranks"], kwargs["group"])
+        return isinstance(top_k, int) and hides(kwargs["ranks"], kwargs["capacity"], top_k, kwargs["num_experts"])
 
     def replace(self) -> None:
         """Puts the operator in the block's place."""
@@ -149,7 +164,7 @@ def _block(wait: fx.Node) -> _Block | None:
         block = _Block(wait)
     except _OtherError:
         return None
-    return block if block.is_whole() and block.hides() else None
+    return block if block.is_whole() and block.is_by_kernels() else None
 
 
 class _OtherError(Exception):

@@ -8,9 +8,10 @@ computes what these do, one after the other, to the bit (`moecompile.runtime.exc
     y = experts(rows, row_weights, plan(ids), w_in, w_out, ...)        or experts_fp8
     result = combine(y, came)
 
-Where moecompile's kernels exchange tokens, and tokens are many, the exchange is hidden behind the experts
-(`moecompile.runtime.hopper_exchanged`), and in FP8 it is quantised tokens that travel. All ranks have to do so or none:
-what decides is what they have agreed on.
+Where moecompile's kernels exchange tokens, all of it is launched from a program of its own: to a host that would call
+the operators one by one, few tokens' experts are as long on their way as on the device. Where tokens are many, the
+exchange is hidden behind the experts (`moecompile.runtime.hopper_exchanged`), and in FP8 it is quantised tokens that
+travel. All ranks have to do so or none: what decides is what they have agreed on.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ HIDES_FROM = 128
 are read twice then, by its own rank's tokens and by the others': with fewer, to read them is what takes the time."""
 
 
-def hides(capacity: int, top_k: int, num_experts: int) -> bool:
+def hides(ranks: int, capacity: int, top_k: int, num_experts: int) -> bool:
     """Whether an exchange of so many tokens a rank is hidden: the same answer on all ranks."""
-    return capacity * top_k >= HIDES_FROM * num_experts
+    return ranks > 1 and capacity * top_k >= HIDES_FROM * num_experts
 
 
 def exchanged_experts(
@@ -63,12 +64,12 @@ def exchanged_experts(
     """
     travel = {name: attributes.pop(name) for name in OF_EXCHANGE}
     tokens, memory = (x, expert_ids, weights, sent, home), None
-    if attributes.get("kernels") is None and hides(travel["capacity"], expert_ids.shape[1], num_experts):
+    if attributes.get("kernels") is None:
         where = travel["ranks"], travel["group"], travel["capacity"]
         memory = exchange.memory_for(*tokens[:3], *where, _bytes_back(tokens, matrices, attributes))
     call = tokens, matrices, num_experts, quantized, room, travel, attributes
-    hidden = None if memory is None else _hidden(memory, *call)
-    return _one_after_the_other(*call) if hidden is None else hidden
+    found = None if memory is None else _by_kernels(memory, *call)
+    return _one_after_the_other(*call) if found is None else found
 
 
 def _bytes_back(tokens: Tokens, matrices: Sequence[Tensor | None], attributes: dict[str, Any]) -> int:
@@ -79,12 +80,12 @@ def _bytes_back(tokens: Tokens, matrices: Sequence[Tensor | None], attributes: d
     return args.out_features * args.dtypes.result.itemsize
 
 
-def _hidden(
+def _by_kernels(
     memory: PeerMemory, tokens: Tokens, matrices: Sequence[Tensor | None], num_experts: int,
     quantized: Sequence[Tensor], room: int | None, travel: dict[str, Any], attributes: dict[str, Any],
 ) -> Tensor | None:  # fmt: skip
-    """The result, if there are kernels that hide the exchange of such tokens."""
-    from moecompile.runtime import hopper_exchanged
+    """The result, if all of it is by kernels."""
+    from moecompile.runtime import hopper_exchanged, hopper_in_turn
 
     absent = (None,) * (OF_EXPERTS - len(matrices))
     given = (*tokens, *matrices, *absent, *quantized, memory.own, memory.bases, memory.told)
@@ -96,11 +97,13 @@ def _hidden(
         Exchange(memory, travel["slot"] + way, travel["capacity"], travel["sms"], travel["patience"]) for way in (0, 1)
     )
     brought = hopper_exchanged.Brought(*tokens, num_experts, room)
-    if not hopper_exchanged.takes(brought, there, matrices, quantized, attributes):
+    few = not hides(travel["ranks"], travel["capacity"], tokens[1].shape[1], num_experts)
+    chosen = hopper_in_turn if few else hopper_exchanged
+    if not chosen.takes(brought, there, matrices, quantized, attributes):
         return None
 
     def run() -> list[Tensor]:
-        return [hopper_exchanged.forward(brought, there, back, matrices, quantized, attributes)]
+        return [chosen.forward(brought, there, back, matrices, quantized, attributes)]
 
     with exact(tokens[0]):
         return CALLS.first("exchanged_experts", given, decides, run)[0]
@@ -126,7 +129,7 @@ def _one_after_the_other(
     tokens: Tokens, matrices: Sequence[Tensor | None], num_experts: int, quantized: Sequence[Tensor],
     room: int | None, travel: dict[str, Any], attributes: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """By the operators that the pass `exchange` writes."""
+    """By the operators that the pass `exchange` writes: what the kernels do not take."""
     *_, weights, sent, home = tokens
     begun = exchange.dispatch_start(*tokens, **travel)
     rows, ids, row_weights, came = exchange.dispatch_wait(*begun, *tokens, num_experts=num_experts, **travel)  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def takes(
     here = tokens.num_experts // there.memory.ranks
     if there.memory.ranks == 1 or not hopper_routing.takes_plan(here):
         return False
-    args = _arguments(tokens, matrices, attributes, here, there.capacity)
+    args = arguments_for(tokens, matrices, attributes, here, there.capacity)
     _, most = _rows_of(tokens, there)
     if not hopper_exchange.takes(back_of(args), None, None, there.memory.ranks):
         return False
@@ -108,7 +108,7 @@ class _Forward:
         memory = there.memory
         self.tokens, self.there, self.back, self.rank = tokens, there, back, memory.rank
         self.here = tokens.num_experts // memory.ranks
-        self.args = args = _arguments(tokens, matrices, attributes, self.here, tokens.x.shape[0])
+        self.args = args = arguments_for(tokens, matrices, attributes, self.here, tokens.x.shape[0])
         self.counts = counts = _rows_of(tokens, there)
         self.products = Eight(args, counts, quantized) if quantized else Sixteen(args, counts)
         hopper_kernels.compile_together(args, False, ("exchanged", bool(quantized), *counts), self.products.instances)
@@ -214,7 +214,7 @@ class _Forward:
             hopper_routing.combine(y, slots, weights, self.args.output, sums[places])
 
 
-def _arguments(
+def arguments_for(
     tokens: Brought, matrices: Sequence[Tensor | None], attributes: dict[str, Any], here: int, count: int
 ) -> Arguments:
     """As those of the experts, for so many tokens. Of the plan, which is yet to be made, there are sizes."""

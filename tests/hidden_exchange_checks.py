@@ -73,11 +73,13 @@ def check_cached_copies(rank: int, ranks: int) -> None:
 
 
 def check_few_tokens_are_not_hidden(rank: int, ranks: int) -> None:
-    model = Model(fixed=True)
+    model, x = Model(fixed=True), tokens_of(rank, MANY - 1)
     moecompile.shard_experts(model, mesh_of(ranks))
     with torch.no_grad():
-        compiled(model)(tokens_of(rank, MANY - 1))
-    assert "exchanged_experts" not in graph_text() and "dispatch_start" in graph_text()
+        found = compiled(model)(x)
+        assert "exchanged_experts" in graph_text() and "dispatch_start" not in graph_text()
+        assert "hidden" not in str(moecompile.last_report().graphs[-1].notes)
+        assert torch.equal(found, compiled(model, disable=("hide",))(x))
 
 
 def check_nothing_is_hidden_where_there_are_gradients(rank: int, ranks: int) -> None:

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime import fp8_experts, hopper_exchange, hopper_exchanged, hopper_quantize, kernels
+from moecompile.runtime import (
+    fp8_experts,
+    hopper_exchange,
+    hopper_exchanged,
+    hopper_in_turn,
+    hopper_quantize,
+    kernels,
+)
+from moecompile.runtime.exchanged import hides
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought
 from moecompile.runtime.peer_memory import RANKS, SMS, TAKEN_AT, among_streams, room_for
@@ -40,7 +48,9 @@ class Side:
         self.quantized = [*in_, *quantize(self.matrices[1], backward=False)] if fp8 else []
         self.sent, self.home = hopper_exchange.plan(self.mine[1], experts, 2, tokens)
         self.other_sent, _ = hopper_exchange.plan(ids, experts, 2, tokens)
-        self.other_lines = Rows.of(hopper_quantize.quantize_lines(x) if fp8 else x, ids, weights)
+        many = hides(2, tokens, top_k, experts)
+        self.how = hopper_exchanged if many else hopper_in_turn
+        self.other_lines = Rows.of(hopper_quantize.quantize_lines(x) if fp8 and many else x, ids, weights)
         self.back = Rows(randn(2 * tokens, features))
         self.came = (self.sent.view(2, tokens)[1] >= 0).sum(dtype=torch.int32).expand(2).contiguous()
         self.exchanges = 0
@@ -59,11 +69,11 @@ class Side:
         self.exchanges += 1
         torch.cuda.synchronize()
 
-    def hidden(self) -> Tensor:
-        """This rank's experts with the exchange behind them."""
+    def exchanged(self) -> Tensor:
+        """This rank's experts with the exchange, behind them if there are tokens enough."""
         tokens = Brought(*self.mine, self.sent, self.home, self.experts)
         there, back = self.exchange(0, 0), self.exchange(0, 1)
-        return hopper_exchanged.forward(tokens, there, back, self.matrices, self.quantized, GATED)
+        return self.how.forward(tokens, there, back, self.matrices, self.quantized, GATED)
 
     def local(self) -> Tensor:
         """As many rows of tokens that are all here."""

@@ -9,6 +9,7 @@ one before: what fails on a rank, and leaves the others waiting until `PATIENCE`
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import time
 import traceback
@@ -39,6 +40,7 @@ def run_on_ranks(
 
 
 def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directory: str, patience: timedelta) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     checks, place = importlib.import_module(module), Path(directory)
     moecompile_ranks.PATIENCE = patience

@@ -54,8 +54,9 @@ def block(**changed: Any) -> tuple[fx.Graph, dict[str, Any]]:
         (w_out, (4, 64, 32)),
     ):
         node.meta["example_value"] = torch.empty(shape, device="meta")
+    travel = TRAVEL | {"capacity": changed.get("capacity", 1024)}
     sent, home = several(ops.exchange_plan.default, (ids,), {"num_experts": 8, "ranks": 2, "capacity": 1024}, 2)
-    there, back = {**TRAVEL, "slot": 2}, {**TRAVEL, "slot": changed.get("slot", 3)}
+    there, back = {**travel, "slot": 2}, {**travel, "slot": changed.get("slot", 3)}
     tokens = (x, ids, weights, sent, home)
     begun = several(ops.dispatch_start.default, tokens, there, 4)
     rows, row_ids, row_weights, came = several(
@@ -81,7 +82,7 @@ def block(**changed: Any) -> tuple[fx.Graph, dict[str, Any]]:
 
 def test_a_block_becomes_one_operator() -> None:
     graph, _ = block()
-    assert hide_exchanges(graph) == 1
+    assert hide_exchanges(graph) == (1, 1)
     graph.lint()
     (node,) = graph.find_nodes(op="call_function", target=ops.exchanged_experts.default)
     assert [each.name for each in node.all_input_nodes[:3]] == ["x", "ids", "weights"]
@@ -92,7 +93,7 @@ def test_a_block_becomes_one_operator() -> None:
 
 def test_room_for_few_rows_goes_along() -> None:
     graph, _ = block(within=4096)
-    assert hide_exchanges(graph) == 1
+    assert hide_exchanges(graph) == (1, 1)
     graph.lint()
     (node,) = graph.find_nodes(op="call_function", target=ops.exchanged_experts.default)
     assert node.kwargs["room"] == 4096
@@ -131,15 +132,21 @@ def halved(node: fx.Node) -> fx.Node:
 def test_what_is_not_such_a_block_stays(changed: dict[str, Any]) -> None:
     graph, _ = block(**changed)
     before = str(graph)
-    assert hide_exchanges(graph) == 0 and str(graph) == before
+    assert hide_exchanges(graph) == (0, 0) and str(graph) == before
 
 
 def test_what_collectives_carry_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hide, "by_kernels", lambda *_: False)
     graph, _ = block()
-    assert hide_exchanges(graph) == 0
+    assert hide_exchanges(graph) == (0, 0)
 
 
 def test_few_tokens_hide_nothing() -> None:
-    assert hides(4096, 8, 64) and hides(8192, 8, 128) and not hides(128, 8, 64)
-    assert hides(1024, 8, 64) and not hides(1023, 8, 64)
+    assert hides(2, 4096, 8, 64) and hides(2, 8192, 8, 128) and not hides(2, 128, 8, 64)
+    assert hides(2, 1024, 8, 64) and not hides(2, 1023, 8, 64) and not hides(1, 4096, 8, 64)
+
+
+def test_few_tokens_become_one_operator_all_the_same() -> None:
+    graph, _ = block(capacity=128)
+    assert hide_exchanges(graph) == (1, 0)
+    assert graph.find_nodes(op="call_function", target=ops.exchanged_experts.default)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moecompile.runtime import exchange, fp8_experts, hopper_exchange, hopper_exchanged, kernels
+from moecompile.runtime import exchange, fp8_experts, hopper_exchange, hopper_exchanged, hopper_in_turn, kernels
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought
 from moecompile.runtime.peer_memory import ROUGHLY, PeerMemory, among_streams, room_for
@@ -52,15 +53,19 @@ class Rank:
         """In that slot."""
         return Exchange(self.memory, slot, self.capacity, SMS, patience)
 
-    def hidden(self, tokens: Sequence[Tensor], room: int | None = None, patience: float = PATIENCE) -> Tensor:
-        """By two streams."""
+    def hidden(
+        self, tokens: Sequence[Tensor], room: int | None = None, patience: float = PATIENCE,
+        how: ModuleType = hopper_exchanged,
+    ) -> Tensor:  # fmt: skip
+        """By two streams, or by `hopper_in_turn`."""
         x, ids, weights = tokens
         sent, home = hopper_exchange.plan(ids, EXPERTS, self.memory.ranks, self.capacity)
         brought = Brought(x, ids, weights, sent, home, EXPERTS, room)
         there, back = (self.exchange(slot, patience) for slot in (0, 1))
         given = self.matrices, self.quantized, self.attributes
-        assert hopper_exchanged.takes(brought, there, *given)
-        return hopper_exchanged.forward(brought, there, back, *given)
+        assert how.takes(brought, there, *given)
+        found: Tensor = how.forward(brought, there, back, *given)
+        return found
 
     def steps(self, tokens: Sequence[Tensor]) -> Iterator[Tensor]:
         """One after the other."""
@@ -88,8 +93,9 @@ class Rank:
 
 
 def ranks_of(
-    counts: Sequence[int], attributes: dict[str, Any], fp8: bool, rooms: Sequence[int | None] = (None,)
-) -> list[Rank]:
+    counts: Sequence[int], attributes: dict[str, Any], fp8: bool, rooms: Sequence[int | None] = (None,),
+    how: ModuleType = hopper_exchanged,
+) -> list[Rank]:  # fmt: skip
     """For so many tokens of each, whose kernels have been loaded for these and with room for so many rows.
 
     To load one may wait for the device, on which one rank waits for another.
@@ -100,7 +106,7 @@ def ranks_of(
     for count in dict.fromkeys(counts):
         for room in rooms:
             for memory in among_streams(ranks, size, 0, READERS):
-                Rank(memory, capacity, attributes, fp8).hidden(brought(0, count), room, patience=0.05)
+                Rank(memory, capacity, attributes, fp8).hidden(brought(0, count), room, patience=0.05, how=how)
                 torch.cuda.synchronize()
     return [Rank(memory, capacity, attributes, fp8) for memory in among_streams(ranks, size, 0, READERS)]
 
@@ -148,15 +154,28 @@ def test_bit_for_bit(counts: list[int], attributes: dict[str, Any], dropped: flo
         compare(ranks, [brought(10 * turn + number, count, dropped) for number, count in enumerate(counts)])
 
 
-def compare(ranks: Sequence[Rank], tokens: Sequence[Sequence[Tensor]]) -> None:
-    """Three times hidden with once one step after the other."""
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("counts", "attributes"),
+    [([60, 33], GATED), ([0, 1, 7, 64], WEIGHTED), ([20, 20], BIASED), ([16, 9], WIDE), ([40], GATED)],
+    ids=["few", "four", "biases", "float32", "one rank"],
+)
+def test_one_step_after_the_other_bit_for_bit(counts: list[int], attributes: dict[str, Any], fp8: bool) -> None:
+    """Where there is nothing to hide, as one call."""
+    ranks = ranks_of(counts, attributes, fp8, how=hopper_in_turn)
+    for turn in range(3):
+        compare(ranks, [brought(10 * turn + n, count, 0.2) for n, count in enumerate(counts)], hopper_in_turn)
+
+
+def compare(ranks: Sequence[Rank], tokens: Sequence[Sequence[Tensor]], how: ModuleType = hopper_exchanged) -> None:
+    """Three times hidden, or as one call, with once one step after the other."""
     steps = [rank.steps(mine) for rank, mine in zip(ranks, tokens, strict=True)]
     for _ in range(4):
         right = together(ranks, lambda _, number: next(steps[number]))
     for rank in ranks:  # what was there before is NaN
         rank.memory.own[-4 * rank.memory.room :].fill_(0x7F)
     for _ in range(3):
-        found = together(ranks, lambda rank, number: rank.hidden(tokens[number]))
+        found = together(ranks, lambda rank, number: rank.hidden(tokens[number], how=how))
         assert not any(rank.memory.failure() for rank in ranks)
         assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
         assert not any(each.isnan().any() for each in found)

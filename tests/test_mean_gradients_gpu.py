@@ -26,10 +26,11 @@ def test_sums_are_divided(block: Block, fp8: bool) -> None:
             if name not in PARAMETERS:
                 assert torch.equal(each, right), name
             elif ranks == 4:
-                usual = right.abs() > 2.0**-100  # others may be rounded once more
+                usual = right.abs() > ranks * torch.finfo(right.dtype).tiny  # others may be rounded once more
                 assert torch.equal(each[usual], right[usual] / ranks), name
             else:
-                torch.testing.assert_close(each.double() * ranks, right.double(), rtol=2.0**-7, atol=0)
+                error = (each.double() * ranks - right.double()).norm() / right.double().norm()
+                assert float(error) < 4e-3 or not right.any(), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["alike", "turned"])

@@ -13,7 +13,13 @@ from torch import Tensor
 
 import fake_gpu
 from fake_gpu import STREAM, FakeGpu, Launched
-from moecompile.codegen.instances import ExchangeGate, ExchangeHomeOfExperts, ExchangeReceive, ExchangeSend
+from moecompile.codegen.instances import (
+    ExchangeGate,
+    ExchangeHome,
+    ExchangeHomeOfExperts,
+    ExchangeReceive,
+    ExchangeSend,
+)
 from moecompile.runtime import exchange, exchanged
 from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory, room_for
 from moecompile.runtime.remembered import CALLS
@@ -75,6 +81,12 @@ def streams(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Streams:
     return made
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> None:
+    """Tokens, which hide nothing."""
+    monkeypatch.setattr(exchanged, "hides", lambda *_: False)
+
+
 def call(dtype: torch.dtype = torch.float32, fp8: bool = False, room: int | None = None) -> dict[str, Any]:
     """Arguments of a call, with routing weights of that dtype."""
     ids = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K) % EXPERTS
@@ -117,6 +129,22 @@ def test_the_same_launches(gpu: FakeGpu, streams: Streams, dtype: torch.dtype, r
     expected = launched(gpu, streams, given)
     assert found == expected and len(found[0]) == len(first[0])
     assert found[1] == [(SIDE, STREAM), (SIDE, STREAM), (STREAM, SIDE), (STREAM, SIDE)]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("room", [None, 96])
+def test_few_tokens_take_one_stream(gpu: FakeGpu, streams: Streams, room: int | None, fp8: bool) -> None:
+    """And are remembered likewise: one step after the other, of kernels alone."""
+    first, waits = launched(gpu, streams, call(fp8=fp8, room=room))
+    exchanging = [type(each.instance) for each in first if type(each.instance).__name__.startswith("Exchange")]
+    assert exchanging == [ExchangeSend, ExchangeReceive, ExchangeSend, ExchangeHome]
+    assert {each.stream for each in first} == {STREAM} and all(each.early for each in first) and not waits
+    remembered, given = len(CALLS), call(fp8=fp8, room=room)
+    found, _ = launched(gpu, streams, given)
+    assert len(CALLS) == remembered > 0, "the second call was taken for a new one"
+    CALLS.clear()
+    assert found == launched(gpu, streams, given)[0]
 
 
 def test_what_runs_where(gpu: FakeGpu, streams: Streams) -> None:

@@ -32,6 +32,7 @@ from moecompile import pieces
 from moecompile.agreement import DisagreementError
 from moecompile.passes import expert_parallel, fuse
 from moecompile.passes.detect import detect
+from moecompile.passes.hide import Rewritten
 from moecompile.passes.site import Detection, Site
 from moecompile.report import GraphReport
 from token_exchange_models import Exchanging
@@ -89,7 +90,7 @@ def emitted_wrongly(graph: fx.Graph, site: Site) -> fx.Node:
     return node
 
 
-def hidden_wrongly(graph: fx.Graph) -> int:
+def hidden_wrongly(graph: fx.Graph) -> Rewritten:
     """As the pass `hide` writes blocks, but for their activation."""
     found = HIDE(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.exchanged_experts.default):
