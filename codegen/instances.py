@@ -292,18 +292,24 @@ class ExchangeReceive:
 
     Attributes:
         ids: dtype of the expert ids of the latter, one of IDS.
+        stay: whether rows stay where they came, and only what belongs to their experts is taken.
     """
 
     ids: str
+    stay: bool = False
 
     header: ClassVar[str] = "exchange_receive.cuh"
-    name: ClassVar[str] = "moecompile_exchange_receive"
     definitions: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """What profilers call it."""
+        return f"moecompile_exchange_{'take' if self.stay else 'receive'}"
 
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("ExchangeReceive", IDS[self.ids])
+        return instantiation("ExchangeReceive", IDS[self.ids], self.stay)
 
 
 @dataclass(frozen=True)

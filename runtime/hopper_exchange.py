@@ -275,7 +275,7 @@ def take(
         own: offsets (E,) and slots (T, K) of a plan of this rank's own assignments to experts of its own.
         multiple: of each expert's rows there the first so many times that many are left out: they have no expert here.
     """
-    kernel, (offsets, slots) = load(ExchangeReceive(rows.id_type), rows.values.device.index), own
+    kernel, (offsets, slots) = load(ExchangeReceive(rows.id_type, stay=True), rows.values.device.index), own
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, None, *into, came, slots, offsets,
         multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],

@@ -41,8 +41,8 @@ from moecompile.runtime.hopper_tiles import ROWS
 from moecompile.runtime.launch import Value, wait_for
 
 PAIRS_FROM = 4 * ROWS
-"""Rows of an expert's own, on average, from which it is whole pairs of tiles that do not wait, and not whole tiles: 4 %
-faster in FP8 (docs/perf.md)."""
+"""Rows of an expert's own, on average, from which in FP8 it is whole pairs of tiles that do not wait, not whole tiles
+(docs/perf.md)."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class _Forward:
             tokens.ids, self.here, first=self.rank * self.here, among=tokens.num_experts
         )  # fmt: skip
         source = (lines.values, None, None, 0, 0, lines.line_bytes // 16, 0, self._scales_at, 0)
-        multiple = 2 * ROWS if tokens.ids.numel() >= PAIRS_FROM * tokens.num_experts else ROWS
+        pairs = isinstance(self.products, Eight) and tokens.ids.numel() >= PAIRS_FROM * tokens.num_experts
+        multiple = 2 * ROWS if pairs else ROWS
         return self._part(0, planned, hopper_experts._weights(self.args), source, multiple)
 
     def _others(self, lines: Rows, own: Part, came: Tensor, slots: Tensor) -> Part:

@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 from torch.multiprocessing.reductions import reduce_tensor
 
-from moecompile.runtime import peer_memory
+from moecompile.runtime import peer_memory, sharded
 from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory
 from moecompile.runtime.sharded import process_group
 
@@ -66,6 +66,15 @@ def meet() -> None:
         return PeerMemory(own, bases, rank, room, peer_memory._word(), held=held)
 
     peer_memory.among_devices = among_processes
+    sharded.gather_experts = _gathered_by_the_host
+
+
+def _gathered_by_the_host(local: torch.Tensor, *, ranks: int, group: str, mean: bool) -> torch.Tensor:
+    """As NCCL would: gloo gathers nothing of a GPU's."""
+    mine = local.cpu()
+    parts = [torch.empty_like(mine) for _ in range(ranks)]
+    distributed.all_gather(parts, mine, process_group(group))
+    return torch.cat(parts).to(local.device)
 
 
 def _rebuilt(note: bytes) -> torch.Tensor:

@@ -156,7 +156,7 @@ TAKEN = [
 WITHOUT_PRODUCTS = [
     *map(ExchangePlan, IDS),
     *SENDING,
-    *map(ExchangeReceive, IDS),
+    *(ExchangeReceive(ids, stay) for ids in IDS for stay in (False, True)),
     *(ExchangeHome(rows, weights) for rows, weights in product(RESULTS, RESULTS)),
     ExchangeGate(),
     *(ExchangeHomeOfExperts("bfloat16", rows, "mul(out, weight)", ids) for rows, ids in product(RESULTS, IDS)),
