@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime.derivatives import differentiates
+from moecompile.runtime import exchanged
+from moecompile.runtime.derivatives import are_plain, differentiates
 from moecompile.runtime.exchange import by_kernels
 
 Attributes = dict[str, Any]
@@ -195,12 +196,13 @@ def exchanged_experts(*args: Any, **attributes: Any) -> Tensor:
     Raises:
         RuntimeError: one is asked for.
     """
-    tensors = [each for each in (*args, *attributes.get("quantized", ())) if isinstance(each, Tensor)]
-    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+    tensors = (*args, *attributes.get("quantized", ()))
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
         raise RuntimeError(
             "moecompile::exchanged_experts has no derivative: the graph was compiled for inference, under "
             "torch.no_grad(). Compile the model with gradients enabled, or disable the pass `hide`"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        found: Tensor = torch.ops.moecompile.exchanged_experts(*args, **attributes)
+        run = exchanged.exchanged_experts if are_plain(tensors) else torch.ops.moecompile.exchanged_experts
+        found: Tensor = run(*args, **attributes)
     return found
