@@ -18,6 +18,7 @@ from moecompile import cache
 from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes.decompose import decompose
+from moecompile.passes.dispatch_again import dispatch_again
 from moecompile.passes.printer import input_names
 from moecompile.passes.recast import Counts, recast
 from moecompile.report import GraphReport, discard
@@ -55,12 +56,15 @@ def _lower(
         setattr(record, kind, text_of(graph_module, collapse=True, inputs=inputs))
         record.log_artifacts()
 
-    kept: list[str] = []  # what is said of transposed copies
+    kept: list[str] = []  # what is said of what forward and backward hold
 
-    def divide(graph: fx.Graph) -> None:
-        kept.extend(_of_copies(recast(graph)))
+    def change(graph: fx.Graph) -> None:
+        if options.fp8_recast_weights:
+            kept.extend(_of_copies(recast(graph)))
+        if options.ep_dispatch_again:
+            kept.extend(_of_dispatches(dispatch_again(graph)))
 
-    joint = divide if options.fp8_recast_weights else None
+    joint = change if options.fp8_recast_weights or options.ep_dispatch_again else None
     if options.lowering == "eager":
         compiled = eager(gm, example_inputs, seen=note, joint=joint)
         record.notes += kept
@@ -78,8 +82,8 @@ def _lower(
     patches = cache.salted(patches, salt, joint)
     compiled = inductor(gm, example_inputs, patches=patches, seen=note_and_store, name=name)
     record.cached = "miss" if record.forward else "hit"
-    for text in kept:
-        sidecar.write("kept", text)
+    if kept:
+        sidecar.write("kept", "; ".join(kept))
     if record.cached == "hit":
         remembered = sidecar.read()
         kept = [remembered["kept"]] if "kept" in remembered else []
@@ -101,6 +105,11 @@ def _of_copies(found: Counts) -> list[str]:
     return [
         f"fp8_recast_weights: the transposed copies of {which} are held for the backward; docs/options.md says of which"
     ]
+
+
+def _of_dispatches(blocks: int) -> list[str]:
+    """What is said of tokens that are dispatched twice."""
+    return [f"ep_dispatch_again: of {blocks} blocks the backward has tokens dispatched again"] if blocks else []
 
 
 def _refuse_ahead_of_time(patches: Mapping[str, Any]) -> None:

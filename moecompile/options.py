@@ -146,6 +146,12 @@ class Options:
         "the backward needs is as large. More give the exchange up: results are NaN on all ranks, and the next step of "
         f"an optimizer raises an error with the number. There is always room for {ROWS_AT_LEAST}",
     )
+    ep_dispatch_again: bool = _option(
+        False,
+        "the backward has tokens dispatched once more instead of keeping those that came from all ranks, which are as "
+        "many as ranks times `ep_capacity`: less memory, a third more bytes between ranks; every rank has to give the "
+        "same",
+    )
     ep_sms: int | Literal["auto"] = _option(
         "auto",
         "multiprocessors that send tokens to the ranks which share experts, where moecompile's kernels do it; every "

@@ -99,9 +99,9 @@ ASKED = (
     "fp8_scale_format",
     "fp8_compare",
     "verify",
+    "ep_dispatch_again",
 )
-"""Options that decide what travels between ranks in inference, how it is read, and whether graphs are run to compile
-them."""
+"""Options that decide what travels between ranks, how it is read, and whether graphs are run to compile them."""
 
 
 def exchange(piece: Piece, options: Options) -> None:

@@ -207,6 +207,21 @@ def fake_came_within(came: Tensor, counts: Tensor, *, room: int) -> Tensor:
     return torch.empty_like(came)
 
 
+def after(what: Tensor, done: Tensor) -> Tensor:
+    """A copy of a small tensor, which is there when `done` is: what reads it comes after that in any order of a graph.
+
+    Args:
+        what: integers.
+        done: anything.
+    """
+    return what.clone()
+
+
+def fake_after(what: Tensor, done: Tensor) -> Tensor:
+    """Its shape."""
+    return torch.empty_like(what)
+
+
 def combine_start(
     y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
     capacity: int, slot: int, sms: int, patience: float,

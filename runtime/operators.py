@@ -20,6 +20,7 @@
     dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights, came) has
     combine_start(y, weights, came, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) has
     came_within(came, counts, room) -> came
+    after(what, done) -> what
     exchanged_experts(x, expert_ids, weights, sent, home, w_in, w_out, ...) -> result
     gather_experts(local, ranks, group, mean) -> whole
     scatter_gradient(grad, ranks, group, mean) -> local
@@ -141,6 +142,7 @@ SCHEMAS = (
     f"combine_wait(Tensor back, Tensor of_weights, Tensor token, Tensor y, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
     "-> (Tensor result, Tensor weights)",
     "came_within(Tensor came, Tensor counts, *, int room) -> Tensor",
+    "after(Tensor what, Tensor done) -> Tensor",
     f"exchanged_experts({EXCHANGED}, {FORMAT}, int num_experts, {EXCHANGE}, Tensor[] quantized) -> Tensor",
     "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
     "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",
@@ -158,7 +160,15 @@ ROOMS = {
         "experts_fp8_backward_adding",
     ),
     "linear_fp8": ("quantize", "quantize_gradient", "along_tokens", "scaled_mm", "linear_fp8"),
-    "exchange": ("exchange_plan", "dispatch_start", "dispatch_wait", "came_within", "combine_start", "combine_wait"),
+    "exchange": (
+        "exchange_plan",
+        "dispatch_start",
+        "dispatch_wait",
+        "came_within",
+        "combine_start",
+        "combine_wait",
+        "after",
+    ),
     "exchanged": ("exchanged_experts",),
     "sharded": ("gather_experts", "scatter_gradient", "own_experts", "among_others"),
 }
@@ -172,8 +182,8 @@ ABOVE = {
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""
-INTEGERS = ("plan", "count_experts", "exchange_plan", "came_within")
-"""Operators that take and give nothing else, and have none."""
+INTEGERS = ("plan", "count_experts", "exchange_plan", "came_within", "after")
+"""Operators that give nothing else, and have none."""
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:

@@ -50,6 +50,7 @@ def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Mo
     found = results(compiled(model, **options), model, inputs[rank])
     (graph,) = moecompile.last_report().graphs
     assert "dispatch_start" in graph.after and "gather_experts" not in graph.after
+    assert ("dispatched again" in str(graph.notes)) == ("ep_dispatch_again" in options)
     assert peer_memory._memories, "no kernel has exchanged anything"
     every = []
     for x in inputs:
@@ -76,6 +77,13 @@ def check_inductor(rank: int, ranks: int) -> None:
 
 def check_fp8(rank: int, ranks: int) -> None:
     compare(rank, ranks, [256] * ranks, 6e-2, Model(HIDDEN, INNER, fixed=True).cuda(), precision="fp8")
+
+
+def check_dispatched_again(rank: int, ranks: int) -> None:
+    """In the backward, with the same outcome."""
+    counts, options = [256 - 30 * each for each in range(ranks)], {"ep_dispatch_again": True}
+    compare(rank, ranks, counts, 1.5e-2, Model(HIDDEN, INNER, fixed=True).cuda(), **options)
+    compare(rank, ranks, counts, 6e-2, Model(HIDDEN, INNER, fixed=True).cuda(), precision="fp8", **options)
 
 
 def check_a_rank_without_tokens(rank: int, ranks: int) -> None:

@@ -46,6 +46,7 @@ def test_defaults():
         "verify": None,
         "ep_capacity": None,
         "ep_rows": 2.0,
+        "ep_dispatch_again": False,
         "ep_sms": "auto",
         "ep_patience": 300.0,
         "disable": (),

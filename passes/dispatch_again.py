@@ -1,0 +1,132 @@
+"""Dispatch tokens in the backward once more, so that the rows that came from all ranks are not held until then.
+
+Contract
+- On entry the graph is AOTAutograd's of forward and backward together, not divided yet. A graph without a backward
+  stays as it is.
+- A backward of experts that reads rows which a dispatch brought reads the same rows of a dispatch of its own: of rows
+  alone, for what else came is small, and kept. In FP8 they are quantised again, with the same outcome.
+- That dispatch waits for the gradient (`moecompile::after`), so that it is part of the backward; then every exchange
+  of its slot that the backward begins earlier has ended.
+- All ranks rewrite the same blocks, since they have agreed on what is exchanged and on the option.
+- Where a region is checkpointed, nothing of it is held, and it stays.
+
+    rows, ids, row_weights, came = dispatch_wait(*dispatch_start(x, expert_ids, weights, sent, home), ...)
+    ... = experts_backward(grad, hidden, rows, ...)
+        becomes
+    sent_again = after(sent, grad)
+    again, _, _, _ = dispatch_wait(*dispatch_start(x, None, None, sent_again, home), x, None, None, sent_again, home)
+    ... = experts_backward(grad, hidden, again, ...)
+
+What is held of a block is then x, (T, H), which its router has mostly kept anyway, in place of (R * capacity, H).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import fake_of
+from moecompile.passes.casts import call_for
+
+ops, aten = torch.ops.moecompile, torch.ops.aten
+BACKWARDS = (ops.experts_backward.default, ops.experts_backward_adding.default)
+BACKWARDS_FP8 = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
+ROWS = 2
+"""Where the former have the rows among their arguments."""
+SAVED, QUANTIZED = 1, 2
+"""Where the latter have what was saved, and how many of it, the first ones, are the rows, quantised."""
+SAME = (aten.detach.default, aten.alias.default)
+
+
+def dispatch_again(graph: fx.Graph) -> int:
+    """Rewrite the graph in place; returns of how many blocks tokens are dispatched again. The caller recompiles."""
+    done = 0
+    for target in (*BACKWARDS, *BACKWARDS_FP8):
+        for node in graph.find_nodes(op="call_function", target=target):
+            rows = _rows_of(node)
+            wait = _wait_of(rows)
+            if wait is None or "recompute" in wait.meta:
+                continue
+            with graph.inserting_before(node):
+                again = _dispatched(node, wait)
+                if target in BACKWARDS:
+                    node.update_arg(ROWS, again)
+                else:
+                    _quantized_again(node, again)
+            done += 1
+    return done
+
+
+def _rows_of(backward: fx.Node) -> Any:
+    """The rows that a backward of experts reads, quantised or not."""
+    args: Any = backward.args
+    if backward.target in BACKWARDS:
+        return args[ROWS]
+    values = _seen(args[SAVED][0])
+    saved = _taken_from(values, 0)
+    forward = _taken_from(saved, 1)
+    return forward.args[0] if _calls(forward, ops.experts_fp8_forward.default) else None
+
+
+def _wait_of(rows: Any) -> fx.Node | None:
+    """The dispatch that brought them, if one did."""
+    found = _taken_from(_seen(rows), 0)
+    return found if _calls(found, ops.dispatch_wait.default) else None
+
+
+def _taken_from(node: Any, number: int) -> Any:
+    """What the node is the result of that number of."""
+    taken = isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == number
+    return _seen(node.args[0]) if taken else None
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is target
+
+
+def _seen(node: Any) -> Any:
+    """What it is another name of."""
+    while isinstance(node, fx.Node) and node.target in SAME:
+        node = node.args[0]
+    return node
+
+
+def _dispatched(backward: fx.Node, wait: fx.Node) -> fx.Node:
+    """The rows once more, when the gradient is there."""
+    args: Any = wait.args
+    x, sent, home, grad = args[4], args[7], args[8], backward.args[0]
+    travel = {name: value for name, value in wait.kwargs.items() if name != "num_experts"}
+    later = _call(backward, ops.after.default, (sent, grad), {})
+    tokens = (x, None, None, later, home)
+    begun = _parts(backward, ops.dispatch_start.default, tokens, travel)
+    return _parts(backward, ops.dispatch_wait.default, (*begun, *tokens), dict(wait.kwargs))[0]
+
+
+def _quantized_again(backward: fx.Node, rows: fx.Node) -> None:
+    """Gives the backward what its forward saved of the rows."""
+    how = {name: value for name, value in backward.kwargs.items() if name == "scale_format"}
+    args: Any = backward.args
+    made = _parts(backward, ops.quantize.default, (rows,), how)
+    backward.update_arg(SAVED, [*made, *args[SAVED][QUANTIZED:]])
+
+
+def _parts(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.Node]:
+    """The results of an operator that has several."""
+    call = _call(node, target, args, kwargs)
+    parts = [call_for(node, operator.getitem, (call, number), {}) for number in range(len(call.meta["val"]))]
+    for part, value in zip(parts, call.meta["val"], strict=True):
+        part.meta["val"] = value
+    return parts
+
+
+def _call(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """With its example value."""
+    made = call_for(node, target, args, kwargs)
+    fakes: Any = fx.node.map_arg(args, fake_of)
+    first: Any = fakes[0]
+    with first.fake_mode:
+        made.meta["val"] = target(*fakes, **kwargs)
+    return made
