@@ -20,6 +20,7 @@ from moecompile.options import Options
 from moecompile.passes.decompose import decompose
 from moecompile.passes.dispatch_again import dispatch_again
 from moecompile.passes.printer import input_names
+from moecompile.passes.quantized_travel import let_rows_travel_quantized
 from moecompile.passes.recast import Counts, recast
 from moecompile.report import GraphReport, discard
 
@@ -59,12 +60,14 @@ def _lower(
     kept: list[str] = []  # what is said of what forward and backward hold
 
     def change(graph: fx.Graph) -> None:
+        if options.precision == "fp8":
+            let_rows_travel_quantized(graph)
         if options.fp8_recast_weights:
             kept.extend(_of_copies(recast(graph)))
         if options.ep_dispatch_again:
             kept.extend(_of_dispatches(dispatch_again(graph)))
 
-    joint = change if options.fp8_recast_weights or options.ep_dispatch_again else None
+    joint = change if options.precision == "fp8" or options.ep_dispatch_again else None
     if options.lowering == "eager":
         compiled = eager(gm, example_inputs, seen=note, joint=joint)
         record.notes += kept

@@ -30,14 +30,14 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for
+from moecompile.passes.named_arguments import argument, calls_of, give, operator_of
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 ops, aten = torch.ops.moecompile, torch.ops.aten
 BACKWARDS = (ops.experts_backward.default, ops.experts_backward_adding.default)
 BACKWARDS_FP8 = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
-ROWS = 2
-"""Where the former have the rows among their arguments."""
-SAVED, QUANTIZED = 1, 2
-"""Where the latter have what was saved, and how many of it, the first ones, are the rows, quantised."""
+QUANTIZED = 2
+"""Of what the latter are given as saved, how many, the first ones, are the rows, quantised."""
 SAME = (aten.detach.default, aten.alias.default)
 
 
@@ -45,7 +45,7 @@ def dispatch_again(graph: fx.Graph) -> int:
     """Rewrite the graph in place; returns of how many blocks tokens are dispatched again. The caller recompiles."""
     done = 0
     for target in (*BACKWARDS, *BACKWARDS_FP8):
-        for node in graph.find_nodes(op="call_function", target=target):
+        for node in calls_of(graph, target):
             rows = _rows_of(node)
             wait = _wait_of(rows)
             if wait is None or "recompute" in wait.meta:
@@ -53,7 +53,7 @@ def dispatch_again(graph: fx.Graph) -> int:
             with graph.inserting_before(node):
                 again = _dispatched(node, wait)
                 if target in BACKWARDS:
-                    node.update_arg(ROWS, again)
+                    give(node, "x", again)
                 else:
                     _quantized_again(node, again)
             done += 1
@@ -62,13 +62,15 @@ def dispatch_again(graph: fx.Graph) -> int:
 
 def _rows_of(backward: fx.Node) -> Any:
     """The rows that a backward of experts reads, quantised or not."""
-    args: Any = backward.args
-    if backward.target in BACKWARDS:
-        return args[ROWS]
-    values = _seen(args[SAVED][0])
-    saved = _taken_from(values, 0)
-    forward = _taken_from(saved, 1)
+    if operator_of(backward) in BACKWARDS:
+        return argument(backward, "x")
+    forward = _forward_of(backward)
     return forward.args[0] if _calls(forward, ops.experts_fp8_forward.default) else None
+
+
+def _forward_of(backward: fx.Node) -> Any:
+    """What has saved what a backward in FP8 is given."""
+    return _taken_from(_taken_from(_seen(argument(backward, "saved")[0]), 0), 1)
 
 
 def _wait_of(rows: Any) -> fx.Node | None:
@@ -97,7 +99,7 @@ def _seen(node: Any) -> Any:
 def _dispatched(backward: fx.Node, wait: fx.Node) -> fx.Node:
     """The rows once more, when the gradient is there."""
     args: Any = wait.args
-    x, sent, home, grad = args[4], args[7], args[8], backward.args[0]
+    x, sent, home, grad = args[4], args[7], args[8], argument(backward, "grad")
     travel = {name: value for name, value in wait.kwargs.items() if name != "num_experts"}
     later = _call(backward, ops.after.default, (sent, grad), {})
     tokens = (x, None, None, later, home)
@@ -106,11 +108,14 @@ def _dispatched(backward: fx.Node, wait: fx.Node) -> fx.Node:
 
 
 def _quantized_again(backward: fx.Node, rows: fx.Node) -> None:
-    """Gives the backward what its forward saved of the rows."""
-    how = {name: value for name, value in backward.kwargs.items() if name == "scale_format"}
-    args: Any = backward.args
-    made = _parts(backward, ops.quantize.default, (rows,), how)
-    backward.update_arg(SAVED, [*made, *args[SAVED][QUANTIZED:]])
+    """Gives the backward what its forward saved of the rows, which may have travelled in FP8."""
+    saved, scales = argument(backward, "saved"), argument(backward, "scale_format")
+    if argument(_forward_of(backward), "lines"):
+        made = _parts(backward, ops.from_lines.default, (rows,), {"features": fake_of(saved[0]).shape[1]})
+    else:
+        how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
+        made = _parts(backward, ops.quantize.default, (rows,), how)
+    give(backward, "saved", [*made, *saved[QUANTIZED:]])
 
 
 def _parts(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.Node]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.contract import GATE_UP, Arguments, expect_shape, weighting
+from moecompile.runtime.lines import check_lines
 from moecompile.runtime.quantize import BLOCK, DTYPES, E4M3, SCALE_FORMATS, blocks_in, pad, padded_width
 
 GEMM_DTYPES = (torch.bfloat16, torch.float16)
@@ -165,9 +166,18 @@ def kept_copies(quantized: Sequence[Tensor], first: bool) -> list[Tensor]:
     return [*of_in, *turned_in, *(each.new_empty(0) for each in quantized[4:6]), *quantized[6:]]
 
 
-def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor]) -> Saved:
-    """The record of `saved`; raises ValueError or TypeError unless it and the result's gradient fit the arguments."""
-    expect_shape("experts_fp8_backward", grad, "grad", (args.x.shape[0], args.out_features), "(tokens, features)")
+def check_fp8_backward(args: Arguments, grad: Tensor, saved: Sequence[Tensor], lines: bool = False) -> Saved:
+    """The record of `saved`; raises ValueError or TypeError unless it and the result's gradient fit the arguments.
+
+    That is quantised if it is `lines`.
+    """
+    if lines:
+        check_lines("experts_fp8_backward", "grad", grad, args.out_features)
+        if args.b_out is not None:
+            words = "lines hold the gradient in FP8 alone, and that of b_out is a sum of what it was before"
+            raise _error("experts_fp8_backward", ValueError, f"{words}; pass the gradient itself")
+    shape = (args.x.shape[0], grad.shape[1] if lines else args.out_features)
+    expect_shape("experts_fp8_backward", grad, "grad", shape, "(tokens, features)")
     if grad.dtype not in DTYPES:
         words = f"grad must be bfloat16, float16 or float32, got {grad.dtype}; cast it first"
         raise _error("experts_fp8_backward", TypeError, words)

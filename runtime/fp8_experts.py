@@ -28,6 +28,7 @@ from moecompile.runtime.fp8_contract import (
     saved_specs,
 )
 from moecompile.runtime.kernels import ABSENT, needed
+from moecompile.runtime.lines import check_lines, from_lines
 from moecompile.runtime.quantize import POWER_OF_TWO
 from moecompile.runtime.remembered import CALLS
 
@@ -91,30 +92,46 @@ def fake_experts_fp8(*args: Any, quantized: Sequence[Tensor], **attributes: Any)
     return arguments.x.new_empty((arguments.x.shape[0], arguments.out_features), dtype=arguments.dtypes.result)
 
 
-def experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
+def experts_fp8_forward(
+    *args: Any, quantized: Sequence[Tensor], lines: bool = False, **attributes: Any
+) -> tuple[Tensor, Parts]:
     """The result, and x and the hidden rows in FP8, which backward needs."""
     x: Tensor = args[0]
-    fused, given = _hopper(x.device), _given(args, quantized)
-    known = None if fused is None else CALLS.again("experts_fp8_forward", given, attributes)
+    fused, given, decides = _hopper(x.device), _given(args, quantized), attributes | {"lines": lines}
+    known = None if fused is None else CALLS.again("experts_fp8_forward", given, decides)
     if known is not None:
         return known[0], known[1:]
-    arguments = Arguments(*args, **attributes)
+    arguments = _of_forward(args, attributes, lines)
     copies = check_fp8(arguments, quantized)
     with exact(x):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
 
         def run() -> Parts:
-            result, saved = chosen.forward(arguments, copies, save=True)
+            tokens = from_lines(x, features=arguments.features) if lines else None
+            result, saved = chosen.forward(arguments, copies, save=True, tokens=tokens)
             return [result, *saved]
 
-        made = CALLS.first("experts_fp8_forward", given, attributes, run) if chosen is fused else run()
+        made = CALLS.first("experts_fp8_forward", given, decides, run) if chosen is fused else run()
     return made[0], made[1:]
 
 
-def fake_experts_fp8_forward(*args: Any, quantized: Sequence[Tensor], **attributes: Any) -> tuple[Tensor, Parts]:
+def fake_experts_fp8_forward(
+    *args: Any, quantized: Sequence[Tensor], lines: bool = False, **attributes: Any
+) -> tuple[Tensor, Parts]:
     """Shapes and dtypes of the result and what is saved."""
-    result, arguments = fake_experts_fp8(*args, quantized=quantized, **attributes), Arguments(*args, **attributes)
+    arguments, x = _of_forward(args, attributes, lines), args[0]
+    check_fp8(arguments, quantized)
+    result = x.new_empty((x.shape[0], arguments.out_features), dtype=arguments.dtypes.result)
     return result, _empty(result, saved_specs(arguments))
+
+
+def _of_forward(args: Sequence[Any], attributes: dict[str, Any], lines: bool) -> Arguments:
+    """The record of a forward, which has no x if it is given lines."""
+    if not lines:
+        return Arguments(*args, **attributes)
+    arguments = Arguments.without_x(*args[1:], **attributes)
+    check_lines("experts_fp8_forward", "x", args[0], arguments.features)
+    return arguments
 
 
 def experts_fp8_backward(*args: Any, **attributes: Any) -> Parts:
@@ -137,10 +154,11 @@ def _backward(
     *args: Any,
     quantized: Sequence[Tensor],
     needs: Sequence[bool],
+    lines: bool = False,
     **attributes: Any,
 ) -> Parts:
     main = main_gradients.split(attributes)
-    fused, decides = _hopper(grad.device), attributes | {"needs": tuple(needs)}
+    fused, decides = _hopper(grad.device), attributes | {"needs": tuple(needs), "lines": lines}
     given = (grad, *_given((None, *args), quantized), *saved, *map(main.get, main_gradients.MATRICES))
     known = None if fused is None else CALLS.again(operator, given, decides)
     if known is not None:
@@ -148,7 +166,7 @@ def _backward(
     arguments = Arguments.without_x(*args, **attributes)
     copies = check_fp8(arguments, quantized, backward=True, kept=True)
     names = needed(arguments, needs, operator, main)
-    kept = check_fp8_backward(arguments, grad, saved)
+    kept = check_fp8_backward(arguments, grad, saved, lines)
     main_gradients.check(arguments, main, operator)
     with exact(grad):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
@@ -157,7 +175,8 @@ def _backward(
 
         def run() -> Parts:
             wanted, more = frozenset((*names, *others)), {"main": added} if added else {}
-            grads: dict[str, Tensor] = chosen.backward(arguments, copies, grad, kept, wanted, **more)
+            tokens = from_lines(grad, features=arguments.out_features) if lines else None
+            grads: dict[str, Tensor] = chosen.backward(arguments, copies, grad, kept, wanted, of_tokens=tokens, **more)
             main_gradients.add(others, grads)
             return [grads[name] for name in names]
 
@@ -184,13 +203,14 @@ def _fake_backward(
     *args: Any,
     quantized: Sequence[Tensor],
     needs: Sequence[bool],
+    lines: bool = False,
     **attributes: Any,
 ) -> Parts:
     main = main_gradients.split(attributes)
     arguments = Arguments.without_x(*args, **attributes)
     check_fp8(arguments, quantized, backward=True, kept=True)
     names = needed(arguments, needs, operator, main)
-    check_fp8_backward(arguments, grad, saved)
+    check_fp8_backward(arguments, grad, saved, lines)
     main_gradients.check(arguments, main, operator)
     like = [getattr(arguments, name) for name in names]
     return [

@@ -58,10 +58,12 @@ from moecompile.runtime.quantize import (
 from moecompile.runtime.reference import joined, rows_for
 
 
-def forward(args: Arguments, quantized: Quantized, save: bool) -> tuple[Tensor, Saved | None]:
-    """The result (T, H2) and, to save, x and GEMM1's rows in FP8."""
+def forward(
+    args: Arguments, quantized: Quantized, save: bool, tokens: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Saved | None]:
+    """The result (T, H2) and, to save, x and GEMM1's rows in FP8; `tokens` are x, where that is quantised already."""
     rows, dtype = rows_for(args), args.dtypes.hidden
-    x_q = quantize(args.x, ALONG_FEATURES, args.scale_format)
+    x_q = tokens or quantize(args.x, ALONG_FEATURES, args.scale_format)
     hidden = _gemm1(args, quantized, rows, x_q)
     weight = None if args.weights is None else rows.weight(args.weights)
     a = evaluate(args.activation, _leaves(args, hidden.to(torch.float32), weight)).to(dtype)
@@ -87,20 +89,25 @@ def _quantized_rows(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    args: Arguments, quantized: Quantized, grad: Tensor, saved: Saved, needs: Collection[str]
-) -> dict[str, Tensor]:
-    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2); x has no values in args."""
-    return means(args, _Backward(args, quantized, grad, saved, needs).run(), PARAMETERS)
+    args: Arguments, quantized: Quantized, grad: Tensor, saved: Saved, needs: Collection[str],
+    of_tokens: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gradients of the arguments named in `needs`, for the result's gradient (T, H2); x has no values in args.
+
+    `of_tokens` are that gradient, where it is quantised already: then nobody reads `grad`.
+    """
+    return means(args, _Backward(args, quantized, grad, saved, needs, of_tokens).run(), PARAMETERS)
 
 
 class _Backward:
     """One backward. What several gradients share is computed when the first of them asks for it."""
 
     def __init__(
-        self, args: Arguments, quantized: Quantized, grad: Tensor, saved: Saved, needs: Collection[str]
-    ) -> None:
+        self, args: Arguments, quantized: Quantized, grad: Tensor, saved: Saved, needs: Collection[str],
+        of_tokens: tuple[Tensor, Tensor] | None,
+    ) -> None:  # fmt: skip
         self.args, self.quantized, self.saved, self.needs = args, quantized, saved, needs
-        self.grad = grad.to(args.dtypes.activation)
+        self.grad, self.of_tokens = grad.to(args.dtypes.activation), of_tokens
         self.rows = rows_for(args)
         self.count = self.rows.assignments.shape[0]
         if args.recompute:
@@ -189,7 +196,7 @@ class _Backward:
     @cached_property
     def of_result_q(self) -> tuple[Tensor, Tensor]:
         """The rows of the result's gradient (R, H2), quantised for each token: values in float32, scales."""
-        values, scales = quantize(self.grad, ALONG_FEATURES, self.args.scale_format)
+        values, scales = self.of_tokens or quantize(self.grad, ALONG_FEATURES, self.args.scale_format)
         return self.rows.gather(values.to(torch.float32)), self.rows.gather(scales)
 
     @cached_property

@@ -31,6 +31,8 @@ from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.quantize import BLOCK, E4M3, POWER_OF_TWO, blocks_in, pad
 from moecompile.runtime.reference import joined
 
+Tokens = tuple[Tensor, Tensor]
+"""Values (T, F) e4m3, and scales (T, ceil(F / 128)) float32, contiguous."""
 quantize_weights = hopper_quantize.quantize_weights
 takes_weights = hopper_quantize.takes_weights
 
@@ -45,22 +47,29 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
     return hopper_rules.takes(args, rules, "experts in FP8 are emulated with PyTorch's operators, which is slow")
 
 
-def forward(args: Arguments, quantized: Sequence[Tensor], save: bool) -> tuple[Tensor, list[Tensor] | None]:
-    """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved."""
-    hopper_kernels.compile_together(args, save, "fp8", partial(hopper_kernels.of_experts_in_fp8, args, save))
+def forward(
+    args: Arguments, quantized: Sequence[Tensor], save: bool, tokens: Tokens | None = None
+) -> tuple[Tensor, list[Tensor] | None]:
+    """The result (T, H2), and tokens and GEMM1's rows with their scales if they are to be saved.
+
+    Where tokens are given, which are quantised already, x has no values.
+    """
+    named = partial(hopper_kernels.of_experts_in_fp8, args, save, lines=tokens is not None)
+    hopper_kernels.compile_together(args, save, ("fp8", tokens is not None), named)
     w_in, _, w_out, _ = _matrices(quantized)
-    x = _lines(args.x)
-    beside = hopper_routing.is_beside(args.rows, args.features, 1)
-    tokens = _room_for(x) if save or beside else None
+    x = _lines(args.x) if tokens is None else args.w_in
+    beside = tokens is not None or hopper_routing.is_beside(args.rows, args.features, 1)
     rows = QuantizedRows.empty(x, args.rows, args.features)
-    hopper_quantize.quantize_rows(x, args.slots.contiguous(), None if beside else rows, tokens, args.scale_format)
+    if tokens is None:
+        tokens = _room_for(x) if save or beside else None
+        hopper_quantize.quantize_rows(x, args.slots.contiguous(), None if beside else rows, tokens, args.scale_format)
     hidden = QuantizedRows.empty(x, args.saved_rows, w_in.values.shape[1]) if save else None
     a = _gemm1(args, w_in, rows, None if args.recompute else hidden, tokens if beside else None)
     del rows
     y = x.new_empty(args.rows, args.out_features)
     hopper_fp8_gemm.product(a, w_out, args.offsets, y, None if args.b_out is None else _lines(args.b_out), early=True)
     del a
-    result = x.new_empty(x.shape[0], args.out_features, dtype=args.dtypes.result)
+    result = x.new_empty(args.x.shape[0], args.out_features, dtype=args.dtypes.result)
     hopper_routing.combine(y, args.slots.contiguous(), _weights(args), args.output, result)
     saved = [*tokens, hidden.values, hidden.scales] if tokens is not None and hidden is not None else None
     return result, saved
@@ -95,16 +104,19 @@ def _hidden_rows(args: Arguments, w_in: Matrices, tokens: tuple[Tensor, Tensor])
 
 def backward(
     args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str],
-    main: Mapping[str, Tensor] = NONE,
+    main: Mapping[str, Tensor] = NONE, of_tokens: Tokens | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2).
 
-    Those of the matrices named in `main` are added to its tensors, float32.
+    Those of the matrices named in `main` are added to its tensors, float32. `of_tokens` is the gradient, where it is
+    quantised already: then nobody reads `grad`.
     """
     if main:
         kind = ("fp8 adding", *((name, each.stride()) for name, each in main.items()))
         hopper_kernels.compile_together(args, True, kind, partial(hopper_kernels.of_adding_in_fp8, args, main))
-    return _Backward(args, quantized, grad, saved, needs, main).run()
+    if of_tokens is not None:
+        hopper_kernels.compile_together(args, True, "of lines", partial(hopper_kernels.of_gradients_in_lines, args))
+    return _Backward(args, quantized, grad, saved, needs, main, of_tokens).run()
 
 
 class _Backward:
@@ -112,9 +124,10 @@ class _Backward:
 
     def __init__(
         self, args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str],
-        main: Mapping[str, Tensor],
+        main: Mapping[str, Tensor], of_tokens: Tokens | None,
     ) -> None:  # fmt: skip
         self.args, self.needs, self.main, self.found = args, needs | main.keys(), main, dict[str, Tensor]()
+        self.of_tokens = of_tokens
         form = weighting(args.output)
         assert form is not None
         self.scales = _scales(args, form)
@@ -131,9 +144,11 @@ class _Backward:
         """From the result's gradient to the tokens'; what is not needed any more is freed on the way."""
         args, grad = self.args, self.grad
         of_y = QuantizedRows.empty(grad, args.rows, args.out_features)
-        beside = hopper_routing.is_beside(args.rows, args.out_features, 1)
-        of_tokens = _room_for(grad) if beside or "w_out" in self.needs else None
-        hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens, args.scale_format)
+        of_tokens, self.of_tokens = self.of_tokens, None
+        beside = of_tokens is not None or hopper_routing.is_beside(args.rows, args.out_features, 1)
+        if of_tokens is None:
+            of_tokens = _room_for(grad) if beside or "w_out" in self.needs else None
+            hopper_quantize.quantize_rows(grad, self.slots, None if beside else of_y, of_tokens, args.scale_format)
         dispatching = Dispatching.of(*of_tokens, args.order, self.top_k) if beside and of_tokens is not None else None
         of_hidden, scaled, parts = hopper_fp8_gemm.activation_backward(
             of_y, self.w_out, args.activation, args.offsets, args.intermediate, self.hidden, args.order,

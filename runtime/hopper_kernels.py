@@ -84,13 +84,14 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     return found
 
 
-def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
-    """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too."""
+def of_experts_in_fp8(args: Arguments, train: bool, lines: bool = False) -> list[Instance]:
+    """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too. GEMM1 always dispatches `lines`."""
     gate_up, biased = "single" if args.gate_up == "single" else "halves", args.b_in is not None
     result, saves, scales = dtype_name(args.dtypes.result), _saves(args, train), args.scale_format
     beside, back_beside = (
         hopper_routing.is_beside(args.rows, columns, 1) for columns in (args.features, args.out_features)
     )
+    beside |= lines
     again = train and args.recompute  # what is computed again is always dispatched beside
     found: list[Instance] = [
         QuantizeRows("bfloat16", scales),
@@ -122,6 +123,13 @@ def of_experts_in_fp8(args: Arguments, train: bool) -> list[Instance]:
             *_collecting(args),
         ]
     return found
+
+
+def of_gradients_in_lines(args: Arguments) -> list[Instance]:
+    """The one that dispatches them, and no fewer than many rows."""
+    gate_up = "single" if args.gate_up == "single" else "halves"
+    how = args.activation, gate_up, _scales_output(args), True, args.scale_format
+    return [hopper_fp8_gemm.backward_instance(*how)]
 
 
 def of_adding(args: Arguments) -> list[Instance]:

@@ -13,13 +13,15 @@
     scaled_mm(a, a_scales, b, b_scales, bias, out_features, dtype) -> result
     linear_fp8(x, weight, bias, values, scales, quantized) -> result
     experts_fp8(the arguments of experts, quantized) -> result
-    experts_fp8_forward(the same) -> (result, saved)
-    experts_fp8_backward(grad, saved, the same but x, needs) -> the needed gradients
+    experts_fp8_forward(the same, lines) -> (result, saved)
+    experts_fp8_backward(grad, saved, the same but x, needs, lines) -> the needed gradients
     experts_fp8_backward_adding(the same, main gradients) -> likewise
     exchange_plan(expert_ids, num_experts, ranks, capacity) -> (sent, home)
     dispatch_start(x, expert_ids, weights, sent, home, ...) -> what dispatch_wait(...) -> (rows, ids, weights, came) has
     combine_start(y, weights, came, ...) -> what combine_wait(..., sent, home, ...) -> (result, weights) has
     came_within(came, counts, room) -> came
+    to_lines(x) -> lines
+    from_lines(lines, features) -> (values, scales)
     after(what, done) -> what
     exchanged_experts(x, expert_ids, weights, sent, home, w_in, w_out, ...) -> result
     gather_experts(local, ranks, group, mean) -> whole
@@ -68,6 +70,7 @@ Shapes, for T tokens of H features, K experts a token, E experts of inner size I
     saved: x and hidden rows in e4m3 with scales for 1x128 (`moecompile.runtime.fp8_contract`)
     scale_format: of the scales of what forward products and the gradients of rows read, "power_of_two" or "float32";
         of along_tokens that of its argument. The gradients of matrices read powers of two
+    lines: whether x, or the gradient, are lines of `to_lines` (`moecompile.runtime.lines`): rows that have travelled
     kernels: None (moecompile's own where the device has them) or "reference" (PyTorch's)
     recompute: whether the backward computes the hidden rows again instead of getting them
     mean_over: what the gradients of matrices and biases are divided by: they are sums over tokens of so many ranks,
@@ -128,10 +131,13 @@ SCHEMAS = (
     "ScalarType dtype, str? kernels=None) -> Tensor",
     f"linear_fp8({LINEAR}, *, {FORMAT}, str? kernels=None) -> Tensor",
     f"experts_fp8({FP8}, Tensor[] quantized, {MAIN}, bool held=False) -> Tensor",
-    f"experts_fp8_forward({FP8}, Tensor[] quantized) -> (Tensor out, Tensor[] saved)",
-    f"experts_fp8_backward(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs) -> Tensor[]",
+    f"experts_fp8_forward({FP8}, Tensor[] quantized, bool lines=False) -> (Tensor out, Tensor[] saved)",
+    f"experts_fp8_backward(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs, "
+    "bool lines=False) -> Tensor[]",
     f"experts_fp8_backward_adding(Tensor grad, Tensor[] saved, {FP8_WITHOUT_X}, Tensor[] quantized, bool[] needs, "
-    f"{ADDED_TO}) -> {ALL}",
+    f"{ADDED_TO}, bool lines=False) -> {ALL}",
+    f"to_lines(Tensor x, *, {FORMAT}) -> Tensor",
+    "from_lines(Tensor lines, *, int features) -> (Tensor values, Tensor scales)",
     "exchange_plan(Tensor expert_ids, *, int num_experts, int ranks, int capacity) -> (Tensor sent, Tensor home)",
     f"dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
     "-> (Tensor rows, Tensor ids, Tensor weights, Tensor token)",
@@ -170,6 +176,7 @@ ROOMS = {
         "after",
     ),
     "exchanged": ("exchanged_experts",),
+    "lines": ("to_lines", "from_lines"),
     "sharded": ("gather_experts", "scatter_gradient", "own_experts", "among_others"),
 }
 """The module that computes an operator, and its fake."""
@@ -182,8 +189,8 @@ ABOVE = {
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""
-INTEGERS = ("plan", "count_experts", "exchange_plan", "came_within", "after")
-"""Operators that give nothing else, and have none."""
+WITHOUT = ("plan", "count_experts", "exchange_plan", "came_within", "after", "to_lines", "from_lines")
+"""Operators that have none: they give integers, or are in AOTAutograd's graphs alone."""
 
 
 def _late(module: str, function: str) -> Callable[..., Any]:
@@ -207,7 +214,7 @@ for _room, _names in ROOMS.items():
         library.impl(_name, _late(_room, _name), "CompositeExplicitAutograd")
         library.impl(_name, _late("derivatives", "batched"), "FuncTorchBatched")
         torch.library.register_fake(f"moecompile::{_name}", _late(_room, f"fake_{_name}"), lib=library)
-        if _name not in INTEGERS:
+        if _name not in WITHOUT:
             library.impl(_name, _late(ABOVE[_room], _name), "Autograd")
 
 # A view, which autograd and functionalization have to see: they get what it is made of.

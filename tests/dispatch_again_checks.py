@@ -74,6 +74,7 @@ def check_main_gradients(rank: int, ranks: int) -> None:
             each.main_grad = torch.zeros(each.to_local().shape)
         run = compiled(model, ep_capacity=CAPACITY, main_grad=True, ep_dispatch_again=again)
         run(x).float().pow(2).sum().backward()
+        assert ("dispatched again" in str(moecompile.last_report().graphs[-1].notes)) == again
         found.append([each.main_grad for each in sharded])
     assert all(bool(one.any()) and torch.equal(one, other) for one, other in zip(*found, strict=True))
 

@@ -1,0 +1,102 @@
+"""Let rows that are multiplied in FP8 travel between ranks in FP8, at half the bytes.
+
+Contract
+- On entry the graph is AOTAutograd's of forward and backward together, not divided yet. A graph without experts in FP8,
+  or without an exchange, stays as it is.
+- Rows that a dispatch brings to `experts_fp8_forward`, which quantises them, and gradients that one brings to
+  `experts_fp8_backward`, which does so too, are quantised before they are sent. Each row is quantised by itself, so the
+  results are the same, to the bit.
+- Who else reads what came reads numbers: then it stays. So does what activation checkpointing lays down where it runs,
+  and a gradient that biases of the second products are summed of.
+- All ranks rewrite the same blocks: they have agreed on what is exchanged, and on the options that decide what is cast.
+
+    rows, ids, weights, came = dispatch_wait(*dispatch_start(x, expert_ids, w, sent, home), x, ...)
+    out, saved = experts_fp8_forward(rows, ...)
+        becomes
+    lines = to_lines(x)
+    rows, ids, weights, came = dispatch_wait(*dispatch_start(lines, expert_ids, w, sent, home), lines, ...)
+    out, saved = experts_fp8_forward(rows, ..., lines=True)
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moecompile.passes.aliases import fake_of
+from moecompile.passes.casts import call_for
+from moecompile.passes.named_arguments import argument, calls_of, give, operator_of
+from moecompile.runtime import lines
+from moecompile.runtime.quantize import POWER_OF_TWO
+
+ops = torch.ops.moecompile
+FORWARD = ops.experts_fp8_forward.default
+BACKWARDS = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
+X_OF_WAIT = 4
+"""Where `dispatch_wait` is given again what is sent, or, with collectives in a backward, what is in flight."""
+
+
+def let_rows_travel_quantized(graph: fx.Graph) -> int:
+    """Rewrite the graph in place; returns how many dispatches there are in FP8. The caller recompiles."""
+    done = 0
+    for target in (FORWARD, *BACKWARDS):
+        for reader in calls_of(graph, target):
+            wait = _wait_of(reader)
+            if wait is not None:
+                _quantize(wait, reader)
+                done += 1
+    return done
+
+
+def _wait_of(reader: fx.Node) -> fx.Node | None:
+    """The dispatch that brings what the experts quantise, if nobody else reads that."""
+    rows = argument(reader, _travelling(reader))
+    if rows.target is not operator.getitem or rows.args[1] != 0 or set(rows.users) != {reader}:
+        return None
+    wait: Any = rows.args[0]
+    if wait.target is not ops.dispatch_wait.default or "recompute" in wait.meta or "recompute" in reader.meta:
+        return None
+    start: Any = wait.args[0].args[0]
+    if start.target is not ops.dispatch_start.default or wait.args[X_OF_WAIT] not in (start.args[0], wait.args[0]):
+        return None
+    x = fake_of(start.args[0])
+    biased = operator_of(reader) in BACKWARDS and argument(reader, "b_out") is not None
+    alike = x.dtype == fake_of(argument(reader, "w_in")).dtype and x.dtype in lines.DTYPES and lines.takes(x.shape[1])
+    return wait if alike and not biased else None
+
+
+def _travelling(reader: fx.Node) -> str:
+    """Which of its arguments it quantises."""
+    return "x" if operator_of(reader) is FORWARD else "grad"
+
+
+def _quantize(wait: fx.Node, reader: fx.Node) -> None:
+    """Has them sent as lines, and read so."""
+    handle: Any = wait.args[0]
+    start = handle.args[0]
+    x = start.args[0]
+    scales = argument(reader, "scale_format")
+    how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
+    with start.graph.inserting_before(start):
+        made = call_for(start, ops.to_lines.default, (x,), how)
+    made.meta["val"] = _run(made)
+    if wait.args[X_OF_WAIT] is x:
+        wait.update_arg(X_OF_WAIT, made)
+    start.update_arg(0, made)
+    for node in (start, wait):
+        node.meta.pop("eager_input_vals", None)
+        node.meta["val"] = _run(node)
+        for part in node.users:
+            part.meta["val"] = node.meta["val"][part.args[1]]
+    give(reader, "lines", True)
+
+
+def _run(node: fx.Node) -> Any:
+    """The example value of what it computes."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_of)
+    first: Any = next(each for each in args if isinstance(each, torch.Tensor))
+    with first.fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
