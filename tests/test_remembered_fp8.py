@@ -314,3 +314,29 @@ def test_nothing_remembered_keeps_tensors_alive(gpu: FakeGpu) -> None:
     given.clear()
     gc.collect()
     assert not any(reference() is not None for reference in alive)
+
+
+@pytest.mark.parametrize("form", ["halves", "separate", "single"])
+def test_rows_that_have_travelled(form: str, gpu: FakeGpu) -> None:
+    """Forward and backward of lines quantise nothing, dispatch what came, and are remembered as others are."""
+
+    def step() -> list[list[Launched]]:
+        arguments = call(form) | {"b_in": None, "b_up": None, "b_out": None}
+        attributes = {name: value for name, value in arguments.items() if name not in TENSORS}
+        x, *rest = (arguments[name] for name in TENSORS)
+        gpu.taken()
+        _, saved = ops.experts_fp8_forward(ops.to_lines(x), *rest, **attributes, lines=True)
+        forward, needs = gpu.taken(), [True, True, True, True, form == "separate", False, False, False]
+        grad = ops.to_lines(torch.randn(TOKENS, HIDDEN).bfloat16())
+        ops.experts_fp8_backward(grad, saved, *rest, **attributes, needs=needs, lines=True)
+        return [forward, gpu.taken()]
+
+    first = step()
+    remembered = len(CALLS)
+    found = step()
+    assert len(CALLS) == remembered == 2, "the second calls were taken for new ones"
+    for one, other in zip(first, found, strict=True):
+        assert [each.instance for each in one] == [each.instance for each in other]
+        products = [each.instance for each in other if isinstance(each.instance, GroupedGemm)]
+        assert products[0].dispatches and {*products} <= gpu.announced, "compiled one by one"
+        assert not any(isinstance(each.instance, QuantizeRows) for each in other)
