@@ -1,4 +1,4 @@
-"""Rows that travel in FP8 on a Hopper GPU: lines are the bits of `quantize`, and experts given lines compute the same."""
+"""Rows that travel in FP8 on a Hopper GPU: lines are the bits of `quantize`, and experts compute the same of them."""
 
 from __future__ import annotations
 
