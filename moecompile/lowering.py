@@ -112,7 +112,7 @@ def _of_copies(found: Counts) -> list[str]:
 
 def _of_dispatches(blocks: int) -> list[str]:
     """What is said of tokens that are dispatched twice."""
-    return [f"ep_dispatch_again: of {blocks} blocks the backward has tokens dispatched again"] if blocks else []
+    return [f"ep_dispatch_again: the backward has tokens dispatched again, {blocks} times"] if blocks else []
 
 
 def _refuse_ahead_of_time(patches: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moecompile
-from expert_parallel_models import Block, Model, close, compiled, mesh_of, results, tokens_of
+from expert_parallel_models import Block, close, compiled, mesh_of, results, tokens_of
 from moecompile import lowering
 from moecompile.report import GraphReport
 
@@ -52,29 +52,30 @@ def compare(rank: int, ranks: int, model: nn.Module, expected: tuple[int, int], 
 
 
 def check_same_numbers(rank: int, ranks: int) -> None:
-    compare(rank, ranks, Model(WIDE, 128), (2, 2))
+    compare(rank, ranks, Block(WIDE, 128), (1, 1))
 
 
 def check_float32_scales(rank: int, ranks: int) -> None:
-    compare(rank, ranks, Model(WIDE, 128), (2, 2), fp8_scale_format="float32")
+    compare(rank, ranks, Block(WIDE, 128), (1, 1), fp8_scale_format="float32")
 
 
 def check_recompute(rank: int, ranks: int) -> None:
-    compare(rank, ranks, Model(WIDE, 128), (2, 2), recompute=True)
+    compare(rank, ranks, Block(WIDE, 128), (1, 1), recompute=True)
 
 
 def check_under_inductor(rank: int, ranks: int) -> None:
-    model, x = Model(WIDE, 128, fixed=True), tokens_of(rank, 6 + 5 * rank, hidden=WIDE)
+    """And what is dispatched again."""
+    model, x = Block(WIDE, 128), tokens_of(rank, 6 + 5 * rank, hidden=WIDE)
     moecompile.shard_experts(model, mesh_of(ranks))
     right, _ = step(model, x)
-    found, graph = step(model, x, lowering="inductor")
-    assert lines_of(graph) == (2, 2)
+    found, graph = step(model, x, lowering="inductor", ep_dispatch_again=True)
+    assert lines_of(graph) == (1, 1) and str(graph.backward).count("dispatch_start") == 2
     close(found, right, 6e-2)
 
 
 def check_main_gradients(rank: int, ranks: int) -> None:
     """Backwards that add to them read lines, too."""
-    model, x = Model(WIDE, 128), tokens_of(rank, 6 + 5 * rank, hidden=WIDE)
+    model, x = Block(WIDE, 128), tokens_of(rank, 6 + 5 * rank, hidden=WIDE)
     moecompile.shard_experts(model, mesh_of(ranks))
     sharded: list[Any] = [each for name, each in model.named_parameters() if "w_" in name]
     found = []
@@ -84,7 +85,7 @@ def check_main_gradients(rank: int, ranks: int) -> None:
             each.main_grad = torch.zeros(each.to_local().shape)
         with as_they_are(wanted):
             compiled(model, precision="fp8", main_grad=True)(x).float().pow(2).sum().backward()
-        assert lines_of(moecompile.last_report().graphs[-1]) == ((0, 0) if wanted else (2, 2))
+        assert lines_of(moecompile.last_report().graphs[-1]) == ((0, 0) if wanted else (1, 1))
         found.append([each.main_grad for each in sharded])
     assert all(bool(one.any()) and torch.equal(one, other) for one, other in zip(*found, strict=True))
 

@@ -58,14 +58,9 @@ def test_the_same_numbers(name: str) -> None:
     assert_same_numbers(name, "eager")
 
 
-@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe"))
-def test_the_same_numbers_compiled(name: str) -> None:
-    assert_same_numbers(name, "inductor")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", known_to_transformers("deepseek_v3"))
-def test_the_same_numbers_of_many_operations_compiled(name: str) -> None:
+@pytest.mark.parametrize("name", known_to_transformers("qwen3_moe", "deepseek_v3"))
+def test_the_same_numbers_compiled(name: str) -> None:
     assert_same_numbers(name, "inductor")
 
 

@@ -7,7 +7,7 @@ import torch
 
 import dispatch_again_checks
 import moecompile
-from expert_parallel_models import Model, compiled, results, tokens_of
+from expert_parallel_models import Block, compiled, results, tokens_of
 from ranks_in_processes import checks_of, run_on_ranks
 
 CHECKS = checks_of(dispatch_again_checks)
@@ -26,7 +26,7 @@ def test_together(found: dict[str, str], name: str) -> None:
 
 def test_nothing_is_dispatched_on_one_device() -> None:
     torch.manual_seed(0)
-    model, x = Model(), tokens_of(0, 12)
+    model, x = Block(), tokens_of(0, 12)
     right = [each.clone() for each in results(compiled(model), model, x)]
     again = results(compiled(model, ep_dispatch_again=True), model, x)
     assert all(torch.equal(one, other) for one, other in zip(again, right, strict=True))

@@ -20,18 +20,26 @@ OF_FOUR = (
 )
 
 
-@pytest.fixture(scope="module", params=[(2, CHECKS), (4, OF_FOUR)], ids=["2 ranks", "4 ranks"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each check came to: one group of processes runs them all."""
-    ranks, names = request.param
-    return run_on_ranks(ranks, expert_parallel_checks.__name__, names, tmp_path_factory.mktemp("ranks"))
+    return run_on_ranks(2, expert_parallel_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same of four ranks."""
+    return run_on_ranks(4, expert_parallel_checks.__name__, OF_FOUR, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_together(results: dict[str, str], name: str) -> None:
-    if name not in results:
-        pytest.skip("4 ranks: with -m slow")
-    assert not results[name], results[name]
+def test_together(of_two: dict[str, str], name: str) -> None:
+    assert not of_two[name], of_two[name]
+
+
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_together(of_four: dict[str, str], name: str) -> None:
+    assert not of_four[name], of_four[name]
 
 
 @pytest.mark.slow
