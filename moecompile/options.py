@@ -149,8 +149,8 @@ class Options:
     ep_dispatch_again: bool = _option(
         False,
         "the backward has tokens dispatched once more instead of keeping those that came from all ranks, which are as "
-        "many as ranks times `ep_capacity`: less memory, a quarter more bytes between ranks; every rank has to give the "
-        "same",
+        "many as ranks times `ep_capacity`: less memory, a quarter more bytes between ranks; every rank has to give "
+        "the same",
     )
     ep_sms: int | Literal["auto"] = _option(
         "auto",
