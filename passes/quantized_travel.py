@@ -35,8 +35,9 @@ from moecompile.runtime.quantize import POWER_OF_TWO
 ops = torch.ops.moecompile
 FORWARD = ops.experts_fp8_forward.default
 BACKWARDS = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
-X_OF_WAIT = 4
-"""Where `dispatch_wait` is given again what is sent, or, with collectives in a backward, what is in flight."""
+TOKEN_OF_WAIT, X_OF_WAIT = 3, 4
+"""Where `dispatch_wait` is given the token of its start, and again what is sent; in a backward with collectives that is
+what is in flight, and with kernels what is in flight is what is sent."""
 
 
 def let_rows_travel_quantized(graph: fx.Graph) -> int:
@@ -59,13 +60,22 @@ def _wait_of(reader: fx.Node) -> fx.Node | None:
     wait: Any = rows.args[0]
     if wait.target is not ops.dispatch_wait.default or "recompute" in wait.meta or "recompute" in reader.meta:
         return None
-    start: Any = wait.args[0].args[0]
-    if start.target is not ops.dispatch_start.default or wait.args[X_OF_WAIT] not in (start.args[0], wait.args[0]):
+    if argument(reader, "lines"):
         return None
-    x = fake_of(start.args[0])
+    start = _start_of(wait)
+    if start is None or wait.args[X_OF_WAIT] not in (start.args[0], wait.args[0]):
+        return None
+    x = fake_of(start.args[0])  # type: ignore[arg-type]
     biased = operator_of(reader) in BACKWARDS and argument(reader, "b_out") is not None
     alike = x.dtype == fake_of(argument(reader, "w_in")).dtype and x.dtype in lines.DTYPES and lines.takes(x.shape[1])
     return wait if alike and not biased else None
+
+
+def _start_of(wait: fx.Node) -> fx.Node | None:
+    """What has begun the exchange, as its token says; what else the wait is given of it may be what was sent."""
+    token: Any = wait.args[TOKEN_OF_WAIT]
+    start: Any = token.args[0] if token.target is operator.getitem else None
+    return start if start is not None and start.target is ops.dispatch_start.default else None
 
 
 def _travelling(reader: fx.Node) -> str:
@@ -75,18 +85,16 @@ def _travelling(reader: fx.Node) -> str:
 
 def _quantize(wait: fx.Node, reader: fx.Node) -> None:
     """Has them sent as lines, and read so."""
-    handle: Any = wait.args[0]
-    start = handle.args[0]
-    x = start.args[0]
+    start = _start_of(wait)
+    assert start is not None
+    x: Any = start.args[0]
     scales = argument(reader, "scale_format")
     how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
     with start.graph.inserting_before(start):
         made = call_for(start, ops.to_lines.default, (x,), how)
     made.meta["val"] = _run(made)
-    if wait.args[X_OF_WAIT] is x:
-        wait.update_arg(X_OF_WAIT, made)
-    start.update_arg(0, made)
     for node in (start, wait):
+        node.args = tuple(made if each is x else each for each in node.args)
         node.meta.pop("eager_input_vals", None)
         node.meta["val"] = _run(node)
         for part in node.users:
