@@ -38,9 +38,9 @@ ROWS = (
     ),
     Row(
         '`mode="reduce-overhead"`, `"max-autotune"` (CUDA graphs)',
-        PARTLY,
-        "on CPUs there are no CUDA graphs, and all is as without them. On GPUs they have checks, of inference and "
-        "training by moecompile's own kernels, which have not been run yet; over NCCL they have none",
+        YES,
+        "inference and training, where moecompile's own kernels exchange tokens; over NCCL nobody has checked. On CPUs "
+        "there are no CUDA graphs, and all is as without them",
         (
             "compile_mode_checks.check_reduced_overhead",
             "compile_mode_process_checks.check_reduced_overhead",
