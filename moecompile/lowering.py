@@ -16,6 +16,7 @@ from torch import fx
 
 from moecompile import cache
 from moecompile.bodies import text_of
+from moecompile.exchange_order import keep_exchanges
 from moecompile.options import Options
 from moecompile.passes.decompose import decompose
 from moecompile.passes.dispatch_again import dispatch_again
@@ -151,6 +152,7 @@ def inductor(
             graph_module.recompile()
         return compile_fx_inner(graph_module, inputs, **settings)
 
+    keep_exchanges()
     region: dict[str, Any] = {"compile_region_name": name} if name is not None and _NAMED_REGIONS else {}
     compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
     return compiled

@@ -185,12 +185,16 @@ class _Block:
 
     def __init__(self, graph: fx.Graph, node: fx.Node, number: int) -> None:
         self._graph, self._node, self._number = graph, node, number
-        self._given: dict[str, Any] = {**dict(zip(TENSORS, node.args, strict=False)), **node.kwargs}
         self._sharded = {name: gather_of(each) for name in MATRICES if (each := self._given.get(name)) is not None}
         gathers = [gather for gather in self._sharded.values() if gather is not None]
         self.groups = {_group_of(gather) for gather in gathers}
         self.name, self.module = " ".join(map(_name_of, gathers)), module_of(node)
         self.tokens = fake_of(self._given["x"]).shape[0]
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Its arguments, by name: what another block gives changes when that is rewritten."""
+        return {**dict(zip(TENSORS, self._node.args, strict=False)), **self._node.kwargs}
 
     def obstacle(self) -> str:
         """Why tokens cannot be exchanged, if they cannot."""
