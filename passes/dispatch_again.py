@@ -5,8 +5,8 @@ Contract
   stays as it is.
 - A backward of experts that reads rows which a dispatch brought reads the same rows of a dispatch of its own: of rows
   alone, for what else came is small, and kept. In FP8 they are quantised again, with the same outcome.
-- That dispatch waits for the gradient (`moecompile::after`), so that it is part of the backward; then every exchange
-  of its slot that the backward begins earlier has ended.
+- That dispatch waits for the gradient (`moecompile::after`), so that it is part of the backward. Exchanges keep the
+  graph's order (moecompile/exchange_order.py): where one is under way in its slot, the block stays as it is.
 - All ranks rewrite the same blocks, since they have agreed on what is exchanged and on the option.
 - Where a region is checkpointed, nothing of it is held, and it stays.
 
@@ -36,6 +36,8 @@ from moecompile.runtime.quantize import POWER_OF_TWO
 ops, aten = torch.ops.moecompile, torch.ops.aten
 BACKWARDS = (ops.experts_backward.default, ops.experts_backward_adding.default)
 BACKWARDS_FP8 = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
+STARTS = (ops.dispatch_start.default, ops.combine_start.default)
+WAITS = (ops.dispatch_wait.default, ops.combine_wait.default)
 QUANTIZED = 2
 """Of what the latter are given as saved, how many, the first ones, are the rows, quantised."""
 SAME = (aten.detach.default, aten.alias.default)
@@ -48,7 +50,7 @@ def dispatch_again(graph: fx.Graph) -> int:
         for node in calls_of(graph, target):
             rows = _rows_of(node)
             wait = _wait_of(rows)
-            if wait is None or "recompute" in wait.meta:
+            if wait is None or "recompute" in wait.meta or wait.kwargs["slot"] in _under_way(graph, node):
                 continue
             with graph.inserting_before(node):
                 again = _dispatched(node, wait)
@@ -58,6 +60,19 @@ def dispatch_again(graph: fx.Graph) -> int:
                     _quantized_again(node, again)
             done += 1
     return done
+
+
+def _under_way(graph: fx.Graph, before: fx.Node) -> set[Any]:
+    """Slots of exchanges that have begun before that node, and not ended."""
+    found = set[Any]()
+    for node in graph.nodes:
+        if node is before:
+            return found
+        if node.target in STARTS:
+            found.add(node.kwargs["slot"])
+        elif node.target in WAITS:
+            found.discard(node.kwargs["slot"])
+    return found
 
 
 def _rows_of(backward: fx.Node) -> Any:

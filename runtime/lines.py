@@ -43,7 +43,9 @@ def to_lines(x: Tensor, *, scale_format: str = POWER_OF_TWO) -> Tensor:
     if _has_kernels(x):
         from moecompile.runtime import hopper_quantize
 
-        return hopper_quantize.quantize_lines(x.contiguous(), scale_format).view(torch.bfloat16)
+        x = x.contiguous()
+        x = x.clone() if x.data_ptr() % 16 else x  # as the kernels read it
+        return hopper_quantize.quantize_lines(x, scale_format).view(torch.bfloat16)
     values, scales = quantize(x, ALONG_FEATURES, scale_format)
     features, lines = x.shape[1], x.new_zeros((x.shape[0], 2 * width(x.shape[1])), dtype=torch.uint8)
     lines[:, :features] = values.view(torch.uint8)

@@ -122,6 +122,17 @@ def test_tokens_are_dispatched_again(fp8: bool, lines: bool) -> None:
     assert later.target is ops.after.default and later.args[0] is first.args[3]
 
 
+def test_a_slot_that_is_taken_is_left_alone() -> None:
+    """By an exchange that has begun before the backward of the experts, and ends after it."""
+    graph = traced(fp8=False)
+    (backward,) = calls(graph, ops.experts_backward.default)
+    grad: Any = backward.args[0]
+    start = calls(graph, ops.dispatch_start.default)[0]
+    with graph.inserting_before(backward):
+        graph.call_function(ops.dispatch_start.default, (grad, None, None, *start.args[3:]), dict(start.kwargs))
+    assert dispatch_again(graph) == 0
+
+
 def test_nothing_is_rewritten_where_nothing_is_exchanged() -> None:
     graph = fx.Graph()
     graph.output((graph.placeholder("x"),))
