@@ -29,8 +29,7 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import call_for
-from moecompile.passes.named_arguments import argument, calls_of, give, operator_of
+from moecompile.passes.joint_graph import argument, call, calls_of, give, operator_of, parts
 from moecompile.runtime.quantize import POWER_OF_TWO
 
 ops, aten = torch.ops.moecompile, torch.ops.aten
@@ -116,37 +115,18 @@ def _dispatched(backward: fx.Node, wait: fx.Node) -> fx.Node:
     args: Any = wait.args
     x, sent, home, grad = args[4], args[7], args[8], argument(backward, "grad")
     travel = {name: value for name, value in wait.kwargs.items() if name != "num_experts"}
-    later = _call(backward, ops.after.default, (sent, grad), {})
+    later = call(backward, ops.after.default, (sent, grad), {})
     tokens = (x, None, None, later, home)
-    begun = _parts(backward, ops.dispatch_start.default, tokens, travel)
-    return _parts(backward, ops.dispatch_wait.default, (*begun, *tokens), dict(wait.kwargs))[0]
+    begun = parts(backward, ops.dispatch_start.default, tokens, travel)
+    return parts(backward, ops.dispatch_wait.default, (*begun, *tokens), dict(wait.kwargs))[0]
 
 
 def _quantized_again(backward: fx.Node, rows: fx.Node) -> None:
     """Gives the backward what its forward saved of the rows, which may have travelled in FP8."""
     saved, scales = argument(backward, "saved"), argument(backward, "scale_format")
     if argument(_forward_of(backward), "lines"):
-        made = _parts(backward, ops.from_lines.default, (rows,), {"features": fake_of(saved[0]).shape[1]})
+        made = parts(backward, ops.from_lines.default, (rows,), {"features": fake_of(saved[0]).shape[1]})
     else:
         how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
-        made = _parts(backward, ops.quantize.default, (rows,), how)
+        made = parts(backward, ops.quantize.default, (rows,), how)
     give(backward, "saved", [*made, *saved[QUANTIZED:]])
-
-
-def _parts(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.Node]:
-    """The results of an operator that has several."""
-    call = _call(node, target, args, kwargs)
-    parts = [call_for(node, operator.getitem, (call, number), {}) for number in range(len(call.meta["val"]))]
-    for part, value in zip(parts, call.meta["val"], strict=True):
-        part.meta["val"] = value
-    return parts
-
-
-def _call(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """With its example value."""
-    made = call_for(node, target, args, kwargs)
-    fakes: Any = fx.node.map_arg(args, fake_of)
-    first: Any = fakes[0]
-    with first.fake_mode:
-        made.meta["val"] = target(*fakes, **kwargs)
-    return made

@@ -27,8 +27,7 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import call_for
-from moecompile.passes.named_arguments import argument, calls_of, give, operator_of
+from moecompile.passes.joint_graph import argument, call, calls_of, forget_how_it_was_traced, give, operator_of
 from moecompile.runtime import lines
 from moecompile.runtime.quantize import POWER_OF_TWO
 
@@ -91,20 +90,8 @@ def _quantize(wait: fx.Node, reader: fx.Node) -> None:
     scales = argument(reader, "scale_format")
     how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
     with start.graph.inserting_before(start):
-        made = call_for(start, ops.to_lines.default, (x,), how)
-    made.meta["val"] = _run(made)
+        made = call(start, ops.to_lines.default, (x,), how)
     for node in (start, wait):
         node.args = tuple(made if each is x else each for each in node.args)
-        node.meta.pop("eager_input_vals", None)
-        node.meta["val"] = _run(node)
-        for part in node.users:
-            part.meta["val"] = node.meta["val"][part.args[1]]
+        forget_how_it_was_traced(node)
     give(reader, "lines", True)
-
-
-def _run(node: fx.Node) -> Any:
-    """The example value of what it computes."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_of)
-    first: Any = next(each for each in args if isinstance(each, torch.Tensor))
-    with first.fake_mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
