@@ -68,7 +68,8 @@ def _lower(
         if options.ep_dispatch_again:
             kept.extend(_of_dispatches(dispatch_again(graph)))
 
-    joint = change if options.precision == "fp8" or options.ep_dispatch_again else None
+    changes = options.precision == "fp8" or options.fp8_recast_weights or options.ep_dispatch_again
+    joint = change if changes else None
     if options.lowering == "eager":
         compiled = eager(gm, example_inputs, seen=note, joint=joint)
         record.notes += kept

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
@@ -100,8 +101,29 @@ def cast_for(
     """The results, of these shapes and dtypes, of a cast that a node's replacement reads."""
     key, like = key_of(node), fake_of(given[0])
     cast = call_for(node, target, given, attributes)
-    cast.meta[key] = values = tuple(empty_fake(like, *spec) for spec in specs)
-    parts = [call_for(node, operator.getitem, (cast, number), {}) for number in range(len(values))]
+    cast.meta[key] = tuple(empty_fake(like, *spec) for spec in specs)
+    return parts_of(cast)
+
+
+def called(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """The same as `call_for`, with an example value."""
+    made = call_for(node, target, args, kwargs)
+    made.meta[key_of(made)] = computed(made)
+    return made
+
+
+def computed(node: fx.Node) -> Any:
+    """The example value of an operator's result."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_of)
+    first: Any = next(each for each in args if isinstance(each, torch.Tensor))
+    with first.fake_mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def parts_of(call: fx.Node) -> list[fx.Node]:
+    """The results of an operator that has several, and example values."""
+    key, values = key_of(call), fake_of(call)
+    parts = [call_for(call, operator.getitem, (call, number), {}) for number in range(len(values))]
     for part, value in zip(parts, values, strict=True):
         part.meta[key] = value
     return parts

@@ -29,16 +29,14 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.joint_graph import argument, call, calls_of, give, operator_of, parts
-from moecompile.runtime.quantize import POWER_OF_TWO
+from moecompile.passes.casts import Casting, called, parts_of
+from moecompile.passes.joint_graph import BACKWARDS, BACKWARDS_FP8, argument, calls_of, give, operator_of
 
 ops, aten = torch.ops.moecompile, torch.ops.aten
-BACKWARDS = (ops.experts_backward.default, ops.experts_backward_adding.default)
-BACKWARDS_FP8 = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
 STARTS = (ops.dispatch_start.default, ops.combine_start.default)
 WAITS = (ops.dispatch_wait.default, ops.combine_wait.default)
 QUANTIZED = 2
-"""Of what the latter are given as saved, how many, the first ones, are the rows, quantised."""
+"""Of what BACKWARDS_FP8 are given as saved, how many, the first ones, are the rows, quantised."""
 SAME = (aten.detach.default, aten.alias.default)
 
 
@@ -115,18 +113,17 @@ def _dispatched(backward: fx.Node, wait: fx.Node) -> fx.Node:
     args: Any = wait.args
     x, sent, home, grad = args[4], args[7], args[8], argument(backward, "grad")
     travel = {name: value for name, value in wait.kwargs.items() if name != "num_experts"}
-    later = call(backward, ops.after.default, (sent, grad), {})
+    later = called(backward, ops.after.default, (sent, grad), {})
     tokens = (x, None, None, later, home)
-    begun = parts(backward, ops.dispatch_start.default, tokens, travel)
-    return parts(backward, ops.dispatch_wait.default, (*begun, *tokens), dict(wait.kwargs))[0]
+    begun = parts_of(called(backward, ops.dispatch_start.default, tokens, travel))
+    return parts_of(called(backward, ops.dispatch_wait.default, (*begun, *tokens), dict(wait.kwargs)))[0]
 
 
 def _quantized_again(backward: fx.Node, rows: fx.Node) -> None:
     """Gives the backward what its forward saved of the rows, which may have travelled in FP8."""
     saved, scales = argument(backward, "saved"), argument(backward, "scale_format")
     if argument(_forward_of(backward), "lines"):
-        made = parts(backward, ops.from_lines.default, (rows,), {"features": fake_of(saved[0]).shape[1]})
+        made = called(backward, ops.from_lines.default, (rows,), {"features": fake_of(saved[0]).shape[1]})
     else:
-        how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
-        made = parts(backward, ops.quantize.default, (rows,), how)
-    give(backward, "saved", [*made, *saved[QUANTIZED:]])
+        made = called(backward, ops.quantize.default, (rows,), Casting(scale_format=scales).of_rows)
+    give(backward, "saved", [*parts_of(made), *saved[QUANTIZED:]])

@@ -37,7 +37,7 @@ from torch import fx
 
 from moecompile.passes.aliases import empty_fake, fake_of
 from moecompile.passes.calls import bind, writes
-from moecompile.passes.casts import Kept, call_for, key_of
+from moecompile.passes.casts import Kept, call_for, called, key_of, parts_of
 from moecompile.passes.provenance import input_name, module_of, source_of
 from moecompile.passes.spelling import operation_name
 from moecompile.runtime.contract import DIFFERENTIABLE, TENSORS
@@ -221,20 +221,20 @@ class _Block:
         room = travel.room(group, capacity, fake_of(ids).shape[1])
         here = {"num_experts": num_experts, "ranks": group.ranks}
         with self._graph.inserting_before(node):
-            sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity}, 2)
+            sent, home = self._several(ops.exchange_plan.default, (ids,), {**here, "capacity": capacity})
             there, back = ({**among, "slot": 2 * turn + way} for way in (0, 1))
             tokens = (x, ids, weights, sent, home)
-            parts = self._several(ops.dispatch_start.default, tokens, there, 4)
+            parts = self._several(ops.dispatch_start.default, tokens, there)
             rows, row_ids, row_weights, came = self._several(
-                ops.dispatch_wait.default, (*parts, *tokens), {"num_experts": num_experts, **there}, 4
+                ops.dispatch_wait.default, (*parts, *tokens), {"num_experts": num_experts, **there}
             )
             limit = {} if room is None else {"room": room}
-            planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), limit, 4)
+            planned = self._several(ops.plan.default, (row_ids, num_experts // group.ranks), limit)
             if limit:
                 came = self._one(ops.came_within.default, (came, planned[0]), limit)
             y = self._experts(group, rows, None if weights is None else row_weights, planned, limit)
-            parts = self._several(ops.combine_start.default, (y, None, came, sent, home), back, 3)
-            result, _ = self._several(ops.combine_wait.default, (*parts, y, None, sent, home), back, 2)
+            parts = self._several(ops.combine_start.default, (y, None, came, sent, home), back)
+            result, _ = self._several(ops.combine_wait.default, (*parts, y, None, sent, home), back)
         result.meta[key_of(node)] = node.meta[key_of(node)]
         node.replace_all_uses_with(result)
         self._graph.erase_node(node)
@@ -286,30 +286,11 @@ class _Block:
         return copy
 
     def _one(self, target: Any, arguments: tuple[Any, ...], attributes: dict[str, Any]) -> fx.Node:
-        node = call_for(self._node, target, arguments, attributes)
-        node.meta[key_of(node)] = _run(node)
-        return node
+        return called(self._node, target, arguments, attributes)
 
-    def _several(
-        self, target: Any, arguments: tuple[Any, ...], attributes: dict[str, Any], count: int
-    ) -> list[fx.Node]:
-        """The results of an operator that has so many."""
-        node = self._one(target, arguments, attributes)
-        parts = []
-        for number in range(count):
-            part = call_for(self._node, operator.getitem, (node, number), {})
-            part.meta[key_of(node)] = node.meta[key_of(node)][number]
-            parts.append(part)
-        return parts
-
-
-def _run(node: fx.Node) -> Any:
-    """The example value of an operator's result."""
-    args: Any = fx.node.map_arg(node.args, fake_of)
-    kwargs: Any = fx.node.map_arg(node.kwargs, fake_of)
-    first: Any = next(each for each in args if isinstance(each, torch.Tensor))
-    with first.fake_mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    def _several(self, target: Any, arguments: tuple[Any, ...], attributes: dict[str, Any]) -> list[fx.Node]:
+        """The results of an operator that has several."""
+        return parts_of(self._one(target, arguments, attributes))
 
 
 def gather_of(node: fx.Node) -> fx.Node | None:

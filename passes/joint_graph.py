@@ -1,4 +1,4 @@
-"""What passes over AOTAutograd's graph of forward and backward share: operators' arguments by name, and new calls.
+"""What passes over AOTAutograd's graph of forward and backward share: its operators, and their arguments by name.
 
 An operator that writes into arguments, as the backwards that add to main gradients do, is an argument of AOTAutograd's
 `auto_functionalized_v2` there.
@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from moecompile.passes.aliases import fake_of
-from moecompile.passes.casts import call_for
+from moecompile.passes.casts import computed
 
+ops = torch.ops.moecompile
+BACKWARDS = (ops.experts_backward.default, ops.experts_backward_adding.default)
+BACKWARDS_FP8 = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
+INPUTS = "eager_input_vals"
+"""What an operator was traced with: Inductor lays its inputs out so."""
 
 
 def calls_of(graph: fx.Graph, operator: Any) -> list[fx.Node]:
@@ -40,7 +44,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 def give(node: fx.Node, name: str, value: Any) -> None:
     """Gives it that instead. What it was traced with is forgotten: Inductor would lay inputs out so."""
-    node.meta.pop("eager_input_vals", None)
+    node.meta.pop(INPUTS, None)
     if node.target is not FUNCTIONALIZED:
         place, _ = _place(node, name)
         if place < len(node.args):
@@ -51,34 +55,11 @@ def give(node: fx.Node, name: str, value: Any) -> None:
 
 def forget_how_it_was_traced(node: fx.Node) -> None:
     """Gives it the example value of what it computes now, and its parts theirs. Inductor lays its inputs out anew."""
-    node.meta.pop("eager_input_vals", None)
-    node.meta["val"] = _computed(node)
+    node.meta.pop(INPUTS, None)
+    node.meta["val"] = computed(node)
     for part in node.users:
         if part.target is operator.getitem:
             part.meta["val"] = node.meta["val"][part.args[1]]
-
-
-def call(like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """A call at the graph's place of insertion, with its example value, that says it comes from where `like` does."""
-    made = call_for(like, target, args, kwargs)
-    made.meta["val"] = _computed(made)
-    return made
-
-
-def parts(like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[fx.Node]:
-    """The results of such a call of an operator that has several."""
-    made = call(like, target, args, kwargs)
-    found = [call_for(like, operator.getitem, (made, number), {}) for number in range(len(made.meta["val"]))]
-    for part, value in zip(found, made.meta["val"], strict=True):
-        part.meta["val"] = value
-    return found
-
-
-def _computed(node: fx.Node) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake_of)
-    first: Any = next(each for each in args if isinstance(each, torch.Tensor))
-    with first.fake_mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _place(node: fx.Node, name: str) -> tuple[int, Any]:

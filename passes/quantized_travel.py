@@ -27,13 +27,19 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.joint_graph import argument, call, calls_of, forget_how_it_was_traced, give, operator_of
+from moecompile.passes.casts import Casting, called
+from moecompile.passes.joint_graph import (
+    BACKWARDS_FP8,
+    argument,
+    calls_of,
+    forget_how_it_was_traced,
+    give,
+    operator_of,
+)
 from moecompile.runtime import lines
-from moecompile.runtime.quantize import POWER_OF_TWO
 
 ops = torch.ops.moecompile
 FORWARD = ops.experts_fp8_forward.default
-BACKWARDS = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
 TOKEN_OF_WAIT, X_OF_WAIT = 3, 4
 """Where `dispatch_wait` is given the token of its start, and again what is sent; in a backward with collectives that is
 what is in flight, and with kernels what is in flight is what is sent."""
@@ -42,17 +48,17 @@ what is in flight, and with kernels what is in flight is what is sent."""
 def let_rows_travel_quantized(graph: fx.Graph) -> int:
     """Rewrite the graph in place; returns how many dispatches there are in FP8. The caller recompiles."""
     done = 0
-    for target in (FORWARD, *BACKWARDS):
+    for target in (FORWARD, *BACKWARDS_FP8):
         for reader in calls_of(graph, target):
-            wait = _wait_of(reader)
-            if wait is not None:
-                _quantize(wait, reader)
+            dispatch = _dispatch_of(reader)
+            if dispatch is not None:
+                _quantize(*dispatch, reader)
                 done += 1
     return done
 
 
-def _wait_of(reader: fx.Node) -> fx.Node | None:
-    """The dispatch that brings what the experts quantise, if nobody else reads that."""
+def _dispatch_of(reader: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Start and wait of the dispatch that brings what the experts quantise, if nobody else reads that."""
     rows = argument(reader, _travelling(reader))
     if rows.target is not operator.getitem or rows.args[1] != 0 or set(rows.users) != {reader}:
         return None
@@ -65,9 +71,9 @@ def _wait_of(reader: fx.Node) -> fx.Node | None:
     if start is None or wait.args[X_OF_WAIT] not in (start.args[0], wait.args[0]):
         return None
     x = fake_of(start.args[0])  # type: ignore[arg-type]
-    biased = operator_of(reader) in BACKWARDS and argument(reader, "b_out") is not None
+    biased = operator_of(reader) in BACKWARDS_FP8 and argument(reader, "b_out") is not None
     alike = x.dtype == fake_of(argument(reader, "w_in")).dtype and x.dtype in lines.DTYPES and lines.takes(x.shape[1])
-    return wait if alike and not biased else None
+    return (start, wait) if alike and not biased else None
 
 
 def _start_of(wait: fx.Node) -> fx.Node | None:
@@ -82,15 +88,12 @@ def _travelling(reader: fx.Node) -> str:
     return "x" if operator_of(reader) is FORWARD else "grad"
 
 
-def _quantize(wait: fx.Node, reader: fx.Node) -> None:
+def _quantize(start: fx.Node, wait: fx.Node, reader: fx.Node) -> None:
     """Has them sent as lines, and read so."""
-    start = _start_of(wait)
-    assert start is not None
     x: Any = start.args[0]
-    scales = argument(reader, "scale_format")
-    how = {} if scales == POWER_OF_TWO else {"scale_format": scales}
+    how = Casting(scale_format=argument(reader, "scale_format")).of_rows
     with start.graph.inserting_before(start):
-        made = call(start, ops.to_lines.default, (x,), how)
+        made = called(start, ops.to_lines.default, (x,), how)
     for node in (start, wait):
         node.args = tuple(made if each is x else each for each in node.args)
         forget_how_it_was_traced(node)

@@ -28,6 +28,7 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import MatrixCast, call_for, cast_for
+from moecompile.passes.joint_graph import INPUTS
 from moecompile.runtime.block_scaled import Lie, is_whole
 from moecompile.runtime.fp8_contract import check_weights
 
@@ -36,8 +37,6 @@ CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
 VIEWS = (aten.view.default, aten.alias.default)
 TANGENTS = "tangents"
 """What AOTAutograd's names for the gradients that a backward gets begin with."""
-INPUTS = "eager_input_vals"
-"""What an operator was traced with: Inductor lays its inputs out so."""
 
 
 class Counts(NamedTuple):

@@ -73,21 +73,22 @@ def takes(
     attributes: dict[str, Any],
 ) -> bool:  # fmt: skip
     """Whether the kernels compute these: on all ranks of one model the same, however many tokens each has."""
-    here = tokens.num_experts // there.memory.ranks
-    if there.memory.ranks == 1 or not hopper_routing.takes_plan(here):
+    ranks = there.memory.ranks
+    if ranks == 1:
         return False
-    args = arguments_for(tokens, matrices, attributes, here, there.capacity)
+    args = arguments_for(tokens, matrices, attributes, tokens.num_experts // ranks, there.capacity)
     _, most = _rows_of(tokens, there)
-    if not hopper_exchange.takes(back_of(args), None, None, there.memory.ranks):
-        return False
     if not hopper_routing.can_be_beside(most, args.features, 1 if quantized else tokens.x.element_size()):
         return False
+    return are_taken(args, quantized, ranks)
+
+
+def are_taken(args: Arguments, quantized: Sequence[Tensor], ranks: int) -> bool:
+    """Whether there are kernels for the plan, the experts, and the rows that go back."""
+    back = torch.empty(1, args.out_features, dtype=args.dtypes.result, device="meta")
+    if not hopper_routing.takes_plan(args.num_experts) or not hopper_exchange.takes(back, None, None, ranks):
+        return False
     return hopper_fp8.takes(args, quantized) if quantized else hopper_experts.takes(args)
-
-
-def back_of(args: Arguments) -> Tensor:
-    """Rows like those that go back, without values."""
-    return torch.empty(1, args.out_features, dtype=args.dtypes.result, device="meta")
 
 
 def forward(

@@ -16,7 +16,7 @@ from torch import Tensor
 from moecompile.runtime import exchange, hopper_exchange, hopper_experts, hopper_fp8, hopper_routing
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.hopper_exchange import Exchange, Rows
-from moecompile.runtime.hopper_exchanged import Brought, arguments_for, back_of
+from moecompile.runtime.hopper_exchanged import Brought, are_taken, arguments_for
 
 
 def takes(
@@ -25,13 +25,8 @@ def takes(
 ) -> bool:  # fmt: skip
     """Whether the kernels compute these: on all ranks of one model the same, however many tokens each has."""
     ranks = there.memory.ranks
-    here = tokens.num_experts // ranks
-    if not hopper_routing.takes_plan(here):
-        return False
-    args = arguments_for(tokens, matrices, attributes, here, ranks * there.capacity)
-    if not hopper_exchange.takes(back_of(args), None, None, ranks):
-        return False
-    return hopper_fp8.takes(args, quantized) if quantized else hopper_experts.takes(args)
+    args = arguments_for(tokens, matrices, attributes, tokens.num_experts // ranks, ranks * there.capacity)
+    return are_taken(args, quantized, ranks)
 
 
 def forward(

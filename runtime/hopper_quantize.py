@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import PadOffsets, QuantizeGradient, QuantizeRows, QuantizeWeights, TransposeRows
+from moecompile.runtime import lines
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.grouped import aligned
 from moecompile.runtime.launch import Launch, Value, load
@@ -155,11 +156,10 @@ def quantize_lines(x: Tensor, scale_format: str = POWER_OF_TWO) -> Tensor:
         x: (T, H), bfloat16 or float16, contiguous; H is a multiple of 16.
         scale_format: one of SCALE_FORMATS of `moecompile.runtime.quantize`.
     """
-    (count, columns), scale_bytes = x.shape, 4 * blocks_in(x.shape[1], BLOCK)
-    lines = x.new_empty((count, columns + -(-scale_bytes // 16) * 16), dtype=torch.uint8)
-    values, scales = lines[:, :columns].view(E4M3), lines[:, columns : columns + scale_bytes].view(torch.float32)
-    quantize_rows(x, None, None, (values, scales), scale_format)
-    return lines
+    count, columns = x.shape
+    made = x.new_empty((count, 2 * lines.width(columns)), dtype=torch.uint8)
+    quantize_rows(x, None, None, lines.parts(made, columns), scale_format)
+    return made
 
 
 def quantize_gradient(x: Tensor, scale_format: str = POWER_OF_TWO) -> tuple[QuantizedRows, QuantizedRows]:

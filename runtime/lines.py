@@ -23,6 +23,12 @@ def width(features: int) -> int:
     return (features + -(-4 * blocks_in(features, BLOCK) // 16) * 16) // 2
 
 
+def parts(lines: Tensor, features: int) -> tuple[Tensor, Tensor]:
+    """Where values (T, H) and scales (T, ceil(H / 128)) are in lines of any dtype."""
+    data, end = lines.view(torch.uint8), features + 4 * blocks_in(features, BLOCK)
+    return data[:, :features].view(E4M3), data[:, features:end].view(torch.float32)
+
+
 def takes(features: int) -> bool:
     """Whether rows of so many features may travel so: whole pieces of 16 bytes, as all kernels read them."""
     return features % 16 == 0
@@ -39,18 +45,17 @@ def to_lines(x: Tensor, *, scale_format: str = POWER_OF_TWO) -> Tensor:
         ValueError: of another shape, or features that are no multiple of 16.
         TypeError: of another dtype.
     """
-    _check(x)
-    if _has_kernels(x):
-        from moecompile.runtime import hopper_quantize
+    from moecompile.runtime import linear_fp8
 
-        x = x.contiguous()
-        x = x.clone() if x.data_ptr() % 16 else x  # as the kernels read it
-        return hopper_quantize.quantize_lines(x, scale_format).view(torch.bfloat16)
-    values, scales = quantize(x, ALONG_FEATURES, scale_format)
-    features, lines = x.shape[1], x.new_zeros((x.shape[0], 2 * width(x.shape[1])), dtype=torch.uint8)
-    lines[:, :features] = values.view(torch.uint8)
-    lines[:, features : features + 4 * scales.shape[1]] = scales.contiguous().view(torch.uint8)
-    return lines.view(torch.bfloat16)
+    _check(x)
+    if linear_fp8.has_kernels(x.device):
+        from moecompile.runtime import hopper_experts, hopper_quantize
+
+        return hopper_quantize.quantize_lines(hopper_experts._lines(x), scale_format).view(torch.bfloat16)
+    lines = x.new_zeros((x.shape[0], width(x.shape[1])), dtype=torch.bfloat16)
+    for into, given in zip(parts(lines, x.shape[1]), quantize(x, ALONG_FEATURES, scale_format), strict=True):
+        into.copy_(given)
+    return lines
 
 
 def fake_to_lines(x: Tensor, *, scale_format: str = POWER_OF_TWO) -> Tensor:
@@ -67,9 +72,8 @@ def from_lines(lines: Tensor, *, features: int) -> tuple[Tensor, Tensor]:
         TypeError: they are no lines.
     """
     check_lines("from_lines", "lines", lines, features)
-    words, blocks = lines.contiguous().view(torch.int32), blocks_in(features, BLOCK)
-    values, scales = (words[:, at : at + count].contiguous() for at, count in _places(features, blocks))
-    return values.view(E4M3), scales.view(torch.float32)
+    values, scales = parts(lines.contiguous(), features)
+    return values.view(torch.int32).contiguous().view(E4M3), scales.contiguous()  # a copy of bytes is slow
 
 
 def fake_from_lines(lines: Tensor, *, features: int) -> tuple[Tensor, Tensor]:
@@ -89,19 +93,6 @@ def check_lines(operator: str, name: str, lines: Tensor, features: int) -> None:
         raise ValueError(f"{words} must be {expected}, got {tuple(lines.shape)}")
     if lines.dtype != torch.bfloat16:
         raise TypeError(f"{words} must be bfloat16, as to_lines gives them, got {lines.dtype}")
-
-
-def _places(features: int, blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where values and scales begin in a line, and how many words of four bytes they are."""
-    return (0, features // 4), (features // 4, blocks)
-
-
-def _has_kernels(x: Tensor) -> bool:
-    if x.device.type != "cuda":
-        return False
-    from moecompile.runtime import hopper
-
-    return hopper.serves(x.device)
 
 
 def _check(x: Tensor) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import moecompile
-from expert_parallel_models import Block, compiled, mesh_of, results, tokens_of
+from expert_parallel_models import Block, Checkpointed, compiled, mesh_of, results, tokens_of
 from moecompile.agreement import DisagreementError
 from moecompile.report import GraphReport
 
@@ -70,18 +69,6 @@ def check_main_gradients(rank: int, ranks: int) -> None:
         assert ("dispatched again" in str(moecompile.last_report().graphs[-1].notes)) == again
         found.append([each.main_grad for each in sharded])
     assert all(bool(one.any()) and torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-class Checkpointed(nn.Module):
-    """A block of which nothing is held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block()
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = checkpoint(self.block, x, use_reentrant=False)
-        return found
 
 
 def check_checkpointed_blocks_stay(rank: int, ranks: int) -> None:

@@ -44,6 +44,7 @@ def results(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Ten
 
 def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Module, **options: object) -> None:
     """The sharded model on this rank's tokens, and the whole one on all ranks' tokens, one rank after the other."""
+    torch._dynamo.reset()  # or sizes become symbols
     whole, mesh = copy.deepcopy(model), mesh_of(ranks)
     inputs = [tokens_of(each, count, hidden=HIDDEN).cuda() for each, count in enumerate(counts)]
     moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
@@ -54,7 +55,7 @@ def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Mo
     assert peer_memory._memories, "no kernel has exchanged anything"
     every = []
     for x in inputs:
-        torch._dynamo.reset()  # or sizes become symbols
+        torch._dynamo.reset()
         every.append(results(compiled(whole, **options), whole, x))
     right = every[rank][:2]
     for number, parameter in enumerate(model.parameters(), 2):

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import moecompile
 from moecompile import agreement
@@ -52,6 +53,18 @@ class Block(nn.Module):
         weights, ids = self.router(x if routed_by is None else routed_by).float().softmax(-1).topk(TOP_K, -1)
         result: Tensor = self.experts(x, ids, weights)
         return result
+
+
+class Checkpointed(nn.Module):
+    """A block that is computed again where it was, and of which nothing is held."""
+
+    def __init__(self, hidden: int = HIDDEN, inner: int = INNER) -> None:
+        super().__init__()
+        self.block = Block(hidden, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(self.block, x, use_reentrant=False)
+        return found
 
 
 class Looped(nn.Module):

@@ -9,10 +9,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import moecompile
-from expert_parallel_models import Block, close, compiled, mesh_of, results, tokens_of
+from expert_parallel_models import Block, Checkpointed, close, compiled, mesh_of, results, tokens_of
 from moecompile import lowering
 from moecompile.report import GraphReport
 
@@ -116,18 +115,6 @@ def check_gradients_of_biases(rank: int, ranks: int) -> None:
     compare(rank, ranks, Biased(), (1, 0))
 
 
-class Checkpointed(nn.Module):
-    """A block that is computed again where it was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block(WIDE, 128)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = checkpoint(self.block, x, use_reentrant=False)
-        return found
-
-
 def check_checkpointed_blocks(rank: int, ranks: int) -> None:
     """Their gradients do, their tokens do not."""
-    compare(rank, ranks, Checkpointed(), (0, 1))
+    compare(rank, ranks, Checkpointed(WIDE, 128), (0, 1))

@@ -13,6 +13,7 @@ import pytest
 import compile_mode_checks
 from compile_modes import NO, PARTLY, ROWS, YES, Row
 from ranks_in_processes import checks_of, run_on_ranks
+from together import together
 
 LONG = (
     "check_all_modes",
@@ -24,16 +25,7 @@ LONG = (
 )
 CHECKS = checks_of(compile_mode_checks, but=LONG)
 
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check came to: one group of processes runs them all."""
-    return run_on_ranks(2, compile_mode_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_together(results: dict[str, str], name: str) -> None:
-    assert not results[name], results[name]
+results, test_together = together(compile_mode_checks.__name__, CHECKS)
 
 
 @pytest.mark.slow

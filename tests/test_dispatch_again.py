@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import dispatch_again_checks
 import moecompile
 from expert_parallel_models import Block, compiled, results, tokens_of
-from ranks_in_processes import checks_of, run_on_ranks
+from together import together
 
-CHECKS = checks_of(dispatch_again_checks)
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check came to."""
-    return run_on_ranks(2, dispatch_again_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_together(found: dict[str, str], name: str) -> None:
-    assert not found[name], found[name]
+of_ranks, test_together = together(dispatch_again_checks.__name__)
 
 
 def test_nothing_is_dispatched_on_one_device() -> None:

@@ -13,22 +13,12 @@ import hidden_exchange_checks
 from moecompile.passes import hide
 from moecompile.passes.hide import hide_exchanges
 from moecompile.runtime.exchanged import hides
-from ranks_in_processes import checks_of, run_on_ranks
+from together import together
 
-CHECKS = checks_of(hidden_exchange_checks)
 ops = torch.ops.moecompile
 TRAVEL = {"ranks": 2, "group": "0", "capacity": 1024, "sms": 4, "patience": 1.0}
 
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check came to."""
-    return run_on_ranks(2, hidden_exchange_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_together(results: dict[str, str], name: str) -> None:
-    assert not results[name], results[name]
+results, test_together = together(hidden_exchange_checks.__name__)
 
 
 @pytest.fixture(autouse=True)

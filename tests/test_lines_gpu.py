@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from gpu_blocks import Block
 from moecompile.runtime import lines as in_torch
 from moecompile.runtime.quantize import POWER_OF_TWO, SCALE_FORMATS
+from test_lines import same
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -58,9 +58,3 @@ def test_experts_given_lines_compute_the_same(block: Block, scale_format: str, r
             assert torch.equal(out, again) and same(kept[:2], saved[:2])
             found = ops.experts_fp8_backward(ops.to_lines(grad, **how), kept, *rest, **given, needs=needs, lines=True)
             assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
-
-
-def same(found: list[Tensor], right: list[Tensor]) -> bool:
-    """To the bit."""
-    pairs = zip(found, right, strict=True)
-    return all(torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8)) for one, other in pairs)

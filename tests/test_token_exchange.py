@@ -6,20 +6,12 @@ import pytest
 
 import token_exchange_checks
 from ranks_in_processes import checks_of, run_on_ranks
+from together import together
 
 SLOW = ("check_under_inductor", "check_fp8")
 CHECKS = checks_of(token_exchange_checks, but=SLOW)
 
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check came to: one group of processes runs them all."""
-    return run_on_ranks(2, token_exchange_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_together(results: dict[str, str], name: str) -> None:
-    assert not results[name], results[name]
+results, test_together = together(token_exchange_checks.__name__, CHECKS)
 
 
 @pytest.mark.slow

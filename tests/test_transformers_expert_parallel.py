@@ -11,6 +11,7 @@ pytest.importorskip("transformers.distributed.expert_parallel")
 
 import transformers_expert_parallel_checks
 from ranks_in_processes import checks_of, run_on_ranks
+from together import together
 
 CHECKS = checks_of(transformers_expert_parallel_checks)
 ALWAYS = (
@@ -20,17 +21,7 @@ ALWAYS = (
     "check_ours_as_users_load_it",
 )
 
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check came to: one group of processes runs them all."""
-    directory = tmp_path_factory.mktemp("ranks")
-    return run_on_ranks(2, transformers_expert_parallel_checks.__name__, ALWAYS, directory)
-
-
-@pytest.mark.parametrize("name", ALWAYS)
-def test_together(results: dict[str, str], name: str) -> None:
-    assert not results[name], results[name]
+results, test_together = together(transformers_expert_parallel_checks.__name__, ALWAYS)
 
 
 @pytest.mark.slow

@@ -9,20 +9,12 @@ import pytest
 
 import verified_exchange_checks
 from ranks_in_processes import checks_of, run_on_ranks
+from together import together
 
 LONG = ("check_all_forms_pass",)
 CHECKS = checks_of(verified_exchange_checks, but=LONG)
 
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each check came to: one group of processes runs them all."""
-    return run_on_ranks(2, verified_exchange_checks.__name__, CHECKS, tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_together(results: dict[str, str], name: str) -> None:
-    assert not results[name], results[name]
+results, test_together = together(verified_exchange_checks.__name__, CHECKS)
 
 
 @pytest.mark.slow
