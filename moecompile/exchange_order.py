@@ -21,6 +21,9 @@ EXCHANGING = (
     ops.combine_start.default,
     ops.combine_wait.default,
     ops.exchanged_experts.default,
+    ops.exchanged_experts_forward.default,
+    ops.exchanged_experts_backward.default,
+    ops.exchanged_experts_backward_adding.default,
     ops.gather_experts.default,
     ops.scatter_gradient.default,
 )

@@ -24,7 +24,7 @@ PASSES: dict[str, str] = {
     "exchange": "exchanges tokens between the ranks that share a block's experts; without it each rank gathers all "
     "experts (`moecompile.shard_experts`), or the model's own exchange stays",
     "precision": "casts linear layers and experts to FP8 where the option `precision` asks for it",
-    "hide": "makes one operator of a block and its exchange of tokens in inference, which it hides behind the experts; "
+    "hide": "makes one operator of a block and its exchange of tokens, which it hides behind the experts in inference; "
     "without it experts begin when all tokens are there, and the host calls operators one by one",
 }
 

@@ -133,10 +133,9 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
 
 
 def hide(piece: Piece, _: Options) -> None:
-    """Hides exchanges behind the experts, where nobody calls a backward."""
-    if not piece.differentiable:
-        piece.rewritten = hide_exchanges(piece.module.graph)
-        piece.changed |= piece.rewritten.blocks > 0
+    """Makes one operator of a block and its exchange, which it hides behind the experts where nobody differentiates."""
+    piece.rewritten = hide_exchanges(piece.module.graph, piece.differentiable)
+    piece.changed |= piece.rewritten.blocks > 0
 
 
 def travel_of(options: Options) -> Travel:
@@ -165,17 +164,15 @@ def exchanges_alone(pieces: Iterable[Piece], options: Options) -> dict[int, Call
     first = 0
     for piece in pieces:
         for each in piece.exchanged:
-            found[first + each.number] = partial(
-                _exchange_alone, each.capacity, travel_of(options), piece.rewritten.blocks > 0
-            )
+            found[first + each.number] = partial(_exchange_alone, each.capacity, travel_of(options), piece)
         first += len(piece.sites)
     return found
 
 
-def _exchange_alone(capacity: int, travel: Travel, hide: bool, graph: fx.Graph) -> None:
+def _exchange_alone(capacity: int, travel: Travel, piece: Piece, graph: fx.Graph) -> None:
     """Exchanges the tokens of a graph's only block, as all ranks do."""
     done, kept = exchange_tokens(graph, lambda _, __, tokens: dict.fromkeys(tokens, capacity), travel)
     if len(done) != 1 or kept:
         raise RuntimeError(f"expected one block whose tokens are exchanged, got {len(done)}; {kept}")
-    if hide:
-        hide_exchanges(graph)
+    if piece.rewritten.blocks:
+        hide_exchanges(graph, piece.differentiable)

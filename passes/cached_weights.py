@@ -28,6 +28,8 @@ from moecompile.passes.layout import Layout
 from moecompile.passes.provenance import module_of
 from moecompile.runtime.block_scaled import BlockScaled
 
+HOLDING = (torch.ops.moecompile.experts_fp8.default, torch.ops.moecompile.exchanged_experts.default)
+"""Experts, which are told that somebody holds what is cast."""
 RESULTS = ("values", "scales", "values_t", "scales_t")
 
 
@@ -97,7 +99,7 @@ def _replace(graph: fx.Graph, cast: fx.Node, inputs: list[fx.Node]) -> None:
     first, *_ = parts = _parts(cast)
     for user in list(first.users):
         copies: Any = user.kwargs.get("quantized")
-        if user.target is torch.ops.moecompile.experts_fp8.default and first is copies[0]:
+        if user.target in HOLDING and first is copies[0]:
             user.update_kwarg("held", True)
     for part, result in zip(parts, inputs, strict=True):
         part.replace_all_uses_with(result)

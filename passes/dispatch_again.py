@@ -5,6 +5,7 @@ Contract
   stays as it is.
 - A backward of experts that reads rows which a dispatch brought reads the same rows of a dispatch of its own: of rows
   alone, for what else came is small, and kept. In FP8 they are quantised again, with the same outcome.
+- Where a block and its exchange are one operator (passes/hide.py), its forward and its backward are told to do so.
 - That dispatch waits for the gradient (`moecompile::after`), so that it is part of the backward. Exchanges keep the
   graph's order (moecompile/exchange_order.py): where one is under way in its slot, the block stays as it is.
 - All ranks rewrite the same blocks, since they have agreed on what is exchanged and on the option.
@@ -30,7 +31,16 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Casting, called, parts_of
-from moecompile.passes.joint_graph import BACKWARDS, BACKWARDS_FP8, argument, calls_of, give, operator_of
+from moecompile.passes.joint_graph import (
+    BACKWARDS,
+    BACKWARDS_FP8,
+    EXCHANGED_BACKWARDS,
+    argument,
+    calls_of,
+    forget_how_it_was_traced,
+    give,
+    operator_of,
+)
 
 ops, aten = torch.ops.moecompile, torch.ops.aten
 STARTS = (ops.dispatch_start.default, ops.combine_start.default)
@@ -56,7 +66,21 @@ def dispatch_again(graph: fx.Graph) -> int:
                 else:
                     _quantized_again(node, again)
             done += 1
-    return done
+    return done + sum(_exchanged_again(node) for target in EXCHANGED_BACKWARDS for node in calls_of(graph, target))
+
+
+def _exchanged_again(backward: fx.Node) -> bool:
+    """Has a block that is one operator save no rows, and its backward dispatch what was dispatched."""
+    forward = _taken_from(_taken_from(argument(backward, "saved")[0], 0), 1)
+    if not _calls(forward, ops.exchanged_experts_forward.default) or "recompute" in forward.meta:
+        return False
+    if argument(forward, "again"):
+        return False
+    give(forward, "again", True)
+    forget_how_it_was_traced(forward)
+    give(backward, "x", forward.args[0])
+    give(backward, "again", True)
+    return True
 
 
 def _under_way(graph: fx.Graph, before: fx.Node) -> set[Any]:

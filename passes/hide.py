@@ -1,10 +1,11 @@
-"""Hide the exchange of tokens behind the experts, and most of the host's work, where nobody calls a backward.
+"""Hide the exchange of tokens behind the experts, and most of the host's work.
 
 Contract
 - On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
   this rank (in FP8 or not), combine.
-- The block becomes one operator, if kernels exchange its tokens. If these may be so many that there is something to
-  hide (`exchanged.hides`), it does. Both follow from what the ranks have agreed on.
+- The block becomes one operator, if kernels exchange its tokens; where something is differentiated AOTAutograd makes
+  two of it, there and back. Where nothing is, and tokens may be so many that there is something to hide
+  (`exchanged.hides`), it does. All of it follows from what the ranks have agreed on.
 - A block of which something else reads a part stays, as does what is not exactly such a block.
 
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
@@ -16,6 +17,7 @@ Contract
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +27,11 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for, key_of
 from moecompile.runtime.contract import TENSORS
 from moecompile.runtime.exchange import by_kernels
-from moecompile.runtime.exchanged import OF_EXCHANGE, hides
+from moecompile.runtime.exchanged import OF_BACKWARD, hides
+from moecompile.runtime.exchanged_contract import OF_EXCHANGE
 
 ops = torch.ops.moecompile
 EXPERTS = (ops.experts.default, ops.experts_fp8.default)
-ABOUT_GRADIENTS = ("recompute", "held", "mean_over")
-"""Attributes of the experts that say nothing where there are none."""
 
 
 class Rewritten(NamedTuple):
@@ -44,20 +45,21 @@ class Rewritten(NamedTuple):
 NOTHING_REWRITTEN = Rewritten(0, 0)
 
 
-def hide_exchanges(graph: fx.Graph) -> Rewritten:
+def hide_exchanges(graph: fx.Graph, differentiable: bool = False) -> Rewritten:
     """Rewrite the graph in place; returns what was rewritten. The caller recompiles the GraphModule.
 
     Args:
-        graph: of Dynamo's; nobody calls its backward.
+        graph: of Dynamo's.
+        differentiable: whether somebody may call its backward.
     """
     found = [
         block
         for node in graph.find_nodes(op="call_function", target=ops.combine_wait.default)
         if (block := _block(node))
     ]
-    hidden = [block for block in found if block.hides()]
+    hidden = [block for block in found if not differentiable and block.hides()]
     for block in found:
-        block.replace()
+        block.replace(() if differentiable else OF_BACKWARD)
     return Rewritten(len(found), len(hidden))
 
 
@@ -139,12 +141,12 @@ class _Block:
         top_k = ids.shape[1]
         return isinstance(top_k, int) and hides(kwargs["ranks"], kwargs["capacity"], top_k, kwargs["num_experts"])
 
-    def replace(self) -> None:
-        """Puts the operator in the block's place."""
+    def replace(self, unsaid: Collection[str]) -> None:
+        """Puts the operator in the block's place, with the experts' attributes but for these."""
         experts, result = self.experts, _parts(self.combined, 2)[0]
         given: dict[str, Any] = {**dict(zip(TENSORS, experts.args, strict=False)), **experts.kwargs}
         matrices = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
-        keywords = {name: value for name, value in experts.kwargs.items() if name not in TENSORS + ABOUT_GRADIENTS}
+        keywords = {name: value for name, value in experts.kwargs.items() if name not in {*TENSORS, *unsaid}}
         keywords |= {"num_experts": self.came.kwargs["num_experts"], **_travel(self.sent)}
         keywords.setdefault("quantized", [])
         with experts.graph.inserting_before(self.combined):

@@ -17,6 +17,7 @@ from moecompile.passes.casts import computed
 ops = torch.ops.moecompile
 BACKWARDS = (ops.experts_backward.default, ops.experts_backward_adding.default)
 BACKWARDS_FP8 = (ops.experts_fp8_backward.default, ops.experts_fp8_backward_adding.default)
+EXCHANGED_BACKWARDS = (ops.exchanged_experts_backward.default, ops.exchanged_experts_backward_adding.default)
 FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
 INPUTS = "eager_input_vals"
 """What an operator was traced with: Inductor lays its inputs out so."""
@@ -57,9 +58,15 @@ def forget_how_it_was_traced(node: fx.Node) -> None:
     """Gives it the example value of what it computes now, and its parts theirs. Inductor lays its inputs out anew."""
     node.meta.pop(INPUTS, None)
     node.meta["val"] = computed(node)
+    _hand_on(node)
+
+
+def _hand_on(node: fx.Node) -> None:
+    """A node's example value to its parts, and to theirs."""
     for part in node.users:
         if part.target is operator.getitem:
             part.meta["val"] = node.meta["val"][part.args[1]]
+            _hand_on(part)
 
 
 def _place(node: fx.Node, name: str) -> tuple[int, Any]:

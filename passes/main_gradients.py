@@ -1,7 +1,8 @@
 """Give the experts main gradients: float32 tensors, from outside the graph, that gradients of matrices are added to.
 
 Contract
-- On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/cast_experts.py).
+- On entry the experts are `moecompile::experts` or `moecompile::experts_fp8` (passes/fuse.py, passes/cast_experts.py),
+  or with their exchange `moecompile::exchanged_experts` (passes/hide.py).
 - A matrix gets one if it is a parameter that the graph gets as an input, or this rank's part of one (passes/
   expert_parallel.py), and that has one. Others keep their gradients, and are returned with the reason: so do parameters
   whose gradient becomes the mean over ranks after the experts, since what these would add is the sum.
@@ -27,9 +28,13 @@ from moecompile.passes.expert_parallel import parameter_of
 from moecompile.passes.provenance import input_name, module_of
 from moecompile.runtime.main_gradients import KEYWORDS
 
-OPERATORS = (torch.ops.moecompile.experts.default, torch.ops.moecompile.experts_fp8.default)
+OPERATORS = (
+    torch.ops.moecompile.experts.default,
+    torch.ops.moecompile.experts_fp8.default,
+    torch.ops.moecompile.exchanged_experts.default,
+)
 PLACES = {"w_in": 5, "w_out": 6, "w_up": 7}
-"""Of the matrices among the operators' arguments."""
+"""Of the matrices among the arguments of each of them."""
 MEAN = (
     "has a gradient that is the mean over ranks, in a block some of whose parameters are on all ranks, and what is "
     'added is the sum: give shard_experts(gradients="sum"), and divide main_grad, or the loss'

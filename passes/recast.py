@@ -33,6 +33,7 @@ from moecompile.runtime.block_scaled import Lie, is_whole
 from moecompile.runtime.fp8_contract import check_weights
 
 ops, aten, prims = torch.ops.moecompile, torch.ops.aten, torch.ops.prims
+FORWARDS = (ops.experts_fp8_forward.default, ops.exchanged_experts_forward.default)
 CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
 VIEWS = (aten.view.default, aten.alias.default)
 TANGENTS = "tangents"
@@ -119,7 +120,7 @@ def _divide(node: fx.Node, absent: dict[fx.Node, list[fx.Node]]) -> None:
     for part in list(node.users):
         number: Any = part.args[1]
         for user in list(part.users):
-            if user.target is ops.experts_fp8_forward.default:
+            if user.target in FORWARDS:
                 absent[user] = forward[2:]
             user.replace_input_with(part, backward[number - 2] if number > 1 else forward[number])
         node.graph.erase_node(part)

@@ -42,11 +42,11 @@ class _Experts(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         hidden, *tensors = ctx.saved_tensors
-        wanted, main = _wanted(ctx.needs_input_grad[2:], ctx.main)
+        wanted, main = wanted_of(ctx.needs_input_grad[2:], ctx.main)
         needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
         operator = ops.experts_backward_adding if main else ops.experts_backward
         given = operator(grad, hidden, *tensors, **ctx.attributes, needs=needs, **main_gradients.keywords(main))
-        found = _needed(given, needs, main)
+        found = needed(given, needs, main)
         return (None, None, *(next(found) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS))
 
 
@@ -86,38 +86,37 @@ class _ExpertsFp8(torch.autograd.Function):
         first, second = ctx.split
         kept = ctx.saved_tensors
         saved, quantized, (trace, *tensors) = list(kept[:first]), list(kept[first:second]), kept[second:]
-        wanted, main = _wanted(ctx.needs_input_grad[5:], ctx.main)
+        wanted, main = wanted_of(ctx.needs_input_grad[5:], ctx.main)
         needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
         if ctx.quantises:
-            quantized[:2] = _of_gemm1(tensors, ctx.attributes)
+            quantized[:2] = of_gemm1(tensors[4], tensors[6], ctx.attributes)
         operator = ops.experts_fp8_backward_adding if main else ops.experts_fp8_backward
         keywords = {"quantized": quantized, "needs": needs, **main_gradients.keywords(main)}
-        found = [*_needed(operator(grad, saved, *tensors, **ctx.attributes, **keywords), needs, main)]
+        found = [*needed(operator(grad, saved, *tensors, **ctx.attributes, **keywords), needs, main)]
         parts = iter(refusing(found, FP8, (grad, trace, *tensors)) if torch.is_grad_enabled() else found)
         of_tensors = (next(parts) if wanted[name] and name in DIFFERENTIABLE else None for name in TENSORS)
         return None, None, None, None, None, *of_tensors
 
 
-def _of_gemm1(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """GEMM1's matrices, quantised as they lie, of the saved tensors."""
-    given = dict(zip(TENSORS[1:], tensors, strict=True))
+def of_gemm1(w_in: Tensor | None, w_up: Tensor | None, attributes: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """GEMM1's matrices, quantised as they lie."""
     layout = {"gate_up": attributes["gate_up"], "transposed": attributes.get("w_in_transposed", False)}
     if "scale_format" in attributes:
         layout["scale_format"] = attributes["scale_format"]
     with torch._C._AutoDispatchBelowAutograd():
-        found = torch.ops.moecompile.quantize_weights(given["w_in"], given["w_up"], **layout, backward=False)
+        found = torch.ops.moecompile.quantize_weights(w_in, w_up, **layout, backward=False)
     values, scales, *_ = found
     return values, scales
 
 
-def _wanted(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
+def wanted_of(needs: Sequence[bool], main: Main) -> tuple[dict[str, bool], dict[str, Tensor]]:
     """Of which tensors gradients are returned, and the main gradients of those whose are not."""
     wanted = dict(zip(TENSORS, needs, strict=True))
     added = {name: each for name, each in main.items() if wanted[name]}
     return wanted | dict.fromkeys(added, False), added
 
 
-def _needed(found: Sequence[Tensor], needs: Sequence[bool], main: Main) -> Iterator[Tensor]:
+def needed(found: Sequence[Tensor], needs: Sequence[bool], main: Main) -> Iterator[Tensor]:
     """The needed gradients of what a backward gives: these, or where it adds to main gradients, all."""
     return (each for each, needed in zip(found, needs, strict=True) if needed) if main else iter(found)
 

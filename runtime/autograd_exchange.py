@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.runtime import exchanged
-from moecompile.runtime.derivatives import are_plain, differentiates
+from moecompile.runtime.derivatives import differentiates
 from moecompile.runtime.exchange import by_kernels
 
 Attributes = dict[str, Any]
@@ -188,21 +187,3 @@ gather_experts = _linear("gather_experts", torch.ops.moecompile.scatter_gradient
 scatter_gradient = _linear("scatter_gradient", _gathered)
 own_experts = _linear("own_experts", torch.ops.moecompile.among_others)
 among_others = _linear("among_others", torch.ops.moecompile.own_experts)
-
-
-def exchanged_experts(*args: Any, **attributes: Any) -> Tensor:
-    """The operator above autograd: it has no derivative.
-
-    Raises:
-        RuntimeError: one is asked for.
-    """
-    tensors = (*args, *attributes.get("quantized", ()))
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-        raise RuntimeError(
-            "moecompile::exchanged_experts has no derivative: the graph was compiled for inference, under "
-            "torch.no_grad(). Compile the model with gradients enabled, or disable the pass `hide`"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        run = exchanged.exchanged_experts if are_plain(tensors) else torch.ops.moecompile.exchanged_experts
-        found: Tensor = run(*args, **attributes)
-    return found

@@ -232,7 +232,11 @@ class BlockScaled(Tensor):
 
 _SHAPE_ONLY = frozenset(
     getattr(ops, name).default
-    for name in ("experts_fp8", "experts_fp8_forward", "experts_fp8_backward", "experts_fp8_backward_adding")
+    for name in (
+        f"{kind}{which}"
+        for kind in ("experts_fp8", "exchanged_experts")
+        for which in ("", "_forward", "_backward", "_backward_adding")
+    )
 )
 """What multiplies the quantised matrices that it gets besides, and asks the matrices themselves for their shape."""
 

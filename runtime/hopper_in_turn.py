@@ -9,14 +9,25 @@ fifth of the time of the operators (docs/perf.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from moecompile.runtime import exchange, hopper_exchange, hopper_experts, hopper_fp8, hopper_routing
+from moecompile.runtime import (
+    exchange,
+    hopper_exchange,
+    hopper_experts,
+    hopper_fp8,
+    hopper_routing,
+    lines,
+    main_gradients,
+)
 from moecompile.runtime.contract import Arguments
+from moecompile.runtime.exchanged_contract import Experts, Returning, Saved, Wanted, gradient_travels_in_lines
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought, are_taken, arguments_for
+from moecompile.runtime.quantize import POWER_OF_TWO
 
 
 def takes(
@@ -49,3 +60,101 @@ def forward(
     hopper_exchange.send(back, Rows(y), None, came)
     hopper_exchange.home(back, tokens.home, Rows(y), sums)
     return sums.values
+
+
+def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Experts) -> tuple[Tensor, Saved]:
+    """The result (T, H2), and what `backward` reads."""
+    fp8, scale_format = bool(experts.quantized), experts.attributes.get("scale_format", POWER_OF_TWO)
+    x = lines.to_lines(tokens.x, scale_format=scale_format) if fp8 else tokens.x
+    given = Rows.of(x, tokens.ids, tokens.weights)
+    into, came = given.room(tokens.sent.shape[0]), tokens.sent.new_empty(there.memory.ranks)
+    hopper_exchange.send(there, given, tokens.sent, None)
+    hopper_exchange.receive(there, given, tokens.sent, into, came, experts.here)
+    assert into.ids is not None
+    counts, *plan = hopper_routing.plan(into.ids, experts.here, tokens.room)
+    weights = tokens.x.new_empty(0) if into.weights is None else into.weights
+    saved = Saved(weights, came, tuple(plan), ())  # type: ignore[arg-type]
+    if tokens.room is not None:
+        saved = replace(saved, came=exchange.within(came, counts, tokens.room))
+    y, of_experts = _forward_of_rows(into.values, saved, tokens.x, experts)
+    sums = Rows(y).room(tokens.home.shape[0])
+    hopper_exchange.send(back, Rows(y), None, saved.came)
+    hopper_exchange.home(back, tokens.home, Rows(y), sums)
+    return sums.values, replace(saved, of_experts=of_experts)
+
+
+def _forward_of_rows(
+    rows: Tensor, saved: Saved, like: Tensor, experts: Experts
+) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    """What goes back of the rows that came, and what the experts save."""
+    weights = saved.row_weights
+    if experts.quantized:
+        of_rows = lines.from_lines(rows, features=like.shape[1])
+        args = experts.arguments(like.new_empty((rows.shape[0], like.shape[1]), device="meta"), weights, saved.plan)
+        y, kept = hopper_fp8.forward(args, experts.quantized, save=True, tokens=of_rows)
+        assert kept is not None
+        return y, tuple(kept)
+    args = experts.arguments(rows, weights, saved.plan)
+    y, hidden = hopper_experts.forward(args, save=True)
+    return y, (rows, rows.new_empty((0, args.width)) if hidden is None else hidden)
+
+
+def backward(
+    of: Returning, there: Exchange, back: Exchange, experts: Experts, args: Arguments, wanted: Wanted
+) -> dict[str, Tensor]:
+    """The wanted gradients, by name.
+
+    Args:
+        of: what the backward is given.
+        there: the exchange that brought the tokens: their gradients go back by it, and so do tokens that come again.
+        back: the exchange that took results back: it brings their gradients.
+        experts: this rank's.
+        args: their record, without rows.
+        wanted: which gradients.
+    """
+    scale_format = experts.attributes.get("scale_format", POWER_OF_TWO)
+    saved, in_lines = of.saved, gradient_travels_in_lines(of.grad, experts)
+    if of.x is not None:
+        x = lines.to_lines(of.x, scale_format=scale_format) if experts.quantized else of.x
+        came = _dispatched(x, there, of.sent)
+        saved = saved.with_rows(lines.from_lines(came, features=args.features) if experts.quantized else [came])
+    of_y = _dispatched(lines.to_lines(of.grad, scale_format=scale_format) if in_lines else of.grad, back, of.sent)
+    grads = _backward_of_rows(of_y, saved, experts, args, wanted, in_lines)
+    if wanted.goes_back:
+        rows = Rows(grads["x"], None, grads.get("weights"))
+        into = rows.room(of.home.shape[0])
+        hopper_exchange.send(there, rows, None, saved.came)
+        hopper_exchange.home(there, of.home, rows, into)
+        grads["x"] = into.values
+        if into.weights is not None:
+            grads["weights"] = into.weights
+    return grads
+
+
+def _dispatched(values: Tensor, exchange: Exchange, sent: Tensor) -> Tensor:
+    """What comes of such rows, of all ranks."""
+    rows = Rows.of(values, None, None)
+    into, came = rows.room(sent.shape[0]), sent.new_empty(exchange.memory.ranks)
+    hopper_exchange.send(exchange, rows, sent, None)
+    hopper_exchange.receive(exchange, rows, sent, into, came, 1)
+    return into.values
+
+
+def _backward_of_rows(
+    of_y: Tensor, saved: Saved, experts: Experts, args: Arguments, wanted: Wanted, in_lines: bool
+) -> dict[str, Tensor]:
+    """The gradients of the rows that came, of their weights and of what the experts have; adds to main gradients."""
+    added = wanted.main if main_gradients.takes(wanted.main) else {}  # to, by the kernels
+    others = {name: each for name, each in wanted.main.items() if name not in added}
+    needs = frozenset((*wanted.names_of_rows, *others))
+    if experts.quantized:
+        tokens = lines.from_lines(of_y, features=args.out_features) if in_lines else None
+        kept = saved.of_experts
+        grads = hopper_fp8.backward(args, experts.quantized, of_y, kept, needs, added, of_tokens=tokens)
+    else:
+        (rows,), (hidden,) = saved.of_rows, saved.hidden
+        args = replace(args, x=rows)
+        hidden = hopper_experts.hidden_rows(args) if args.recompute else hidden
+        grads = hopper_experts.backward(args, of_y, hidden, needs, added)
+    main_gradients.add(others, grads)
+    return grads

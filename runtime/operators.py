@@ -24,6 +24,9 @@
     from_lines(lines, features) -> (values, scales)
     after(what, done) -> what
     exchanged_experts(x, expert_ids, weights, sent, home, w_in, w_out, ...) -> result
+    exchanged_experts_forward(the same, again) -> (result, saved)
+    exchanged_experts_backward(grad, saved, x, the same from sent on, needs, again) -> the needed gradients
+    exchanged_experts_backward_adding(the same, main gradients) -> likewise
     gather_experts(local, ranks, group, mean) -> whole
     scatter_gradient(grad, ranks, group, mean) -> local
     own_experts(whole, ranks, group) -> local
@@ -112,6 +115,8 @@ PLANNED = "Tensor sent, Tensor home"
 EXCHANGED = ARGUMENTS.replace("Tensor offsets, Tensor slots, Tensor order", PLANNED).replace(
     "Tensor? weights", "Tensor expert_ids, Tensor? weights", 1
 )
+OF_EXCHANGED = f"{FORMAT}, int num_experts, {EXCHANGE}, Tensor[] quantized"
+RETURNING = f"Tensor grad, Tensor[] saved, Tensor? x, {PLANNED}, Tensor w_in{ARGUMENTS.partition('Tensor w_in')[2]}"
 # Of operators that write into arguments, AOTAutograd takes no lists.
 ALL = "(Tensor x, Tensor weights, Tensor w_in, Tensor w_out, Tensor w_up, Tensor b_in, Tensor b_up, Tensor b_out)"
 SCHEMAS = (
@@ -149,7 +154,11 @@ SCHEMAS = (
     "-> (Tensor result, Tensor weights)",
     "came_within(Tensor came, Tensor counts, *, int room) -> Tensor",
     "after(Tensor what, Tensor done) -> Tensor",
-    f"exchanged_experts({EXCHANGED}, {FORMAT}, int num_experts, {EXCHANGE}, Tensor[] quantized) -> Tensor",
+    f"exchanged_experts({EXCHANGED}, {OF_EXCHANGED}, {MAIN}, bool held=False) -> Tensor",
+    f"exchanged_experts_forward({EXCHANGED}, {OF_EXCHANGED}, bool again=False) -> (Tensor out, Tensor[] saved)",
+    f"exchanged_experts_backward({RETURNING}, {OF_EXCHANGED}, bool[] needs, bool again=False) -> Tensor[]",
+    f"exchanged_experts_backward_adding({RETURNING}, {OF_EXCHANGED}, bool[] needs, {ADDED_TO}, bool again=False) "
+    f"-> {ALL}",
     "gather_experts(Tensor local, *, int ranks, str group, bool mean) -> Tensor",
     "scatter_gradient(Tensor grad, *, int ranks, str group, bool mean) -> Tensor",
     "own_experts(Tensor whole, *, int ranks, str group) -> Tensor",
@@ -176,6 +185,11 @@ ROOMS = {
         "after",
     ),
     "exchanged": ("exchanged_experts",),
+    "exchanged_training": (
+        "exchanged_experts_forward",
+        "exchanged_experts_backward",
+        "exchanged_experts_backward_adding",
+    ),
     "lines": ("to_lines", "from_lines"),
     "sharded": ("gather_experts", "scatter_gradient", "own_experts", "among_others"),
 }
@@ -185,7 +199,8 @@ ABOVE = {
     "fp8_experts": "autograd",
     "linear_fp8": "autograd_linear",
     "exchange": "autograd_exchange",
-    "exchanged": "autograd_exchange",
+    "exchanged": "autograd_exchanged",
+    "exchanged_training": "autograd_exchanged",
     "sharded": "autograd_exchange",
 }
 """The module with their derivatives."""

@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -42,7 +43,7 @@ def results(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Ten
     ]
 
 
-def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Module, **options: object) -> None:
+def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Module, **options: Any) -> None:
     """The sharded model on this rank's tokens, and the whole one on all ranks' tokens, one rank after the other."""
     torch._dynamo.reset()  # or sizes become symbols
     whole, mesh = copy.deepcopy(model), mesh_of(ranks)
@@ -50,7 +51,9 @@ def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Mo
     moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
     found = results(compiled(model, **options), model, inputs[rank])
     (graph,) = moecompile.last_report().graphs
-    assert "dispatch_start" in graph.after and "gather_experts" not in graph.after
+    whole_block = "hide" not in options.get("disable", ())
+    assert ("exchanged_experts" in graph.after) == whole_block and "gather_experts" not in graph.after
+    assert ("dispatch_start" in graph.after) != whole_block
     assert ("dispatched again" in str(graph.notes)) == ("ep_dispatch_again" in options)
     assert peer_memory._memories, "no kernel has exchanged anything"
     every = []
@@ -69,6 +72,32 @@ def compare(rank: int, ranks: int, counts: list[int], bound: float, model: nn.Mo
 
 def check_forward_and_gradients(rank: int, ranks: int) -> None:
     compare(rank, ranks, [300 - 40 * each for each in range(ranks)], 1.5e-2, Model(HIDDEN, INNER, fixed=True).cuda())
+
+
+def check_one_operator_after_the_other(rank: int, ranks: int) -> None:
+    """As graphs are whose exchanges others reorder."""
+    counts, options = [300 - 40 * each for each in range(ranks)], dict[str, Any](disable=("hide",))
+    compare(rank, ranks, counts, 1.5e-2, Model(HIDDEN, INNER, fixed=True).cuda(), **options)
+    compare(rank, ranks, counts, 6e-2, Model(HIDDEN, INNER, fixed=True).cuda(), precision="fp8", **options)
+    options |= {"ep_dispatch_again": True}
+    compare(rank, ranks, counts, 6e-2, Model(HIDDEN, INNER, fixed=True).cuda(), precision="fp8", **options)
+
+
+def check_same_bits_in_training(rank: int, ranks: int) -> None:
+    """Of a block and its exchange as one operator there and one back, also when these are launched from programs."""
+    counts = [160 - 30 * each for each in range(ranks)]
+    for options in ({}, {"precision": "fp8"}, {"precision": "fp8", "recompute": True}, {"ep_dispatch_again": True}):
+        torch._dynamo.reset()
+        model, mesh = Model(HIDDEN, INNER, fixed=True).cuda(), mesh_of(ranks)
+        moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
+        inputs = [tokens_of(10 * turn + rank, counts[rank], hidden=HIDDEN).cuda() for turn in range(2)]
+        steps = compiled(model, disable=("hide",), **options)
+        right = [[each.clone() for each in results(steps, model, x)] for x in inputs]
+        run = compiled(model, **options)
+        for _ in range(4):  # the first calls load kernels, the next are recorded
+            for x, wanted in zip(inputs, right, strict=True):
+                found = results(run, model, x)
+                assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def check_inductor(rank: int, ranks: int) -> None:

@@ -19,14 +19,16 @@ from moecompile.codegen.instances import (
     ExchangeHomeOfExperts,
     ExchangeReceive,
     ExchangeSend,
+    QuantizeRows,
 )
-from moecompile.runtime import exchange, exchanged
+from moecompile.runtime import exchange, exchanged, linear_fp8
 from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory, room_for
 from moecompile.runtime.remembered import CALLS
 
 ops = torch.ops.moecompile
 TOKENS, FEATURES, INNER, EXPERTS, TOP_K, SIDE = 64, 128, 128, 8, 2, 78
 GATED: dict[str, Any] = {"activation": "mul(silu(gate), up)", "gate_up": "halves", "out_dtype": torch.bfloat16}
+TRAVEL: dict[str, Any] = {"ranks": 2, "group": "none", "capacity": TOKENS, "slot": 0, "sms": 4, "patience": 1.0}
 Waits = list[tuple[int, int]]
 
 
@@ -76,7 +78,7 @@ def streams(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Streams:
     own, words = torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     memory = PeerMemory(own, words, 1, room, torch.zeros(1, dtype=torch.int64))
     vars(memory)["side"] = made.side
-    monkeypatch.setattr(exchange, "memory_for", lambda *_: memory)
+    monkeypatch.setattr(exchange, "memory_for", lambda *_, **__: memory)
     monkeypatch.setattr(exchanged, "hides", lambda *_: True)
     return made
 
@@ -87,7 +89,9 @@ def few(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> None:
     monkeypatch.setattr(exchanged, "hides", lambda *_: False)
 
 
-def call(dtype: torch.dtype = torch.float32, fp8: bool = False, room: int | None = None) -> dict[str, Any]:
+def call(
+    dtype: torch.dtype = torch.float32, fp8: bool = False, room: int | None = None, backward: bool = False
+) -> dict[str, Any]:
     """Arguments of a call, with routing weights of that dtype."""
     ids = torch.arange(TOKENS * TOP_K).view(TOKENS, TOP_K) % EXPERTS
     sent, home = torch.zeros(2 * TOKENS, dtype=torch.int32), torch.zeros(TOKENS, 2, dtype=torch.int32)
@@ -97,8 +101,8 @@ def call(dtype: torch.dtype = torch.float32, fp8: bool = False, room: int | None
     copies: list[Tensor] = []
     if fp8:
         copies = [
-            *ops.quantize_weights(w_in, gate_up="halves", backward=False),
-            *ops.quantize_weights(w_out, backward=False),
+            *ops.quantize_weights(w_in, gate_up="halves", backward=backward),
+            *ops.quantize_weights(w_out, backward=backward),
         ]
     tensors = (x, ids, torch.rand(TOKENS, TOP_K).to(dtype), sent, home, w_in, w_out)
     return {"tensors": tensors, "quantized": copies, "room": room}
@@ -108,9 +112,8 @@ def launched(gpu: FakeGpu, streams: Streams, given: dict[str, Any]) -> tuple[lis
     """What a call launches on which stream, and which stream waited for which."""
     gpu.taken()
     streams.waits.clear()
-    travel = {"ranks": 2, "group": "none", "capacity": TOKENS, "slot": 0, "sms": 4, "patience": 1.0}
     more = {"room": given["room"], "quantized": given["quantized"], "num_experts": EXPERTS}
-    result = ops.exchanged_experts(*given["tensors"], **GATED, **travel, **more)
+    result = ops.exchanged_experts(*given["tensors"], **GATED, **TRAVEL, **more)
     assert result.shape == (TOKENS, FEATURES) and result.dtype == torch.bfloat16
     assert streams.current is streams.caller
     return gpu.taken(), [*streams.waits]
@@ -145,6 +148,52 @@ def test_few_tokens_take_one_stream(gpu: FakeGpu, streams: Streams, room: int | 
     assert len(CALLS) == remembered > 0, "the second call was taken for a new one"
     CALLS.clear()
     assert found == launched(gpu, streams, given)[0]
+
+
+def trained(gpu: FakeGpu, given: dict[str, Any], needs: list[bool], **more: Any) -> list[list[Launched]]:
+    """What a forward that saves launches, and its backward."""
+    gpu.taken()
+    x, *_, sent, home, w_in, w_out = given["tensors"]
+    attributes = {**GATED, **TRAVEL, "quantized": given["quantized"], "room": given["room"], "num_experts": EXPERTS}
+    result, saved = ops.exchanged_experts_forward(*given["tensors"], **attributes, **more)
+    forward, grad, again = gpu.taken(), torch.randn(result.shape).bfloat16(), x if more.get("again") else None
+    ops.exchanged_experts_backward(grad, saved, again, sent, home, w_in, w_out, **attributes, **more, needs=needs)
+    return [forward, gpu.taken()]
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("more", [{}, {"again": True}, {"recompute": True}], ids=["saved", "again", "recomputed"])
+def test_training_is_remembered(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], fp8: bool) -> None:
+    """A program there and one back: exchanges and products one after the other."""
+    monkeypatch.setattr(linear_fp8, "has_kernels", lambda _: True)
+    room, needs = (96 if more else None), [True] * 4 + [False] * 4
+
+    def step() -> list[list[Launched]]:
+        return trained(gpu, call(fp8=fp8, room=room, backward=True), needs, **more)
+
+    first = step()
+    remembered = len(CALLS)
+    found = step()
+    assert len(CALLS) == remembered == 2, "the second calls were taken for new ones"
+    for one, other in zip(first, found, strict=True):
+        assert [each.instance for each in one] == [each.instance for each in other]
+    exchanging = [
+        [type(each.instance) for each in part if type(each.instance).__name__.startswith("Exchange")] for part in found
+    ]
+    there, home = [ExchangeSend, ExchangeReceive], [ExchangeSend, ExchangeHome]
+    assert exchanging == [there + home, (there if "again" in more else []) + there + home]
+    assert {each.stream for part in found for each in part} == {STREAM}
+    sent = [part[0].instance for part in found]
+    assert [isinstance(each, QuantizeRows) for each in sent] == [fp8, fp8], "rows travel as they are read"
+
+
+@pytest.mark.usefixtures("streams")
+def test_nothing_goes_back_that_nobody_needs(gpu: FakeGpu) -> None:
+    needs = [False, False, True, True, *[False] * 4]
+    _, back = trained(gpu, call(), needs)
+    kinds = [type(each.instance) for each in back]
+    assert kinds.count(ExchangeSend) == 1 and ExchangeHome not in kinds
 
 
 def test_what_runs_where(gpu: FakeGpu, streams: Streams) -> None:
