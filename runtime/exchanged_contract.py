@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,8 @@ OF_PLAN = ("weights", "came", "offsets", "slots", "order")
 """What is saved beside what the experts save."""
 OF_ROWS, OF_ROWS_IN_FP8 = ("rows", "hidden"), fp8_contract.Saved._fields
 """What these save: the first half are the rows that came, the second GEMM1's."""
+OF_OWN = ("own_ids", "own_weights", "own_offsets", "own_slots", "own_order")
+"""What is saved of this rank's own rows where these are a part of their own, before GEMM1's rows of them."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,14 @@ class Experts:
         where = {name: self.travel[name] for name in ("ranks", "group", "capacity")}
         return exchange.memory_for(x, ids, weights, **where, back=bytes_back)
 
+    def aligned(self) -> Experts:
+        """The same, where all tensors begin at multiples of 16 bytes."""
+        matrices, quantized = (
+            [each if each is None or each.data_ptr() % 16 == 0 else each.clone() for each in tensors]
+            for tensors in (self.matrices, self.quantized)
+        )
+        return replace(self, matrices=tuple(matrices), quantized=quantized)  # type: ignore[arg-type]
+
     def exchanges(self, memory: PeerMemory) -> tuple[Exchange, Exchange]:
         """There and back."""
         capacity, sms, patience = (self.travel[name] for name in ("capacity", "sms", "patience"))
@@ -113,6 +123,36 @@ def without(attributes: dict[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 @dataclass(frozen=True)
+class Own:
+    """What is saved of this rank's own tokens whose rows did not wait for others (runtime/hopper_exchanged.py).
+
+    Where there is no such part, none of it has elements.
+
+    Attributes:
+        ids: (T, K) int32, of all ranks' experts.
+        weights: (T, K), without elements where there are none.
+        plan: of their assignments to this rank's experts.
+        hidden: GEMM1's rows, in FP8 values and scales.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    plan: Plan
+    hidden: tuple[Tensor, ...]
+
+    @classmethod
+    def none(cls, like: Tensor, experts: Experts) -> Own:
+        """Where all rows are one part."""
+        ids, weights, offsets, slots, order, hidden, scales = (like.new_empty(0) for _ in range(len(OF_OWN) + 2))
+        return cls(ids, weights, (offsets, slots, order), (hidden, scales) if experts.quantized else (hidden,))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether rows are in two parts."""
+        return self.ids.dim() == 2
+
+
+@dataclass(frozen=True)
 class Saved:
     """What the forward saves.
 
@@ -122,22 +162,28 @@ class Saved:
         plan: of the rows.
         of_experts: rows (ranks * capacity, H), without elements if they are to come again, and GEMM1's rows; in FP8 the
             record of `experts_fp8_forward`.
+        own: of the part of its own that some of this rank's rows are; those of the plan are then the others.
     """
 
     weights: Tensor
     came: Tensor
     plan: Plan
     of_experts: tuple[Tensor, ...]
+    own: Own
 
     @classmethod
     def of(cls, saved: Sequence[Tensor], experts: Experts, operator: str) -> Saved:
         """An operator's argument; ValueError if it is none."""
-        names = OF_PLAN + (OF_ROWS_IN_FP8 if experts.quantized else OF_ROWS)
+        of_rows = OF_ROWS_IN_FP8 if experts.quantized else OF_ROWS
+        names = (*OF_PLAN, *of_rows, *OF_OWN, *(f"own_{name}" for name in of_rows[len(of_rows) // 2 :]))
         if len(saved) != len(names):
             words = f"saved must hold {len(names)} tensors ({', '.join(names)}), got {len(saved)}"
             raise ValueError(f"moecompile::{operator}: {words}; pass what the forward returned for the same arguments")
-        weights, came, offsets, slots, order, *of_experts = saved
-        return cls(weights, came, (offsets, slots, order), tuple(of_experts))
+        weights, came, offsets, slots, order, *others = saved
+        of_experts, own = tuple(others[: len(of_rows)]), others[len(of_rows) :]
+        ids, of_own, own_offsets, own_slots, own_order, *hidden = own
+        kept = Own(ids, of_own, (own_offsets, own_slots, own_order), tuple(hidden))
+        return cls(weights, came, (offsets, slots, order), of_experts, kept)
 
     @property
     def row_weights(self) -> Tensor | None:
@@ -147,7 +193,8 @@ class Saved:
     @property
     def every(self) -> list[Tensor]:
         """All of them, as an operator returns them."""
-        return [self.weights, self.came, *self.plan, *self.of_experts]
+        own = self.own
+        return [self.weights, self.came, *self.plan, *self.of_experts, own.ids, own.weights, *own.plan, *own.hidden]
 
     @property
     def of_rows(self) -> tuple[Tensor, ...]:
@@ -161,7 +208,7 @@ class Saved:
 
     def with_rows(self, rows: Sequence[Tensor]) -> Saved:
         """With these in the place of the rows that came."""
-        return Saved(self.weights, self.came, self.plan, (*rows, *self.hidden))
+        return replace(self, of_experts=(*rows, *self.hidden))
 
     def without_rows(self) -> Saved:
         """Where they are to come again."""
@@ -187,7 +234,7 @@ class Returning:
     Attributes:
         grad: (T, H2) of the result.
         saved: by the forward.
-        x: (T, H) if it is dispatched once more, else None.
+        x: (T, H) if it is dispatched once more, or some rows are a part of their own; else None.
         sent: of `exchange_plan`.
         home: likewise.
     """
@@ -201,11 +248,12 @@ class Returning:
     @classmethod
     def of(cls, operator: str, given: tuple[Any, ...], experts: Experts, again: bool) -> Returning:
         """Of an operator's first arguments; ValueError if x is there and not asked for, or the other way around."""
-        grad, saved, x, sent, home = given
-        if again != (x is not None):
-            words = "x goes with again=True, and with that alone"
+        grad, parts, x, sent, home = given
+        saved = Saved.of(parts, experts, operator)
+        if (again or saved.own.is_there) != (x is not None):
+            words = "x goes with again=True, or with own rows that are saved, and with these alone"
             raise ValueError(f"moecompile::{operator}: {words}; got {'None' if x is None else tuple(x.shape)}")
-        return cls(grad, Saved.of(saved, experts, operator), x, sent, home)
+        return cls(grad, saved, x, sent, home)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ backward dispatches x once more, and no rows are saved.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from torch import Tensor
 from moecompile.runtime import exchange, fp8_contract, fp8_experts, kernels, lines, main_gradients
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import Arguments, expect_shape
-from moecompile.runtime.exchanged import in_turn
+from moecompile.runtime.exchanged import hides, in_turn
 from moecompile.runtime.exchanged_contract import (
     Experts,
+    Own,
     Plan,
     Returning,
     Saved,
@@ -83,13 +85,14 @@ def _forward_by_kernels(memory: PeerMemory, tokens: Tokens, experts: Experts, ag
     known = CALLS.again(FORWARD, given, decides)
     if known is not None:
         return known
-    there, back = experts.exchanges(memory)
+    (there, back), hidden = experts.exchanges(memory), is_hidden(*tokens[:3], experts, again)
     brought = hopper_exchanged.Brought(*tokens, experts.num_experts, experts.room)
-    if not hopper_in_turn.takes(brought, there, experts.matrices, experts.quantized, experts.attributes):
+    if not hidden and not hopper_in_turn.takes(brought, there, experts.matrices, experts.quantized, experts.attributes):
         return None
+    chosen = hopper_exchanged if hidden else hopper_in_turn
 
     def run() -> Parts:
-        result, saved = hopper_in_turn.forward_saving(brought, there, back, experts)
+        result, saved = chosen.forward_saving(brought, there, back, experts.aligned() if hidden else experts)
         return [result, *(saved.without_rows() if again else saved).every]
 
     with exact(tokens[0]):
@@ -108,13 +111,14 @@ def _forward_in_turn(tokens: Tokens, experts: Experts) -> tuple[Tensor, Saved]:
         else:
             y, hidden = kernels.experts_forward(*given, **experts.of_rows)
             of_experts = [rows, hidden]
-        kept.append(Saved(x.new_empty(0) if weights is None else weights, plan[0], plan, tuple(of_experts)))
+        along = x.new_empty(0) if weights is None else weights
+        kept.append(Saved(along, plan[0], plan, tuple(of_experts), Own.none(x, experts)))
         return y
 
     sends = lines.to_lines(x, **_scale_format(experts)) if in_lines else x
     result, came = in_turn((sends, *others), experts, compute)  # type: ignore[arg-type]
     (saved,) = kept
-    return result, Saved(saved.weights, came, saved.plan, saved.of_experts)
+    return result, replace(saved, came=came)
 
 
 def fake_exchanged_experts_forward(
@@ -134,9 +138,43 @@ def fake_exchanged_experts_forward(
         args.check()
         of_experts = [rows, x.new_empty((args.saved_rows, args.width), dtype=args.dtypes.hidden)]
     came, nothing = sent.new_empty(experts.travel["ranks"]), x.new_empty(0)
-    saved = Saved(nothing if along is None else along, came, tuple(plan), tuple(of_experts))  # type: ignore[arg-type]
+    own = _fake_own(x, expert_ids, weights, experts) if is_hidden(x, expert_ids, weights, experts, again) else None
+    saved = Saved(
+        nothing if along is None else along, came, tuple(plan), tuple(of_experts), own or Own.none(x, experts)  # type: ignore[arg-type]
+    )  # fmt: skip
     result = x.new_empty((x.shape[0], args.out_features), dtype=args.dtypes.result)
     return result, (saved.without_rows() if again else saved).every
+
+
+def _fake_own(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Experts) -> Own:
+    """What is saved of a part of this rank's own."""
+    args = experts.sized(x, weights, expert_ids)
+    specs = (
+        fp8_contract.saved_specs(args)[2:] if experts.quantized else (((args.rows, args.width), args.dtypes.hidden),)
+    )
+    hidden = tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in specs)
+    along = x.new_empty(0) if weights is None else weights.new_empty(weights.shape)
+    ids = expert_ids.new_empty(expert_ids.shape, dtype=torch.int32)
+    return Own(ids, along, (args.offsets, args.slots, args.order), hidden)
+
+
+def is_hidden(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Experts, again: bool) -> bool:
+    """Whether the exchange is hidden in training, by what all ranks know; of example values, too."""
+    travel, how = experts.travel, experts.attributes
+    among = travel["ranks"], travel["capacity"], expert_ids.shape[1], experts.num_experts
+    if again or how.get("recompute") or how.get("kernels") is not None or not hides(*among):
+        return False
+    if any(each is not None for each in experts.matrices[3:]):
+        return False  # their gradients are sums of rows that are in their places
+    if not exchange.by_kernels(x, expert_ids, weights, travel["ranks"], travel["group"]):
+        return False
+    from moecompile.runtime import hopper_exchanged
+
+    brought = hopper_exchanged.Brought(
+        x, expert_ids, weights, expert_ids, expert_ids, experts.num_experts, experts.room
+    )
+    dtype = experts.sized(x, weights, expert_ids).dtypes.result
+    return dtype == x.dtype and hopper_exchanged.could_take(brought, travel["ranks"], travel["capacity"], experts)
 
 
 def exchanged_experts_backward(*args: Any, **attributes: Any) -> Parts:
@@ -177,7 +215,7 @@ def _backward_by_kernels(
     operator: str, memory: PeerMemory, of: Returning, experts: Experts, wanted: Wanted
 ) -> Parts | None:
     """The needed gradients, if all of it is by kernels."""
-    from moecompile.runtime import hopper_exchanged, hopper_in_turn
+    from moecompile.runtime import hopper_exchanged, hopper_exchanged_backward, hopper_in_turn
 
     main = map(wanted.main.get, main_gradients.MATRICES)
     given = (of.grad, *of.saved.every, of.x, of.sent, of.home, *experts.given, *main)
@@ -186,11 +224,14 @@ def _backward_by_kernels(
     if known is not None:
         return known
     args = _checked(operator, of, experts, wanted)
-    if not hopper_exchanged.are_taken(args, experts.quantized, memory.ranks):
+    hidden = of.saved.own.is_there
+    if not hidden and not hopper_exchanged.are_taken(args, experts.quantized, memory.ranks):
         return None
+    chosen = hopper_exchanged_backward if hidden else hopper_in_turn
 
     def run() -> Parts:
-        found = hopper_in_turn.backward(of, *experts.exchanges(memory), experts, args, wanted)
+        aligned = experts.aligned() if hidden else experts
+        found = chosen.backward(of, *experts.exchanges(memory), aligned, args, wanted)
         return [found[name] for name in wanted.names]
 
     with exact(of.grad):

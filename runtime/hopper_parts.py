@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from moecompile.codegen.gemms import GroupedGemm
@@ -24,10 +26,12 @@ from moecompile.runtime import (
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper import Taking
+from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Value
-from moecompile.runtime.quantize import pad
+from moecompile.runtime.lines import parts
+from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,18 @@ class Sixteen:
     Args:
         args: of the experts.
         counts: rows of both parts.
+        save: whether GEMM1's rows are kept, and tokens that came.
+
+    Attributes:
+        kept: room for the latter (`make_room`); None if they need not be kept.
     """
 
-    def __init__(self, args: Arguments, counts: Sequence[int]) -> None:
+    scaled: ClassVar[bool] = False
+    kept: Tensor | None = None
+
+    def __init__(self, args: Arguments, counts: Sequence[int], save: bool = False) -> None:
         self.args, self.counts, self.projection = args, counts, hopper_experts._projection(args, biased=True)
+        self.hidden = [args.x.new_empty(count, args.width) if save else None for count in counts]
         self.w_out = hopper_experts._out_matrices(args)
         x, rows = args.x, sum(counts)
         self.rows, self.a = x.new_empty(rows, args.features), x.new_empty(rows, args.intermediate)
@@ -103,7 +115,8 @@ class Sixteen:
         inner, transposed = args.intermediate, hopper_tiles.is_transposed(self.w_out)
         found: list[Instance] = [Combine(dtype_name(dtype), dtype_name(args.dtypes.result), args.output)]
         for rows in dict.fromkeys(self.counts):
-            first = hopper_tiles.activated_instance(dtype, rows, self.projection, args.activation, save=False)
+            save = self.hidden[0] is not None
+            first = hopper_tiles.activated_instance(dtype, rows, self.projection, args.activation, save)
             second = hopper_tiles.choose(dtype, rows, args.num_experts, args.out_features, inner, transposed)
             found += _taken(first, hopper_tiles.with_bias(second, args.b_out is not None))
         return found
@@ -112,8 +125,8 @@ class Sixteen:
         """GEMM1 and the activation, which reads these weights."""
         hopper.activated_gemm(
             self.rows[part.rows], self.projection, self.args.activation, part.offsets, self.a[part.rows],
-            weights=weights, order=None if weights is None else part.order, dispatching=part.dispatching,
-            taking=part.taking(0),
+            hidden=self.hidden[part.number], weights=weights, order=None if weights is None else part.order,
+            dispatching=part.dispatching, taking=part.taking(0),
         )  # fmt: skip
 
     def multiply_out(self, part: Part) -> None:
@@ -121,6 +134,25 @@ class Sixteen:
         hopper.grouped_gemm(
             self.a[part.rows], self.w_out, part.offsets, self.y[part.rows], bias=self.args.b_out, taking=part.taking(1)
         )
+
+    def make_room(self, lines: Rows, places: int) -> None:
+        """For tokens that come, so many."""
+        if self.hidden[0] is not None:
+            self.kept = lines.values.new_empty(places, lines.values.shape[1])
+
+    def keep_rows(self) -> None:
+        """They are there."""
+
+    def saved_rows(self) -> tuple[Tensor, ...]:
+        """Tokens that came."""
+        assert self.kept is not None
+        return (self.kept,)
+
+    def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
+        """GEMM1's rows of that part."""
+        hidden = self.hidden[number]
+        assert hidden is not None
+        return (hidden,)
 
 
 class Eight:
@@ -130,10 +162,19 @@ class Eight:
         args: of the experts.
         counts: rows of both parts.
         quantized: the matrices.
+        save: as of `Sixteen`.
+
+    Attributes:
+        kept: likewise, values and scales together.
     """
 
-    def __init__(self, args: Arguments, counts: Sequence[int], quantized: Sequence[Tensor]) -> None:
+    scaled: ClassVar[bool] = True
+    kept: Tensor | None = None
+
+    def __init__(self, args: Arguments, counts: Sequence[int], quantized: Sequence[Tensor], save: bool = False) -> None:
         self.args, self.x = args, hopper_experts._lines(args.x)
+        columns = quantized[0].shape[1]
+        self.hidden = [QuantizedRows.empty(self.x, count, columns) if save else None for count in counts]
         self.w_in, _, self.w_out, _ = hopper_fp8._matrices(quantized)
         self.rows, self.a = (
             [QuantizedRows.empty(self.x, count, columns) for count in counts]
@@ -149,7 +190,7 @@ class Eight:
         """The kernels."""
         args, gate_up = self.args, "single" if self.args.gate_up == "single" else "halves"
         first = hopper_fp8_gemm.activated_instance(
-            args.activation, gate_up, False, args.b_in is not None, scale_format=args.scale_format
+            args.activation, gate_up, self.hidden[0] is not None, args.b_in is not None, scale_format=args.scale_format
         )
         second = hopper_fp8_gemm.product_instance(args.out_features, args.b_out is not None)
         combine = Combine("bfloat16", dtype_name(args.dtypes.result), args.output)
@@ -160,8 +201,9 @@ class Eight:
         args = self.args
         hopper_fp8_gemm.activated(
             self.rows[part.number], self.w_in, args.activation, part.offsets, args.intermediate, self.a[part.number],
-            None, biases=hopper_fp8._biases(args), weights=weights, order=None if weights is None else part.order,
-            dispatching=part.dispatching, scale_format=args.scale_format, taking=part.taking(0),
+            self.hidden[part.number], biases=hopper_fp8._biases(args), weights=weights,
+            order=None if weights is None else part.order, dispatching=part.dispatching,
+            scale_format=args.scale_format, taking=part.taking(0),
         )  # fmt: skip
 
     def multiply_out(self, part: Part) -> None:
@@ -170,6 +212,35 @@ class Eight:
         hopper_fp8_gemm.product(
             self.a[part.number], self.w_out, part.offsets, self.y[part.rows], bias, taking=part.taking(1)
         )
+
+    def make_room(self, lines: Rows, places: int) -> None:
+        """For tokens that come, so many."""
+        if self.hidden[0] is None:
+            return
+        self.kept = lines.values.new_empty(places, lines.values.shape[1])
+        width = self.args.features
+        self.came = (
+            self.kept.new_empty(places, width, dtype=E4M3),
+            self.kept.new_empty(places, blocks_in(width, BLOCK), dtype=torch.float32),
+        )
+
+    def keep_rows(self) -> None:
+        """Their values apart from their scales, as the backward reads them."""
+        if self.kept is None:
+            return
+        values, scales = parts(self.kept, self.args.features)
+        self.came[0].view(torch.int32).copy_(values.view(torch.int32))  # a copy of bytes is slow
+        self.came[1].copy_(scales)
+
+    def saved_rows(self) -> tuple[Tensor, ...]:
+        """Tokens that came, values and scales."""
+        return self.came
+
+    def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
+        """GEMM1's rows of that part, values and scales."""
+        hidden = self.hidden[number]
+        assert hidden is not None
+        return hidden.values, hidden.scales
 
 
 def _taken(first: GroupedGemm, second: GroupedGemm) -> list[Instance]:

@@ -92,7 +92,7 @@ def check_reduced_overhead_in_training(rank: int, ranks: int) -> None:
         close(results(run, model, x), wanted, 1.5e-2)
     captured()
     (graph,) = moecompile.last_report().graphs
-    assert "dispatch_start" in graph.after and "gather_experts" not in graph.after
+    assert "exchanged_experts" in graph.after and "gather_experts" not in graph.after
 
 
 def check_max_autotune(rank: int, ranks: int) -> None:
