@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from one_side import Side
 
@@ -33,7 +34,7 @@ CACHE = 256 * 2**20
 ROUNDS = 20
 
 
-def captured(run: Callable[[], Tensor], prepare: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(run: Callable[[], Any], prepare: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """A graph of the call, whose kernels have been loaded."""
     prepare()
     run()
@@ -44,16 +45,13 @@ def captured(run: Callable[[], Tensor], prepare: Callable[[], None]) -> torch.cu
     return graph
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_one_side(name: str, fp8: bool) -> None:
-    side, flush = Side(*SHAPES[name], fp8), torch.empty(CACHE, dtype=torch.uint8, device="cuda")
-    graphs = {"exchanged": captured(side.exchanged, side.prepare), "local": captured(side.local, lambda: None)}
-    times: dict[str, list[float]] = {each: [] for each in graphs}
+def medians(calls: dict[str, tuple[torch.cuda.CUDAGraph, Callable[[], None]]]) -> dict[str, float]:
+    """Milliseconds of each graph, in turns, on cold caches and when what it waits for is there."""
+    flush = torch.empty(CACHE, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {each: [] for each in calls}
     for turn in range(ROUNDS + 3):
-        for each, graph in graphs.items():
-            if each == "exchanged":
-                side.prepare()
+        for each, (graph, prepare) in calls.items():
+            prepare()
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -62,9 +60,45 @@ def test_one_side(name: str, fp8: bool) -> None:
             torch.cuda.synchronize()
             if turn >= 3:
                 times[each].append(begin.elapsed_time(end))
+    return {each: statistics.median(of_each) for each, of_each in times.items()}
+
+
+def nothing() -> None:
+    """To prepare."""
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_side(name: str, fp8: bool) -> None:
+    side = Side(*SHAPES[name], fp8)
+    graphs = {"exchanged": captured(side.exchanged, side.prepare), "local": captured(side.local, nothing)}
+    prepare = {"exchanged": side.prepare, "local": nothing}
+    found = medians({each: (graph, prepare[each]) for each, graph in graphs.items()})
     assert not side.memories[0].failure()
-    found = {each: statistics.median(of_each) for each, of_each in times.items()}
     ratio = found["exchanged"] / found["local"]
     precision, mine, local = "fp8" if fp8 else "bf16", found["exchanged"], found["local"]
     print(f"{name} {precision}: exchanged {mine:.3f} ms, local {local:.3f}, {ratio:.3f}")
     assert ratio <= BOUNDS.get((name, fp8), float("inf"))
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["large", "narrow"])
+def test_one_side_of_a_step(name: str, fp8: bool) -> None:
+    """Forward and backward, hidden, one step after the other, and of local experts."""
+    side = Side(*SHAPES[name], fp8, backward=True)
+    calls: dict[str, tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = {}
+    for each, hidden in (("hidden", True), ("in turn", False)):
+        side.prepare()
+        _, saved = side.forward(hidden)
+        calls[f"{each}, forward"] = captured(partial(side.forward, hidden), side.prepare), side.prepare
+        back = captured(partial(side.backward, saved), side.prepare_back)
+        calls[f"{each}, backward"] = back, side.prepare_back
+    _, kept = side.local_forward()
+    calls["local, forward"] = captured(side.local_forward, nothing), nothing
+    calls["local, backward"] = captured(partial(side.local_backward, kept), nothing), nothing
+    found = medians(calls)
+    assert not side.memories[0].failure()
+    print(f"{name} {'fp8' if fp8 else 'bf16'}:", ", ".join(f"{each} {time:.3f}" for each, time in found.items()))
+    step = {each: found[f"{each}, forward"] + found[f"{each}, backward"] for each in ("hidden", "in turn", "local")}
+    print("  steps:", ", ".join(f"{each} {time:.3f}" for each, time in step.items()))
+    assert step["hidden"] < step["in turn"], "nothing is hidden"

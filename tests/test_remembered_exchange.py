@@ -157,8 +157,8 @@ def trained(gpu: FakeGpu, given: dict[str, Any], needs: list[bool], **more: Any)
     attributes = {**GATED, **TRAVEL, "quantized": given["quantized"], "room": given["room"], "num_experts": EXPERTS}
     result, saved = ops.exchanged_experts_forward(*given["tensors"], **attributes, **more)
     forward, grad, hidden = gpu.taken(), torch.randn(result.shape).bfloat16(), saved[-1].dim() == 2
-    given = x if more.get("again") or hidden else None
-    ops.exchanged_experts_backward(grad, saved, given, sent, home, w_in, w_out, **attributes, **more, needs=needs)
+    tokens = x if more.get("again") or hidden else None
+    ops.exchanged_experts_backward(grad, saved, tokens, sent, home, w_in, w_out, **attributes, **more, needs=needs)
     return [forward, gpu.taken()]
 
 
