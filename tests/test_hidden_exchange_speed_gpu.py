@@ -57,7 +57,10 @@ def medians(calls: dict[str, tuple[torch.cuda.CUDAGraph, Callable[[], None]]]) -
             begin.record()
             graph.replay()
             end.record()
-            torch.cuda.synchronize()
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise RuntimeError(f"{each}, turn {turn}") from error
             if turn >= 3:
                 times[each].append(begin.elapsed_time(end))
     return {each: statistics.median(of_each) for each, of_each in times.items()}

@@ -29,6 +29,7 @@ TURNED: dict[str, Any] = SCALED | {"w_in_transposed": True, "w_out_transposed": 
 TWO = hopper_exchanged, hopper_exchanged_backward
 ONE = hopper_in_turn, hopper_in_turn
 How = tuple[ModuleType, ModuleType]
+NO_MATRIX = [True, True, *[False] * 6]
 
 
 class Rank:
@@ -83,7 +84,15 @@ def poison() -> None:
     torch.cuda.synchronize()
 
 
-def ranks_of(counts: Sequence[int], attributes: dict[str, Any], fp8: bool, room: int | None = None) -> list[Rank]:
+def zeros_for(rank: Rank) -> dict[str, Tensor]:
+    """Main gradients."""
+    w_in, w_out, *_ = rank.matrices
+    return {name: torch.zeros_like(each, dtype=torch.float32) for name, each in (("w_in", w_in), ("w_out", w_out))}
+
+
+def ranks_of(
+    counts: Sequence[int], attributes: dict[str, Any], fp8: bool, room: int | None = None, adding: bool = False
+) -> list[Rank]:
     """For so many tokens of each, whose kernels have been loaded: to load one may wait for the device."""
     ranks, capacity, (_, ids, weights) = len(counts), max(counts), brought(0, 1)
     size = room_for(ranks, capacity, hopper_exchange.pitch_of(COLUMNS, torch.float32, ids.int(), weights))
@@ -92,8 +101,10 @@ def ranks_of(counts: Sequence[int], attributes: dict[str, Any], fp8: bool, room:
             for memory in among_streams(ranks, size, 0, READERS):
                 grad = torch.zeros(count, COLUMNS, device="cuda").bfloat16()
                 rank = Rank(memory, capacity, attributes, fp8)
-                rank.step(brought(0, count), grad, how, needs_of(attributes), 0, room, patience=0.05)
-                torch.cuda.synchronize()
+                for main in (None, zeros_for(rank)) if adding else (None,):
+                    needs = needs_of(attributes) if main is None else NO_MATRIX
+                    rank.step(brought(0, count), grad, how, needs, 0, room, patience=0.05, main=main)
+                    torch.cuda.synchronize()
     return [Rank(memory, capacity, attributes, fp8) for memory in among_streams(ranks, size, 0, READERS)]
 
 
@@ -183,17 +194,10 @@ def test_what_is_needed(asked: tuple[str, ...], fp8: bool) -> None:
 def test_main_gradients(fp8: bool) -> None:
     """What kernels add to."""
     counts = [1024, 800]
-    ranks = ranks_of(counts, SCALED, fp8)
+    ranks = ranks_of(counts, SCALED, fp8, adding=True)
     every = together(ranks, counts, 3, TWO)
-    names = ("w_in", "w_out")
-    main = [
-        {
-            name: torch.full_like(each, 0.5, dtype=torch.float32)
-            for name, each in zip(names, rank.matrices, strict=False)
-        }
-        for rank in ranks
-    ]
-    found = together(ranks, counts, 3, TWO, needs=[True, True, *[False] * 6], main=main)
+    main = [{name: each + 0.5 for name, each in zeros_for(rank).items()} for rank in ranks]
+    found = together(ranks, counts, 3, TWO, needs=NO_MATRIX, main=main)
     for one, other, added in zip(found, every, main, strict=True):
         assert {*one} == {"result", "x", "weights"} and torch.equal(one["x"], other["x"])
         for name, each in added.items():
