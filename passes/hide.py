@@ -4,8 +4,9 @@ Contract
 - On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
   this rank (in FP8 or not), combine.
 - The block becomes one operator, if kernels exchange its tokens; where something is differentiated AOTAutograd makes
-  two of it, there and back. Where nothing is, and tokens may be so many that there is something to hide
-  (`exchanged.hides`), it does. All of it follows from what the ranks have agreed on.
+  two of it, there and back. If tokens may be so many that there is something to hide (`exchanged.hides`), it does; in
+  training not where biases have gradients, nor where rows are dispatched or computed again. All of it follows from what
+  the ranks have agreed on.
 - A block of which something else reads a part stays, as does what is not exactly such a block.
 
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
@@ -25,7 +26,7 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for, key_of
-from moecompile.runtime.contract import TENSORS
+from moecompile.runtime.contract import BIASES, TENSORS
 from moecompile.runtime.exchange import by_kernels
 from moecompile.runtime.exchanged import OF_BACKWARD, hides
 from moecompile.runtime.exchanged_contract import OF_EXCHANGE
@@ -45,19 +46,20 @@ class Rewritten(NamedTuple):
 NOTHING_REWRITTEN = Rewritten(0, 0)
 
 
-def hide_exchanges(graph: fx.Graph, differentiable: bool = False) -> Rewritten:
+def hide_exchanges(graph: fx.Graph, differentiable: bool = False, again: bool = False) -> Rewritten:
     """Rewrite the graph in place; returns what was rewritten. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
         differentiable: whether somebody may call its backward.
+        again: whether that dispatches tokens once more.
     """
     found = [
         block
         for node in graph.find_nodes(op="call_function", target=ops.combine_wait.default)
         if (block := _block(node))
     ]
-    hidden = [block for block in found if not differentiable and block.hides()]
+    hidden = [block for block in found if block.hides() and not (differentiable and (again or block.wants_one_part))]
     for block in found:
         block.replace(() if differentiable else OF_BACKWARD)
     return Rewritten(len(found), len(hidden))
@@ -134,6 +136,13 @@ class _Block:
         x, ids, weights = self._tokens
         return by_kernels(x, ids, weights, kwargs["ranks"], kwargs["group"])
 
+    @property
+    def wants_one_part(self) -> bool:
+        """Whether its backward asks for more than two parts of rows give."""
+        given = self.experts.kwargs
+        biases = [given.get(name) or _positional(self.experts, name) for name in BIASES]
+        return bool(given.get("recompute")) or any(each is not None for each in biases)
+
     def hides(self) -> bool:
         """Whether there is anything to hide, by what all ranks know."""
         kwargs: Any = self.came.kwargs
@@ -188,6 +197,12 @@ def _call(value: Any, target: Any) -> fx.Node | None:
 
 def _part_of(value: Any) -> Any:
     return value.args[0] if isinstance(value, fx.Node) and value.target is operator.getitem else value
+
+
+def _positional(node: fx.Node, name: str) -> Any:
+    """An argument of the experts that is given by its place."""
+    place = TENSORS.index(name)
+    return node.args[place] if place < len(node.args) else None
 
 
 def _travel(node: fx.Node) -> dict[str, Any]:

@@ -81,12 +81,17 @@ def check_few_tokens_are_not_hidden(rank: int, ranks: int) -> None:
         assert torch.equal(found, compiled(model, disable=("hide",))(x))
 
 
-def check_nothing_is_hidden_where_there_are_gradients(rank: int, ranks: int) -> None:
+def check_hidden_where_there_are_gradients(rank: int, ranks: int) -> None:
     model = Model(fixed=True)
     moecompile.shard_experts(model, mesh_of(ranks))
     run = compiled(model)
     run(tokens_of(rank, MANY)).sum().backward()
+    assert "2 of 2 exchanges are hidden" in str(moecompile.last_report().graphs[-1].notes)
+    compiled(model, ep_dispatch_again=True)(tokens_of(rank, MANY)).sum().backward()
     assert "exchanged_experts" in graph_text() and "hidden" not in str(moecompile.last_report().graphs[-1].notes)
+    compiled(model, recompute=True)(tokens_of(rank, MANY)).sum().backward()
+    assert "exchanged_experts" in graph_text() and "hidden" not in str(moecompile.last_report().graphs[-1].notes)
+    run = compiled(model)
     with torch.no_grad():  # and later is, with an agreement of its own
         run(tokens_of(rank, MANY))
     assert "2 of 2 exchanges are hidden" in str(moecompile.last_report().graphs[-1].notes)

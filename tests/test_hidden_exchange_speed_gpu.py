@@ -90,15 +90,17 @@ def test_one_side_of_a_step(name: str, fp8: bool) -> None:
     """Forward and backward, hidden, one step after the other, and of local experts."""
     side = Side(*SHAPES[name], fp8, backward=True)
     calls: dict[str, tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = {}
+    kept = []  # graphs read it
     for each, hidden in (("hidden", True), ("in turn", False)):
         side.prepare()
         _, saved = side.forward(hidden)
+        kept.append(saved)
         calls[f"{each}, forward"] = captured(partial(side.forward, hidden), side.prepare), side.prepare
         back = captured(partial(side.backward, saved), side.prepare_back)
         calls[f"{each}, backward"] = back, side.prepare_back
-    _, kept = side.local_forward()
+    _, of_local = side.local_forward()
     calls["local, forward"] = captured(side.local_forward, nothing), nothing
-    calls["local, backward"] = captured(partial(side.local_backward, kept), nothing), nothing
+    calls["local, backward"] = captured(partial(side.local_backward, of_local), nothing), nothing
     found = medians(calls)
     assert not side.memories[0].failure()
     print(f"{name} {'fp8' if fp8 else 'bf16'}:", ", ".join(f"{each} {time:.3f}" for each, time in found.items()))
