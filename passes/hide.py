@@ -4,9 +4,9 @@ Contract
 - On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
   this rank (in FP8 or not), combine.
 - The block becomes one operator, if kernels exchange its tokens; where something is differentiated AOTAutograd makes
-  two of it, there and back. If tokens may be so many that there is something to hide (`exchanged.hides`), it does; in
-  training not where biases have gradients, nor where rows are dispatched or computed again. All of it follows from what
-  the ranks have agreed on.
+  two of it, there and back. If tokens may be so many that there is something to hide (`exchanged.hides`), it does in
+  inference, and in training as `exchanged_training.is_hidden` says. All of it follows from what the ranks have agreed
+  on.
 - A block of which something else reads a part stays, as does what is not exactly such a block.
 
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
@@ -26,6 +26,7 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for, key_of
+from moecompile.runtime import exchanged_training
 from moecompile.runtime.contract import BIASES, TENSORS
 from moecompile.runtime.exchange import by_kernels
 from moecompile.runtime.exchanged import OF_BACKWARD, hides
@@ -59,7 +60,8 @@ def hide_exchanges(graph: fx.Graph, differentiable: bool = False, again: bool = 
         for node in graph.find_nodes(op="call_function", target=ops.combine_wait.default)
         if (block := _block(node))
     ]
-    hidden = [block for block in found if block.hides() and not (differentiable and (again or block.wants_one_part))]
+    one_part = differentiable and (again or not exchanged_training.HIDES)
+    hidden = [each for each in found if each.hides() and not one_part and not (differentiable and each.wants_one_part)]
     for block in found:
         block.replace(() if differentiable else OF_BACKWARD)
     return Rewritten(len(found), len(hidden))

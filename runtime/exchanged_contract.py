@@ -161,7 +161,7 @@ class Saved:
         came: (ranks,) int32, how many rows go back to each.
         plan: of the rows.
         of_experts: rows (ranks * capacity, H), without elements if they are to come again, and GEMM1's rows; in FP8 the
-            record of `experts_fp8_forward`.
+            record of `experts_fp8_forward`, or, with `own`, lines in the place of values, and no scales.
         own: of the part of its own that some of this rank's rows are; those of the plan are then the others.
     """
 

@@ -137,8 +137,11 @@ def fake_exchanged_experts_forward(
     else:
         args.check()
         of_experts = [rows, x.new_empty((args.saved_rows, args.width), dtype=args.dtypes.hidden)]
-    came, nothing = sent.new_empty(experts.travel["ranks"]), x.new_empty(0)
-    own = _fake_own(x, expert_ids, weights, experts) if is_hidden(x, expert_ids, weights, experts, again) else None
+    came, nothing, own = sent.new_empty(experts.travel["ranks"]), x.new_empty(0), None
+    if is_hidden(x, expert_ids, weights, experts, again):
+        own = _fake_own(x, expert_ids, weights, experts)
+        if experts.quantized:
+            of_experts[:2] = x.new_empty((sent.shape[0], 2 * lines.width(x.shape[1])), dtype=torch.uint8), nothing
     saved = Saved(
         nothing if along is None else along, came, tuple(plan), tuple(of_experts), own or Own.none(x, experts)  # type: ignore[arg-type]
     )  # fmt: skip
@@ -158,11 +161,15 @@ def _fake_own(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Ex
     return Own(ids, along, (args.offsets, args.slots, args.order), hidden)
 
 
+HIDES = False
+"""Whether exchanges are hidden in training: not before that is faster than one step after the other (docs/perf.md)."""
+
+
 def is_hidden(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Experts, again: bool) -> bool:
     """Whether the exchange is hidden in training, by what all ranks know; of example values, too."""
     travel, how = experts.travel, experts.attributes
     among = travel["ranks"], travel["capacity"], expert_ids.shape[1], experts.num_experts
-    if again or how.get("recompute") or how.get("kernels") is not None or not hides(*among):
+    if not HIDES or again or how.get("recompute") or how.get("kernels") is not None or not hides(*among):
         return False
     if any(each is not None for each in experts.matrices[3:]):
         return False  # their gradients are sums of rows that are in their places

@@ -61,10 +61,12 @@ class Taking:
     Attributes:
         taken: one int32, zero when the kernel begins.
         multiple: of each expert's rows only so many times that many are computed, the first ones; 0 for all.
+        spare: multiprocessors that are left to others.
     """
 
     taken: Tensor
     multiple: int = 0
+    spare: int = 0
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,8 @@ def _launch(
     along = _mapped(a, (instance.overhang // instance.cluster, columns)) if instance.overhang else bytes(128)
     maps = (_mapped(a, box), boxes[0], boxes[-1], along)
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
-    blocks = kernel.multiprocessors // instance.cluster * instance.cluster
+    spare = 0 if taking is None else taking.spare
+    blocks = max(1, (kernel.multiprocessors - spare) // instance.cluster) * instance.cluster
     asked = (int(early), multiple, others_first, others, 1 / mean_over, taken)
     more = (*sizes, *grid, b_scale_pair, *asked, *feed, *epilogue)
     Launch(kernel, blocks, (*maps, scales or bytes(128), offsets, b_scales, *more)).run()

@@ -15,6 +15,9 @@ priority:
 All products take tiles as multiprocessors become free (codegen/kernels/tickets.cuh): those that send, or wait for what
 has not come, delay nothing. No product waits for another rank on the device: so no rank keeps multiprocessors from what
 others wait for. Results are those of one step after the other, to the bit.
+
+In training the other stream takes the rows, too, so that they can be kept. GEMM1(own) leaves it the multiprocessors
+that have sent: with none of them, it would begin where GEMM1(own) ends.
 """
 
 from __future__ import annotations
@@ -160,7 +163,6 @@ class _Forward:
         with torch.cuda.stream(side):
             read = -1 if self.save else there.slot
             hopper_exchange.send(back, Rows(self.sums), None, self.came, read=read, started=self.started)
-            products.keep_rows()
         hopper_exchange.await_start(back, self.started)
         if own.count:
             products.multiply_out(own)
@@ -225,7 +227,8 @@ class _Forward:
         counts, offsets, slots, order = planned
         first, count = number * self.counts[0], self.counts[number]
         left = self.progress[number], self.taken[number]
-        return Part(number, first, count, counts, offsets, slots, order, weights, source, *left, multiple)
+        spare = self.there.sms if self.save and number == 0 else 0
+        return Part(number, first, count, counts, offsets, slots, order, weights, source, *left, multiple, spare)
 
     @property
     def _scales_at(self) -> int:

@@ -65,6 +65,7 @@ class Part:
         args: the record of the experts on them.
         taken: of both products' tiles, zeros.
         multiple: of each expert's rows only so many times that many are multiplied; 0 for all.
+        spare: multiprocessors that the first product leaves to others.
     """
 
     number: int
@@ -72,10 +73,11 @@ class Part:
     args: Arguments
     taken: tuple[Tensor, Tensor]
     multiple: int
+    spare: int
 
     def taking(self, product: int) -> Taking:
         """Of the product back through GEMM2 (0), or through GEMM1 (1)."""
-        return Taking(self.taken[product], self.multiple)
+        return Taking(self.taken[product], self.multiple, 0 if product else self.spare)
 
 
 class _Backward:
@@ -94,8 +96,8 @@ class _Backward:
         self.count, self.total = mine.rows, mine.rows + args.rows
         self.zeros = grad.new_zeros(self._words(mine, args), dtype=torch.int32)
         multiple = own_multiple(bool(experts.quantized), mine.rows, experts.num_experts)
-        self.own = Part(0, slice(0, self.count), mine, self._taken(0), multiple)
-        self.others = Part(1, slice(self.count, self.total), args, self._taken(1), 0)
+        self.own = Part(0, slice(0, self.count), mine, self._taken(0), multiple, there.sms)
+        self.others = Part(1, slice(self.count, self.total), args, self._taken(1), 0, 0)
         ids, (offsets, slots, _) = own.ids, own.plan
         self.parts = OwnParts(ids, slots, offsets, args.slots, self.count, multiple)
         form, reads = weighting(args.output), "weight" in expression_leaves(args.activation)
@@ -397,7 +399,7 @@ class Eight:
     def _gradients(self) -> list[QuantizedRows]:
         """Of results, of this rank's tokens and of all that came."""
         width = self.call.args.out_features
-        return [QuantizedRows(*_apart(self.sources[number], width)) for number in (0, 1)]
+        return [QuantizedRows(*lines.parts(self.sources[number], width)) for number in (0, 1)]
 
     def _tokens(self) -> list[QuantizedRows]:
         """This rank's tokens, and all that came."""
@@ -405,17 +407,18 @@ class Eight:
         tokens = hopper_fp8._room_for(x)
         if self.call.count:
             hopper_quantize.quantize_rows(x, None, None, tokens, self.scale_format)
-        return [QuantizedRows(*tokens), QuantizedRows(*self.call.of.saved.of_rows)]
+        came, _ = self.call.of.saved.of_rows
+        return [QuantizedRows(*tokens), QuantizedRows(*lines.parts(came, x.shape[1]))]
 
     def _turned(
-        self, lines: int, given: list[QuantizedRows], gathered: bool, *, per_column: bool, features: int | None = None,
-        **how: object,
+        self, columns: int, given: list[QuantizedRows], gathered: bool, *, per_column: bool,
+        features: int | None = None, **how: object,
     ) -> QuantizedRows:  # fmt: skip
         """Rows of both parts as columns, this rank's own first."""
         call, like, first = self.call, given[1], self.call.count // BLOCK
         blocks = first + padded_blocks(call.others.args.rows, call.args.num_experts)
-        size = (blocks, lines) if per_column else (-(-lines // BLOCK), blocks)
-        made = QuantizedRows(like.values.new_empty(lines, blocks * BLOCK), like.scales.new_empty(size))
+        size = (blocks, columns) if per_column else (-(-columns // BLOCK), blocks)
+        made = QuantizedRows(like.values.new_empty(columns, blocks * BLOCK), like.scales.new_empty(size))
         for part, each in zip((call.own, call.others), given, strict=True):
             if not part.args.rows:
                 continue
@@ -446,8 +449,3 @@ class Eight:
             hopper_fp8_gemm.add_outer(a, b, self.ends[0], main[name], transposed, mean_over, beyond)
         else:
             found[name] = hopper_fp8_gemm.outer(a, b, self.ends[0], matrices, transposed, mean_over, beyond)
-
-
-def _apart(rows: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """Values and scales of lines, as they are read to be turned."""
-    return lines.from_lines(rows.view(torch.bfloat16), features=features)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from moecompile.codegen.gemms import GroupedGemm
@@ -30,8 +29,7 @@ from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Value
-from moecompile.runtime.lines import parts
-from moecompile.runtime.quantize import BLOCK, E4M3, blocks_in, pad
+from moecompile.runtime.quantize import pad
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Part:
         progress: of their dispatch, zeros.
         taken: of GEMM1's and GEMM2's tiles, zeros.
         multiple: of each expert's rows only so many times that many are multiplied.
+        spare: multiprocessors that GEMM1 leaves to others.
     """
 
     number: int
@@ -65,6 +64,7 @@ class Part:
     progress: Tensor
     taken: tuple[Tensor, Tensor]
     multiple: int
+    spare: int
 
     @property
     def rows(self) -> slice:
@@ -78,7 +78,7 @@ class Part:
 
     def taking(self, product: int) -> Taking:
         """Of GEMM1 (0) or GEMM2 (1)."""
-        return Taking(self.taken[product], self.multiple)
+        return Taking(self.taken[product], self.multiple, 0 if product else self.spare)
 
 
 class Sixteen:
@@ -139,9 +139,6 @@ class Sixteen:
         """For tokens that come, so many."""
         if self.hidden[0] is not None:
             self.kept = lines.values.new_empty(places, lines.values.shape[1])
-
-    def keep_rows(self) -> None:
-        """They are there."""
 
     def saved_rows(self) -> tuple[Tensor, ...]:
         """Tokens that came."""
@@ -215,26 +212,13 @@ class Eight:
 
     def make_room(self, lines: Rows, places: int) -> None:
         """For tokens that come, so many."""
-        if self.hidden[0] is None:
-            return
-        self.kept = lines.values.new_empty(places, lines.values.shape[1])
-        width = self.args.features
-        self.came = (
-            self.kept.new_empty(places, width, dtype=E4M3),
-            self.kept.new_empty(places, blocks_in(width, BLOCK), dtype=torch.float32),
-        )
-
-    def keep_rows(self) -> None:
-        """Their values apart from their scales, as the backward reads them."""
-        if self.kept is None:
-            return
-        values, scales = parts(self.kept, self.args.features)
-        self.came[0].view(torch.int32).copy_(values.view(torch.int32))  # a copy of bytes is slow
-        self.came[1].copy_(scales)
+        if self.hidden[0] is not None:
+            self.kept = lines.values.new_empty(places, lines.values.shape[1])
 
     def saved_rows(self) -> tuple[Tensor, ...]:
-        """Tokens that came, values and scales."""
-        return self.came
+        """Tokens that came, values and scales together, in the place of the values."""
+        assert self.kept is not None
+        return self.kept, self.x.new_empty(0)
 
     def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
         """GEMM1's rows of that part, values and scales."""

@@ -214,7 +214,7 @@ def transpose_rows(
     """Rows in expert order as columns, each expert's filled up with zeros to whole blocks.
 
     Args:
-        values: (R, F) e4m3, or the tokens (T, F), contiguous; F is a multiple of 16.
+        values: (R, F) e4m3, or the tokens (T, F), lines contiguous; F is a multiple of 16.
         scales: of 1 x 128: (blocks, pitch) of rows, (T, blocks) of tokens.
         order: (R,) int32, the assignment of a row; None if rows are in their place.
         offsets: (E,) int32; None if one expert has all rows.
@@ -244,7 +244,7 @@ def transpose_rows(
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
     arguments = (
         values, scales, order, offsets, ends, into.values, into.scales, *strides,
-        experts, rows, top_k or 1, columns, row_blocks, into.scales.stride(0), into.values.stride(0),
+        experts, rows, top_k or 1, columns, values.stride(0), row_blocks, into.scales.stride(0), into.values.stride(0),
         half, kept, step, second,
     )  # fmt: skip
     Launch(kernel, row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments).run()

@@ -55,14 +55,14 @@ template <bool GATHERED, bool PER_COLUMN, typename Scales>
 struct TransposeRows {
     static constexpr i32 THREADS = tile::THREADS, BLOCKS = 1, RESIDENT = PER_COLUMN ? 3 : 4, OWN = tile::OWN;
     struct Arguments {
-        const u8* values;     // (rows or tokens, columns)
+        const u8* values;     // (rows or tokens, columns), lines of `line`
         const float* scales;  // of a row or token and a block of columns, by the strides below
         const i32* order;     // (rows,): the assignment of a row
         const i32 *offsets, *padded;  // (E,); null of one expert that has all rows
         u8* out;              // (features, padded rows), lines of `pitch`
         float* out_scales;    // PER_COLUMN: (blocks of rows, scale_pitch); otherwise (blocks of columns, blocks of rows)
         i32 scale_row, scale_block;
-        i32 experts, rows, top_k, columns, row_blocks, scale_pitch, pitch;  // of `out`
+        i32 experts, rows, top_k, columns, line, row_blocks, scale_pitch, pitch;  // of `out`
         // Halves of the columns, `half` each (all columns if there is one), begin with that many features; those of the first
         // half are lines 0, step, 2 step, ... of the result, and those of the second begin with line `second`.
         i32 half, features, step, second;
@@ -146,7 +146,7 @@ struct TransposeRows {
             i32 source = shared.sources[tile::first_row() + i];
             rows[i] = make_uint2(0, 0);
             if (source >= 0 && column < arguments.columns)
-                rows[i] = __ldg(reinterpret_cast<const uint2*>(arguments.values + i64(source) * arguments.columns + column));
+                rows[i] = __ldg(reinterpret_cast<const uint2*>(arguments.values + i64(source) * arguments.line + column));
         }
     }
 
