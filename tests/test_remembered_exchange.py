@@ -223,6 +223,8 @@ def test_hidden_training_is_remembered(
         products = [each for each in part if each.instance.name.startswith("moecompile_grouped_gemm")]
         own, others = (sum(each.stream == stream for each in products) for stream in (STREAM, SIDE))
         assert others == 2 and own in (2, 4), "the gradients of matrices keep no rank waiting"
+        free = [132 - each.blocks for each in products if each.stream == STREAM]
+        assert free == [TRAVEL["sms"]] + [0] * (own - 1), "whoever waits for rows finds a multiprocessor at once"
         assert {each.instance for each in products} <= gpu.announced, "compiled one by one, while other ranks wait"
         home = [each for each in part if isinstance(each.instance, ExchangeHomeOfExperts)]
         assert len(home) == 1 and home[0] is part[-1], "what was sent first comes last"
