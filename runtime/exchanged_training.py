@@ -81,7 +81,7 @@ def _forward_by_kernels(memory: PeerMemory, tokens: Tokens, experts: Experts, ag
     from moecompile.runtime import hopper_exchanged, hopper_in_turn
 
     given = (*tokens, *experts.given, memory.own, memory.bases, memory.told)
-    decides = experts.decides | {"again": again}
+    decides = experts.decides | {"again": again, "hides": HIDES}
     known = CALLS.again(FORWARD, given, decides)
     if known is not None:
         return known

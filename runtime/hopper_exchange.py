@@ -29,6 +29,8 @@ RING = 54 * 1024
 """Bytes of shared memory that a channel has for rows on their way; two at least have to fit."""
 READERS = 4
 """Blocks of each multiprocessor that take rows out of the memory, at most: what they read is in this device's own."""
+READERS_OF_ROWS = 3
+"""The same of those that copy rows, where all of them are to be there at once: registers leave room for so many."""
 LANES = 32
 """Experts of a token, at most: a lane sees to each."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -264,7 +266,7 @@ def receive(
         came, None, None, 0, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
     )  # fmt: skip
     blocks = exchange.readers(kernel, exchange.capacity)
-    Launch(kernel, min(blocks, READERS * exchange.sms) if few else blocks, values, early=not few).run()
+    Launch(kernel, min(blocks, READERS_OF_ROWS * exchange.sms) if few else blocks, values, early=not few).run()
 
 
 def take(
@@ -292,7 +294,8 @@ def take(
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, values, *into, came, slots, offsets,
         multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
     )  # fmt: skip
-    blocks = min(exchange.readers(kernel, exchange.capacity), READERS * exchange.sms)
+    each = READERS if values is None else READERS_OF_ROWS
+    blocks = min(exchange.readers(kernel, exchange.capacity), each * exchange.sms)
     Launch(kernel, blocks, given, early=False).run()
 
 
