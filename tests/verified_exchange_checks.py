@@ -56,7 +56,7 @@ def graphs() -> tuple[GraphReport, ...]:
     return moecompile.last_report().graphs
 
 
-def passed(graph: GraphReport, blocks: int, gradients: bool, exchange: str = "dispatch_start") -> None:
+def passed(graph: GraphReport, blocks: int, gradients: bool, exchange: str = "exchanged_experts") -> None:
     """All blocks were compared, none differed, and their tokens are exchanged."""
     assert len(graph.verify) == len(graph.sites) == blocks, graph.verify
     assert all(("gradients by" in line) == gradients for line in graph.verify), graph.verify
@@ -90,9 +90,9 @@ def emitted_wrongly(graph: fx.Graph, site: Site) -> fx.Node:
     return node
 
 
-def hidden_wrongly(graph: fx.Graph) -> Rewritten:
+def hidden_wrongly(graph: fx.Graph, *how: bool) -> Rewritten:
     """As the pass `hide` writes blocks, but for their activation."""
-    found = HIDE(graph)
+    found = HIDE(graph, *how)
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.exchanged_experts.default):
         node.kwargs = {**node.kwargs, "activation": WRONG}
     return found
@@ -118,12 +118,18 @@ def check_right_exchanges_pass(rank: int, ranks: int) -> None:
         passed(graphs()[0], blocks, gradients=True)
 
 
+def check_right_operators_one_after_the_other_pass(rank: int, ranks: int) -> None:
+    model, _ = sharded(ranks)
+    results(verified(model, disable=("hide",)), model, tokens_of(rank, 5 + rank))
+    passed(graphs()[0], 2, gradients=True, exchange="dispatch_start")
+
+
 def check_right_exchanges_in_fp8_pass(rank: int, ranks: int) -> None:
     """Compared before they are cast."""
     model, _ = sharded(ranks, Model(256, 128, fixed=True))
     results(verified(model, precision="fp8"), model, tokens_of(rank, 5 + rank, hidden=256))
     passed(graphs()[0], 2, gradients=True)
-    assert "experts_fp8" in graphs()[0].after
+    assert "quantize_weights" in graphs()[0].after
 
 
 def check_right_hidden_exchanges_pass(rank: int, ranks: int) -> None:
@@ -132,7 +138,7 @@ def check_right_hidden_exchanges_pass(rank: int, ranks: int) -> None:
         torch._dynamo.reset()
         with torch.no_grad():
             verified(model, **options)(tokens_of(rank, MANY - 10 * rank, hidden=size))
-        passed(graphs()[0], 2, gradients=False, exchange="exchanged_experts")
+        passed(graphs()[0], 2, gradients=False)
 
 
 def check_right_exchanges_in_bodies_pass(rank: int, ranks: int) -> None:
@@ -174,7 +180,7 @@ def check_other_forms_pass(rank: int, ranks: int) -> None:
     for name in ("grouped_control", "nonzero_index_put"):
         compares(rank, ranks, zoo_forms.case(name))
         (graph,) = graphs()
-        assert graph.sites and ("dispatch_start" in graph.after) == (name == "grouped_control"), name
+        assert graph.sites and ("exchanged_experts" in graph.after) == (name == "grouped_control"), name
 
 
 def check_all_forms_pass(rank: int, ranks: int) -> None:
@@ -186,11 +192,13 @@ def check_wrong_exchanges_are_undone(rank: int, ranks: int) -> None:
     """What is wrong with the exchange alone, in training and, hidden, in inference."""
     model, whole = sharded(ranks)
     x = tokens_of(rank, 5 + rank)
-    with WRONG_EXCHANGE():
-        found = results(verified(model), model, x)
-    close(found[:2], results(whole, whole, x)[:2], 6e-3)
-    undone(graphs()[0])
-    assert all("gradients by" in line for line in graphs()[0].verify)
+    for wrong in (WRONG_EXCHANGE, WRONG_HIDE):
+        torch._dynamo.reset()
+        with wrong():
+            found = results(verified(model), model, x)
+        close(found[:2], results(whole, whole, x)[:2], 6e-3)
+        undone(graphs()[0])
+        assert all("gradients by" in line for line in graphs()[0].verify)
     x = tokens_of(rank, MANY)
     torch._dynamo.reset()
     with torch.no_grad(), WRONG_HIDE():
@@ -287,4 +295,4 @@ def check_models_that_exchange_themselves(rank: int, ranks: int) -> None:
             close(token_exchange_checks.results(run, model, x), right, token_exchange_checks.BOUND)
         (graph,) = graphs()
         assert len(graph.verify) == 1 and len(graph.sites) == (not wrong), graph.verify
-        assert ("all_to_all_single" in graph.after) == wrong and ("dispatch_start" in graph.after) != wrong
+        assert ("all_to_all_single" in graph.after) == wrong and ("exchanged_experts" in graph.after) != wrong
