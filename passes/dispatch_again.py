@@ -71,7 +71,7 @@ def dispatch_again(graph: fx.Graph) -> int:
 
 def _exchanged_again(backward: fx.Node) -> bool:
     """Has a block that is one operator save no rows, and its backward dispatch what was dispatched."""
-    forward = _taken_from(_taken_from(argument(backward, "saved")[0], 0), 1)
+    forward = _forward_of(backward)
     if not _calls(forward, ops.exchanged_experts_forward.default) or "recompute" in forward.meta:
         return False
     if argument(forward, "again"):
@@ -105,7 +105,7 @@ def _rows_of(backward: fx.Node) -> Any:
 
 
 def _forward_of(backward: fx.Node) -> Any:
-    """What has saved what a backward in FP8 is given."""
+    """What has saved what a backward is given."""
     return _taken_from(_taken_from(_seen(argument(backward, "saved")[0]), 0), 1)
 
 

@@ -31,6 +31,7 @@ class _Exchanged(torch.autograd.Function):
         quantized: Parts,
         held: bool,
         trace: Tensor | None,
+        of_weights: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         _check_copies(tensors, attributes, quantized)
@@ -42,7 +43,7 @@ class _Exchanged(torch.autograd.Function):
         ctx.quantises = bool(quantized) and again and not held
         parted = Saved.of(saved, _of(tensors, attributes, quantized), OPERATOR).own.is_there
         x = tensors[X] if parted or attributes.get("again", False) else None
-        ctx.save_for_backward(*saved, *copies, trace, x, *tensors[WEIGHTS + 1 :])
+        ctx.save_for_backward(*saved, *copies, trace, of_weights, x, *tensors[WEIGHTS + 1 :])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         return result, *saved
@@ -55,32 +56,22 @@ class _Exchanged(torch.autograd.Function):
         first, second = ctx.split
         kept = ctx.saved_tensors
         saved, quantized = list(kept[:first]), list(kept[first:second])
-        trace, *tensors = kept[second:]
+        trace, of_weights, *tensors = kept[second:]
         _, _, _, *matrices = tensors
-        _, _, _, _, _, x, _, weights, _, _, *of_matrices = ctx.needs_input_grad
+        x, _, weights, _, _, *asked = ctx.needs_input_grad[6:]
         # as of `experts`, whose plan has no gradient
-        wanted, main = wanted_of((x, weights, False, False, False, *of_matrices), ctx.main)
+        wanted, main = wanted_of((x, weights, False, False, False, *asked), ctx.main)
         needs, ops = [wanted[name] for name in DIFFERENTIABLE], torch.ops.moecompile
         if ctx.quantises:
             quantized[:2] = of_gemm1(matrices[0], matrices[2], ctx.attributes)
         operator = ops.exchanged_experts_backward_adding if main else ops.exchanged_experts_backward
         keywords = {"quantized": quantized, "needs": needs, **main_gradients.keywords(main)}
         found = [*needed(operator(grad, saved, *tensors, **ctx.attributes, **keywords), needs, main)]
-        parts = iter(refusing(found, OPERATOR, (grad, trace, *tensors)) if torch.is_grad_enabled() else found)
+        given = grad, trace, of_weights, *tensors
+        parts = iter(refusing(found, OPERATOR, given) if torch.is_grad_enabled() else found)
         of = {name: next(parts) if wanted[name] else None for name in DIFFERENTIABLE}
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            of["x"],
-            None,
-            of["weights"],
-            None,
-            None,
-            *(of[n] for n in DIFFERENTIABLE[2:]),
-        )
+        of_matrices = (of[name] for name in DIFFERENTIABLE[2:])
+        return *(None,) * 6, of["x"], None, of["weights"], None, None, *of_matrices
 
 
 def _check_copies(tensors: Sequence[Tensor | None], attributes: dict[str, Any], quantized: Parts) -> None:
@@ -125,7 +116,9 @@ def _recorded(
     attributes: dict[str, Any], main: Main, quantized: Parts, held: bool, args: Sequence[Any]
 ) -> tuple[Tensor, Parts]:
     absent = (None,) * (MATRICES.start + OF_EXPERTS - len(args))
-    result, *saved = _Exchanged.apply(attributes, main, quantized, held, trace_of(args[X]), *args, *absent)
+    weights = args[WEIGHTS]
+    traces = trace_of(args[X]), None if weights is None else trace_of(weights)
+    result, *saved = _Exchanged.apply(attributes, main, quantized, held, *traces, *args, *absent)
     return result, saved
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from moecompile.runtime import exchange, fp8_contract, kernels, lines
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments
@@ -103,9 +104,9 @@ class Experts:
         return exchange.memory_for(x, ids, weights, **where, back=bytes_back)
 
     def aligned(self) -> Experts:
-        """The same, where all tensors begin at multiples of 16 bytes."""
+        """The same, where all tensors begin at multiples of 16 bytes. Example values begin nowhere."""
         matrices, quantized = (
-            [each if each is None or each.data_ptr() % 16 == 0 else each.clone() for each in tensors]
+            [each if each is None or _begins_at_a_line(each) else each.clone() for each in tensors]
             for tensors in (self.matrices, self.quantized)
         )
         return replace(self, matrices=tuple(matrices), quantized=quantized)  # type: ignore[arg-type]
@@ -115,6 +116,10 @@ class Experts:
         capacity, sms, patience = (self.travel[name] for name in ("capacity", "sms", "patience"))
         there, back = (Exchange(memory, self.travel["slot"] + way, capacity, sms, patience) for way in (0, 1))
         return there, back
+
+
+def _begins_at_a_line(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.data_ptr() % 16 == 0
 
 
 def without(attributes: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -263,10 +268,13 @@ class Wanted:
     Attributes:
         needs: of which it returns them, in the order of DIFFERENTIABLE.
         main: what it adds others to.
+        weighted: whether rows have weights, whose gradients then go back with those of rows, whoever asks for them:
+            what travels is the same on all ranks.
     """
 
     needs: tuple[bool, ...]
     main: Mapping[str, Tensor]
+    weighted: bool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -280,8 +288,10 @@ class Wanted:
 
     @property
     def names_of_rows(self) -> tuple[str, ...]:
-        """Of those that the experts' backward returns: rows go back wherever their weights do."""
-        return ("x", *(name for name in self.names if name != "x")) if self.goes_back else self.names
+        """Of those that the experts' backward returns, in the order of DIFFERENTIABLE."""
+        back = {"x", "weights"} if self.weighted else {"x"}
+        asked = {*self.names, *(back if self.goes_back else ())}
+        return tuple(name for name in DIFFERENTIABLE if name in asked)
 
     @property
     def of_rows(self) -> list[bool]:

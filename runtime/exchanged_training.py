@@ -181,7 +181,9 @@ def is_hidden(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Ex
         x, expert_ids, weights, expert_ids, expert_ids, experts.num_experts, experts.room
     )
     dtype = experts.sized(x, weights, expert_ids).dtypes.result
-    return dtype == x.dtype and hopper_exchanged.could_take(brought, travel["ranks"], travel["capacity"], experts)
+    return dtype == x.dtype and hopper_exchanged.could_take(
+        brought, travel["ranks"], travel["capacity"], experts.aligned()
+    )
 
 
 def exchanged_experts_backward(*args: Any, **attributes: Any) -> Parts:
@@ -207,8 +209,10 @@ def _backward(
     operator: str, grad: Tensor, saved: Sequence[Tensor], x: Tensor | None, sent: Tensor, home: Tensor,
     *matrices: Tensor | None, needs: Sequence[bool], again: bool = False, **attributes: Any,
 ) -> Parts:  # fmt: skip
-    wanted, experts = Wanted(tuple(needs), main_gradients.split(attributes)), Experts.of(matrices, **attributes)
+    main = main_gradients.split(attributes)
+    experts = Experts.of(matrices, **attributes)
     of = Returning.of(operator, (grad, saved, x, sent, home), experts, again)
+    wanted = Wanted(tuple(needs), main, of.saved.row_weights is not None)
     memory = experts.memory(of.saved.like_rows(experts), None, of.saved.row_weights, sent)
     made = None if memory is None else _backward_by_kernels(operator, memory, of, experts, wanted)
     if made is None:
@@ -237,8 +241,11 @@ def _backward_by_kernels(
     chosen = hopper_exchanged_backward if hidden else hopper_in_turn
 
     def run() -> Parts:
-        aligned = experts.aligned() if hidden else experts
-        found = chosen.backward(of, *experts.exchanges(memory), aligned, args, wanted)
+        aligned, of_rows = experts, args
+        if hidden:
+            aligned = experts.aligned()
+            of_rows = of.saved.arguments(aligned)
+        found = chosen.backward(of, *experts.exchanges(memory), aligned, of_rows, wanted)
         return [found[name] for name in wanted.names]
 
     with exact(of.grad):
@@ -310,8 +317,11 @@ def _fake_backward(
     operator: str, grad: Tensor, saved: Sequence[Tensor], x: Tensor | None, sent: Tensor, home: Tensor,
     *matrices: Tensor | None, needs: Sequence[bool], again: bool = False, **attributes: Any,
 ) -> Parts:  # fmt: skip
-    wanted, experts = Wanted(tuple(needs), main_gradients.split(attributes)), Experts.of(matrices, **attributes)
-    args = _checked(operator, Returning.of(operator, (grad, saved, x, sent, home), experts, again), experts, wanted)
+    main = main_gradients.split(attributes)
+    experts = Experts.of(matrices, **attributes)
+    of = Returning.of(operator, (grad, saved, x, sent, home), experts, again)
+    wanted = Wanted(tuple(needs), main, of.saved.row_weights is not None)
+    args = _checked(operator, of, experts, wanted)
     tokens = {"x": args.features, "weights": args.slots.shape[1]}
     like = {name: getattr(args, name) for name in wanted.names}
     return [

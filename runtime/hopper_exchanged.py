@@ -81,7 +81,7 @@ def takes(
 
 
 def could_take(tokens: Brought, ranks: int, capacity: int, experts: Experts) -> bool:
-    """The same of example values, too: before there is memory, and wherever matrices begin."""
+    """The same of example values, too, and before there is memory."""
     return _are_taken(tokens, ranks, capacity, experts.matrices, experts.quantized, experts.attributes)
 
 
@@ -175,11 +175,12 @@ class _Forward:
     def saved(self) -> Saved:
         """What the backward reads, after `run`."""
         own, others, tokens, products = *self.parts, self.tokens, self.products
-        nothing = tokens.x.new_empty(0)
-        ids = tokens.ids.clone() if tokens.ids.dtype == torch.int32 else tokens.ids.to(torch.int32)
-        weights = nothing if tokens.weights is None else tokens.weights.clone()
+        ids = torch.empty(tokens.ids.shape, dtype=torch.int32, device=tokens.ids.device).copy_(tokens.ids)
+        weights = tokens.x.new_empty(0)
+        if tokens.weights is not None:
+            weights = tokens.weights.clone(memory_format=torch.contiguous_format)
         kept = Own(ids, weights, (own.offsets, own.slots, own.order), products.saved_hidden(0))
-        along = nothing if self.weights is None else self.weights
+        along = tokens.x.new_empty(0) if self.weights is None else self.weights
         plan = others.offsets, others.slots, others.order
         return Saved(along, self.came, plan, (*products.saved_rows(), *products.saved_hidden(1)), kept)
 

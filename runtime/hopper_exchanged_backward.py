@@ -89,8 +89,7 @@ class _Backward:
         self.came_rows, self.came = sends.room(places), self.of.sent.new_empty(self.there.memory.ranks)
         self.sums = like.new_empty(places, args.features)
         dtype = weights.dtype if weights is not None and dtype_name(weights.dtype) in RESULTS else torch.float32
-        weighted = weights is not None and "weights" in self.wanted.names
-        self.along = like.new_empty(places, top_k, dtype=dtype) if weighted else None
+        self.along = like.new_empty(places, top_k, dtype=dtype) if self.wanted.weighted else None
         self.both.make_room(like)
 
     def _sum_others(self) -> None:

@@ -126,6 +126,9 @@ def _add(table: dict[Signature, Any], key: Signature, value: Any) -> None:
 
 
 def _tells_apart(tensors: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> bool:
-    """Whether each tensor is an object of its own and given by position, so that a call can be remembered."""
-    given = [id(tensor) for tensor in tensors if tensor is not None]
+    """Whether each tensor is an object of its own and given by position, so that a call can be remembered.
+
+    One without elements may stand for several: nobody reads where it is.
+    """
+    given = [id(tensor) for tensor in tensors if tensor is not None and tensor.numel()]
     return len(set(given)) == len(given) and not any(isinstance(value, torch.Tensor) for value in attributes.values())

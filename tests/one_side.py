@@ -114,7 +114,10 @@ class Side:
         """The gradients of all that there is."""
         hidden = saved.own.is_there
         of = Returning(self.grad, saved, self.mine[0] if hidden else None, self.sent, self.home)
-        how, wanted = (hopper_exchanged_backward if hidden else hopper_in_turn), Wanted((True,) * 4 + (False,) * 4, {})
+        how, wanted = (
+            (hopper_exchanged_backward if hidden else hopper_in_turn),
+            Wanted((True,) * 4 + (False,) * 4, {}, True),
+        )
         there, back = self.exchange(0, 0), self.exchange(0, 1)
         return how.backward(of, there, back, self.spread, saved.arguments(self.spread), wanted)
 

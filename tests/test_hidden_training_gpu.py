@@ -74,7 +74,7 @@ class Rank:
         assert kept.own.is_there == (how is TWO)
         of = Returning(grad, kept, x if how is TWO else None, sent, home)
         args = kept.arguments(experts)
-        found = backward.backward(of, there, back, experts, args, Wanted(tuple(needs), main or {}))
+        found = backward.backward(of, there, back, experts, args, Wanted(tuple(needs), main or {}, True))
         return {"result": result, **found}
 
 

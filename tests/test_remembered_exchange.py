@@ -252,3 +252,16 @@ def test_what_runs_where(gpu: FakeGpu, streams: Streams) -> None:
     products = [each for each in found if each.instance.name.startswith("moecompile_grouped_gemm")]
     assert [each.stream for each in products] == [STREAM, SIDE, SIDE, STREAM]
     assert {each.instance for each in products} <= gpu.announced, "compiled one by one, while other ranks wait"
+
+
+@pytest.mark.usefixtures("streams")
+def test_copies_that_nobody_has_may_be_one_tensor(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the pass `recast` gives them."""
+    monkeypatch.setattr(linear_fp8, "has_kernels", lambda _: True)
+    for _ in range(2):
+        given = call(fp8=True)
+        in_, in_scales, nothing, no_scales, out, out_scales, *_ = given["quantized"]
+        copies = [in_, in_scales, nothing, no_scales, out, out_scales, nothing, no_scales]
+        attributes = {**GATED, **TRAVEL, "quantized": copies, "num_experts": EXPERTS}
+        ops.exchanged_experts_forward(*given["tensors"], **attributes)
+    assert len(CALLS) == 1
