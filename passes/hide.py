@@ -139,11 +139,15 @@ class _Block:
         return by_kernels(x, ids, weights, kwargs["ranks"], kwargs["group"])
 
     @property
+    def _given(self) -> dict[str, Any]:
+        """The experts' arguments, by name."""
+        return {**dict(zip(TENSORS, self.experts.args, strict=False)), **self.experts.kwargs}
+
+    @property
     def wants_one_part(self) -> bool:
         """Whether its backward asks for more than two parts of rows give."""
-        given = self.experts.kwargs
-        biases = [given.get(name) or _positional(self.experts, name) for name in BIASES]
-        return bool(given.get("recompute")) or any(each is not None for each in biases)
+        given = self._given
+        return bool(given.get("recompute")) or any(given.get(name) is not None for name in BIASES)
 
     def hides(self) -> bool:
         """Whether there is anything to hide, by what all ranks know."""
@@ -155,7 +159,7 @@ class _Block:
     def replace(self, unsaid: Collection[str]) -> None:
         """Puts the operator in the block's place, with the experts' attributes but for these."""
         experts, result = self.experts, _parts(self.combined, 2)[0]
-        given: dict[str, Any] = {**dict(zip(TENSORS, experts.args, strict=False)), **experts.kwargs}
+        given = self._given
         matrices = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
         keywords = {name: value for name, value in experts.kwargs.items() if name not in {*TENSORS, *unsaid}}
         keywords |= {"num_experts": self.came.kwargs["num_experts"], **_travel(self.sent)}
@@ -199,12 +203,6 @@ def _call(value: Any, target: Any) -> fx.Node | None:
 
 def _part_of(value: Any) -> Any:
     return value.args[0] if isinstance(value, fx.Node) and value.target is operator.getitem else value
-
-
-def _positional(node: fx.Node, name: str) -> Any:
-    """An argument of the experts that is given by its place."""
-    place = TENSORS.index(name)
-    return node.args[place] if place < len(node.args) else None
 
 
 def _travel(node: fx.Node) -> dict[str, Any]:

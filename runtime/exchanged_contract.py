@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from moecompile.runtime import exchange, fp8_contract, kernels, lines
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments
 from moecompile.runtime.hopper_exchange import Exchange
+from moecompile.runtime.hopper_rules import begins_at
 from moecompile.runtime.peer_memory import PeerMemory
 
 Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -81,6 +81,11 @@ class Experts:
         return found if self.quantized else without(found, ("scale_format",))
 
     @property
+    def scale_format(self) -> dict[str, Any]:
+        """The attribute of what quantises for them, if it is given."""
+        return {name: value for name, value in self.attributes.items() if name == "scale_format"}
+
+    @property
     def given(self) -> tuple[Tensor | None, ...]:
         """The tensors."""
         return (*self.matrices, *self.quantized)
@@ -106,7 +111,7 @@ class Experts:
     def aligned(self) -> Experts:
         """The same, where all tensors begin at multiples of 16 bytes. Example values begin nowhere."""
         matrices, quantized = (
-            [each if each is None or _begins_at_a_line(each) else each.clone() for each in tensors]
+            [each if each is None or begins_at(each, 16) else each.clone() for each in tensors]
             for tensors in (self.matrices, self.quantized)
         )
         return replace(self, matrices=tuple(matrices), quantized=quantized)  # type: ignore[arg-type]
@@ -116,10 +121,6 @@ class Experts:
         capacity, sms, patience = (self.travel[name] for name in ("capacity", "sms", "patience"))
         there, back = (Exchange(memory, self.travel["slot"] + way, capacity, sms, patience) for way in (0, 1))
         return there, back
-
-
-def _begins_at_a_line(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) or tensor.data_ptr() % 16 == 0
 
 
 def without(attributes: dict[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _forward_in_turn(tokens: Tokens, experts: Experts) -> tuple[Tensor, Saved]:
         kept.append(Saved(along, plan[0], plan, tuple(of_experts), Own.none(x, experts)))
         return y
 
-    sends = lines.to_lines(x, **_scale_format(experts)) if in_lines else x
+    sends = lines.to_lines(x, **experts.scale_format) if in_lines else x
     result, came = in_turn((sends, *others), experts, compute)  # type: ignore[arg-type]
     (saved,) = kept
     return result, replace(saved, came=came)
@@ -205,15 +205,20 @@ def exchanged_experts_backward_adding(
     return main_gradients.all_of(needs, found, grad)
 
 
-def _backward(
+def _asked(
     operator: str, grad: Tensor, saved: Sequence[Tensor], x: Tensor | None, sent: Tensor, home: Tensor,
     *matrices: Tensor | None, needs: Sequence[bool], again: bool = False, **attributes: Any,
-) -> Parts:  # fmt: skip
+) -> tuple[Returning, Experts, Wanted]:  # fmt: skip
+    """A backward's arguments as records."""
     main = main_gradients.split(attributes)
     experts = Experts.of(matrices, **attributes)
     of = Returning.of(operator, (grad, saved, x, sent, home), experts, again)
-    wanted = Wanted(tuple(needs), main, of.saved.row_weights is not None)
-    memory = experts.memory(of.saved.like_rows(experts), None, of.saved.row_weights, sent)
+    return of, experts, Wanted(tuple(needs), main, of.saved.row_weights is not None)
+
+
+def _backward(operator: str, *args: Any, **attributes: Any) -> Parts:
+    of, experts, wanted = _asked(operator, *args, **attributes)
+    memory = experts.memory(of.saved.like_rows(experts), None, of.saved.row_weights, of.sent)
     made = None if memory is None else _backward_by_kernels(operator, memory, of, experts, wanted)
     if made is None:
         _checked(operator, of, experts, wanted)
@@ -257,7 +262,7 @@ def _backward_in_turn(of: Returning, experts: Experts, wanted: Wanted) -> dict[s
     saved, grad, in_lines = of.saved, of.grad, gradient_travels_in_lines(of.grad, experts)
     if of.x is not None:
         saved = saved.with_rows(_rows_again(of, of.x, experts))
-    sends = lines.to_lines(grad, **_scale_format(experts)) if in_lines else grad
+    sends = lines.to_lines(grad, **experts.scale_format) if in_lines else grad
     of_y = _dispatched(sends, of, experts.back)
     weights = saved.row_weights
     args = (weights, *saved.plan, *experts.matrices)
@@ -279,8 +284,8 @@ def _rows_again(of: Returning, x: Tensor, experts: Experts) -> Sequence[Tensor]:
     if not experts.quantized:
         return [_dispatched(x, of, experts.travel)]
     if not travels_in_lines(x, experts):
-        return quantize(_dispatched(x, of, experts.travel), **_scale_format(experts))
-    sends = lines.to_lines(x, **_scale_format(experts))
+        return quantize(_dispatched(x, of, experts.travel), **experts.scale_format)
+    sends = lines.to_lines(x, **experts.scale_format)
     return lines.from_lines(_dispatched(sends, of, experts.travel), features=x.shape[1])
 
 
@@ -313,19 +318,15 @@ def fake_exchanged_experts_backward_adding(
     return main_gradients.all_of(needs, found, grad)
 
 
-def _fake_backward(
-    operator: str, grad: Tensor, saved: Sequence[Tensor], x: Tensor | None, sent: Tensor, home: Tensor,
-    *matrices: Tensor | None, needs: Sequence[bool], again: bool = False, **attributes: Any,
-) -> Parts:  # fmt: skip
-    main = main_gradients.split(attributes)
-    experts = Experts.of(matrices, **attributes)
-    of = Returning.of(operator, (grad, saved, x, sent, home), experts, again)
-    wanted = Wanted(tuple(needs), main, of.saved.row_weights is not None)
-    args = _checked(operator, of, experts, wanted)
-    tokens = {"x": args.features, "weights": args.slots.shape[1]}
-    like = {name: getattr(args, name) for name in wanted.names}
+def _fake_backward(operator: str, *args: Any, **attributes: Any) -> Parts:
+    of, experts, wanted = _asked(operator, *args, **attributes)
+    record = _checked(operator, of, experts, wanted)
+    tokens = {"x": record.features, "weights": record.slots.shape[1]}
+    like = {name: getattr(record, name) for name in wanted.names}
     return [
-        grad.new_empty((home.shape[0], tokens[name]), dtype=each.dtype) if name in tokens else torch.empty_like(each)
+        of.grad.new_empty((of.home.shape[0], tokens[name]), dtype=each.dtype)
+        if name in tokens
+        else torch.empty_like(each)
         for name, each in like.items()
     ]
 
@@ -344,8 +345,3 @@ def _checked(operator: str, of: Returning, experts: Experts, wanted: Wanted) -> 
     kernels.needed(args, wanted.needs, operator, wanted.main)
     main_gradients.check(args, wanted.main, operator)
     return args
-
-
-def _scale_format(experts: Experts) -> dict[str, Any]:
-    """Of what is quantised."""
-    return {name: value for name, value in experts.attributes.items() if name == "scale_format"}

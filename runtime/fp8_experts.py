@@ -170,8 +170,7 @@ def _backward(
     main_gradients.check(arguments, main, operator)
     with exact(grad):
         chosen = fused if fused is not None and fused.takes(arguments, copies) else fp8_reference
-        added = main if chosen is fused and main_gradients.takes(main) else {}  # to, by the kernels
-        others = {name: each for name, each in main.items() if name not in added}
+        added, others = main_gradients.divided(main) if chosen is fused else ({}, main)
 
         def run() -> Parts:
             wanted, more = frozenset((*names, *others)), {"main": added} if added else {}

@@ -179,7 +179,6 @@ def activation_backward(
     scales: Tensor | None,
     in_place: bool = False,
     into: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    dispatching: Dispatching | None = None,
     taking: Taking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
@@ -196,7 +195,6 @@ def activation_backward(
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
         into: what is returned, if it is there: rows of other tensors, and columns of parts.
-        dispatching: as of `activated_gemm`, of the gradients of tokens.
         taking: as of `grouped_gemm`.
 
     Returns:
@@ -219,7 +217,7 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, pitch,
         ),
-        dispatching=dispatching, taking=taking,
+        taking=taking,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 

@@ -182,10 +182,11 @@ class _Forward:
         kept = Own(ids, weights, (own.offsets, own.slots, own.order), products.saved_hidden(0))
         along = tokens.x.new_empty(0) if self.weights is None else self.weights
         plan = others.offsets, others.slots, others.order
-        return Saved(along, self.came, plan, (*products.saved_rows(), *products.saved_hidden(1)), kept)
+        assert self.kept is not None
+        return Saved(along, self.came, plan, (*products.saved_rows(self.kept), *products.saved_hidden(1)), kept)
 
     def _make_room(self, lines: Rows) -> None:
-        """For how many rows came and their weights, plan and sums, and for the result."""
+        """For how many rows came, their weights, plan and sums, these rows if they are kept, and the result."""
         args, sent, top_k = self.args, self.tokens.sent, lines.top_k
         self.came, places = sent.new_empty(self.there.memory.ranks), sent.shape[0]
         self.weights = None if lines.weights is None else lines.weights.new_empty(places, top_k)
@@ -193,7 +194,7 @@ class _Forward:
         self.sums, self.result = (
             args.x.new_empty(count, args.out_features, dtype=args.dtypes.result) for count in (places, args.x.shape[0])
         )
-        self.products.make_room(lines, places)
+        self.kept = lines.values.new_empty(places, lines.values.shape[1]) if self.save else None
 
     def _own(self, lines: Rows) -> Part:
         """Of each expert of this rank, the rows of this rank's tokens that fill tiles."""
@@ -207,7 +208,7 @@ class _Forward:
 
     def _others(self, lines: Rows, own: Part) -> Part:
         """The rest of them, and those of other ranks' tokens."""
-        tokens, there, kept = self.tokens, self.there, self.products.kept
+        tokens, there, kept = self.tokens, self.there, self.kept
         ids = tokens.sent.new_empty(self.sums.shape[0], lines.top_k)
         room, planned_own = (ids, self.weights), (own.offsets, own.slots)
         hopper_exchange.take(there, lines, tokens.sent, room, self.came, planned_own, own.multiple, kept)

@@ -27,7 +27,6 @@ from moecompile.runtime.contract import Arguments
 from moecompile.runtime.exchanged_contract import Experts, Own, Returning, Saved, Wanted, gradient_travels_in_lines
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought, are_taken, arguments_for
-from moecompile.runtime.quantize import POWER_OF_TWO
 
 
 def takes(
@@ -56,16 +55,12 @@ def forward(
     y, _ = hopper_fp8.forward(args, quantized, save=False) if quantized else hopper_experts.forward(args, save=False)
     if tokens.room is not None:
         came = exchange.within(came, counts, tokens.room)
-    sums = Rows(y).room(tokens.home.shape[0])
-    hopper_exchange.send(back, Rows(y), None, came)
-    hopper_exchange.home(back, tokens.home, Rows(y), sums)
-    return sums.values
+    return _returned(Rows(y), back, came, tokens.home).values
 
 
 def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Experts) -> tuple[Tensor, Saved]:
     """The result (T, H2), and what `backward` reads."""
-    fp8, scale_format = bool(experts.quantized), experts.attributes.get("scale_format", POWER_OF_TWO)
-    x = lines.to_lines(tokens.x, scale_format=scale_format) if fp8 else tokens.x
+    x = lines.to_lines(tokens.x, **experts.scale_format) if experts.quantized else tokens.x
     given = Rows.of(x, tokens.ids, tokens.weights)
     into, came = given.room(tokens.sent.shape[0]), tokens.sent.new_empty(there.memory.ranks)
     hopper_exchange.send(there, given, tokens.sent, None)
@@ -77,10 +72,7 @@ def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Ex
     if tokens.room is not None:
         saved = replace(saved, came=exchange.within(came, counts, tokens.room))
     y, of_experts = _forward_of_rows(into.values, saved, tokens.x, experts)
-    sums = Rows(y).room(tokens.home.shape[0])
-    hopper_exchange.send(back, Rows(y), None, saved.came)
-    hopper_exchange.home(back, tokens.home, Rows(y), sums)
-    return sums.values, replace(saved, of_experts=of_experts)
+    return _returned(Rows(y), back, saved.came, tokens.home).values, replace(saved, of_experts=of_experts)
 
 
 def _forward_of_rows(
@@ -112,19 +104,15 @@ def backward(
         args: their record, without rows.
         wanted: which gradients.
     """
-    scale_format = experts.attributes.get("scale_format", POWER_OF_TWO)
     saved, in_lines = of.saved, gradient_travels_in_lines(of.grad, experts)
     if of.x is not None:
-        x = lines.to_lines(of.x, scale_format=scale_format) if experts.quantized else of.x
+        x = lines.to_lines(of.x, **experts.scale_format) if experts.quantized else of.x
         came = _dispatched(x, there, of.sent)
         saved = saved.with_rows(lines.from_lines(came, features=args.features) if experts.quantized else [came])
-    of_y = _dispatched(lines.to_lines(of.grad, scale_format=scale_format) if in_lines else of.grad, back, of.sent)
+    of_y = _dispatched(lines.to_lines(of.grad, **experts.scale_format) if in_lines else of.grad, back, of.sent)
     grads = _backward_of_rows(of_y, saved, experts, args, wanted, in_lines)
     if wanted.goes_back:
-        rows = Rows(grads["x"], None, grads.get("weights"))
-        into = rows.room(of.home.shape[0])
-        hopper_exchange.send(there, rows, None, saved.came)
-        hopper_exchange.home(there, of.home, rows, into)
+        into = _returned(Rows(grads["x"], None, grads.get("weights")), there, saved.came, of.home)
         grads["x"] = into.values
         if into.weights is not None:
             grads["weights"] = into.weights
@@ -140,12 +128,19 @@ def _dispatched(values: Tensor, exchange: Exchange, sent: Tensor) -> Tensor:
     return into.values
 
 
+def _returned(rows: Rows, exchange: Exchange, came: Tensor, home: Tensor) -> Rows:
+    """What comes back of this rank's tokens, where all ranks send such rows back, summed."""
+    into = rows.room(home.shape[0])
+    hopper_exchange.send(exchange, rows, None, came)
+    hopper_exchange.home(exchange, home, rows, into)
+    return into
+
+
 def _backward_of_rows(
     of_y: Tensor, saved: Saved, experts: Experts, args: Arguments, wanted: Wanted, in_lines: bool
 ) -> dict[str, Tensor]:
     """The gradients of the rows that came, of their weights and of what the experts have; adds to main gradients."""
-    added = wanted.main if main_gradients.takes(wanted.main) else {}  # to, by the kernels
-    others = {name: each for name, each in wanted.main.items() if name not in added}
+    added, others = main_gradients.divided(wanted.main)
     needs = frozenset((*wanted.names_of_rows, *others))
     if experts.quantized:
         tokens = lines.from_lines(of_y, features=args.out_features) if in_lines else None

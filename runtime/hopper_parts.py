@@ -25,7 +25,6 @@ from moecompile.runtime import (
 from moecompile.runtime.contract import Arguments
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper import Taking
-from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.hopper_quantize import QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.launch import Value
@@ -87,14 +86,10 @@ class Sixteen:
     Args:
         args: of the experts.
         counts: rows of both parts.
-        save: whether GEMM1's rows are kept, and tokens that came.
-
-    Attributes:
-        kept: room for the latter (`make_room`); None if they need not be kept.
+        save: whether GEMM1's rows are kept.
     """
 
     scaled: ClassVar[bool] = False
-    kept: Tensor | None = None
 
     def __init__(self, args: Arguments, counts: Sequence[int], save: bool = False) -> None:
         self.args, self.counts, self.projection = args, counts, hopper_experts._projection(args, biased=True)
@@ -135,15 +130,9 @@ class Sixteen:
             self.a[part.rows], self.w_out, part.offsets, self.y[part.rows], bias=self.args.b_out, taking=part.taking(1)
         )
 
-    def make_room(self, lines: Rows, places: int) -> None:
-        """For tokens that come, so many."""
-        if self.hidden[0] is not None:
-            self.kept = lines.values.new_empty(places, lines.values.shape[1])
-
-    def saved_rows(self) -> tuple[Tensor, ...]:
-        """Tokens that came."""
-        assert self.kept is not None
-        return (self.kept,)
+    def saved_rows(self, came: Tensor) -> tuple[Tensor, ...]:
+        """Tokens that came, as they are saved."""
+        return (came,)
 
     def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
         """GEMM1's rows of that part."""
@@ -160,13 +149,9 @@ class Eight:
         counts: rows of both parts.
         quantized: the matrices.
         save: as of `Sixteen`.
-
-    Attributes:
-        kept: likewise, values and scales together.
     """
 
     scaled: ClassVar[bool] = True
-    kept: Tensor | None = None
 
     def __init__(self, args: Arguments, counts: Sequence[int], quantized: Sequence[Tensor], save: bool = False) -> None:
         self.args, self.x = args, hopper_experts._lines(args.x)
@@ -210,15 +195,9 @@ class Eight:
             self.a[part.number], self.w_out, part.offsets, self.y[part.rows], bias, taking=part.taking(1)
         )
 
-    def make_room(self, lines: Rows, places: int) -> None:
-        """For tokens that come, so many."""
-        if self.hidden[0] is not None:
-            self.kept = lines.values.new_empty(places, lines.values.shape[1])
-
-    def saved_rows(self) -> tuple[Tensor, ...]:
+    def saved_rows(self, came: Tensor) -> tuple[Tensor, ...]:
         """Tokens that came, values and scales together, in the place of the values."""
-        assert self.kept is not None
-        return self.kept, self.x.new_empty(0)
+        return came, self.x.new_empty(0)
 
     def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
         """GEMM1's rows of that part, values and scales."""

@@ -6,7 +6,6 @@ gradients of matrices the rows of both parts are summed, an expert's own ones fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,8 +93,7 @@ class Both:
     def __init__(self, of: Returning, experts: Experts, args: Arguments, wanted: Wanted, spare: int) -> None:
         assert of.x is not None
         self.of, self.x, self.args, own = of, of.x, args, of.saved.own
-        self.main = wanted.main if main_gradients.takes(wanted.main) else {}
-        self.rounded = {name: each for name, each in wanted.main.items() if name not in self.main}
+        self.main, self.rounded = main_gradients.divided(wanted.main)
         self.needs, self.goes_back = {*wanted.names, *wanted.main}, wanted.goes_back
         weights = own.weights if own.weights.dim() == 2 else None
         mine = replace(experts, room=None).arguments(of.x, weights, own.plan)
@@ -287,8 +285,7 @@ class Eight:
 
     def of_matrices(self) -> dict[str, Tensor]:
         """The gradients of matrices that are wanted, of both parts; adds to main gradients."""
-        both, args = self.both, self.both.args
-        needs = both.needs
+        both, args, needs = self.both, self.both.args, self.both.needs
         found, inner = dict[str, Tensor](), args.intermediate
         if not needs & {"w_in", "w_up", "w_out"}:
             return found
@@ -357,8 +354,7 @@ class Eight:
         """The gradient of the matrices of that name, or what is added to their main gradient."""
         both, mean_over = self.both, self.both.args.mean_over
         beyond = Beyond(both.count // BLOCK * BLOCK, self.ends[1], BLOCK)
-        main: Mapping[str, Tensor] = both.main
-        if name in main:
-            hopper_fp8_gemm.add_outer(a, b, self.ends[0], main[name], transposed, mean_over, beyond)
+        if name in both.main:
+            hopper_fp8_gemm.add_outer(a, b, self.ends[0], both.main[name], transposed, mean_over, beyond)
         else:
             found[name] = hopper_fp8_gemm.outer(a, b, self.ends[0], matrices, transposed, mean_over, beyond)

@@ -147,8 +147,7 @@ def _backward(
         again, of, serves = reference.hidden_rows, backward.experts_backward, False
         if fused is not None and fused.takes(arguments):
             again, of, serves = fused.hidden_rows, fused.backward, True
-        added = main if serves and main_gradients.takes(main) else {}  # to, by the kernels
-        others = {name: each for name, each in main.items() if name not in added}
+        added, others = main_gradients.divided(main) if serves else ({}, main)
 
         def run() -> Parts:
             rows = again(arguments) if arguments.recompute else hidden

@@ -84,6 +84,11 @@ def takes(main: Mapping[str, Tensor]) -> bool:
     return taken
 
 
+def divided(main: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Those that kernels add to, and the others."""
+    return (main, {}) if takes(main) else ({}, main)
+
+
 def all_of(needs: Sequence[bool], gradients: Sequence[Tensor], like: Tensor) -> tuple[Tensor, ...]:
     """Those that are needed, in the order of `needs`, and tensors without elements for the others."""
     found = iter(gradients)

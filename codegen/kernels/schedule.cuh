@@ -149,8 +149,6 @@ struct Rows {
         end -= count % multiple;
         count = end - begin + others[expert] - first, shift = others_first + first - end;
     }
-
-    __device__ __forceinline__ i32 at(i32 row) const { return row < end ? row : row + shift; }
 };
 
 // The result is (E, m, n), and each expert's is summed over its rows.
