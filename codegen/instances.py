@@ -109,28 +109,6 @@ class Collect:
 
 
 @dataclass(frozen=True)
-class CollectOwn:
-    """The same of a rank's own assignments, whose rows are in two parts, to where their tokens came.
-
-    Attributes:
-        result: as of `Collect`.
-        ids: dtype of the expert ids, one of IDS.
-    """
-
-    result: str
-    ids: str
-
-    header: ClassVar[str] = "collect.cuh"
-    name: ClassVar[str] = "moecompile_collect_own"
-    definitions: ClassVar[str] = ""
-
-    @property
-    def template(self) -> str:
-        """The C++ type."""
-        return instantiation("CollectOwn", RESULTS[self.result], IDS[self.ids])
-
-
-@dataclass(frozen=True)
 class QuantizeRows:
     """Tokens to their rows in expert order, in e4m3 with a scale for each 128 columns.
 
@@ -375,14 +353,12 @@ class ExchangeHomeOfExperts:
         rows: dtype of what came back and of the sums, one of RESULTS.
         output: what is summed, an expression of `out`, the row, and of `weight`.
         ids: dtype of the expert ids, one of IDS.
-        weights: dtype of what travelled with the rows, one of RESULTS.
     """
 
     input: str
     rows: str
     output: str
     ids: str
-    weights: str = "float32"
 
     header: ClassVar[str] = "exchange_home.cuh"
     name: ClassVar[str] = "moecompile_exchange_home_of_experts"
@@ -397,7 +373,7 @@ class ExchangeHomeOfExperts:
         """The C++ type."""
         rows = RESULTS[self.rows]
         own = instantiation("OwnSums", INPUTS[self.input], rows, "Output", IDS[self.ids])
-        return instantiation("ExchangeHome", rows, RESULTS[self.weights], own)
+        return instantiation("ExchangeHome", rows, rows, own)
 
 
 def instantiation(name: str, *arguments: str | int | bool) -> str:

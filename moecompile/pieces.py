@@ -132,9 +132,9 @@ def cast_to_fp8(piece: Piece, options: Options) -> None:
         piece.uncast = Uncast(piece.module, uncast, layers, tuple((places[plan], plan) for plan in plans))
 
 
-def hide(piece: Piece, options: Options) -> None:
-    """Makes one operator of a block and its exchange, which it hides behind the experts."""
-    piece.rewritten = hide_exchanges(piece.module.graph, piece.differentiable, options.ep_dispatch_again)
+def hide(piece: Piece, _: Options) -> None:
+    """Makes one operator of a block and its exchange, which it hides behind the experts where nobody differentiates."""
+    piece.rewritten = hide_exchanges(piece.module.graph, piece.differentiable)
     piece.changed |= piece.rewritten.blocks > 0
 
 

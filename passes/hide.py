@@ -4,9 +4,8 @@ Contract
 - On entry a block whose tokens are exchanged is what passes/expert_parallel.py has made of it: dispatch, the experts of
   this rank (in FP8 or not), combine.
 - The block becomes one operator, if kernels exchange its tokens; where something is differentiated AOTAutograd makes
-  two of it, there and back. If tokens may be so many that there is something to hide (`exchanged.hides`), it does in
-  inference, and in training as `exchanged_training.is_hidden` says. All of it follows from what the ranks have agreed
-  on.
+  two of it, there and back. Where nothing is, and tokens may be so many that there is something to hide
+  (`exchanged.hides`), it does. All of it follows from what the ranks have agreed on.
 - A block of which something else reads a part stays, as does what is not exactly such a block.
 
     rows, ids, row_weights, came = dispatch_wait(*dispatch_start(*tokens), *tokens)
@@ -26,8 +25,7 @@ from torch import fx
 
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import call_for, key_of
-from moecompile.runtime import exchanged_training
-from moecompile.runtime.contract import BIASES, TENSORS
+from moecompile.runtime.contract import TENSORS
 from moecompile.runtime.exchange import by_kernels
 from moecompile.runtime.exchanged import OF_BACKWARD, hides
 from moecompile.runtime.exchanged_contract import OF_EXCHANGE
@@ -47,21 +45,19 @@ class Rewritten(NamedTuple):
 NOTHING_REWRITTEN = Rewritten(0, 0)
 
 
-def hide_exchanges(graph: fx.Graph, differentiable: bool = False, again: bool = False) -> Rewritten:
+def hide_exchanges(graph: fx.Graph, differentiable: bool = False) -> Rewritten:
     """Rewrite the graph in place; returns what was rewritten. The caller recompiles the GraphModule.
 
     Args:
         graph: of Dynamo's.
         differentiable: whether somebody may call its backward.
-        again: whether that dispatches tokens once more.
     """
     found = [
         block
         for node in graph.find_nodes(op="call_function", target=ops.combine_wait.default)
         if (block := _block(node))
     ]
-    one_part = differentiable and (again or not exchanged_training.HIDES)
-    hidden = [each for each in found if each.hides() and not one_part and not (differentiable and each.wants_one_part)]
+    hidden = [block for block in found if not differentiable and block.hides()]
     for block in found:
         block.replace(() if differentiable else OF_BACKWARD)
     return Rewritten(len(found), len(hidden))
@@ -138,17 +134,6 @@ class _Block:
         x, ids, weights = self._tokens
         return by_kernels(x, ids, weights, kwargs["ranks"], kwargs["group"])
 
-    @property
-    def _given(self) -> dict[str, Any]:
-        """The experts' arguments, by name."""
-        return {**dict(zip(TENSORS, self.experts.args, strict=False)), **self.experts.kwargs}
-
-    @property
-    def wants_one_part(self) -> bool:
-        """Whether its backward asks for more than two parts of rows give."""
-        given = self._given
-        return bool(given.get("recompute")) or any(given.get(name) is not None for name in BIASES)
-
     def hides(self) -> bool:
         """Whether there is anything to hide, by what all ranks know."""
         kwargs: Any = self.came.kwargs
@@ -159,7 +144,7 @@ class _Block:
     def replace(self, unsaid: Collection[str]) -> None:
         """Puts the operator in the block's place, with the experts' attributes but for these."""
         experts, result = self.experts, _parts(self.combined, 2)[0]
-        given = self._given
+        given: dict[str, Any] = {**dict(zip(TENSORS, experts.args, strict=False)), **experts.kwargs}
         matrices = ("w_in", "w_out", "w_up", "b_in", "b_up", "b_out")
         keywords = {name: value for name, value in experts.kwargs.items() if name not in {*TENSORS, *unsaid}}
         keywords |= {"num_experts": self.came.kwargs["num_experts"], **_travel(self.sent)}

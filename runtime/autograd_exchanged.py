@@ -12,7 +12,7 @@ from moecompile.runtime import exchanged, main_gradients
 from moecompile.runtime.autograd import Main, Parts, needed, of_gemm1, wanted_of
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments
 from moecompile.runtime.derivatives import are_plain, differentiates, once, refusing, trace_of
-from moecompile.runtime.exchanged_contract import OF_EXPERTS, Experts, Saved, without
+from moecompile.runtime.exchanged_contract import OF_EXPERTS, Experts, without
 from moecompile.runtime.fp8_contract import NOTHING, check_fp8, kept_copies
 
 OPERATOR = "exchanged_experts"
@@ -41,8 +41,7 @@ class _Exchanged(torch.autograd.Function):
         copies = kept_copies(quantized, first=again and held) if quantized else []
         ctx.attributes, ctx.main, ctx.split = attributes, main, (len(saved), len(saved) + len(copies))
         ctx.quantises = bool(quantized) and again and not held
-        parted = Saved.of(saved, _of(tensors, attributes, quantized), OPERATOR).own.is_there
-        x = tensors[X] if parted or attributes.get("again", False) else None
+        x = tensors[X] if attributes.get("again", False) else None
         ctx.save_for_backward(*saved, *copies, trace, of_weights, x, *tensors[WEIGHTS + 1 :])
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -84,11 +83,7 @@ def _check_copies(tensors: Sequence[Tensor | None], attributes: dict[str, Any], 
 def _sized(tensors: Sequence[Any], attributes: dict[str, Any]) -> Arguments:
     """The record of the experts on the tokens that are here."""
     x, expert_ids, weights, *_ = tensors
-    return _of(tensors, attributes, ()).sized(x, weights, expert_ids)
-
-
-def _of(tensors: Sequence[Any], attributes: dict[str, Any], quantized: Sequence[Tensor]) -> Experts:
-    return Experts.of(tensors[MATRICES], **without(attributes, ("again",)), quantized=quantized)
+    return Experts.of(tensors[MATRICES], **without(attributes, ("again",))).sized(x, weights, expert_ids)
 
 
 def exchanged_experts(*args: Any, quantized: Parts, held: bool = False, **attributes: Any) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor
 from moecompile.runtime import exchange, fp8_contract, kernels, lines
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments
 from moecompile.runtime.hopper_exchange import Exchange
-from moecompile.runtime.hopper_rules import begins_at
 from moecompile.runtime.peer_memory import PeerMemory
 
 Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -25,8 +24,6 @@ OF_PLAN = ("weights", "came", "offsets", "slots", "order")
 """What is saved beside what the experts save."""
 OF_ROWS, OF_ROWS_IN_FP8 = ("rows", "hidden"), fp8_contract.Saved._fields
 """What these save: the first half are the rows that came, the second GEMM1's."""
-OF_OWN = ("own_ids", "own_weights", "own_offsets", "own_slots", "own_order")
-"""What is saved of this rank's own rows where these are a part of their own, before GEMM1's rows of them."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +105,6 @@ class Experts:
         where = {name: self.travel[name] for name in ("ranks", "group", "capacity")}
         return exchange.memory_for(x, ids, weights, **where, back=bytes_back)
 
-    def aligned(self) -> Experts:
-        """The same, where all tensors begin at multiples of 16 bytes. Example values begin nowhere."""
-        matrices, quantized = (
-            [each if each is None or begins_at(each, 16) else each.clone() for each in tensors]
-            for tensors in (self.matrices, self.quantized)
-        )
-        return replace(self, matrices=tuple(matrices), quantized=quantized)  # type: ignore[arg-type]
-
     def exchanges(self, memory: PeerMemory) -> tuple[Exchange, Exchange]:
         """There and back."""
         capacity, sms, patience = (self.travel[name] for name in ("capacity", "sms", "patience"))
@@ -129,36 +118,6 @@ def without(attributes: dict[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 @dataclass(frozen=True)
-class Own:
-    """What is saved of this rank's own tokens whose rows did not wait for others (runtime/hopper_exchanged.py).
-
-    Where there is no such part, none of it has elements.
-
-    Attributes:
-        ids: (T, K) int32, of all ranks' experts.
-        weights: (T, K), without elements where there are none.
-        plan: of their assignments to this rank's experts.
-        hidden: GEMM1's rows, in FP8 values and scales.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    plan: Plan
-    hidden: tuple[Tensor, ...]
-
-    @classmethod
-    def none(cls, like: Tensor, experts: Experts) -> Own:
-        """Where all rows are one part."""
-        ids, weights, offsets, slots, order, hidden, scales = (like.new_empty(0) for _ in range(len(OF_OWN) + 2))
-        return cls(ids, weights, (offsets, slots, order), (hidden, scales) if experts.quantized else (hidden,))
-
-    @property
-    def is_there(self) -> bool:
-        """Whether rows are in two parts."""
-        return self.ids.dim() == 2
-
-
-@dataclass(frozen=True)
 class Saved:
     """What the forward saves.
 
@@ -167,29 +126,23 @@ class Saved:
         came: (ranks,) int32, how many rows go back to each.
         plan: of the rows.
         of_experts: rows (ranks * capacity, H), without elements if they are to come again, and GEMM1's rows; in FP8 the
-            record of `experts_fp8_forward`, or, with `own`, lines in the place of values, and no scales.
-        own: of the part of its own that some of this rank's rows are; those of the plan are then the others.
+            record of `experts_fp8_forward`.
     """
 
     weights: Tensor
     came: Tensor
     plan: Plan
     of_experts: tuple[Tensor, ...]
-    own: Own
 
     @classmethod
     def of(cls, saved: Sequence[Tensor], experts: Experts, operator: str) -> Saved:
         """An operator's argument; ValueError if it is none."""
-        of_rows = OF_ROWS_IN_FP8 if experts.quantized else OF_ROWS
-        names = (*OF_PLAN, *of_rows, *OF_OWN, *(f"own_{name}" for name in of_rows[len(of_rows) // 2 :]))
+        names = OF_PLAN + (OF_ROWS_IN_FP8 if experts.quantized else OF_ROWS)
         if len(saved) != len(names):
             words = f"saved must hold {len(names)} tensors ({', '.join(names)}), got {len(saved)}"
             raise ValueError(f"moecompile::{operator}: {words}; pass what the forward returned for the same arguments")
-        weights, came, offsets, slots, order, *others = saved
-        of_experts, own = tuple(others[: len(of_rows)]), others[len(of_rows) :]
-        ids, of_own, own_offsets, own_slots, own_order, *hidden = own
-        kept = Own(ids, of_own, (own_offsets, own_slots, own_order), tuple(hidden))
-        return cls(weights, came, (offsets, slots, order), of_experts, kept)
+        weights, came, offsets, slots, order, *of_experts = saved
+        return cls(weights, came, (offsets, slots, order), tuple(of_experts))
 
     @property
     def row_weights(self) -> Tensor | None:
@@ -199,8 +152,7 @@ class Saved:
     @property
     def every(self) -> list[Tensor]:
         """All of them, as an operator returns them."""
-        own = self.own
-        return [self.weights, self.came, *self.plan, *self.of_experts, own.ids, own.weights, *own.plan, *own.hidden]
+        return [self.weights, self.came, *self.plan, *self.of_experts]
 
     @property
     def of_rows(self) -> tuple[Tensor, ...]:
@@ -240,7 +192,7 @@ class Returning:
     Attributes:
         grad: (T, H2) of the result.
         saved: by the forward.
-        x: (T, H) if it is dispatched once more, or some rows are a part of their own; else None.
+        x: (T, H) if it is dispatched once more, else None.
         sent: of `exchange_plan`.
         home: likewise.
     """
@@ -254,12 +206,11 @@ class Returning:
     @classmethod
     def of(cls, operator: str, given: tuple[Any, ...], experts: Experts, again: bool) -> Returning:
         """Of an operator's first arguments; ValueError if x is there and not asked for, or the other way around."""
-        grad, parts, x, sent, home = given
-        saved = Saved.of(parts, experts, operator)
-        if (again or saved.own.is_there) != (x is not None):
-            words = "x goes with again=True, or with own rows that are saved, and with these alone"
+        grad, saved, x, sent, home = given
+        if again != (x is not None):
+            words = "x goes with again=True, and with that alone"
             raise ValueError(f"moecompile::{operator}: {words}; got {'None' if x is None else tuple(x.shape)}")
-        return cls(grad, saved, x, sent, home)
+        return cls(grad, Saved.of(saved, experts, operator), x, sent, home)
 
 
 @dataclass(frozen=True)

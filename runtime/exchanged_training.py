@@ -29,10 +29,9 @@ from torch import Tensor
 from moecompile.runtime import exchange, fp8_contract, fp8_experts, kernels, lines, main_gradients
 from moecompile.runtime.autocast import exact
 from moecompile.runtime.contract import Arguments, expect_shape
-from moecompile.runtime.exchanged import hides, in_turn
+from moecompile.runtime.exchanged import in_turn
 from moecompile.runtime.exchanged_contract import (
     Experts,
-    Own,
     Plan,
     Returning,
     Saved,
@@ -81,18 +80,17 @@ def _forward_by_kernels(memory: PeerMemory, tokens: Tokens, experts: Experts, ag
     from moecompile.runtime import hopper_exchanged, hopper_in_turn
 
     given = (*tokens, *experts.given, memory.own, memory.bases, memory.told)
-    decides = experts.decides | {"again": again, "hides": HIDES}
+    decides = experts.decides | {"again": again}
     known = CALLS.again(FORWARD, given, decides)
     if known is not None:
         return known
-    (there, back), hidden = experts.exchanges(memory), is_hidden(*tokens[:3], experts, again)
+    there, back = experts.exchanges(memory)
     brought = hopper_exchanged.Brought(*tokens, experts.num_experts, experts.room)
-    if not hidden and not hopper_in_turn.takes(brought, there, experts.matrices, experts.quantized, experts.attributes):
+    if not hopper_in_turn.takes(brought, there, experts.matrices, experts.quantized, experts.attributes):
         return None
-    chosen = hopper_exchanged if hidden else hopper_in_turn
 
     def run() -> Parts:
-        result, saved = chosen.forward_saving(brought, there, back, experts.aligned() if hidden else experts)
+        result, saved = hopper_in_turn.forward_saving(brought, there, back, experts)
         return [result, *(saved.without_rows() if again else saved).every]
 
     with exact(tokens[0]):
@@ -112,7 +110,7 @@ def _forward_in_turn(tokens: Tokens, experts: Experts) -> tuple[Tensor, Saved]:
             y, hidden = kernels.experts_forward(*given, **experts.of_rows)
             of_experts = [rows, hidden]
         along = x.new_empty(0) if weights is None else weights
-        kept.append(Saved(along, plan[0], plan, tuple(of_experts), Own.none(x, experts)))
+        kept.append(Saved(along, plan[0], plan, tuple(of_experts)))
         return y
 
     sends = lines.to_lines(x, **experts.scale_format) if in_lines else x
@@ -137,53 +135,10 @@ def fake_exchanged_experts_forward(
     else:
         args.check()
         of_experts = [rows, x.new_empty((args.saved_rows, args.width), dtype=args.dtypes.hidden)]
-    came, nothing, own = sent.new_empty(experts.travel["ranks"]), x.new_empty(0), None
-    if is_hidden(x, expert_ids, weights, experts, again):
-        own = _fake_own(x, expert_ids, weights, experts)
-        if experts.quantized:
-            of_experts[:2] = x.new_empty((sent.shape[0], 2 * lines.width(x.shape[1])), dtype=torch.uint8), nothing
-    saved = Saved(
-        nothing if along is None else along, came, tuple(plan), tuple(of_experts), own or Own.none(x, experts)  # type: ignore[arg-type]
-    )  # fmt: skip
+    came, nothing = sent.new_empty(experts.travel["ranks"]), x.new_empty(0)
+    saved = Saved(nothing if along is None else along, came, tuple(plan), tuple(of_experts))  # type: ignore[arg-type]
     result = x.new_empty((x.shape[0], args.out_features), dtype=args.dtypes.result)
     return result, (saved.without_rows() if again else saved).every
-
-
-def _fake_own(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Experts) -> Own:
-    """What is saved of a part of this rank's own."""
-    args = experts.sized(x, weights, expert_ids)
-    specs = (
-        fp8_contract.saved_specs(args)[2:] if experts.quantized else (((args.rows, args.width), args.dtypes.hidden),)
-    )
-    hidden = tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in specs)
-    along = x.new_empty(0) if weights is None else weights.new_empty(weights.shape)
-    ids = expert_ids.new_empty(expert_ids.shape, dtype=torch.int32)
-    return Own(ids, along, (args.offsets, args.slots, args.order), hidden)
-
-
-HIDES = False
-"""Whether exchanges are hidden in training: not before that is faster than one step after the other (docs/perf.md)."""
-
-
-def is_hidden(x: Tensor, expert_ids: Tensor, weights: Tensor | None, experts: Experts, again: bool) -> bool:
-    """Whether the exchange is hidden in training, by what all ranks know; of example values, too."""
-    travel, how = experts.travel, experts.attributes
-    among = travel["ranks"], travel["capacity"], expert_ids.shape[1], experts.num_experts
-    if not HIDES or again or how.get("recompute") or how.get("kernels") is not None or not hides(*among):
-        return False
-    if any(each is not None for each in experts.matrices[3:]):
-        return False  # their gradients are sums of rows that are in their places
-    if not exchange.by_kernels(x, expert_ids, weights, travel["ranks"], travel["group"]):
-        return False
-    from moecompile.runtime import hopper_exchanged
-
-    brought = hopper_exchanged.Brought(
-        x, expert_ids, weights, expert_ids, expert_ids, experts.num_experts, experts.room
-    )
-    dtype = experts.sized(x, weights, expert_ids).dtypes.result
-    return dtype == x.dtype and hopper_exchanged.could_take(
-        brought, travel["ranks"], travel["capacity"], experts.aligned()
-    )
 
 
 def exchanged_experts_backward(*args: Any, **attributes: Any) -> Parts:
@@ -231,7 +186,7 @@ def _backward_by_kernels(
     operator: str, memory: PeerMemory, of: Returning, experts: Experts, wanted: Wanted
 ) -> Parts | None:
     """The needed gradients, if all of it is by kernels."""
-    from moecompile.runtime import hopper_exchanged, hopper_exchanged_backward, hopper_in_turn
+    from moecompile.runtime import hopper_exchanged, hopper_in_turn
 
     main = map(wanted.main.get, main_gradients.MATRICES)
     given = (of.grad, *of.saved.every, of.x, of.sent, of.home, *experts.given, *main)
@@ -240,17 +195,11 @@ def _backward_by_kernels(
     if known is not None:
         return known
     args = _checked(operator, of, experts, wanted)
-    hidden = of.saved.own.is_there
-    if not hidden and not hopper_exchanged.are_taken(args, experts.quantized, memory.ranks):
+    if not hopper_exchanged.are_taken(args, experts.quantized, memory.ranks):
         return None
-    chosen = hopper_exchanged_backward if hidden else hopper_in_turn
 
     def run() -> Parts:
-        aligned, of_rows = experts, args
-        if hidden:
-            aligned = experts.aligned()
-            of_rows = of.saved.arguments(aligned)
-        found = chosen.backward(of, *experts.exchanges(memory), aligned, of_rows, wanted)
+        found = hopper_in_turn.backward(of, *experts.exchanges(memory), experts, args, wanted)
         return [found[name] for name in wanted.names]
 
     with exact(of.grad):

@@ -27,7 +27,6 @@ from moecompile.runtime.launch import Launch, Mapped, Value, boxes_of, load
 
 log = logging.getLogger("moecompile")
 
-COLUMNS = 256  # of a tile that goes back through the activation
 LINE = 128  # bytes of a tile's line that pass at once
 ACROSS = 64  # columns of a line that runs across K
 OUT_BOX = (16, 64)  # of a result, written at once
@@ -61,27 +60,10 @@ class Taking:
     Attributes:
         taken: one int32, zero when the kernel begins.
         multiple: of each expert's rows only so many times that many are computed, the first ones; 0 for all.
-        spare: multiprocessors that are left to others.
     """
 
     taken: Tensor
     multiple: int = 0
-    spare: int = 0
-
-
-@dataclass(frozen=True)
-class Beyond:
-    """Where rows of an expert are that are not among its first so many times `multiple`.
-
-    Attributes:
-        first: of these among all.
-        offsets: (E,) int32, where they end, counted from there.
-        multiple: as said.
-    """
-
-    first: int
-    offsets: Tensor
-    multiple: int = ROWS
 
 
 def grouped_gemm(
@@ -178,8 +160,6 @@ def activation_backward(
     weights: Tensor | None,
     scales: Tensor | None,
     in_place: bool = False,
-    into: tuple[Tensor, Tensor, Tensor | None] | None = None,
-    taking: Taking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
 
@@ -194,8 +174,6 @@ def activation_backward(
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
         in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
-        into: what is returned, if it is there: rows of other tensors, and columns of parts.
-        taking: as of `grouped_gemm`.
 
     Returns:
         the gradient of `hidden` (rows, N); the activation times the scale (rows, I); the gradient of the routing weight
@@ -204,33 +182,23 @@ def activation_backward(
     (rows, k), (experts, inner, _) = of_out.shape, w_out.shape
     weighted = weights is not None or scales is not None
     instance = backward_instance(of_out.dtype, rows, w_out, projection.gate_up, activation, scales is not None)
-    if into is None:
-        made, tiles = hidden if in_place else torch.empty_like(hidden), parts_of_weight(inner)
-        of_weights = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
-        into = made, hidden.new_empty(rows, inner), of_weights
-    of_hidden, scaled, of_weight = into
-    pitch = rows if of_weight is None else of_weight.stride(0)
+    of_hidden, scaled = hidden if in_place else torch.empty_like(hidden), hidden.new_empty(rows, inner)
+    tiles = (inner + instance.columns - 1) // instance.columns
+    of_weight = hidden.new_empty(tiles, rows, dtype=torch.float32) if weighted else None
     parts, gradients = projection.parts(hidden), projection.parts(of_hidden)
     _launch(
         instance, of_out, (w_out.mT,), offsets, (experts, k, inner),
         (
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
-            _written(scaled), of_weight, weights, scales, order, pitch,
+            _written(scaled), of_weight, weights, scales, order, rows,
         ),
-        taking=taking,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
-def parts_of_weight(inner: int) -> int:
-    """In how many parts the routing weight's gradient comes: a tile's columns each."""
-    return -(-inner // COLUMNS)
-
-
 def grouped_outer(
-    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None, mean_over: int = 1,
-    beyond: Beyond | None = None,
-) -> Tensor:  # fmt: skip
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None, mean_over: int = 1
+) -> Tensor:
     """out[e] = a[rows of e].T @ b[rows of e] / mean_over, where expert e has rows offsets[e - 1] to offsets[e].
 
     In float32 the products are added to what `out` holds.
@@ -243,7 +211,6 @@ def grouped_outer(
             Without rows an expert's is zeros, or, in float32, as it was.
         instance: the kernel; chosen by the sizes if None.
         mean_over: what float32 sums are divided by, as a product, before they are rounded.
-        beyond: where rows are that are not where `offsets` says.
 
     Returns:
         out.
@@ -255,7 +222,7 @@ def grouped_outer(
         chosen, written = replace(chosen, epilogue=Added()), added(out)
     else:
         written = (_written(out.flatten(0, 1)), None)
-    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written, mean_over=mean_over, beyond=beyond)
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written, mean_over=mean_over)
     return out
 
 
@@ -305,7 +272,6 @@ def _launch(
     early: bool = False,
     taking: Taking | None = None,
     mean_over: int = 1,
-    beyond: Beyond | None = None,
 ) -> None:
     """Launches the kernel; of the instance it is left to the arguments how rows come, and tiles.
 
@@ -319,9 +285,6 @@ def _launch(
     if taking is not None:
         instance = replace(instance, taken=True)
     multiple, taken = (0, None) if taking is None else (taking.multiple, taking.taken)
-    others_first, others = 0, None
-    if beyond is not None:
-        multiple, others_first, others = beyond.multiple, beyond.first, beyond.offsets
     columns = LINE // a.element_size()
     loaded = instance.columns // max(instance.cluster, len(matrices))  # `BOX` of kernels/grouped_gemm.cuh
     boxes = [
@@ -333,8 +296,6 @@ def _launch(
     along = _mapped(a, (instance.overhang // instance.cluster, columns)) if instance.overhang else bytes(128)
     maps = (_mapped(a, box), boxes[0], boxes[-1], along)
     grid = tuple(b_scales.shape[1:]) if b_scales is not None else (0, 0)
-    spare = 0 if taking is None else taking.spare
-    blocks = max(1, (kernel.multiprocessors - spare) // instance.cluster) * instance.cluster
-    asked = (int(early), multiple, others_first, others, 1 / mean_over, taken)
-    more = (*sizes, *grid, b_scale_pair, *asked, *feed, *epilogue)
+    blocks = kernel.multiprocessors // instance.cluster * instance.cluster
+    more = (*sizes, *grid, b_scale_pair, int(early), multiple, 1 / mean_over, taken, *feed, *epilogue)
     Launch(kernel, blocks, (*maps, scales or bytes(128), offsets, b_scales, *more)).run()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen.instances import (
-    CollectOwn,
     ExchangeGate,
     ExchangeHome,
     ExchangeHomeOfExperts,
@@ -29,8 +28,6 @@ RING = 54 * 1024
 """Bytes of shared memory that a channel has for rows on their way; two at least have to fit."""
 READERS = 4
 """Blocks of each multiprocessor that take rows out of the memory, at most: what they read is in this device's own."""
-READERS_OF_ROWS = 3
-"""The same of those that copy rows, where all of them are to be there at once: registers leave room for so many."""
 LANES = 32
 """Experts of a token, at most: a lane sees to each."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -167,11 +164,6 @@ class OwnParts:
     first: int
     multiple: int
 
-    def values(self) -> tuple[Value, ...]:
-        """`Parts` of codegen/kernels/parts.cuh."""
-        ids, (experts,) = conformed(self.ids), self.offsets.shape
-        return (ids, self.slots, self.offsets, self.others, ids.shape[1], experts, self.first, self.multiple)
-
 
 @dataclass(frozen=True)
 class Exchange:
@@ -246,9 +238,7 @@ def await_start(exchange: Exchange, started: Tensor) -> None:
     Launch(load(ExchangeGate(), started.device.index), 1, (started, exchange.sms)).run()
 
 
-def receive(
-    exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int, few: bool = False
-) -> None:
+def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int) -> None:
     """Puts what came, and this rank's own rows, where they are to be, and their experts, counted from its first.
 
     Args:
@@ -258,20 +248,18 @@ def receive(
         into: room for ranks * capacity of them, allocated before they were sent: the kernel begins early.
         came: (ranks,) int32, likewise; how many rows came from each.
         experts: of each rank.
-        few: whether it is to have few blocks and begin when others have ended, as `take` does.
     """
     kernel = load(ExchangeReceive(rows.id_type), rows.values.device.index)
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids, into.weights,
         came, None, None, 0, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
     )  # fmt: skip
-    blocks = exchange.readers(kernel, exchange.capacity)
-    Launch(kernel, min(blocks, READERS_OF_ROWS * exchange.sms) if few else blocks, values, early=not few).run()
+    Launch(kernel, exchange.readers(kernel, exchange.capacity), values).run()
 
 
 def take(
     exchange: Exchange, rows: Rows, sent: Tensor, into: tuple[Tensor, Tensor | None], came: Tensor,
-    own: tuple[Tensor, Tensor], multiple: int, values: Tensor | None = None,
+    own: tuple[Tensor, Tensor], multiple: int,
 ) -> None:  # fmt: skip
     """Waits for what came, and puts all but the rows where it is to be: these stay in the memory (`Exchange.records`).
 
@@ -286,17 +274,14 @@ def take(
         came: (ranks,) int32; how many rows came from each.
         own: offsets (E,) and slots (T, K) of a plan of this rank's own assignments to experts of its own.
         multiple: of each expert's rows there the first so many times that many are left out: they have no expert here.
-        values: room for the rows, this rank's own among them; then they do not stay.
     """
-    kernel = load(ExchangeReceive(rows.id_type, stay=values is None), rows.values.device.index)
-    offsets, slots = own
-    given = (
-        *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, values, *into, came, slots, offsets,
+    kernel, (offsets, slots) = load(ExchangeReceive(rows.id_type, stay=True), rows.values.device.index), own
+    values = (
+        *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, None, *into, came, slots, offsets,
         multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
     )  # fmt: skip
-    each = READERS if values is None else READERS_OF_ROWS
-    blocks = min(exchange.readers(kernel, exchange.capacity), each * exchange.sms)
-    Launch(kernel, blocks, given, early=False).run()
+    blocks = min(exchange.readers(kernel, exchange.capacity), READERS * exchange.sms)
+    Launch(kernel, blocks, values, early=False).run()
 
 
 def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
@@ -319,9 +304,8 @@ def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
 
 
 def home_of_experts(
-    exchange: Exchange, places: Tensor, parts: OwnParts, rows: Tensor, weights: Tensor | None, output: str,
-    into: Tensor, along: tuple[Tensor, Tensor] | None = None,
-) -> None:  # fmt: skip
+    exchange: Exchange, places: Tensor, parts: OwnParts, rows: Tensor, weights: Tensor | None, output: str, into: Tensor
+) -> None:
     """Sums what came back for each token, and this rank's own part: its rows of experts, summed and rounded once.
 
     Args:
@@ -332,43 +316,13 @@ def home_of_experts(
         weights: (T, K) float32, contiguous, or None.
         output: an expression of `out` and `weight`.
         into: (T, H), written, of the dtype of what came back.
-        along: what belongs to rows that came, (ranks * capacity, K), this rank's own of it there; and (T, K), written,
-            what travelled with what came back summed. None if nothing did.
-    """
-    ids, (own_along, of_along) = conformed(parts.ids), along or (None, None)
-    names = dtype_name(rows.dtype), dtype_name(into.dtype), output, dtype_name(ids.dtype)
-    more = {} if of_along is None else {"weights": dtype_name(of_along.dtype)}
-    kernel = load(ExchangeHomeOfExperts(*names, **more), into.device.index)
-    tokens, columns = into.shape
-    pitch = pitch_of(columns, into.dtype, None, of_along)
-    values = (
-        *exchange.peers(pitch), places, *parts.values(), rows, weights, columns, 0, own_along, into, of_along, tokens,
-        columns, 0 if of_along is None else of_along.shape[1],
-    )  # fmt: skip
-    Launch(kernel, exchange.readers(kernel, tokens), values).run()
-
-
-def collect_own(exchange: Exchange, places: Tensor, parts: OwnParts, values: Tensor, into: Tensor) -> None:
-    """Of this rank's own assignments to experts of its own, sums over p of values[p, row], to where their tokens came.
-
-    Args:
-        exchange: of this rank.
-        places: `home` of `plan`, (T, ranks).
-        parts: where rows are.
-        values: (P, rows of both parts) float32.
-        into: (ranks * capacity, K), of which this rank's own places are written.
     """
     ids = conformed(parts.ids)
-    kernel = load(CollectOwn(dtype_name(into.dtype), dtype_name(ids.dtype)), into.device.index)
-    given = (
-        *exchange.peers(16),
-        *parts.values(),
-        places,
-        values,
-        into,
-        values.shape[0],
-        values.stride(0),
-        ids.shape[0],
-    )
-    blocks = max(1, min(-(-ids.numel() // kernel.threads), 16 * kernel.multiprocessors))
-    Launch(kernel, blocks, given).run()
+    names = dtype_name(rows.dtype), dtype_name(into.dtype), output, dtype_name(ids.dtype)
+    kernel = load(ExchangeHomeOfExperts(*names), into.device.index)
+    (tokens, columns), (experts,), top_k = into.shape, parts.offsets.shape, ids.shape[1]
+    values = (
+        *exchange.peers(columns * into.element_size()), places, ids, parts.slots, parts.offsets, parts.others, top_k,
+        experts, parts.first, parts.multiple, rows, weights, columns, 0, None, into, None, tokens, columns, 0,
+    )  # fmt: skip
+    Launch(kernel, exchange.readers(kernel, tokens), values).run()

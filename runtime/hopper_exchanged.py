@@ -15,9 +15,6 @@ priority:
 All products take tiles as multiprocessors become free (codegen/kernels/tickets.cuh): those that send, or wait for what
 has not come, delay nothing. No product waits for another rank on the device: so no rank keeps multiprocessors from what
 others wait for. Results are those of one step after the other, to the bit.
-
-In training the other stream takes the rows, too, so that they can be kept. GEMM1(own) leaves it the multiprocessors
-that have sent: with none of them, it would begin where GEMM1(own) ends.
 """
 
 from __future__ import annotations
@@ -38,7 +35,6 @@ from moecompile.runtime import (
     hopper_routing,
 )
 from moecompile.runtime.contract import Arguments, expression_leaves
-from moecompile.runtime.exchanged_contract import Experts, Own, Saved
 from moecompile.runtime.hopper_exchange import Exchange, OwnParts, Rows
 from moecompile.runtime.hopper_parts import Eight, Part, Sixteen
 from moecompile.runtime.hopper_tiles import ROWS
@@ -77,22 +73,11 @@ def takes(
     attributes: dict[str, Any],
 ) -> bool:  # fmt: skip
     """Whether the kernels compute these: on all ranks of one model the same, however many tokens each has."""
-    return _are_taken(tokens, there.memory.ranks, there.capacity, matrices, quantized, attributes)
-
-
-def could_take(tokens: Brought, ranks: int, capacity: int, experts: Experts) -> bool:
-    """The same of example values, too, and before there is memory."""
-    return _are_taken(tokens, ranks, capacity, experts.matrices, experts.quantized, experts.attributes)
-
-
-def _are_taken(
-    tokens: Brought, ranks: int, capacity: int, matrices: Sequence[Tensor | None], quantized: Sequence[Tensor],
-    attributes: dict[str, Any],
-) -> bool:  # fmt: skip
+    ranks = there.memory.ranks
     if ranks == 1:
         return False
-    args = arguments_for(tokens, matrices, attributes, tokens.num_experts // ranks, capacity)
-    _, most = _rows_of(tokens, ranks, capacity)
+    args = arguments_for(tokens, matrices, attributes, tokens.num_experts // ranks, there.capacity)
+    _, most = _rows_of(tokens, there)
     if not hopper_routing.can_be_beside(most, args.features, 1 if quantized else tokens.x.element_size()):
         return False
     return are_taken(args, quantized, ranks)
@@ -114,26 +99,20 @@ def forward(
     return _Forward(tokens, there, back, matrices, quantized, attributes).run()
 
 
-def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Experts) -> tuple[Tensor, Saved]:
-    """The result (T, H2), and what `moecompile.runtime.hopper_exchanged_backward` reads."""
-    call = _Forward(tokens, there, back, experts.matrices, experts.quantized, experts.attributes, save=True)
-    return call.run(), call.saved()
-
-
 class _Forward:
-    """One call. What both streams touch is made on the caller's, and freed when that has waited for the other."""
+    """One call. Large memory is made on the caller's stream, and freed when that has waited for the other."""
 
     def __init__(
         self, tokens: Brought, there: Exchange, back: Exchange, matrices: Sequence[Tensor | None],
-        quantized: Sequence[Tensor], attributes: dict[str, Any], save: bool = False,
+        quantized: Sequence[Tensor], attributes: dict[str, Any],
     ) -> None:  # fmt: skip
-        memory, self.save = there.memory, save
+        memory = there.memory
         self.tokens, self.there, self.back, self.rank = tokens, there, back, memory.rank
         self.here = tokens.num_experts // memory.ranks
         self.args = args = arguments_for(tokens, matrices, attributes, self.here, tokens.x.shape[0])
-        self.counts = counts = _rows_of(tokens, memory.ranks, there.capacity)
-        self.products = Eight(args, counts, quantized, save) if quantized else Sixteen(args, counts, save)
-        hopper_kernels.compile_together(args, save, ("exchanged", bool(quantized), *counts), self.products.instances)
+        self.counts = counts = _rows_of(tokens, there)
+        self.products = Eight(args, counts, quantized) if quantized else Sixteen(args, counts)
+        hopper_kernels.compile_together(args, False, ("exchanged", bool(quantized), *counts), self.products.instances)
         words = [hopper_routing.words_of_progress(count) for count in counts]
         zeros = args.x.new_zeros(sum(words) + 5, dtype=torch.int32).split([*words, 1, 1, 1, 1, 1])
         self.progress, self.taken, self.started = zeros[:2], (zeros[2:4], zeros[4:6]), zeros[6]
@@ -144,7 +123,7 @@ class _Forward:
         args, tokens, there, back, products = self.args, self.tokens, self.there, self.back, self.products
         main, side = torch.cuda.current_stream(args.x.device), there.memory.side
         lines = Rows.of(products.lines(), tokens.ids, tokens.weights)
-        self._make_room(lines)
+        came, slots, sums, result = self._room()
         wait_for(side, main)
         with torch.cuda.stream(side):
             hopper_exchange.send(there, lines, tokens.sent, None, early=False)
@@ -153,48 +132,35 @@ class _Forward:
         if own.count:  # or this rank has no tokens
             self._multiply_in(own)
         with torch.cuda.stream(side):
-            others = self._others(lines, own)
+            others = self._others(lines, own, came, slots)
             self._multiply_in(others)
             products.multiply_out(others)
-            self._sum_others(others)
+            self._sum_others(others, sums)
             if tokens.room is not None:
-                self.came.copy_(exchange.within(self.came, others.counts, tokens.room))
+                came = exchange.within(came, others.counts, tokens.room)
         wait_for(main, side)
         with torch.cuda.stream(side):
-            read = -1 if self.save else there.slot
-            hopper_exchange.send(back, Rows(self.sums), None, self.came, read=read, started=self.started)
+            hopper_exchange.send(back, Rows(sums), None, came, read=there.slot, started=self.started)
         hopper_exchange.await_start(back, self.started)
         if own.count:
             products.multiply_out(own)
         wait_for(main, side)
         parts = OwnParts(tokens.ids, own.slots, own.offsets, others.slots, others.first, own.multiple)
-        hopper_exchange.home_of_experts(back, tokens.home, parts, products.y, own.weights, args.output, self.result)
-        self.parts = own, others
-        return self.result
+        hopper_exchange.home_of_experts(back, tokens.home, parts, products.y, own.weights, args.output, result)
+        return result
 
-    def saved(self) -> Saved:
-        """What the backward reads, after `run`."""
-        own, others, tokens, products = *self.parts, self.tokens, self.products
-        ids = torch.empty(tokens.ids.shape, dtype=torch.int32, device=tokens.ids.device).copy_(tokens.ids)
-        weights = tokens.x.new_empty(0)
-        if tokens.weights is not None:
-            weights = tokens.weights.clone(memory_format=torch.contiguous_format)
-        kept = Own(ids, weights, (own.offsets, own.slots, own.order), products.saved_hidden(0))
-        along = tokens.x.new_empty(0) if self.weights is None else self.weights
-        plan = others.offsets, others.slots, others.order
-        assert self.kept is not None
-        return Saved(along, self.came, plan, (*products.saved_rows(self.kept), *products.saved_hidden(1)), kept)
+    def _room(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For how many rows came, where the others' rows are, sums of other ranks' tokens, and the result.
 
-    def _make_room(self, lines: Rows) -> None:
-        """For how many rows came, their weights, plan and sums, these rows if they are kept, and the result."""
-        args, sent, top_k = self.args, self.tokens.sent, lines.top_k
-        self.came, places = sent.new_empty(self.there.memory.ranks), sent.shape[0]
-        self.weights = None if lines.weights is None else lines.weights.new_empty(places, top_k)
-        self.planned = hopper_routing.room_for_plan(sent, (places, top_k), self.here, self.tokens.room)
-        self.sums, self.result = (
-            args.x.new_empty(count, args.out_features, dtype=args.dtypes.result) for count in (places, args.x.shape[0])
+        What both streams touch is the caller's: the other's memory may be another caller's next.
+        """
+        args, sent = self.args, self.tokens.sent
+        sums, result = (
+            args.x.new_empty(count, args.out_features, dtype=args.dtypes.result)
+            for count in (sent.shape[0], args.x.shape[0])
         )
-        self.kept = lines.values.new_empty(places, lines.values.shape[1]) if self.save else None
+        slots = sent.new_empty(sent.shape[0], self.tokens.ids.shape[1])
+        return sent.new_empty(self.there.memory.ranks), slots, sums, result
 
     def _own(self, lines: Rows) -> Part:
         """Of each expert of this rank, the rows of this rank's tokens that fill tiles."""
@@ -203,24 +169,24 @@ class _Forward:
             tokens.ids, self.here, first=self.rank * self.here, among=tokens.num_experts
         )  # fmt: skip
         source = (lines.values, None, None, 0, 0, lines.line_bytes // 16, 0, self._scales_at, 0)
-        multiple = own_multiple(self.products.scaled, tokens.ids.numel(), tokens.num_experts)
+        pairs = isinstance(self.products, Eight) and tokens.ids.numel() >= PAIRS_FROM * tokens.num_experts
+        multiple = 2 * ROWS if pairs else ROWS
         return self._part(0, planned, hopper_experts._weights(self.args), source, multiple)
 
-    def _others(self, lines: Rows, own: Part) -> Part:
-        """The rest of them, and those of other ranks' tokens."""
-        tokens, there, kept = self.tokens, self.there, self.kept
-        ids = tokens.sent.new_empty(self.sums.shape[0], lines.top_k)
-        room, planned_own = (ids, self.weights), (own.offsets, own.slots)
-        hopper_exchange.take(there, lines, tokens.sent, room, self.came, planned_own, own.multiple, kept)
-        first, pitch, line = self.rank * there.capacity, lines.pitch, lines.line_bytes
-        source: tuple[Value, ...] = (
-            lines.values, there.records(pitch), tokens.sent, first, first + there.capacity, line // 16, pitch // 16,
-            self._scales_at, 0,
+    def _others(self, lines: Rows, own: Part, came: Tensor, slots: Tensor) -> Part:
+        """The rest of them, and those of other ranks' tokens. How many these are, and `slots`, are written."""
+        tokens, there, (places, top_k) = self.tokens, self.there, (self.tokens.sent.shape[0], lines.top_k)
+        ids = tokens.sent.new_empty(places, top_k)
+        weights = None if lines.weights is None else lines.weights.new_empty(places, top_k)
+        planned_own = own.offsets, own.slots
+        hopper_exchange.take(there, lines, tokens.sent, (ids, weights), came, planned_own, own.multiple)
+        first, pitch = self.rank * there.capacity, lines.pitch
+        source = (
+            lines.values, there.records(pitch), tokens.sent, first, first + there.capacity, lines.line_bytes // 16,
+            pitch // 16, self._scales_at, 0,
         )  # fmt: skip
-        if kept is not None:
-            source = (kept, None, None, 0, 0, lines.row_bytes // 16, 0, self._scales_at, 0)
-        weights = None if self.weights is None else hopper_experts._float32(self.weights)
-        planned = hopper_routing.plan(ids, self.here, tokens.room, into=self.planned)
+        weights = None if weights is None else hopper_experts._float32(weights)
+        planned = hopper_routing.plan(ids, self.here, tokens.room, slots=slots)
         return self._part(1, planned, weights, source, 0)
 
     def _part(
@@ -229,8 +195,7 @@ class _Forward:
         counts, offsets, slots, order = planned
         first, count = number * self.counts[0], self.counts[number]
         left = self.progress[number], self.taken[number]
-        spare = self.there.sms if self.save and number == 0 else 0
-        return Part(number, first, count, counts, offsets, slots, order, weights, source, *left, multiple, spare)
+        return Part(number, first, count, counts, offsets, slots, order, weights, source, *left, multiple)
 
     @property
     def _scales_at(self) -> int:
@@ -240,24 +205,15 @@ class _Forward:
     def _multiply_in(self, part: Part) -> None:
         self.products.multiply_in(part, part.weights if self.reads_weights else None)
 
-    def _sum_others(self, others: Part) -> None:
-        """What becomes of other ranks' tokens here."""
-        for places in others_of(self.rank, self.there.capacity, self.sums.shape[0]):
+    def _sum_others(self, others: Part, sums: Tensor) -> None:
+        """What becomes of other ranks' tokens here: those before this rank, and those after it."""
+        first, capacity = self.rank * self.there.capacity, self.there.capacity
+        for places in (slice(0, first), slice(first + capacity, sums.shape[0])):
+            if places.start == places.stop:
+                continue
             weights = None if others.weights is None else others.weights[places]
             y, slots = self.products.y[others.rows], others.slots[places]
-            hopper_routing.combine(y, slots, weights, self.args.output, self.sums[places])
-
-
-def others_of(rank: int, capacity: int, places: int) -> list[slice]:
-    """The places of other ranks' tokens: those before this rank, and those after it."""
-    first = rank * capacity
-    parts = slice(0, first), slice(first + capacity, places)
-    return [each for each in parts if each.start != each.stop]
-
-
-def own_multiple(scaled: bool, assignments: int, num_experts: int) -> int:
-    """Of each expert's own rows so many times so many do not wait."""
-    return 2 * ROWS if scaled and assignments >= PAIRS_FROM * num_experts else ROWS
+            hopper_routing.combine(y, slots, weights, self.args.output, sums[places])
 
 
 def arguments_for(
@@ -275,7 +231,7 @@ def arguments_for(
     return Arguments(tokens.x, tokens.weights, *plan, w_in, w_out, *others, **attributes)
 
 
-def _rows_of(tokens: Brought, ranks: int, capacity: int) -> tuple[int, int]:
+def _rows_of(tokens: Brought, there: Exchange) -> tuple[int, int]:
     """Rows of both parts, at most."""
-    most = ranks * capacity * tokens.ids.shape[1]
+    most = there.memory.ranks * there.capacity * tokens.ids.shape[1]
     return tokens.ids.numel(), most if tokens.room is None else min(most, tokens.room)

@@ -14,7 +14,7 @@ What these kernels do not take (`takes`), `moecompile.runtime.reference` runs, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import torch
@@ -25,7 +25,6 @@ from moecompile.runtime import hopper, hopper_kernels, hopper_routing, hopper_ru
 from moecompile.runtime.backward import means
 from moecompile.runtime.contract import BIASES, Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import dtype_name
-from moecompile.runtime.hopper import Beyond
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.hopper_tiles import Projection
@@ -133,44 +132,33 @@ def backward(
         name: of_product for name, of_product in zip(names, of_products, strict=True) if name in needs or name in main
     }
     if wanted:
-        made = _of_gemm1(args, wanted, main, functools.partial(_dispatched, args, args.x), args.rows)
+        made = _of_gemm1(args, wanted, main)
         found.update({name: each for name, each in made.items() if name not in main})
     return means(args, found, BIASES)  # the kernels have seen to the matrices
 
 
-def _of_gemm1(
-    args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[str, Tensor],
-    dispatched: Callable[[slice | None], Tensor], count: int, beyond: Beyond | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of GEMM1's matrices, by name, for those of their products (R, out), or what they were added to.
 
     Rows that are large are there by some of their columns after the other: a step's memory is at its highest here.
-
-    Args:
-        args: of the experts.
-        of_products: as said.
-        main: what gradients are added to, by name.
-        dispatched: gives the rows of these columns, or all of them.
-        count: how many rows these are.
-        beyond: as of `moecompile.runtime.hopper.grouped_outer`.
     """
     columns, pieces = args.x.shape[1], 1
-    while columns % (2 * pieces * COLUMNS) == 0 and count * columns * args.x.element_size() > pieces * LARGE:
+    while columns % (2 * pieces * COLUMNS) == 0 and args.rows * columns * args.x.element_size() > pieces * LARGE:
         pieces *= 2
     matrices = {name: main.get(name, getattr(args, name)) for name in of_products}
     whole = args.w_in_transposed or not all(each.is_contiguous() for each in matrices.values())
     if whole or pieces == 1:
-        rows, transposed = dispatched(None), args.w_in_transposed
+        rows = _dispatched(args, args.x)
         return {
-            name: (_add if name in main else _of_matrix)(matrices[name], of_product, rows, transposed, args, beyond)
+            name: (_add if name in main else _of_matrix)(matrices[name], of_product, rows, args.w_in_transposed, args)
             for name, of_product in of_products.items()
         }
     found = {name: each if name in main else torch.empty_like(each) for name, each in matrices.items()}
     for start in range(0, columns, columns // pieces):
         piece = slice(start, start + columns // pieces)
-        rows = dispatched(piece)
+        rows = _dispatched(args, args.x, piece)
         for name, of_product in of_products.items():
-            _outer(of_product, rows, found[name][:, :, piece], args, beyond)
+            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, piece], mean_over=args.mean_over)
         del rows
     return found
 
@@ -202,31 +190,27 @@ def _of_weights(args: Arguments, parts: Tensor | None, plain: HopperRows | None,
     return hopper_routing.collect(parts, more, args.slots.contiguous(), narrow).to(dtype)
 
 
-def _of_matrix(
-    like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments, beyond: Beyond | None = None
-) -> Tensor:
+def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments) -> Tensor:
     """The gradient of an expert's matrix for its products' gradient (R, out) and the rows (R, in), laid out alike."""
     left, right = (rows, of_product) if transposed else (of_product, rows)
     if like.mT.is_contiguous() and not like.is_contiguous():
-        return _outer(right, left, like.new_empty(like.mT.shape), args, beyond).mT
-    out = _outer(left, right, like.new_empty(like.shape), args, beyond)
+        return _outer(right, left, like.new_empty(like.mT.shape), args).mT
+    out = _outer(left, right, like.new_empty(like.shape), args)
     expected = torch.empty_like(like, device="meta").stride()
     return out if out.stride() == expected else torch.empty_like(like).copy_(out)
 
 
-def _add(
-    to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments, beyond: Beyond | None = None
-) -> Tensor:
+def _add(to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments) -> Tensor:
     """The same, added to a main gradient, which may have a layout of its own."""
     left, right = (rows, of_product) if transposed else (of_product, rows)
     if to.stride(2) == 1:
-        return _outer(left, right, to, args, beyond)
-    _outer(right, left, to.mT, args, beyond)
+        return _outer(left, right, to, args)
+    _outer(right, left, to.mT, args)
     return to
 
 
-def _outer(left: Tensor, right: Tensor, out: Tensor, args: Arguments, beyond: Beyond | None = None) -> Tensor:
-    return hopper.grouped_outer(left, right, args.offsets, out, mean_over=args.mean_over, beyond=beyond)
+def _outer(left: Tensor, right: Tensor, out: Tensor, args: Arguments) -> Tensor:
+    return hopper.grouped_outer(left, right, args.offsets, out, mean_over=args.mean_over)
 
 
 def _projection(args: Arguments, biased: bool = False) -> Projection:

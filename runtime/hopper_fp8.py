@@ -41,7 +41,7 @@ def takes(args: Arguments, quantized: Sequence[Tensor]) -> bool:
     """Whether the kernels compute these: bfloat16 outside of the products, sizes of whole lines of 16 bytes."""
 
     def are_read(_: Arguments) -> bool:
-        return all(tensor.is_contiguous() and hopper_rules.begins_at(tensor, 16) for tensor in quantized)
+        return all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in quantized)
 
     rules = (*hopper_rules.FP8, ("the FP8 copies are not contiguous, or not aligned to 16 bytes", are_read))
     return hopper_rules.takes(args, rules, "experts in FP8 are emulated with PyTorch's operators, which is slow")

@@ -11,7 +11,6 @@ from moecompile.codegen.gemms import Activated, ActivationBackward, Added, Group
 from moecompile.runtime.hopper import (
     OUT_BOX,
     ROWS,
-    Beyond,
     Taking,
     _columns,
     _launch,
@@ -121,8 +120,6 @@ def activation_backward(
     dispatching: Dispatching | None = None,
     in_place: bool = False,
     scale_format: str = POWER_OF_TWO,
-    into: tuple[QuantizedRows, QuantizedRows, Tensor | None] | None = None,
-    taking: Taking | None = None,
 ) -> tuple[QuantizedRows, QuantizedRows, Tensor | None]:
     """Back through GEMM2 and the activation, as `moecompile.runtime.hopper.activation_backward`.
 
@@ -139,8 +136,6 @@ def activation_backward(
         dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
         in_place: whether the gradient of `hidden` is written over it.
         scale_format: of the gradient of `hidden`; that of the scaled activation is powers of two.
-        into: what is returned, if it is there: of the last, columns of other parts.
-        taking: as of `moecompile.runtime.hopper.grouped_gemm`.
 
     Returns:
         the gradient of `hidden`; the activation times the scale (R, whole blocks); the gradient of the routing weight
@@ -149,32 +144,28 @@ def activation_backward(
     rows, columns = of_out.values.shape[0], b.values.shape[1]
     gate_up = "halves" if hidden.values.shape[1] == 2 * columns else "single"
     instance = backward_instance(activation, gate_up, scales is not None, scale_format=scale_format)
-    if into is None:
-        made, parts = (
-            hidden if in_place else QuantizedRows(*map(torch.empty_like, (hidden.values, hidden.scales))),
-            None,
-        )
-        if weights is not None or scales is not None:
-            parts = of_out.scales.new_empty(-(-features // instance.columns), rows)
-        into = made, QuantizedRows.empty(of_out.values, rows, columns), parts
-    of_hidden, scaled, of_weight = into
-    pitch = rows if of_weight is None else of_weight.stride(0)
+    of_hidden = hidden
+    if not in_place:
+        of_hidden = QuantizedRows(torch.empty_like(hidden.values), torch.empty_like(hidden.scales))
+    scaled = QuantizedRows.empty(of_out.values, rows, columns)
+    of_weight = None
+    if weights is not None or scales is not None:
+        of_weight = of_out.scales.new_empty(-(-features // instance.columns), rows)
     _launch(
         instance, of_out.values, (b.values.mT,), offsets, (b.values.shape[0], of_out.values.shape[1], features),
         (
             _mapped(_pairs(hidden.values), OUT_BOX), _narrow(of_hidden), _narrow(scaled),
             hidden.scales, of_hidden.scales, scaled.scales, of_weight, weights, scales, order,
-            pitch, hidden.scales.shape[1], features, columns,
+            rows, hidden.scales.shape[1], features, columns,
         ),
-        _scales(of_out), b.scales, dispatching=dispatching, taking=taking,
+        _scales(of_out), b.scales, dispatching=dispatching,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
 def outer(
-    a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transposed: bool, mean_over: int = 1,
-    beyond: Beyond | None = None,
-) -> Tensor:  # fmt: skip
+    a: QuantizedRows, b: QuantizedRows, ends: Tensor, like: Tensor, transposed: bool, mean_over: int = 1
+) -> Tensor:
     """The gradient of matrices: for each expert, a[:, rows of e] @ b[:, rows of e].T / mean_over.
 
     Args:
@@ -184,7 +175,6 @@ def outer(
         like: the matrices (E, M, N), or (E, N, M) if `transposed`, in bfloat16.
         transposed: the layout of `like`.
         mean_over: as of `moecompile.runtime.hopper.grouped_outer`.
-        beyond: likewise.
 
     Returns:
         a tensor laid out as `like`; zeros where an expert has no rows.
@@ -196,16 +186,14 @@ def outer(
     out = like.new_empty((experts, n, m) if turned else (experts, m, n))
     written = (_mapped(out, TURNED_BOX), n) if turned else (_written(out.view(experts * m, n)), None)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
-    scales, how = (_scales(a), b.scales.unsqueeze(0)), {"mean_over": mean_over, "beyond": beyond}
-    _launch(instance, a.values, matrices, ends, sizes, written, *scales, **how)  # type: ignore[arg-type]
+    _launch(instance, a.values, matrices, ends, sizes, written, _scales(a), b.scales.unsqueeze(0), mean_over=mean_over)
     found = out if turned == transposed else out.mT
     return found if found.stride() == expected.stride() else torch.empty_like(like).copy_(found)
 
 
 def add_outer(
-    a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, transposed: bool, mean_over: int = 1,
-    beyond: Beyond | None = None,
-) -> None:  # fmt: skip
+    a: QuantizedRows, b: QuantizedRows, ends: Tensor, out: Tensor, transposed: bool, mean_over: int = 1
+) -> None:
     """Adds the gradient of matrices (`outer`) to what `out` holds.
 
     Args:
@@ -215,7 +203,6 @@ def add_outer(
         out: (E, M, N), or (E, N, M) if `transposed`, float32; of its last two dimensions one is contiguous.
         transposed: the layout of `out`.
         mean_over: as of `outer`.
-        beyond: likewise.
     """
     experts, m, n = ends.shape[0], a.values.shape[0], b.values.shape[0]
     found = out.mT if transposed else out
@@ -223,7 +210,7 @@ def add_outer(
     written = added(found.mT if turned else found, turned)
     matrices, sizes = (b.values.unsqueeze(0).mT,), (experts, m, n)
     instance, scales = add_instance(n, turned), (_scales(a), b.scales.unsqueeze(0))
-    _launch(instance, a.values, matrices, ends, sizes, written, *scales, mean_over=mean_over, beyond=beyond)
+    _launch(instance, a.values, matrices, ends, sizes, written, *scales, mean_over=mean_over)
 
 
 def add_instance(n: int, turned: bool) -> GroupedGemm:

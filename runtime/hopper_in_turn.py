@@ -24,7 +24,7 @@ from moecompile.runtime import (
     main_gradients,
 )
 from moecompile.runtime.contract import Arguments
-from moecompile.runtime.exchanged_contract import Experts, Own, Returning, Saved, Wanted, gradient_travels_in_lines
+from moecompile.runtime.exchanged_contract import Experts, Returning, Saved, Wanted, gradient_travels_in_lines
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought, are_taken, arguments_for
 
@@ -68,7 +68,7 @@ def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Ex
     assert into.ids is not None
     counts, *plan = hopper_routing.plan(into.ids, experts.here, tokens.room)
     weights = tokens.x.new_empty(0) if into.weights is None else into.weights
-    saved = Saved(weights, came, tuple(plan), (), Own.none(tokens.x, experts))  # type: ignore[arg-type]
+    saved = Saved(weights, came, tuple(plan), ())  # type: ignore[arg-type]
     if tokens.room is not None:
         saved = replace(saved, came=exchange.within(came, counts, tokens.room))
     y, of_experts = _forward_of_rows(into.values, saved, tokens.x, experts)

@@ -105,33 +105,24 @@ def of_experts_in_fp8(args: Arguments, train: bool, lines: bool = False) -> list
         Combine("bfloat16", result, args.output),
     ]
     if train:
+        turned_in, turned_out = (
+            hopper_fp8_gemm.is_turned(matrices, transposed)
+            for matrices, transposed in ((args.w_in, args.w_in_transposed), (args.w_out, args.w_out_transposed))
+        )
         found += [
             hopper_fp8_gemm.backward_instance(args.activation, gate_up, _scales_output(args), back_beside, scales),
             hopper_fp8_gemm.product_instance(args.features, False),
-            *of_matrices_in_fp8(args),
+            PadOffsets(),
+            transposing_instance(True, True, scales),
+            transposing_instance(True, False, scales),
+            transposing_instance(False, True, scales),
+            transposing_instance(False, False, POWER_OF_TWO),
+            hopper_fp8_gemm.outer_instance(args.intermediate, turned_out),
+            hopper_fp8_gemm.outer_instance(args.features, turned_in),
             Combine("bfloat16", "bfloat16", "out"),
             *_collecting(args),
         ]
     return found
-
-
-def of_matrices_in_fp8(args: Arguments, main: Mapping[str, Tensor] | None = None) -> list[Instance]:
-    """Those of the gradients of matrices, or that add them to main gradients, and what turns rows for these."""
-    turned_in, turned_out = (
-        hopper_fp8_gemm.is_turned(matrices, transposed)
-        for matrices, transposed in ((args.w_in, args.w_in_transposed), (args.w_out, args.w_out_transposed))
-    )
-    scales = args.scale_format
-    return [
-        PadOffsets(),
-        transposing_instance(True, True, scales),
-        transposing_instance(True, False, scales),
-        transposing_instance(False, True, scales),
-        transposing_instance(False, False, POWER_OF_TWO),
-        hopper_fp8_gemm.outer_instance(args.intermediate, turned_out),
-        hopper_fp8_gemm.outer_instance(args.features, turned_in),
-        *of_adding_in_fp8(args, main or {}),
-    ]
 
 
 def of_gradients_in_lines(args: Arguments) -> list[Instance]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -48,7 +47,6 @@ class Part:
         progress: of their dispatch, zeros.
         taken: of GEMM1's and GEMM2's tiles, zeros.
         multiple: of each expert's rows only so many times that many are multiplied.
-        spare: multiprocessors that GEMM1 leaves to others.
     """
 
     number: int
@@ -63,7 +61,6 @@ class Part:
     progress: Tensor
     taken: tuple[Tensor, Tensor]
     multiple: int
-    spare: int
 
     @property
     def rows(self) -> slice:
@@ -77,7 +74,7 @@ class Part:
 
     def taking(self, product: int) -> Taking:
         """Of GEMM1 (0) or GEMM2 (1)."""
-        return Taking(self.taken[product], self.multiple, 0 if product else self.spare)
+        return Taking(self.taken[product], self.multiple)
 
 
 class Sixteen:
@@ -86,14 +83,10 @@ class Sixteen:
     Args:
         args: of the experts.
         counts: rows of both parts.
-        save: whether GEMM1's rows are kept.
     """
 
-    scaled: ClassVar[bool] = False
-
-    def __init__(self, args: Arguments, counts: Sequence[int], save: bool = False) -> None:
+    def __init__(self, args: Arguments, counts: Sequence[int]) -> None:
         self.args, self.counts, self.projection = args, counts, hopper_experts._projection(args, biased=True)
-        self.hidden = [args.x.new_empty(count, args.width) if save else None for count in counts]
         self.w_out = hopper_experts._out_matrices(args)
         x, rows = args.x, sum(counts)
         self.rows, self.a = x.new_empty(rows, args.features), x.new_empty(rows, args.intermediate)
@@ -110,8 +103,7 @@ class Sixteen:
         inner, transposed = args.intermediate, hopper_tiles.is_transposed(self.w_out)
         found: list[Instance] = [Combine(dtype_name(dtype), dtype_name(args.dtypes.result), args.output)]
         for rows in dict.fromkeys(self.counts):
-            save = self.hidden[0] is not None
-            first = hopper_tiles.activated_instance(dtype, rows, self.projection, args.activation, save)
+            first = hopper_tiles.activated_instance(dtype, rows, self.projection, args.activation, save=False)
             second = hopper_tiles.choose(dtype, rows, args.num_experts, args.out_features, inner, transposed)
             found += _taken(first, hopper_tiles.with_bias(second, args.b_out is not None))
         return found
@@ -120,8 +112,8 @@ class Sixteen:
         """GEMM1 and the activation, which reads these weights."""
         hopper.activated_gemm(
             self.rows[part.rows], self.projection, self.args.activation, part.offsets, self.a[part.rows],
-            hidden=self.hidden[part.number], weights=weights, order=None if weights is None else part.order,
-            dispatching=part.dispatching, taking=part.taking(0),
+            weights=weights, order=None if weights is None else part.order, dispatching=part.dispatching,
+            taking=part.taking(0),
         )  # fmt: skip
 
     def multiply_out(self, part: Part) -> None:
@@ -129,16 +121,6 @@ class Sixteen:
         hopper.grouped_gemm(
             self.a[part.rows], self.w_out, part.offsets, self.y[part.rows], bias=self.args.b_out, taking=part.taking(1)
         )
-
-    def saved_rows(self, came: Tensor) -> tuple[Tensor, ...]:
-        """Tokens that came, as they are saved."""
-        return (came,)
-
-    def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
-        """GEMM1's rows of that part."""
-        hidden = self.hidden[number]
-        assert hidden is not None
-        return (hidden,)
 
 
 class Eight:
@@ -148,15 +130,10 @@ class Eight:
         args: of the experts.
         counts: rows of both parts.
         quantized: the matrices.
-        save: as of `Sixteen`.
     """
 
-    scaled: ClassVar[bool] = True
-
-    def __init__(self, args: Arguments, counts: Sequence[int], quantized: Sequence[Tensor], save: bool = False) -> None:
+    def __init__(self, args: Arguments, counts: Sequence[int], quantized: Sequence[Tensor]) -> None:
         self.args, self.x = args, hopper_experts._lines(args.x)
-        columns = quantized[0].shape[1]
-        self.hidden = [QuantizedRows.empty(self.x, count, columns) if save else None for count in counts]
         self.w_in, _, self.w_out, _ = hopper_fp8._matrices(quantized)
         self.rows, self.a = (
             [QuantizedRows.empty(self.x, count, columns) for count in counts]
@@ -172,7 +149,7 @@ class Eight:
         """The kernels."""
         args, gate_up = self.args, "single" if self.args.gate_up == "single" else "halves"
         first = hopper_fp8_gemm.activated_instance(
-            args.activation, gate_up, self.hidden[0] is not None, args.b_in is not None, scale_format=args.scale_format
+            args.activation, gate_up, False, args.b_in is not None, scale_format=args.scale_format
         )
         second = hopper_fp8_gemm.product_instance(args.out_features, args.b_out is not None)
         combine = Combine("bfloat16", dtype_name(args.dtypes.result), args.output)
@@ -183,9 +160,8 @@ class Eight:
         args = self.args
         hopper_fp8_gemm.activated(
             self.rows[part.number], self.w_in, args.activation, part.offsets, args.intermediate, self.a[part.number],
-            self.hidden[part.number], biases=hopper_fp8._biases(args), weights=weights,
-            order=None if weights is None else part.order, dispatching=part.dispatching,
-            scale_format=args.scale_format, taking=part.taking(0),
+            None, biases=hopper_fp8._biases(args), weights=weights, order=None if weights is None else part.order,
+            dispatching=part.dispatching, scale_format=args.scale_format, taking=part.taking(0),
         )  # fmt: skip
 
     def multiply_out(self, part: Part) -> None:
@@ -194,16 +170,6 @@ class Eight:
         hopper_fp8_gemm.product(
             self.a[part.number], self.w_out, part.offsets, self.y[part.rows], bias, taking=part.taking(1)
         )
-
-    def saved_rows(self, came: Tensor) -> tuple[Tensor, ...]:
-        """Tokens that came, values and scales together, in the place of the values."""
-        return came, self.x.new_empty(0)
-
-    def saved_hidden(self, number: int) -> tuple[Tensor, ...]:
-        """GEMM1's rows of that part, values and scales."""
-        hidden = self.hidden[number]
-        assert hidden is not None
-        return hidden.values, hidden.scales
 
 
 def _taken(first: GroupedGemm, second: GroupedGemm) -> list[Instance]:

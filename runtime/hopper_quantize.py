@@ -186,14 +186,11 @@ def quantize_gradient(x: Tensor, scale_format: str = POWER_OF_TWO) -> tuple[Quan
     return rows, turned
 
 
-def pad_offsets(offsets: Tensor, multiple: int = 0) -> Tensor:
-    """The end of each expert's rows (E,) int32 where they are filled up to whole blocks of 128.
-
-    Of each expert's rows only so many times `multiple` count, if that is not 0.
-    """
+def pad_offsets(offsets: Tensor) -> Tensor:
+    """The end of each expert's rows (E,) int32 where they are filled up to whole blocks of 128."""
     ends = torch.empty_like(offsets)
     kernel = load(PadOffsets(), offsets.device.index)
-    Launch(kernel, 1, (offsets, ends, offsets.shape[0], multiple)).run()
+    Launch(kernel, 1, (offsets, ends, offsets.shape[0])).run()
     return ends
 
 
@@ -209,7 +206,6 @@ def transpose_rows(
     features: int | None = None,
     interleaved: bool = False,
     scale_format: str = POWER_OF_TWO,
-    into: QuantizedRows | None = None,
 ) -> QuantizedRows:
     """Rows in expert order as columns, each expert's filled up with zeros to whole blocks.
 
@@ -225,7 +221,6 @@ def transpose_rows(
             to leave out.
         interleaved: whether the two halves' features come by turns in the result.
         scale_format: of `scales`; new ones are powers of two.
-        into: what is returned, if it is there: columns of other tensors, maybe.
 
     Returns:
         values (F, P), without what pads F, for the P rows that all experts may fill, those beyond the last end not
@@ -233,27 +228,21 @@ def transpose_rows(
     """
     columns, experts = values.shape[1], 1 if offsets is None else offsets.shape[0]
     rows = values.shape[0] if order is None else order.shape[0]
-    row_blocks = padded_blocks(rows, experts)
+    row_blocks = max(1, (rows + (BLOCK - 1) * experts) // BLOCK)
     half, kept = (columns, columns) if features is None else (pad(features), features)
     lines = columns // half * kept
     step, second = (2, 1) if interleaved else (1, kept)
-    if into is None:
-        size = (row_blocks, lines) if per_column else (blocks_in(columns, BLOCK), row_blocks)
-        into = QuantizedRows(values.new_empty(lines, row_blocks * BLOCK), scales.new_empty(size))
+    out = values.new_empty(lines, row_blocks * BLOCK)
+    size = (row_blocks, lines) if per_column else (blocks_in(columns, BLOCK), row_blocks)
+    out_scales = scales.new_empty(size)
     kernel = load(transposing_instance(top_k is not None, per_column, scale_format), values.device.index)
     strides = (scales.stride(0), 1) if top_k is not None else (1, scales.stride(0))
     arguments = (
-        values, scales, order, offsets, ends, into.values, into.scales, *strides,
-        experts, rows, top_k or 1, columns, values.stride(0), row_blocks, into.scales.stride(0), into.values.stride(0),
-        half, kept, step, second,
+        values, scales, order, offsets, ends, out, out_scales, *strides,
+        experts, rows, top_k or 1, columns, values.stride(0), row_blocks, out_scales.shape[1], half, kept, step, second,
     )  # fmt: skip
     Launch(kernel, row_blocks * min(SPLITS, blocks_in(columns, BLOCK)), arguments).run()
-    return into
-
-
-def padded_blocks(rows: int, experts: int) -> int:
-    """Blocks of 128 that so many rows of so many experts fill, at most."""
-    return max(1, (rows + (BLOCK - 1) * experts) // BLOCK)
+    return QuantizedRows(out, out_scales)
 
 
 def transposing_instance(gathered: bool, per_column: bool, scale_format: str) -> TransposeRows:

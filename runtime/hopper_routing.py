@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from moecompile.codegen.instances import IDS, PLAN_EXPERTS, Collect, Combine, Di
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.launch import Launch, Value, load
 
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
 PLAN_BLOCKS = 128
 """Blocks that make a plan, at most: each adds up the counts of all before it."""
 
@@ -29,8 +27,8 @@ def takes_plan(num_experts: int) -> bool:
 
 def plan(
     expert_ids: Tensor, num_experts: int, room: int | None = None, *, first: int = 0, among: int | None = None,
-    into: Four | None = None,
-) -> Four:  # fmt: skip
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Counts, offsets, slots and order of `moecompile::plan`, in one launch or two.
 
     Args:
@@ -40,7 +38,7 @@ def plan(
         room: for so many rows; None for all assignments.
         first: of these experts among all that the ids speak of. Assignments to others have no row.
         among: how many those are; `num_experts` if None.
-        into: what is returned (`room_for_plan`); made if None.
+        slots: (T, K) int32, contiguous, which is to be written; made if None.
     """
     ids = conformed(expert_ids)
     chosen = dtype_name(ids.dtype), next(room for room in PLAN_EXPERTS if num_experts <= room)
@@ -55,17 +53,10 @@ def plan(
     if blocks > 1:
         block_counts, count = empty(blocks, num_experts), load(Plan("count", *chosen), ids.device.index)
         Launch(count, blocks, (ids, block_counts, *of)).run()
-    made = room_for_plan(ids, ids.shape, num_experts, room) if into is None else into
-    Launch(place, blocks, (ids, block_counts, *made, *of, made[3].shape[0])).run()
-    return made
-
-
-def room_for_plan(like: Tensor, shape: Sequence[int], num_experts: int, room: int | None = None) -> Four:
-    """Counts, offsets, slots and order of ids (T, K) of that shape, which are to be written."""
-    tokens, top_k = shape
-    rows = tokens * top_k if room is None else min(room, tokens * top_k)
-    sizes = (num_experts,), (num_experts,), (tokens, top_k), (rows,)
-    counts, offsets, slots, order = (like.new_empty(size, dtype=torch.int32) for size in sizes)
+    rows = assignments if room is None else min(room, assignments)
+    counts, offsets, order = empty(num_experts), empty(num_experts), empty(rows)
+    slots = empty(*ids.shape) if slots is None else slots
+    Launch(place, blocks, (ids, block_counts, counts, offsets, slots, order, *of, rows)).run()
     return counts, offsets, slots, order
 
 
@@ -167,23 +158,19 @@ def combine(rows: Tensor, slots: Tensor, weights: Tensor | None, output: str, ou
     return out
 
 
-def collect(
-    parts: Tensor, more: Tensor | None, slots: Tensor, dtype: torch.dtype, into: Tensor | None = None
-) -> Tensor:
+def collect(parts: Tensor, more: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of rows back to assignments: sum over p of parts[p, slots[t, k]], plus more[slots[t, k]], rounded once.
 
     Args:
-        parts: (P, R) float32, lines contiguous.
+        parts: (P, R) float32, contiguous.
         more: (R,) float32, contiguous, or None.
         slots: (T, K) int32, contiguous; zero where it is -1.
         dtype: of the result: bfloat16, float16 or float32.
-        into: (T, K) contiguous, which is returned; made if None.
 
     Returns:
         (T, K).
     """
-    out = parts.new_empty(slots.shape, dtype=dtype) if into is None else into
-    kernel = load(Collect(dtype_name(dtype)), parts.device.index)
+    out, kernel = parts.new_empty(slots.shape, dtype=dtype), load(Collect(dtype_name(dtype)), parts.device.index)
     blocks = max(1, min(-(-slots.numel() // kernel.threads), 16 * kernel.multiprocessors))
-    Launch(kernel, blocks, (parts, more, slots, out, parts.shape[0], parts.stride(0), slots.numel())).run()
+    Launch(kernel, blocks, (parts, more, slots, out, *parts.shape, slots.numel())).run()
     return out

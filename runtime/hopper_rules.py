@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from moecompile.codegen.activation import print_struct
 from moecompile.runtime import hopper
@@ -64,11 +63,6 @@ def _is_printable(expression: str) -> bool:
     return True
 
 
-def begins_at(tensor: Tensor, multiple: int) -> bool:
-    """Whether it begins at a multiple of so many bytes; of example values nobody knows, and all do."""
-    return isinstance(tensor, FakeTensor) or tensor.data_ptr() % multiple == 0
-
-
 SIZES = "hidden, intermediate and output size {args.features}, {args.intermediate} and {args.out_features} are not all "
 
 SHARED: tuple[Rule, ...] = (
@@ -96,11 +90,11 @@ SIXTEEN_BITS: tuple[Rule, ...] = (
     (SIZES + "multiples of 8", lambda args: not any(size % 8 for size in _sizes(args))),
     (
         "rows of the weights do not begin at multiples of 16 bytes",
-        lambda args: all(begins_at(matrix, 16) and aligned(matrix) for matrix in _matrices(args)),
+        lambda args: all(matrix.data_ptr() % 16 == 0 and aligned(matrix) for matrix in _matrices(args)),
     ),
     (
         "biases are not contiguous, or do not begin at a multiple of 4 bytes",
-        lambda args: all(bias.is_contiguous() and begins_at(bias, 4) for bias in _biases(args)),
+        lambda args: all(bias.is_contiguous() and bias.data_ptr() % 4 == 0 for bias in _biases(args)),
     ),
 )
 """Of experts in the model's precision."""

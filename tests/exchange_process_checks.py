@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import moecompile
 from expert_parallel_models import EXPERTS, MANY, TOP_K, Model, close, compiled, tokens_of
-from moecompile.runtime import exchanged_training, peer_memory
+from moecompile.runtime import peer_memory
 from ranks_on_one_gpu import meet
 
 ops = torch.ops.moecompile
@@ -98,31 +98,6 @@ def check_same_bits_in_training(rank: int, ranks: int) -> None:
             for x, wanted in zip(inputs, right, strict=True):
                 found = results(run, model, x)
                 assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-def check_hidden_in_training(rank: int, ranks: int) -> None:
-    """The bits of one step after the other, but for gradients of matrices, which are summed in another order."""
-    vars(exchanged_training)["HIDES"] = True
-    counts = [MANY - 100 * each for each in range(ranks)]
-    for bound, options in ((4e-3, {}), (8e-2, {"precision": "fp8"})):
-        torch._dynamo.reset()
-        model, mesh = Model(HIDDEN, INNER, fixed=True).cuda(), mesh_of(ranks)
-        moecompile.shard_experts(model, mesh, src_data_rank=None)  # gloo scatters nothing of a GPU's
-        inputs = [tokens_of(10 * turn + rank, counts[rank], hidden=HIDDEN).cuda() for turn in range(2)]
-        steps = compiled(model, disable=("hide",), **options)
-        right = [[each.clone() for each in results(steps, model, x)] for x in inputs]
-        run = compiled(model, **options)
-        names = ["out", "x", *(name for name, _ in model.named_parameters())]
-        for _ in range(4):  # the first calls load kernels, the next are recorded
-            for x, wanted in zip(inputs, right, strict=True):
-                found = results(run, model, x)
-                for name, one, other in zip(names, found, wanted, strict=True):
-                    if ".w_" in name:
-                        close([one], [other], bound)
-                    else:
-                        assert torch.equal(one, other), name
-        assert "2 of 2 exchanges are hidden" in str(moecompile.last_report().graphs[-1].notes)
-    vars(exchanged_training)["HIDES"] = False
 
 
 def check_inductor(rank: int, ranks: int) -> None:

@@ -11,7 +11,6 @@ from moecompile.runtime import (
     fp8_experts,
     hopper_exchange,
     hopper_exchanged,
-    hopper_exchanged_backward,
     hopper_in_turn,
     hopper_quantize,
     kernels,
@@ -56,10 +55,10 @@ class Side:
         self.other_sent, _ = hopper_exchange.plan(ids, experts, 2, tokens)
         many = hides(2, tokens, top_k, experts)
         self.how = hopper_exchanged if many else hopper_in_turn
-        in_lines = fp8 and (many or backward)
+        in_lines = fp8 and (many or backward)  # where one step follows the other, the experts quantise
         self.other_lines = Rows.of(hopper_quantize.quantize_lines(x) if in_lines else x, ids, weights)
         self.back = Rows(randn(2 * tokens, features))
-        self.many, self.grad, others_grad = many, randn(tokens, features), randn(tokens, features)
+        self.grad, others_grad = randn(tokens, features), randn(tokens, features)
         self.other_grad = Rows.of(hopper_quantize.quantize_lines(others_grad) if fp8 else others_grad, None, None)
         of_weights = torch.rand(2 * tokens, top_k, generator=generator, device="cuda")
         self.of_x = Rows(randn(2 * tokens, features), None, of_weights)
@@ -104,22 +103,17 @@ class Side:
             capacity=self.capacity, sms=SMS, patience=20.0, **TRAINED,
         )  # fmt: skip
 
-    def forward(self, hidden: bool) -> tuple[Tensor, Saved]:
-        """Of training, behind the experts or one step after the other."""
+    def forward(self) -> tuple[Tensor, Saved]:
+        """Of training, one step after the other."""
         tokens = Brought(*self.mine, self.sent, self.home, self.experts)
-        how = hopper_exchanged if hidden else hopper_in_turn
-        return how.forward_saving(tokens, self.exchange(0, 0), self.exchange(0, 1), self.spread)
+        return hopper_in_turn.forward_saving(tokens, self.exchange(0, 0), self.exchange(0, 1), self.spread)
 
     def backward(self, saved: Saved) -> dict[str, Tensor]:
         """The gradients of all that there is."""
-        hidden = saved.own.is_there
-        of = Returning(self.grad, saved, self.mine[0] if hidden else None, self.sent, self.home)
-        how, wanted = (
-            (hopper_exchanged_backward if hidden else hopper_in_turn),
-            Wanted((True,) * 4 + (False,) * 4, {}, True),
-        )
+        of = Returning(self.grad, saved, None, self.sent, self.home)
+        wanted = Wanted((True,) * 4 + (False,) * 4, {}, True)
         there, back = self.exchange(0, 0), self.exchange(0, 1)
-        return how.backward(of, there, back, self.spread, saved.arguments(self.spread), wanted)
+        return hopper_in_turn.backward(of, there, back, self.spread, saved.arguments(self.spread), wanted)
 
     def local_forward(self) -> tuple[Tensor, list[Tensor]]:
         """Of training, of as many rows of tokens that are all here; the plan and what is saved behind."""

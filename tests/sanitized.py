@@ -88,19 +88,18 @@ def exchanges() -> None:
                 side.prepare()
                 assert bool(side.exchanged().isfinite().all())
             assert not side.memories[0].failure()
-        for hidden in (True, False):
-            training(Side(300, 256, 128, 8, 4, precision == "fp8", backward=True), hidden)
+        training(Side(300, 256, 128, 8, 4, precision == "fp8", backward=True))
     for ranks, counts in ((2, [64, 40]), (4, [0, 1, 70, 64])):
         row = pitch_of(256, torch.bfloat16, 2)
         group = Ranks(among_streams(ranks, room_for(ranks, max(counts), row), 0), 8, max(counts))
         group.check([brought(rank, count, 256, 8, 2, torch.bfloat16, "random") for rank, count in enumerate(counts)])
 
 
-def training(side: Side, hidden: bool) -> None:
+def training(side: Side) -> None:
     """A forward that saves and its backward."""
     for _ in range(2):
         side.prepare()
-        y, saved = side.forward(hidden)
+        y, saved = side.forward()
         side.prepare_back()
         found = side.backward(saved)
         assert all(bool(each.isfinite().all()) for each in (y, *found.values()))

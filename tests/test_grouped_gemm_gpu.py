@@ -179,26 +179,3 @@ def quantised(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     blocks = x.view(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1] // 128, 128)
     scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax((-3, -1), keepdim=True) / 448)))
     return (blocks / scale).view(x.shape).to(torch.float8_e4m3fn), scale.squeeze(-1).squeeze(-2).contiguous()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adding", [False, True], ids=["written", "added"])
-@pytest.mark.parametrize(("m", "n"), [(256, 512), (384, 136)])
-def test_rows_in_two_parts(m: int, n: int, adding: bool, dtype: torch.dtype) -> None:
-    """Gradients of matrices whose experts have whole tiles of rows first, and others behind all of these."""
-    first, others = torch.tensor([300, 0, 127, 128, 700]), torch.tensor([50, 3, 0, 129, 64])
-    ends, more = (each.cumsum(0).to(torch.int32).cuda() for each in (first, others))
-    count = int(first.sum()) + 5
-    total = count + int(others.sum()) + 9
-    a, b = (torch.randn(total, size, device="cuda").to(dtype) for size in (m, n))
-    out = torch.ones(5, m, n, device="cuda", dtype=torch.float32 if adding else dtype)
-    used = torch.zeros(total, dtype=torch.bool, device="cuda")
-    right = out.double() if adding else torch.zeros(5, m, n, device="cuda", dtype=torch.float64)
-    for expert in range(5):
-        begin, after = int(ends[expert] - first[expert]), count + int(more[expert] - others[expert])
-        rows = [*range(begin, begin + int(first[expert]) // 128 * 128), *range(after, after + int(others[expert]))]
-        right[expert] += a[rows].double().T @ b[rows].double()
-        used[rows] = True
-    a[~used], b[~used] = torch.nan, torch.nan
-    hopper.grouped_outer(a, b, ends, out, beyond=hopper.Beyond(count, more))
-    assert float((out.double() - right).norm() / right.norm()) <= 4e-3

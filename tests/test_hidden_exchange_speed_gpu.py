@@ -29,6 +29,8 @@ SHAPES = {
 """Tokens, features, inner size, experts of both ranks, experts of a token."""
 BOUNDS = {("large", False): 1.12, ("large", True): 1.2}
 """How many times the local experts' time, at most: what two GPUs are to reach."""
+STEPS = {("large", False): 1.07, ("large", True): 1.1, ("narrow", False): 1.25, ("narrow", True): 1.3}
+"""The same of forward and backward, where nothing is hidden: what was measured, and 0.02 (docs/perf.md)."""
 CACHE = 256 * 2**20
 """Bytes that are written between two calls: more than L2 holds."""
 ROUNDS = 20
@@ -87,23 +89,20 @@ def test_one_side(name: str, fp8: bool) -> None:
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("name", ["large", "narrow"])
 def test_one_side_of_a_step(name: str, fp8: bool) -> None:
-    """Forward and backward, hidden, one step after the other, and of local experts."""
+    """Forward and backward, one step after the other, and of local experts."""
     side = Side(*SHAPES[name], fp8, backward=True)
-    calls: dict[str, tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = {}
-    kept = []  # graphs read it
-    for each, hidden in (("hidden", True), ("in turn", False)):
-        side.prepare()
-        _, saved = side.forward(hidden)
-        kept.append(saved)
-        calls[f"{each}, forward"] = captured(partial(side.forward, hidden), side.prepare), side.prepare
-        back = captured(partial(side.backward, saved), side.prepare_back)
-        calls[f"{each}, backward"] = back, side.prepare_back
+    side.prepare()
+    _, saved = side.forward()  # graphs read it
     _, of_local = side.local_forward()
-    calls["local, forward"] = captured(side.local_forward, nothing), nothing
-    calls["local, backward"] = captured(partial(side.local_backward, of_local), nothing), nothing
+    calls = {
+        "exchanged, forward": (captured(side.forward, side.prepare), side.prepare),
+        "exchanged, backward": (captured(partial(side.backward, saved), side.prepare_back), side.prepare_back),
+        "local, forward": (captured(side.local_forward, nothing), nothing),
+        "local, backward": (captured(partial(side.local_backward, of_local), nothing), nothing),
+    }
     found = medians(calls)
     assert not side.memories[0].failure()
     print(f"{name} {'fp8' if fp8 else 'bf16'}:", ", ".join(f"{each} {time:.3f}" for each, time in found.items()))
-    step = {each: found[f"{each}, forward"] + found[f"{each}, backward"] for each in ("hidden", "in turn", "local")}
-    print("  steps:", ", ".join(f"{each} {time:.3f}" for each, time in step.items()))
-    assert step["hidden"] < step["in turn"], "nothing is hidden"
+    mine, local = (found[f"{each}, forward"] + found[f"{each}, backward"] for each in ("exchanged", "local"))
+    print(f"  steps: exchanged {mine:.3f} ms, local {local:.3f}, {mine / local:.3f}")
+    assert mine <= STEPS[name, fp8] * local

@@ -15,7 +15,6 @@ from moecompile.codegen.instances import (
     RESULTS,
     SCALES,
     Collect,
-    CollectOwn,
     Combine,
     Dispatch,
     ExchangeGate,
@@ -154,17 +153,6 @@ TAKEN = [
     )
 ]
 """Products whose exchange is hidden behind them."""
-TAKEN_IN_TRAINING = [
-    replace(each, taken=True)
-    for each in (
-        *BACKWARD,
-        *(
-            replace(each, dispatches=True, records=True)
-            for each in (*filter(_saves, ACTIVATED[::5]), *QUANTIZED[True], *QUANTIZED_BACKWARD)
-        ),
-    )
-]
-"""The same where GEMM1's rows are saved, and read in the backward."""
 WITHOUT_PRODUCTS = [
     *map(ExchangePlan, IDS),
     *SENDING,
@@ -174,9 +162,7 @@ WITHOUT_PRODUCTS = [
     *(ExchangeHomeOfExperts("bfloat16", rows, "mul(out, weight)", ids) for rows, ids in product(RESULTS, IDS)),
     ExchangeHomeOfExperts("float16", "float16", "out", "int64"),
     *QUANTISING,
-    ExchangeHomeOfExperts("bfloat16", "bfloat16", "out", "int32", "bfloat16"),
     *map(Collect, RESULTS),
-    *(CollectOwn(result, ids) for result, ids in product(RESULTS, IDS)),
     PadOffsets(),
     Dispatch(),
     Combine("bfloat16", "bfloat16", "mul(out, weight)"),
@@ -206,7 +192,7 @@ def test_machine_code(instance: GroupedGemm) -> None:
 
 @pytest.mark.parametrize(
     "instance",
-    [*BACKWARD, *QUANTIZED[True], *QUANTIZED_BACKWARD, *DISPATCHING, *TAKEN_IN_TRAINING],
+    [*BACKWARD, *QUANTIZED[True], *QUANTIZED_BACKWARD, *DISPATCHING],
     ids=lambda instance: instance.template,
 )
 def test_epilogues_that_need_more_registers_than_there_are(instance: GroupedGemm) -> None:

@@ -21,7 +21,7 @@ from moecompile.codegen.instances import (
     ExchangeSend,
     QuantizeRows,
 )
-from moecompile.runtime import exchange, exchanged, exchanged_training, linear_fp8
+from moecompile.runtime import exchange, exchanged, linear_fp8
 from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory, room_for
 from moecompile.runtime.remembered import CALLS
 
@@ -156,9 +156,8 @@ def trained(gpu: FakeGpu, given: dict[str, Any], needs: list[bool], **more: Any)
     x, *_, sent, home, w_in, w_out = given["tensors"]
     attributes = {**GATED, **TRAVEL, "quantized": given["quantized"], "room": given["room"], "num_experts": EXPERTS}
     result, saved = ops.exchanged_experts_forward(*given["tensors"], **attributes, **more)
-    forward, grad, hidden = gpu.taken(), torch.randn(result.shape).bfloat16(), saved[-1].dim() == 2
-    tokens = x if more.get("again") or hidden else None
-    ops.exchanged_experts_backward(grad, saved, tokens, sent, home, w_in, w_out, **attributes, **more, needs=needs)
+    forward, grad, again = gpu.taken(), torch.randn(result.shape).bfloat16(), x if more.get("again") else None
+    ops.exchanged_experts_backward(grad, saved, again, sent, home, w_in, w_out, **attributes, **more, needs=needs)
     return [forward, gpu.taken()]
 
 
@@ -187,47 +186,6 @@ def test_training_is_remembered(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, m
     assert {each.stream for part in found for each in part} == {STREAM}
     sent = [part[0].instance for part in found]
     assert [isinstance(each, QuantizeRows) for each in sent] == [fp8, fp8], "rows travel as they are read"
-
-
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("room", [None, 96])
-def test_hidden_training_is_remembered(
-    gpu: FakeGpu, streams: Streams, monkeypatch: pytest.MonkeyPatch, room: int | None, fp8: bool
-) -> None:
-    """On two streams, there and back; what other ranks wait for is on the other one."""
-    monkeypatch.setattr(linear_fp8, "has_kernels", lambda _: True)
-    monkeypatch.setattr(exchanged_training, "is_hidden", lambda *_: True)
-    needs = [True] * 4 + [False] * 4
-
-    def step() -> list[list[Launched]]:
-        return trained(gpu, call(fp8=fp8, room=room, backward=True), needs)
-
-    first = step()
-    assert streams.waits == [
-        (SIDE, STREAM),
-        (SIDE, STREAM),
-        *[(STREAM, SIDE)] * 2,
-        (SIDE, STREAM),
-        *[(STREAM, SIDE)] * 2,
-    ]
-    remembered = len(CALLS)
-    found = step()
-    assert len(CALLS) == remembered == 2, "the second calls were taken for new ones"
-    for one, other in zip(first, found, strict=True):
-        assert [(each.instance, each.stream) for each in one] == [(each.instance, each.stream) for each in other]
-    for part in found:
-        sent = [each for each in part if isinstance(each.instance, (ExchangeSend, ExchangeReceive))]
-        assert {each.stream for each in sent} == {SIDE} and not any(each.early for each in sent[:2])
-        gate = [number for number, each in enumerate(part) if isinstance(each.instance, ExchangeGate)]
-        assert len(gate) == 1 and part[gate[0] - 1].instance == sent[-1].instance
-        products = [each for each in part if each.instance.name.startswith("moecompile_grouped_gemm")]
-        own, others = (sum(each.stream == stream for each in products) for stream in (STREAM, SIDE))
-        assert others == 2 and own in (2, 4), "the gradients of matrices keep no rank waiting"
-        free = [132 - each.blocks for each in products if each.stream == STREAM]
-        assert free == [TRAVEL["sms"]] + [0] * (own - 1), "whoever waits for rows finds a multiprocessor at once"
-        assert {each.instance for each in products} <= gpu.announced, "compiled one by one, while other ranks wait"
-        home = [each for each in part if isinstance(each.instance, ExchangeHomeOfExperts)]
-        assert len(home) == 1 and home[0] is part[-1], "what was sent first comes last"
 
 
 @pytest.mark.usefixtures("streams")

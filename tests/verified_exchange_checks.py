@@ -90,9 +90,9 @@ def emitted_wrongly(graph: fx.Graph, site: Site) -> fx.Node:
     return node
 
 
-def hidden_wrongly(graph: fx.Graph, *how: bool) -> Rewritten:
+def hidden_wrongly(graph: fx.Graph, differentiable: bool) -> Rewritten:
     """As the pass `hide` writes blocks, but for their activation."""
-    found = HIDE(graph, *how)
+    found = HIDE(graph, differentiable)
     for node in graph.find_nodes(op="call_function", target=torch.ops.moecompile.exchanged_experts.default):
         node.kwargs = {**node.kwargs, "activation": WRONG}
     return found

@@ -24,7 +24,7 @@ struct ExchangeReceive {
         i32* ids;                  // (ranks * capacity, top_k), counted from this rank's first; or null
         u8* weights;               // (ranks * capacity, top_k) of `weight` bytes; or null
         i32* came;                 // (ranks,): how many rows came from each
-        const i32* own_slots;      // (tokens, top_k): the rows of this rank's own assignments to experts of its own; or null.
+        const i32* own_slots;      // (tokens, top_k): the rows of this rank's own assignments to experts of its own; if rows STAY.
         const i32* own_offsets;    // (experts,): of each expert the first so many times `multiple` of them are somebody else's,
         i32 multiple;              // and have no expert here
         i32 line, pieces, top_k, weight, experts;  // experts of each rank
@@ -91,10 +91,7 @@ struct ExchangeReceive {
         i64 row = i64(peers.rank) * peers.capacity + place, at = i64(token) * arguments.top_k + lane;
         if (token >= 0) copy(arguments, row, arguments.x + i64(token) * arguments.line);
         if (lane >= arguments.top_k) return;
-        if (arguments.ids) {
-            i32 id = token < 0 ? -1 : i32(__ldcg(arguments.own_ids + at));
-            put_id(arguments, row, lane, id >= 0 && arguments.own_slots ? left(arguments, at, id) : id);
-        }
+        if (arguments.ids) put_id(arguments, row, lane, token < 0 ? -1 : i32(__ldcg(arguments.own_ids + at)));
         if (arguments.weights) put_weight(arguments, row, lane, token < 0 ? nullptr : arguments.own_weights + at * arguments.weight);
     }
 

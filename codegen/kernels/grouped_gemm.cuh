@@ -99,8 +99,6 @@ struct GroupedGemm {
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
         i32 early;     // whether offsets, b and its scales were there before the grid before this one began
         i32 multiple;  // TAKEN: of each expert's rows only so many times that many, the first ones; 0 for all
-        i32 others_first;   // OVER_ROWS, if there are others: of each expert the rows that `multiple` leaves come from there
-        const i32* others;  // on, where these end as those of `offsets` do (schedule.cuh); or null
         float factor;  // OVER_ROWS: of all sums
         u32* taken;    // TAKEN: zero at first
         typename Feed::Arguments feed;
@@ -125,8 +123,7 @@ struct GroupedGemm {
         if constexpr (Feed::WHOLE)
             return Schedule(arguments.feed.rows, arguments.a_columns, arguments.n);
         else if constexpr (OVER_ROWS)
-            return Schedule(arguments.offsets, arguments.others, arguments.others_first, arguments.multiple, arguments.experts,
-                            arguments.a_columns, arguments.n);
+            return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n);
         else
             return Schedule(arguments.offsets, arguments.experts, arguments.a_columns, arguments.n, arguments.multiple);
     }

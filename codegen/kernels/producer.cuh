@@ -74,17 +74,6 @@ struct Producer {
         __device__ __forceinline__ const float* at(i32 part, i32 block) const { return first + part * second + block; }
     };
 
-    // From a tile's K to where that lies.
-    struct Along {
-        i32 end, shift;
-        __device__ __forceinline__ Along(const Arguments& arguments, const Tile& tile) : end(0x7fffffff), shift(0) {
-            if (!OVER_ROWS || !arguments.others) return;
-            Rows rows(arguments.offsets, arguments.others, arguments.others_first, arguments.multiple, tile.expert);
-            end = rows.end, shift = rows.shift;
-        }
-        __device__ __forceinline__ i32 at(i32 k) const { return OVER_ROWS && k >= end ? k + shift : k; }
-    };
-
     // A tile's stages, but for the first ones of K, `skipped`. The scales of b are read a stage ahead: nothing may come between
     // a free stage and its copies, and `meanwhile` is done half-way: what it waits for, and who waits for it, have that long.
     template <typename Meanwhile>
@@ -94,21 +83,20 @@ struct Producer {
         if (skipped && k >= tile.k_end) return;
         i32 half = tile.k_begin + (tile.k_end - tile.k_begin) / (2 * K_TILE) * K_TILE;
         MatrixScales scales(arguments, tile);
-        Along along(arguments, tile);
         float ahead[PARTS];
 #pragma unroll
         for (i32 part = 0; SCALED && part < PARTS; part++)
-            ahead[part] = __ldg(scales.at(part, min(along.at(k) / 128, arguments.b_scale_stride - 1)));
+            ahead[part] = __ldg(scales.at(part, min(k / 128, arguments.b_scale_stride - 1)));
         do {  // a tile has a stage even where there is nothing to sum
             ptx::barrier_wait(&shared.empty[stage], parity);
-            i32 here = along.at(k), next = along.at(min(k + K_TILE, tile.k_end - 1)) / 128;
+            i32 next = min(k + K_TILE, tile.k_end - 1) / 128;
             if (ptx::elect()) {
                 if (k == tile.k_begin) shared.tiles[stage] = tile;
                 for (i32 part = 0; SCALED && part < PARTS; part++)
                     shared.b_scales[stage][part] = OVER_ROWS ? arguments.factor * ahead[part] : ahead[part];
                 ptx::barrier_expect(&shared.full[stage], row_bytes(tile) + sizeof(shared.b[0]));
-                load_rows(shared, arguments, tile, here, stage, rank);
-                load_matrix(shared, arguments, tile, here, stage, rank);
+                load_rows(shared, arguments, tile, k, stage, rank);
+                load_matrix(shared, arguments, tile, k, stage, rank);
             }
 #pragma unroll
             for (i32 part = 0; SCALED && part < PARTS; part++) ahead[part] = __ldg(scales.at(part, next));

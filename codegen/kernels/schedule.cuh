@@ -14,7 +14,7 @@ struct __align__(16) Tile {
     i32 expert;
     i32 row, row_end;      // its first row, and the end of the rows it may write
     i32 column;            // its first column
-    i32 k_begin, k_end;    // of K; if that are rows, as `Rows` counts them
+    i32 k_begin, k_end;
     i32 split;             // whether a cluster's blocks have the same rows and neighbouring columns
     i32 overhang;          // the first of the rows that the cluster takes along, up to row_end; 0 if there are none
 };
@@ -136,38 +136,20 @@ struct WholeSchedule {
     }
 };
 
-// Where the rows of an expert are: all from `begin` to `end`, or there the first so many times `multiple` of them, and the
-// others from another row on, `shift` further. What follows is counted as if these came behind the first.
-struct Rows {
-    i32 begin, end, count, shift;
-
-    __device__ __forceinline__ Rows(const i32* offsets, const i32* others, i32 others_first, i32 multiple, i32 expert)
-        : begin(expert ? offsets[expert - 1] : 0), end(offsets[expert]), shift(0) {
-        count = end - begin;
-        if (!others) return;
-        i32 first = expert ? others[expert - 1] : 0;
-        end -= count % multiple;
-        count = end - begin + others[expert] - first, shift = others_first + first - end;
-    }
-};
-
 // The result is (E, m, n), and each expert's is summed over its rows.
 template <i32 ROWS, i32 COLUMNS>
 struct MatrixSchedule {
-    const i32 *offsets, *others;
-    i32 others_first, multiple, experts, m, rows, columns;
+    const i32* offsets;
+    i32 experts, m, rows, columns;
 
-    __device__ __forceinline__ MatrixSchedule(const i32* offsets, const i32* others, i32 others_first, i32 multiple,
-                                              i32 experts, i32 m, i32 n)
-        : offsets(offsets), others(others), others_first(others_first), multiple(multiple), experts(experts), m(m),
-          rows((m + ROWS - 1) / ROWS), columns((n + COLUMNS - 1) / COLUMNS) {}
+    __device__ __forceinline__ MatrixSchedule(const i32* offsets, i32 experts, i32 m, i32 n)
+        : offsets(offsets), experts(experts), m(m), rows((m + ROWS - 1) / ROWS), columns((n + COLUMNS - 1) / COLUMNS) {}
 
     __device__ __forceinline__ i32 count() { return experts * rows * columns; }
 
     __device__ __forceinline__ Tile find(i32 number) {
         i32 expert = number / (rows * columns), row, column;
         in_bands(number % (rows * columns), rows, columns, row, column);
-        Rows summed(offsets, others, others_first, multiple, expert);
-        return {expert, row * ROWS, m, column * COLUMNS, summed.begin, summed.begin + summed.count, 0, 0};
+        return {expert, row * ROWS, m, column * COLUMNS, expert ? offsets[expert - 1] : 0, offsets[expert], 0, 0};
     }
 };

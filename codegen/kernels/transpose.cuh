@@ -22,7 +22,6 @@ struct PadOffsets {
         const i32* offsets;  // (E,)
         i32* padded;         // (E,)
         i32 experts;
-        i32 multiple;  // of each expert's rows only so many times that many, the first ones; 0 for all
     };
     struct Shared {
         u32 unused;
@@ -35,7 +34,6 @@ struct PadOffsets {
             i32 expert = first + lane, end = 0;
             if (expert < arguments.experts) {
                 i32 rows = arguments.offsets[expert] - (expert ? arguments.offsets[expert - 1] : 0);
-                if (arguments.multiple) rows -= rows % arguments.multiple;
                 end = (rows + fp8::BLOCK - 1) / fp8::BLOCK * fp8::BLOCK;
             }
             for (i32 step = 1; step < 32; step *= 2) {
@@ -59,10 +57,10 @@ struct TransposeRows {
         const float* scales;  // of a row or token and a block of columns, by the strides below
         const i32* order;     // (rows,): the assignment of a row
         const i32 *offsets, *padded;  // (E,); null of one expert that has all rows
-        u8* out;              // (features, padded rows), lines of `pitch`
+        u8* out;              // (features, padded rows)
         float* out_scales;    // PER_COLUMN: (blocks of rows, scale_pitch); otherwise (blocks of columns, blocks of rows)
         i32 scale_row, scale_block;
-        i32 experts, rows, top_k, columns, line, row_blocks, scale_pitch, pitch;  // of `out`
+        i32 experts, rows, top_k, columns, line, row_blocks, scale_pitch;
         // Halves of the columns, `half` each (all columns if there is one), begin with that many features; those of the first
         // half are lines 0, step, 2 step, ... of the result, and those of the second begin with line `second`.
         i32 half, features, step, second;
@@ -113,7 +111,7 @@ struct TransposeRows {
             }
             if (block + step < blocks) load(block + step);  // on its way while this one is written
             __syncthreads();
-            i64 pitch = arguments.pitch;
+            i64 pitch = i64(arguments.row_blocks) * fp8::BLOCK;
             tile::write(shared.turned, arguments.out + lines.first * pitch + row_block * fp8::BLOCK, arguments.step * pitch,
                         lines.count);
         }
