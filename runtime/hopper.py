@@ -65,6 +65,11 @@ class Taking:
     taken: Tensor
     multiple: int = 0
 
+    @classmethod
+    def all_of(cls, like: Tensor) -> Taking:
+        """Of all rows, on the device of `like`."""
+        return cls(like.new_zeros(1, dtype=torch.int32))
+
 
 def grouped_gemm(
     a: Tensor,
@@ -159,6 +164,7 @@ def activation_backward(
     *,
     weights: Tensor | None,
     scales: Tensor | None,
+    dispatching: Dispatching | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
@@ -173,6 +179,7 @@ def activation_backward(
         order: (rows,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
+        dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
         in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
 
     Returns:
@@ -192,13 +199,15 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
+        dispatching=dispatching,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 
 
 def grouped_outer(
-    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None, mean_over: int = 1
-) -> Tensor:
+    a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, *, instance: GroupedGemm | None = None, mean_over: int = 1,
+    taking: Taking | None = None,
+) -> Tensor:  # fmt: skip
     """out[e] = a[rows of e].T @ b[rows of e] / mean_over, where expert e has rows offsets[e - 1] to offsets[e].
 
     In float32 the products are added to what `out` holds.
@@ -211,6 +220,7 @@ def grouped_outer(
             Without rows an expert's is zeros, or, in float32, as it was.
         instance: the kernel; chosen by the sizes if None.
         mean_over: what float32 sums are divided by, as a product, before they are rounded.
+        taking: as of `grouped_gemm`, of all rows.
 
     Returns:
         out.
@@ -222,7 +232,7 @@ def grouped_outer(
         chosen, written = replace(chosen, epilogue=Added()), added(out)
     else:
         written = (_written(out.flatten(0, 1)), None)
-    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written, mean_over=mean_over)
+    _launch(chosen, a, (b.unsqueeze(0),), offsets, (experts, m, n), written, mean_over=mean_over, taking=taking)
     return out
 
 

@@ -238,7 +238,9 @@ def await_start(exchange: Exchange, started: Tensor) -> None:
     Launch(load(ExchangeGate(), started.device.index), 1, (started, exchange.sms)).run()
 
 
-def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int) -> None:
+def receive(
+    exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tensor, experts: int, slots: Tensor | None = None
+) -> None:
     """Puts what came, and this rank's own rows, where they are to be, and their experts, counted from its first.
 
     Args:
@@ -248,11 +250,15 @@ def receive(exchange: Exchange, rows: Rows, sent: Tensor, into: Rows, came: Tens
         into: room for ranks * capacity of them, allocated before they were sent: the kernel begins early.
         came: (ranks,) int32, likewise; how many rows came from each.
         experts: of each rank.
+        slots: (ranks * capacity, K) int32, contiguous: where rows go that have no experts with them, each to all of its
+            own, -1 for none; then there is room for that many. None: to their places.
     """
+    spread = 0 if slots is None else slots.shape[1]
     kernel = load(ExchangeReceive(rows.id_type), rows.values.device.index)
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids, into.weights,
-        came, None, None, 0, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
+        came, None, None, 0, slots, spread, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes,
+        experts,
     )  # fmt: skip
     Launch(kernel, exchange.readers(kernel, exchange.capacity), values).run()
 
@@ -278,7 +284,7 @@ def take(
     kernel, (offsets, slots) = load(ExchangeReceive(rows.id_type, stay=True), rows.values.device.index), own
     values = (
         *exchange.peers(rows.pitch), rows.values, sent, rows.ids, rows.weights, None, *into, came, slots, offsets,
-        multiple, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
+        multiple, None, 0, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, offsets.shape[0],
     )  # fmt: skip
     blocks = min(exchange.readers(kernel, exchange.capacity), READERS * exchange.sms)
     Launch(kernel, blocks, values, early=False).run()

@@ -14,7 +14,9 @@ What these kernels do not take (`takes`), `moecompile.runtime.reference` runs, o
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -25,6 +27,7 @@ from moecompile.runtime import hopper, hopper_kernels, hopper_routing, hopper_ru
 from moecompile.runtime.backward import means
 from moecompile.runtime.contract import BIASES, Arguments, Weighting, expression_leaves, weighting
 from moecompile.runtime.elementwise import dtype_name
+from moecompile.runtime.hopper import Taking
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
 from moecompile.runtime.hopper_tiles import Projection
@@ -34,6 +37,9 @@ LARGE = 256 * 2**20
 COLUMNS = 256
 """Of a tile: whole ones are all that is made at once."""
 NONE: Mapping[str, Tensor] = MappingProxyType({})
+Ready = Callable[[Mapping[str, Tensor]], None]
+"""Is told of the gradients of tokens and of routing weights when they are there. What it launches on another stream has
+multiprocessors of its own, while the others compute the gradients of GEMM1's matrices."""
 
 
 def takes(args: Arguments) -> bool:
@@ -67,11 +73,7 @@ def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Te
 
     Tokens are dispatched, or counters cleared, before the GEMM: what it reads early was there before that.
     """
-    if hopper_routing.is_beside(args.rows, args.features, args.x.element_size()):
-        rows = args.x.new_empty(args.rows, args.features)
-        dispatching = Dispatching.of(_lines(args.x), None, args.order, args.slots.shape[1])
-    else:
-        rows, dispatching = _dispatched(args, args.x), None
+    rows, dispatching = _rows(args, args.x)
     read = "weight" in expression_leaves(args.activation)
     a = rows.new_empty(args.rows, args.intermediate)
     hopper.activated_gemm(
@@ -82,19 +84,28 @@ def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Te
 
 
 def backward(
-    args: Arguments, grad: Tensor, hidden: Tensor, needs: Collection[str], main: Mapping[str, Tensor] = NONE
-) -> dict[str, Tensor]:
+    args: Arguments, grad: Tensor | Callable[[], Tensor], hidden: Tensor, needs: Collection[str],
+    main: Mapping[str, Tensor] = NONE, ready: Ready | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and GEMM1's rows.
 
-    Those of the matrices named in `main` are added to its tensors, float32.
+    Those of the matrices named in `main` are added to its tensors, float32. `grad` may be a function that gives the
+    gradient's rows (T*K, H2). `ready` is called if "x" is needed.
     """
     if main:
         hopper_kernels.compile_together(args, True, "adding", functools.partial(hopper_kernels.of_adding, args))
+    if ready is not None:
+        taken = functools.partial(hopper_kernels.of_taken, args, main)
+        hopper_kernels.compile_together(args, True, ("taken", bool(main)), taken)
     form = weighting(args.output)
     assert form is not None
     projection, found = _projection(args), dict[str, Tensor]()
-    of_y = _dispatched(args, grad.to(args.dtypes.activation))
-    scales = _scales(args, form)
+    dtype, dispatching = args.dtypes.activation, None
+    if isinstance(grad, Tensor):
+        of_y, dispatching = _rows(args, grad.to(dtype))
+    else:
+        of_y = grad().to(dtype)
+    scales, summed = _scales(args, form), Summed(args.offsets, args.mean_over)
     of_hidden, scaled, parts = hopper.activation_backward(
         of_y,
         _out_matrices(args),
@@ -105,15 +116,16 @@ def backward(
         args.order,
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
+        dispatching=dispatching,
         in_place=args.recompute,  # the rows are nobody else's
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
     if "weights" in needs:
         found["weights"] = _of_weights(args, parts, plain, of_y if scales is not None else None)
     if "w_out" in main:
-        _add(main["w_out"], of_y, scaled, args.w_out_transposed, args)
+        _add(main["w_out"], of_y, scaled, args.w_out_transposed, summed)
     elif "w_out" in needs:
-        found["w_out"] = _of_matrix(args.w_out, of_y, scaled, args.w_out_transposed, args)
+        found["w_out"] = _of_matrix(args.w_out, of_y, scaled, args.w_out_transposed, summed)
     if "b_out" in needs:
         assert plain is not None and args.b_out is not None
         weighted = of_y if scales is None else of_y * scales.view(-1)[plain.assignments, None]
@@ -125,19 +137,24 @@ def backward(
         if bias in needs:
             assert plain is not None
             found[bias] = plain.bias_gradient(getattr(args, bias), of_product)
-    del of_y, scaled, parts  # the gradients to come want their memory
+    del of_y, dispatching, scaled, parts  # the gradients to come want their memory
     if "x" in needs:
         found["x"] = _of_x(args, of_products)
+        if ready is not None:
+            ready(found)
+            summed = replace(summed, taken=True)
     wanted = {
         name: of_product for name, of_product in zip(names, of_products, strict=True) if name in needs or name in main
     }
     if wanted:
-        made = _of_gemm1(args, wanted, main)
+        made = _of_gemm1(args, wanted, main, summed)
         found.update({name: each for name, each in made.items() if name not in main})
     return means(args, found, BIASES)  # the kernels have seen to the matrices
 
 
-def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_gemm1(
+    args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[str, Tensor], summed: Summed
+) -> dict[str, Tensor]:
     """The gradients of GEMM1's matrices, by name, for those of their products (R, out), or what they were added to.
 
     Rows that are large are there by some of their columns after the other: a step's memory is at its highest here.
@@ -147,10 +164,11 @@ def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[
         pieces *= 2
     matrices = {name: main.get(name, getattr(args, name)) for name in of_products}
     whole = args.w_in_transposed or not all(each.is_contiguous() for each in matrices.values())
+    sums = summed.each(pieces * len(of_products))
     if whole or pieces == 1:
-        rows = _dispatched(args, args.x)
+        rows, transposed = _dispatched(args, args.x), args.w_in_transposed
         return {
-            name: (_add if name in main else _of_matrix)(matrices[name], of_product, rows, args.w_in_transposed, args)
+            name: (_add if name in main else _of_matrix)(matrices[name], of_product, rows, transposed, next(sums))
             for name, of_product in of_products.items()
         }
     found = {name: each if name in main else torch.empty_like(each) for name, each in matrices.items()}
@@ -158,7 +176,7 @@ def _of_gemm1(args: Arguments, of_products: Mapping[str, Tensor], main: Mapping[
         piece = slice(start, start + columns // pieces)
         rows = _dispatched(args, args.x, piece)
         for name, of_product in of_products.items():
-            hopper.grouped_outer(of_product, rows, args.offsets, found[name][:, :, piece], mean_over=args.mean_over)
+            next(sums).into(of_product, rows, found[name][:, :, piece])
         del rows
     return found
 
@@ -190,27 +208,51 @@ def _of_weights(args: Arguments, parts: Tensor | None, plain: HopperRows | None,
     return hopper_routing.collect(parts, more, args.slots.contiguous(), narrow).to(dtype)
 
 
-def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments) -> Tensor:
+@dataclass(frozen=True)
+class Summed:
+    """How products are summed over an expert's rows.
+
+    Attributes:
+        offsets: (E,), the end of each expert's rows.
+        mean_over: what sums are divided by.
+        taken: whether blocks take tiles when they are free: some multiprocessors may be another kernel's at first.
+        taking: how they do, of one product.
+    """
+
+    offsets: Tensor
+    mean_over: int
+    taken: bool = False
+    taking: Taking | None = None
+
+    def each(self, count: int) -> Iterator[Summed]:
+        """The same for each of so many products."""
+        if not self.taken:
+            return itertools.repeat(self, count)
+        zeros = self.offsets.new_zeros(count).split(1)
+        return (replace(self, taking=Taking(zero)) for zero in zeros)
+
+    def into(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+        """out[e] = left[rows of e].T @ right[rows of e], or what is added to it in float32."""
+        return hopper.grouped_outer(left, right, self.offsets, out, mean_over=self.mean_over, taking=self.taking)
+
+
+def _of_matrix(like: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, summed: Summed) -> Tensor:
     """The gradient of an expert's matrix for its products' gradient (R, out) and the rows (R, in), laid out alike."""
     left, right = (rows, of_product) if transposed else (of_product, rows)
     if like.mT.is_contiguous() and not like.is_contiguous():
-        return _outer(right, left, like.new_empty(like.mT.shape), args).mT
-    out = _outer(left, right, like.new_empty(like.shape), args)
+        return summed.into(right, left, like.new_empty(like.mT.shape)).mT
+    out = summed.into(left, right, like.new_empty(like.shape))
     expected = torch.empty_like(like, device="meta").stride()
     return out if out.stride() == expected else torch.empty_like(like).copy_(out)
 
 
-def _add(to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, args: Arguments) -> Tensor:
+def _add(to: Tensor, of_product: Tensor, rows: Tensor, transposed: bool, summed: Summed) -> Tensor:
     """The same, added to a main gradient, which may have a layout of its own."""
     left, right = (rows, of_product) if transposed else (of_product, rows)
     if to.stride(2) == 1:
-        return _outer(left, right, to, args)
-    _outer(right, left, to.mT, args)
+        return summed.into(left, right, to)
+    summed.into(right, left, to.mT)
     return to
-
-
-def _outer(left: Tensor, right: Tensor, out: Tensor, args: Arguments) -> Tensor:
-    return hopper.grouped_outer(left, right, args.offsets, out, mean_over=args.mean_over)
 
 
 def _projection(args: Arguments, biased: bool = False) -> Projection:
@@ -251,6 +293,14 @@ def _dispatched(args: Arguments, per_token: Tensor, columns: slice | None = None
         tokens = tokens[:, columns]
     rows = per_token.new_empty(args.rows, tokens.shape[1])
     return hopper_routing.dispatch(tokens, args.slots.contiguous(), rows)
+
+
+def _rows(args: Arguments, per_token: Tensor) -> tuple[Tensor, Dispatching | None]:
+    """The rows' entries of a tensor (T, F), or room for these, and how the product that reads them dispatches them."""
+    if not hopper_routing.is_beside(args.rows, per_token.shape[1], per_token.element_size()):
+        return _dispatched(args, per_token), None
+    dispatching = Dispatching.of(_lines(per_token), None, args.order, args.slots.shape[1])
+    return per_token.new_empty(args.rows, per_token.shape[1]), dispatching
 
 
 def _lines(tensor: Tensor) -> Tensor:

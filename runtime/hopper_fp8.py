@@ -24,7 +24,7 @@ from torch import Tensor
 from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
 from moecompile.runtime.backward import means
 from moecompile.runtime.contract import BIASES, Arguments, expression_leaves, weighting
-from moecompile.runtime.hopper_experts import NONE, _has_biases, _lines, _of_weights, _scales, _weights
+from moecompile.runtime.hopper_experts import NONE, Ready, _has_biases, _lines, _of_weights, _scales, _weights
 from moecompile.runtime.hopper_quantize import Matrices, QuantizedRows
 from moecompile.runtime.hopper_routing import Dispatching
 from moecompile.runtime.hopper_rows import HopperRows
@@ -104,19 +104,19 @@ def _hidden_rows(args: Arguments, w_in: Matrices, tokens: tuple[Tensor, Tensor])
 
 def backward(
     args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str],
-    main: Mapping[str, Tensor] = NONE, of_tokens: Tokens | None = None,
+    main: Mapping[str, Tensor] = NONE, of_tokens: Tokens | None = None, ready: Ready | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2).
 
     Those of the matrices named in `main` are added to its tensors, float32. `of_tokens` is the gradient, where it is
-    quantised already: then nobody reads `grad`.
+    quantised already: then nobody reads `grad`. `ready` is called if "x" is needed.
     """
     if main:
         kind = ("fp8 adding", *((name, each.stride()) for name, each in main.items()))
         hopper_kernels.compile_together(args, True, kind, partial(hopper_kernels.of_adding_in_fp8, args, main))
     if of_tokens is not None:
         hopper_kernels.compile_together(args, True, "of lines", partial(hopper_kernels.of_gradients_in_lines, args))
-    return _Backward(args, quantized, grad, saved, needs, main, of_tokens).run()
+    return _Backward(args, quantized, grad, saved, needs, main, of_tokens, ready).run()
 
 
 class _Backward:
@@ -124,10 +124,10 @@ class _Backward:
 
     def __init__(
         self, args: Arguments, quantized: Sequence[Tensor], grad: Tensor, saved: Sequence[Tensor], needs: Set[str],
-        main: Mapping[str, Tensor], of_tokens: Tokens | None,
+        main: Mapping[str, Tensor], of_tokens: Tokens | None, ready: Ready | None,
     ) -> None:  # fmt: skip
         self.args, self.needs, self.main, self.found = args, needs | main.keys(), main, dict[str, Tensor]()
-        self.of_tokens = of_tokens
+        self.of_tokens, self.ready = of_tokens, ready
         form = weighting(args.output)
         assert form is not None
         self.scales = _scales(args, form)
@@ -168,6 +168,8 @@ class _Backward:
             out = grad.new_empty(self.x[0].shape[0], features)
             self.found["x"] = hopper_routing.combine(of_rows, self.slots, None, "out", out)
             del of_rows
+            if self.ready is not None:
+                self.ready(self.found)
         if self.needs & {"w_in", "w_up"} and ends is not None:
             rows = self._transpose(
                 of_hidden.values, of_hidden.scales, ends, False, True, args.intermediate, args.gate_up == "interleaved"

@@ -2,16 +2,25 @@
 
     send tokens; take them, ids and weights; plan; GEMM1, GEMM2, sum; send the sums back; sum these at home
 
-Launches alone, of one stream: the program of a call like one before (`moecompile.runtime.remembered`) takes the host a
+    send gradients; take them; back through GEMM2 and the activation; gradient of w_out; of rows, sum
+        send the sums back, on another stream           gradient of w_in
+    sum these at home
+
+Nobody waits for the gradient of w_in, which takes longer than what is sent is on its way. Its blocks take tiles as
+multiprocessors become free (codegen/kernels/tickets.cuh).
+
+Launches alone: the program of a call like one before (`moecompile.runtime.remembered`) takes the host a
 fifth of the time of the operators (docs/perf.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moecompile.runtime import (
@@ -27,6 +36,8 @@ from moecompile.runtime.contract import Arguments
 from moecompile.runtime.exchanged_contract import Experts, Returning, Saved, Wanted, gradient_travels_in_lines
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought, are_taken, arguments_for
+from moecompile.runtime.hopper_experts import Ready
+from moecompile.runtime.launch import wait_for
 
 
 def takes(
@@ -104,27 +115,49 @@ def backward(
         args: their record, without rows.
         wanted: which gradients.
     """
-    saved, in_lines = of.saved, gradient_travels_in_lines(of.grad, experts)
+    saved = of.saved
     if of.x is not None:
         x = lines.to_lines(of.x, **experts.scale_format) if experts.quantized else of.x
         came = _dispatched(x, there, of.sent)
         saved = saved.with_rows(lines.from_lines(came, features=args.features) if experts.quantized else [came])
-    of_y = _dispatched(lines.to_lines(of.grad, **experts.scale_format) if in_lines else of.grad, back, of.sent)
-    grads = _backward_of_rows(of_y, saved, experts, args, wanted, in_lines)
-    if wanted.goes_back:
-        into = _returned(Rows(grads["x"], None, grads.get("weights")), there, saved.came, of.home)
-        grads["x"] = into.values
-        if into.weights is not None:
-            grads["weights"] = into.weights
+    going = _GoingBack(there, saved.came, of.home) if wanted.goes_back else None
+    grads = _backward_of_rows(of, saved, back, experts, args, wanted, going)
+    if going is not None:
+        grads |= going.home()
     return grads
 
 
-def _dispatched(values: Tensor, exchange: Exchange, sent: Tensor) -> Tensor:
-    """What comes of such rows, of all ranks."""
-    rows = Rows.of(values, None, None)
-    into, came = rows.room(sent.shape[0]), sent.new_empty(exchange.memory.ranks)
+class _GoingBack:
+    """Gradients of rows, summed by token, on their way home while others are computed."""
+
+    def __init__(self, exchange: Exchange, came: Tensor, home: Tensor) -> None:
+        self.exchange, self.came, self.places = exchange, came, home
+
+    def __call__(self, grads: Mapping[str, Tensor]) -> None:
+        """Sends those of x, and of the weights that belong to it."""
+        self.rows = rows = Rows(grads["x"], None, grads.get("weights"))
+        self.into, self.started = rows.room(self.places.shape[0]), self.came.new_zeros(1)
+        side = self.exchange.memory.side
+        wait_for(side, torch.cuda.current_stream(self.came.device))
+        with torch.cuda.stream(side):
+            hopper_exchange.send(self.exchange, rows, None, self.came, started=self.started)
+        hopper_exchange.await_start(self.exchange, self.started)
+
+    def home(self) -> dict[str, Tensor]:
+        """What has come of this rank's tokens."""
+        wait_for(torch.cuda.current_stream(self.came.device), self.exchange.memory.side)
+        hopper_exchange.home(self.exchange, self.places, self.rows, self.into)
+        found = {"x": self.into.values, "weights": self.into.weights}
+        return {name: each for name, each in found.items() if each is not None}
+
+
+def _dispatched(values: Tensor, exchange: Exchange, sent: Tensor, of_experts: Arguments | None = None) -> Tensor:
+    """What comes of such rows, of all ranks, or the rows of experts that these become."""
+    rows, slots = Rows.of(values, None, None), None if of_experts is None else of_experts.slots
+    into = rows.room(sent.shape[0] if of_experts is None else of_experts.rows)
+    came = sent.new_empty(exchange.memory.ranks)
     hopper_exchange.send(exchange, rows, sent, None)
-    hopper_exchange.receive(exchange, rows, sent, into, came, 1)
+    hopper_exchange.receive(exchange, rows, sent, into, came, 1, slots)
     return into.values
 
 
@@ -137,19 +170,22 @@ def _returned(rows: Rows, exchange: Exchange, came: Tensor, home: Tensor) -> Row
 
 
 def _backward_of_rows(
-    of_y: Tensor, saved: Saved, experts: Experts, args: Arguments, wanted: Wanted, in_lines: bool
+    of: Returning, saved: Saved, back: Exchange, experts: Experts, args: Arguments, wanted: Wanted, ready: Ready | None
 ) -> dict[str, Tensor]:
     """The gradients of the rows that came, of their weights and of what the experts have; adds to main gradients."""
     added, others = main_gradients.divided(wanted.main)
     needs = frozenset((*wanted.names_of_rows, *others))
     if experts.quantized:
+        in_lines = gradient_travels_in_lines(of.grad, experts)
+        of_y = _dispatched(lines.to_lines(of.grad, **experts.scale_format) if in_lines else of.grad, back, of.sent)
         tokens = lines.from_lines(of_y, features=args.out_features) if in_lines else None
         kept = saved.of_experts
-        grads = hopper_fp8.backward(args, experts.quantized, of_y, kept, needs, added, of_tokens=tokens)
+        grads = hopper_fp8.backward(args, experts.quantized, of_y, kept, needs, added, of_tokens=tokens, ready=ready)
     else:
         (rows,), (hidden,) = saved.of_rows, saved.hidden
         args = replace(args, x=rows)
         hidden = hopper_experts.hidden_rows(args) if args.recompute else hidden
-        grads = hopper_experts.backward(args, of_y, hidden, needs, added)
+        received = partial(_dispatched, of.grad, back, of.sent, args)
+        grads = hopper_experts.backward(args, received, hidden, needs, added, ready)
     main_gradients.add(others, grads)
     return grads

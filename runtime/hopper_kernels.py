@@ -6,7 +6,7 @@ those of `plan` and of `quantize_weights`, which come before the experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -33,7 +33,7 @@ THERE: set[Hashable] = set()
 """What decides which kernels a call needs, of the calls whose kernels have been compiled."""
 
 
-def compile_together(args: Arguments, train: bool, kind: Hashable, named: Callable[[], list[Instance]]) -> None:
+def compile_together(args: Arguments, train: bool, kind: Hashable, named: Callable[[], Sequence[Instance]]) -> None:
     """Compiles the kernels that are named for such a call, unless a call like it has done so."""
     key = (
         *(_layout(getattr(args, name)) for name in DIFFERENTIABLE),
@@ -73,8 +73,11 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
         k = args.intermediate if args.gate_up == "separate" else args.width
         found += [
             Dispatch(),
-            hopper_tiles.backward_instance(
-                dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)
+            replace(
+                hopper_tiles.backward_instance(
+                    dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)
+                ),
+                dispatches=hopper_routing.is_beside(rows, args.out_features, dtype.itemsize),
             ),
             hopper_tiles.choose(dtype, rows, experts, args.features, k, hopper_tiles.is_transposed(w_in.mT)),
             *_of_matrices(args),
@@ -132,7 +135,7 @@ def of_gradients_in_lines(args: Arguments) -> list[Instance]:
     return [hopper_fp8_gemm.backward_instance(*how)]
 
 
-def of_adding(args: Arguments) -> list[Instance]:
+def of_adding(args: Arguments) -> list[GroupedGemm]:
     """Those that add gradients of matrices to float32 ones."""
     return [replace(each, epilogue=Added()) for each in _of_matrices(args)]
 
@@ -146,6 +149,12 @@ def of_adding_in_fp8(args: Arguments, main: Mapping[str, Tensor]) -> list[Instan
         )
         for name, each in main.items()
     ]
+
+
+def of_taken(args: Arguments, main: Mapping[str, Tensor]) -> list[Instance]:
+    """Those of the gradients of GEMM1's matrices whose blocks take tiles when they are free."""
+    made = (*_of_matrices(args), *(of_adding(args) if main else ()))
+    return [replace(each, taken=True) for each in dict.fromkeys(made)]
 
 
 def _of_matrices(args: Arguments) -> list[GroupedGemm]:

@@ -137,6 +137,8 @@ class _Waited:
 
 
 Step = _Made | _Called | _Launched | _Waited
+Dropping = tuple[Step, tuple[int, ...]]
+"""A step, and the places that nobody uses after it."""
 
 
 class Recorder(TorchDispatchMode):
@@ -256,7 +258,7 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"its kernels ran on the devices {sorted(self.devices)}")
         if self.refused:
             return None
-        return Program(_needed(self.steps, results), results, self.count, [*self.devices])
+        return Program(_dropping(_needed(self.steps, results), results), results, self.count, [*self.devices])
 
 
 def _storage(tensor: Tensor) -> int:
@@ -278,49 +280,81 @@ def _depends_on_values(func: Any, given: Sequence[Tensor], results: Sequence[Ten
     return not by_place or any(each.dtype in (torch.bool, torch.uint8) for each in given[1:])
 
 
-def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[tuple[Step, tuple[int, ...]]]:
-    """The steps that results and launches need, each with the places that nobody uses after it.
-
-    Where streams wait for each other, that is the end: the order of steps is not that of the device.
-    """
-    used, kept = set(results), list[tuple[Step, tuple[int, ...]]]()
-    several = any(isinstance(step, _Waited) for step in steps)
+def _needed(steps: Sequence[Step], results: Sequence[int]) -> list[Step]:
+    """The steps that results and launches need."""
+    used, kept = set(results), list[Step]()
     for step in reversed(steps):
         kept_anyway = isinstance(step, (_Launched, _Waited)) or (isinstance(step, _Called) and step.needed)
         if kept_anyway or used & {*step.makes}:
-            touched = {*step.uses, *step.makes}
-            kept.append((step, () if several else tuple(touched - used)))
-            used |= touched
+            kept.append(step)
+            used |= {*step.uses, *step.makes}
     return kept[::-1]
 
 
-def _sharing(
-    steps: Sequence[tuple[Step, tuple[int, ...]]], results: Set[int]
-) -> tuple[list[tuple[Step, tuple[int, ...]]], int, Tensor]:
+def _dropping(steps: Sequence[Step], results: Sequence[int]) -> list[Dropping]:
+    """The steps, each with the places that nobody uses after it.
+
+    What another stream is told of is in use until the caller's waits for that one.
+    """
+    last, joins = dict[int, int](), dict[torch.cuda.Stream, int]()
+    end = 0 if _in_order(steps) else len(steps)
+    for number, step in reversed([*enumerate(steps)]):
+        if isinstance(step, _Waited) and step.waiting is None and step.other is not None:
+            joins[step.other] = number
+        stream = _stream_of(step)
+        until = max(end, number if stream is None else joins.get(stream, len(steps)))
+        for place in {*step.uses, *step.makes}:
+            last[place] = max(until, last.get(place, 0))
+    dropped: list[list[int]] = [[] for _ in range(len(steps) + 1)]
+    for place in last.keys() - {*results}:
+        dropped[last[place]].append(place)
+    return [(step, tuple(places)) for step, places in zip(steps, dropped, strict=False)]
+
+
+def _in_order(steps: Sequence[Step]) -> bool:
+    """Whether memory that is given back on the way is nobody's on another stream.
+
+    There the order of steps is not that of the device: what it is told of has to be there when it waits for the caller.
+    """
+    there, made = dict[torch.cuda.Stream, set[int]](), set[int]()
+    for step in steps:
+        stream = _stream_of(step)
+        if isinstance(step, _Waited) and step.waiting is not None and step.other is None:
+            there[step.waiting] = made.copy()
+        elif stream is not None and (step.makes or not made & {*step.uses} <= there.get(stream, set())):
+            return False
+        made |= {*step.makes}
+    return True
+
+
+def _stream_of(step: Step) -> torch.cuda.Stream | None:
+    return step.stream if isinstance(step, (_Called, _Launched)) else None
+
+
+def _sharing(steps: Sequence[Dropping], results: Set[int]) -> tuple[list[Dropping], int, Tensor]:
     """The steps where what only kernels are told of lies in one workspace; unchanged if that is large.
 
     Returns:
         the steps, the workspace's size in bytes, and a tensor of bytes on its device, without elements.
     """
     lives, outside, likes = dict[int, Life](), {*results}, dict[int, Tensor]()
-    several = any(isinstance(step, _Waited) for step, _ in steps)
-    for number, (step, _) in enumerate(steps):
+    in_order = _in_order([step for step, _ in steps])
+    for number, (step, dropped) in enumerate(steps):
         if isinstance(step, _Made):
-            size, end = step.like.element_size() * math.prod(step.shape), len(steps) if several else number
-            lives[step.place] = Life(size, 0 if several else number, end)
+            size = step.like.element_size() * math.prod(step.shape)
+            lives[step.place] = Life(size, number if in_order else 0, len(steps))
             likes[step.place] = step.like
         elif isinstance(step, _Called):
             outside |= {*step.uses, *step.makes}
-        elif not several:
-            for place in {*step.uses} & lives.keys():
-                lives[place] = dataclasses.replace(lives[place], end=number)
+        for place in {*dropped} & lives.keys():
+            lives[place] = dataclasses.replace(lives[place], end=number)
     inside = [place for place in lives if place not in outside]
     like = likes[inside[0]].new_empty(0, dtype=torch.uint8) if inside else torch.empty(0, dtype=torch.uint8)
     inside = [place for place in inside if likes[place].device == like.device]
     offsets, size = lay_out([lives[place] for place in inside])
     if size > SHARED or len(inside) < 2:
         return list(steps), 0, like
-    at, kept = dict(zip(inside, offsets, strict=True)), list[tuple[Step, tuple[int, ...]]]()
+    at, kept = dict(zip(inside, offsets, strict=True)), list[Dropping]()
     for step, dropped in steps:
         if not (isinstance(step, _Made) and step.place in at):
             kept.append((_moved(step, at), tuple(place for place in dropped if place not in at)))
@@ -350,7 +384,7 @@ class Program:
 
     def __init__(
         self,
-        steps: Sequence[tuple[Step, tuple[int, ...]]],
+        steps: Sequence[Dropping],
         results: tuple[int, ...],
         count: int,
         devices: Sequence[int],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moecompile.codegen.gemms import GroupedGemm
 from moecompile.runtime import hopper, hopper_tiles
+from moecompile.runtime.hopper import Taking
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
@@ -111,6 +112,8 @@ def test_rows_times_rows(instance: GroupedGemm, counts: tuple[int, ...], n: int,
     for _ in range(3):
         out = torch.full((len(counts), m, n), float("nan"), device="cuda", dtype=dtype)
         results.append(hopper.grouped_outer(a, b, offsets, out, instance=chosen))
+    out = torch.full_like(results[0], float("nan"))
+    results.append(hopper.grouped_outer(a, b, offsets, out, instance=chosen, taking=Taking.all_of(offsets)))
     for found, own in zip(results[0], rows, strict=True):
         assert worst_row(found, a[own].double().T @ b[own].double()) < BOUNDS[dtype]
     assert all(torch.equal(results[0], other) for other in results)
@@ -126,10 +129,11 @@ def test_rows_times_rows_are_added(instance: GroupedGemm, counts: tuple[int, ...
     a[sum(counts) :], b[sum(counts) :] = float("nan"), float("inf")
     chosen = GroupedGemm(instance.input, instance.columns, instance.stages, instance.cluster, True, True)
     before = torch.randn(len(counts), m, n + 12, device="cuda")
-    results = []
+    results: list[Tensor] = []
     for _ in range(3):
         whole = before.clone()
-        hopper.grouped_outer(a, b, offsets, whole[:, :, 4:-8], instance=chosen)
+        taking = Taking.all_of(offsets) if results else None
+        hopper.grouped_outer(a, b, offsets, whole[:, :, 4:-8], instance=chosen, taking=taking)
         results.append(whole)
     for found, was, own in zip(results[0], before, rows, strict=True):
         expected = was[:, 4:-8].double() + a[own].double().T @ b[own].double()

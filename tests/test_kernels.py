@@ -91,6 +91,7 @@ BACKWARD = [
     GroupedGemm("bfloat16", 256, 3, 2, True, epilogue=ActivationBackward(activation, gate_up))
     for activation, gate_up in dict.fromkeys((activation, gate_up) for activation, gate_up, _ in ACTIVATIONS)
 ]
+BACKWARD += [replace(each, dispatches=True) for each in BACKWARD[::2]]
 # quantised matrices lie side by side, however they lay before
 SIDE_BY_SIDE = [each for each in ACTIVATIONS if each[1] in ("halves", "single")] + [(GPT_OSS, "halves", True)]
 QUANTIZED = {
@@ -153,6 +154,14 @@ TAKEN = [
     )
 ]
 """Products whose exchange is hidden behind them."""
+BEHIND = [
+    replace(each, taken=True)
+    for each in (
+        *(each for each in PLAIN if each.over_rows and each.input == "bfloat16"),
+        *ADDED[:2],
+    )
+]
+"""Gradients of matrices behind which those of tokens go home."""
 WITHOUT_PRODUCTS = [
     *map(ExchangePlan, IDS),
     *SENDING,
@@ -175,7 +184,10 @@ WITHOUT_PRODUCTS = [
 
 @pytest.mark.parametrize(
     "instance",
-    [*PLAIN, *ALONG, *SCALED, *ACTIVATED, *QUANTIZED[False], *TAKEN],
+    [
+        *(*PLAIN, *ALONG, *SCALED, *ACTIVATED, *QUANTIZED[False], *BACKWARD, *TAKEN),
+        *(each for each in BEHIND if not isinstance(each.epilogue, Added)),
+    ],
     ids=lambda instance: instance.template,
 )
 def test_machine_code(instance: GroupedGemm) -> None:
@@ -192,7 +204,7 @@ def test_machine_code(instance: GroupedGemm) -> None:
 
 @pytest.mark.parametrize(
     "instance",
-    [*BACKWARD, *QUANTIZED[True], *QUANTIZED_BACKWARD, *DISPATCHING],
+    [*QUANTIZED[True], *QUANTIZED_BACKWARD, *DISPATCHING],
     ids=lambda instance: instance.template,
 )
 def test_epilogues_that_need_more_registers_than_there_are(instance: GroupedGemm) -> None:
@@ -203,7 +215,11 @@ def test_epilogues_that_need_more_registers_than_there_are(instance: GroupedGemm
     assert made.registers <= 65536 // 384 and not made.serialised
 
 
-@pytest.mark.parametrize("instance", ADDED, ids=lambda instance: instance.template)
+@pytest.mark.parametrize(
+    "instance",
+    [*ADDED, *(each for each in BEHIND if isinstance(each.epilogue, Added))],
+    ids=lambda instance: instance.template,
+)
 def test_sums_are_added_to_memory(instance: GroupedGemm) -> None:
     """By bulk copies that add, a box of 32 columns each."""
     made = sass.machine(instance)
@@ -340,7 +356,10 @@ WAITING = [
         NARROW,
         ADDED[-1],
         BACKWARD[0],
+        BACKWARD[-1],
         QUANTIZED_BACKWARD[0],
+        BEHIND[0],
+        BEHIND[-1],
         *DISPATCHING,
     ),
     *(ACTIVATED[0], ACTIVATED[-1], ACTIVATED[12], QUANTIZED[False][1], QUANTIZED[True][0], SCALED[1], SCALED[2]),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fake_gpu
 from fake_gpu import STREAM, FakeGpu, Launched
+from moecompile.codegen.gemms import GroupedGemm
 from moecompile.codegen.instances import (
     ExchangeGate,
     ExchangeHome,
@@ -23,6 +24,7 @@ from moecompile.codegen.instances import (
 )
 from moecompile.runtime import exchange, exchanged, linear_fp8
 from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory, room_for
+from moecompile.runtime.recording import _Waited
 from moecompile.runtime.remembered import CALLS
 
 ops = torch.ops.moecompile
@@ -150,6 +152,11 @@ def test_few_tokens_take_one_stream(gpu: FakeGpu, streams: Streams, room: int | 
     assert found == launched(gpu, streams, given)[0]
 
 
+def gemms(launches: list[Launched]) -> list[GroupedGemm | None]:
+    """Which of them is a product."""
+    return [each.instance if isinstance(each.instance, GroupedGemm) else None for each in launches]
+
+
 def trained(gpu: FakeGpu, given: dict[str, Any], needs: list[bool], **more: Any) -> list[list[Launched]]:
     """What a forward that saves launches, and its backward."""
     gpu.taken()
@@ -161,11 +168,12 @@ def trained(gpu: FakeGpu, given: dict[str, Any], needs: list[bool], **more: Any)
     return [forward, gpu.taken()]
 
 
-@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("more", [{}, {"again": True}, {"recompute": True}], ids=["saved", "again", "recomputed"])
-def test_training_is_remembered(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], fp8: bool) -> None:
-    """A program there and one back: exchanges and products one after the other."""
+def test_training_is_remembered(
+    gpu: FakeGpu, streams: Streams, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], fp8: bool
+) -> None:
+    """A program there and one back, one step after the other but for what goes home behind the last gradients."""
     monkeypatch.setattr(linear_fp8, "has_kernels", lambda _: True)
     room, needs = (96 if more else None), [True] * 4 + [False] * 4
 
@@ -182,10 +190,38 @@ def test_training_is_remembered(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, m
         [type(each.instance) for each in part if type(each.instance).__name__.startswith("Exchange")] for part in found
     ]
     there, home = [ExchangeSend, ExchangeReceive], [ExchangeSend, ExchangeHome]
-    assert exchanging == [there + home, (there if "again" in more else []) + there + home]
-    assert {each.stream for part in found for each in part} == {STREAM}
+    gated = [ExchangeSend, ExchangeGate, ExchangeHome]
+    assert exchanging == [there + home, (there if "again" in more else []) + there + gated]
+    assert streams.waits == [(SIDE, STREAM), (STREAM, SIDE)] * 2, "once in each backward"
+    forward, back = found
+    assert {each.stream for each in forward} == {STREAM}
+    (aside,) = [number for number, each in enumerate(back) if each.stream == SIDE]
+    assert isinstance(back[aside].instance, ExchangeSend) and isinstance(back[aside + 1].instance, ExchangeGate)
+    assert isinstance(back[-1].instance, ExchangeHome)
+    products = [(number, gemm) for number, gemm in enumerate(gemms(back)) if gemm is not None]
+    assert [gemm.taken for _, gemm in products] == [number > aside and not fp8 for number, _ in products]
+    assert products[-1][1].over_rows and products[-1][0] > aside, "nothing is computed while it is on its way"
+    assert {gemm for _, gemm in products} <= gpu.announced, "compiled one by one, while other ranks wait"
     sent = [part[0].instance for part in found]
     assert [isinstance(each, QuantizeRows) for each in sent] == [fp8, fp8], "rows travel as they are read"
+
+
+@pytest.mark.usefixtures("streams")
+def test_memory_is_given_back_on_the_way(gpu: FakeGpu) -> None:
+    """But for what another stream is told of: not before the caller's waits for it."""
+    for _ in range(2):
+        trained(gpu, call(), [True] * 4 + [False] * 4)
+    programs = [each for each in CALLS._entries.values() if any(isinstance(step, _Waited) for step, _ in each.steps)]
+    ((steps, results),) = [(program.steps, program.results) for program in programs]
+    (aside,) = [number for number, (step, _) in enumerate(steps) if getattr(step, "stream", None) is not None]
+    leaves, joins = (number for number, (step, _) in enumerate(steps) if isinstance(step, _Waited))
+    assert leaves < aside < joins
+    dropped = {place: number for number, (_, places) in enumerate(steps) for place in places}
+    assert any(number < leaves for number in dropped.values()) and len(dropped) == sum(
+        len(places) for _, places in steps
+    )
+    told = {*steps[aside][0].uses}
+    assert told and all(dropped[place] >= joins for place in told - {*results})
 
 
 @pytest.mark.usefixtures("streams")

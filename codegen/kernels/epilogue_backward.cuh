@@ -12,7 +12,7 @@
 template <typename Input, i32 COLUMNS, typename Activation, Layout LAYOUT, bool READ, bool SCALED>
 struct ActivationBackward {
     static constexpr i32 PER_ROUND = LAYOUT == Layout::SINGLE ? 1 : 2, ROUNDS = COLUMNS / 64;
-    static constexpr i32 BOXES = 2 * PER_ROUND + 1, REGISTERS = 232;
+    static constexpr i32 BOXES = 2 * PER_ROUND + 1, REGISTERS = 224;
     static constexpr bool ADDS = false, PAIRED = false;
     static constexpr i32 HELD = 0;
     struct Arguments {

@@ -1,5 +1,6 @@
 // This rank's own rows, and those that came from the others, out of the memory that these write to, which they may write to
-// again. A row is copied as soon as it is there. Rows of places where nothing came are not written, and have no expert.
+// again. A row is copied as soon as it is there: to its place, or, if its experts' rows are known already, to each of these. Rows of
+// places where nothing came are not written, and have no expert.
 //
 // Or, if rows STAY, all but these, which stay where they are until somebody says that they have been read (exchange_send.cuh): then a lane
 // waits for each row, and all of them take what belongs to their experts together.
@@ -27,6 +28,8 @@ struct ExchangeReceive {
         const i32* own_slots;      // (tokens, top_k): the rows of this rank's own assignments to experts of its own; if rows STAY.
         const i32* own_offsets;    // (experts,): of each expert the first so many times `multiple` of them are somebody else's,
         i32 multiple;              // and have no expert here
+        const i32* slots;          // (ranks * capacity, spread): the rows that a place's row is copied to, -1 for none; null: its own
+        i32 spread;
         i32 line, pieces, top_k, weight, experts;  // experts of each rank
     };
     struct Shared {
@@ -89,7 +92,7 @@ struct ExchangeReceive {
         const Peers& peers = arguments.peers;
         i32 token = __ldcg(arguments.sent + i64(peers.rank) * peers.capacity + place), lane = threadIdx.x % 32;
         i64 row = i64(peers.rank) * peers.capacity + place, at = i64(token) * arguments.top_k + lane;
-        if (token >= 0) copy(arguments, row, arguments.x + i64(token) * arguments.line);
+        put_row(arguments, row, arguments.x + i64(token) * arguments.line, token >= 0 ? Row::HERE : Row::NONE);
         if (lane >= arguments.top_k) return;
         if (arguments.ids) put_id(arguments, row, lane, token < 0 ? -1 : i32(__ldcg(arguments.own_ids + at)));
         if (arguments.weights) put_weight(arguments, row, lane, token < 0 ? nullptr : arguments.own_weights + at * arguments.weight);
@@ -109,10 +112,7 @@ struct ExchangeReceive {
         Row found = Row::NONE;
         if (lane == 0) found = peers.wait_for_row(from, place, exchange, Step::RECEIVE);
         found = Row(__shfl_sync(~0u, i32(found), 0));
-        if (found == Row::HERE) copy(arguments, row, record);
-        constexpr i32 N = NOT_A_NUMBER;
-        for (i32 piece = lane; found == Row::LOST && piece < arguments.pieces; piece += 32)
-            arguments.rows[row * arguments.pieces + piece] = make_uint4(N, N, N, N);
+        put_row(arguments, row, record, found);
         if (lane >= arguments.top_k) return;
         const u8* behind = record + 16 * arguments.pieces;
         const u8* weights = behind + (arguments.ids ? 4 * arguments.top_k : 0) + lane * arguments.weight;
@@ -139,19 +139,32 @@ struct ExchangeReceive {
         if (lane == 0) arguments.came[from] = lost ? 0 : rows;
     }
 
-    // Loads go past L1, which does not see what other devices write.
-    static __device__ __forceinline__ void copy(const Arguments& arguments, i64 row, const u8* line) {
+    // By a warp: a row that is there is copied, one that is lost is NaN, and so is what its experts expect and did not come. Loads
+    // go past L1, which does not see what other devices write.
+    static __device__ __forceinline__ void put_row(const Arguments& arguments, i64 row, const u8* line, Row found) {
+        if (found == Row::NONE && !arguments.slots) return;
+        constexpr i32 N = NOT_A_NUMBER;
         const uint4* from = reinterpret_cast<const uint4*>(line);
-        uint4* to = arguments.rows + row * arguments.pieces;
         for (i32 at = threadIdx.x % 32; at < arguments.pieces; at += 32 * HELD) {
             uint4 held[HELD];
 #pragma unroll
-            for (i32 i = 0; i < HELD; i++)
-                if (at + 32 * i < arguments.pieces) held[i] = __ldcg(from + at + 32 * i);
-#pragma unroll
-            for (i32 i = 0; i < HELD; i++)
-                if (at + 32 * i < arguments.pieces) to[at + 32 * i] = held[i];
+            for (i32 i = 0; i < HELD; i++) {
+                held[i] = make_uint4(N, N, N, N);
+                if (found == Row::HERE && at + 32 * i < arguments.pieces) held[i] = __ldcg(from + at + 32 * i);
+            }
+            if (!arguments.slots) store(arguments, row, at, held);
+            for (i32 k = 0; arguments.slots && k < arguments.spread; k++) {
+                i32 slot = __ldcg(arguments.slots + row * arguments.spread + k);
+                if (slot >= 0) store(arguments, slot, at, held);
+            }
         }
+    }
+
+    static __device__ __forceinline__ void store(const Arguments& arguments, i64 row, i32 at, const uint4 (&held)[HELD]) {
+        uint4* to = arguments.rows + row * arguments.pieces;
+#pragma unroll
+        for (i32 i = 0; i < HELD; i++)
+            if (at + 32 * i < arguments.pieces) to[at + 32 * i] = held[i];
     }
 
     // By a lane, what belongs to an expert of the row: of all ranks' experts, or -1.

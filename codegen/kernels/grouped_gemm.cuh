@@ -87,7 +87,7 @@ struct GroupedGemm {
     };
     using Schedule = typename ScheduleOf<OVER_ROWS, Feed::WHOLE>::Type;
     using Tickets = ::Tickets<TAKEN, CLUSTER, STAGES>;
-    static_assert(!TAKEN || !OVER_ROWS && !Feed::WHOLE, "tiles are taken of rows by expert");
+    static_assert(!TAKEN || !Feed::WHOLE && !(SCALED && OVER_ROWS), "tiles are taken of rows by expert, in FP8 not of their sums");
 
     struct Arguments {
         TensorMap a;          // boxes of BOX_ROWS x K_TILE, or of K_TILE x BOX_ROWS if A_MN
@@ -98,7 +98,7 @@ struct GroupedGemm {
         const float* b_scales;  // (E, b_scale_blocks, b_scale_stride); a pair's other half begins b_scale_pair blocks later
         i32 experts, a_columns, n, b_scale_blocks, b_scale_stride, b_scale_pair;
         i32 early;     // whether offsets, b and its scales were there before the grid before this one began
-        i32 multiple;  // TAKEN: of each expert's rows only so many times that many, the first ones; 0 for all
+        i32 multiple;  // TAKEN, not OVER_ROWS: of each expert's rows only so many times that many, the first ones; 0 for all
         float factor;  // OVER_ROWS: of all sums
         u32* taken;    // TAKEN: zero at first
         typename Feed::Arguments feed;
