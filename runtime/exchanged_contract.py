@@ -12,6 +12,7 @@ from moecompile.runtime import exchange, fp8_contract, kernels, lines
 from moecompile.runtime.contract import DIFFERENTIABLE, Arguments
 from moecompile.runtime.hopper_exchange import Exchange
 from moecompile.runtime.peer_memory import PeerMemory
+from moecompile.runtime.quantize import E4M3
 
 Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 """x, expert_ids, weights, sent, home."""
@@ -126,7 +127,7 @@ class Saved:
         came: (ranks,) int32, how many rows go back to each.
         plan: of the rows.
         of_experts: rows (ranks * capacity, H), without elements if they are to come again, and GEMM1's rows; in FP8 the
-            record of `experts_fp8_forward`.
+            record of `experts_fp8_forward`, but for rows that travel in lines: these, and no scales.
     """
 
     weights: Tensor
@@ -163,6 +164,21 @@ class Saved:
     def hidden(self) -> tuple[Tensor, ...]:
         """GEMM1's rows, likewise."""
         return self.of_experts[len(self.of_experts) // 2 :]
+
+    @property
+    def in_lines(self) -> bool:
+        """Whether, in FP8, the rows that came are lines."""
+        return self.of_rows[0].dtype != E4M3
+
+    def check_lines(self, operator: str, features: int) -> None:
+        """Raises ValueError or TypeError if what should be lines of so many features is not."""
+        if self.in_lines:
+            lines.check_lines(operator, "rows of saved", self.of_rows[0], features)
+
+    def quantized_rows(self, features: int) -> tuple[Tensor, Tensor]:
+        """In FP8 values (ranks * capacity, H) and scales of the rows that came, where they are."""
+        rows, scales = self.of_rows
+        return lines.parts(rows, features) if self.in_lines else (rows, scales)
 
     def with_rows(self, rows: Sequence[Tensor]) -> Saved:
         """With these in the place of the rows that came."""

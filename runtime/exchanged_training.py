@@ -106,6 +106,8 @@ def _forward_in_turn(tokens: Tokens, experts: Experts) -> tuple[Tensor, Saved]:
         if experts.quantized:
             how: dict[str, Any] = {"quantized": experts.quantized, "lines": in_lines}
             y, of_experts = fp8_experts.experts_fp8_forward(*given, **experts.of_rows, **how)
+            if in_lines:
+                of_experts[:2] = rows, rows.new_empty(0)
         else:
             y, hidden = kernels.experts_forward(*given, **experts.of_rows)
             of_experts = [rows, hidden]
@@ -132,6 +134,8 @@ def fake_exchanged_experts_forward(
     if experts.quantized:
         check_fp8(args, experts.quantized)
         of_experts = [x.new_empty(shape, dtype=dtype) for shape, dtype in fp8_contract.saved_specs(args)]
+        if travels_in_lines(x, experts):
+            of_experts[:2] = lines.fake_to_lines(rows), x.new_empty(0, dtype=torch.bfloat16)
     else:
         args.check()
         of_experts = [rows, x.new_empty((args.saved_rows, args.width), dtype=args.dtypes.hidden)]
@@ -218,7 +222,8 @@ def _backward_in_turn(of: Returning, experts: Experts, wanted: Wanted) -> dict[s
     how = {**experts.of_rows, "needs": wanted.of_rows, **main_gradients.keywords(wanted.main)}
     if experts.quantized:
         back = fp8_experts.experts_fp8_backward_adding if wanted.main else fp8_experts.experts_fp8_backward
-        found = back(of_y, saved.of_experts, *args, **how, quantized=experts.quantized, lines=in_lines)
+        rows = [each.contiguous() for each in saved.quantized_rows(saved.like_rows(experts).shape[1])]
+        found = back(of_y, [*rows, *saved.hidden], *args, **how, quantized=experts.quantized, lines=in_lines)
     else:
         back = kernels.experts_backward_adding if wanted.main else kernels.experts_backward
         found = back(of_y, *saved.hidden, *saved.of_rows, *args, **how)
@@ -234,8 +239,8 @@ def _rows_again(of: Returning, x: Tensor, experts: Experts) -> Sequence[Tensor]:
         return [_dispatched(x, of, experts.travel)]
     if not travels_in_lines(x, experts):
         return quantize(_dispatched(x, of, experts.travel), **experts.scale_format)
-    sends = lines.to_lines(x, **experts.scale_format)
-    return lines.from_lines(_dispatched(sends, of, experts.travel), features=x.shape[1])
+    came = _dispatched(lines.to_lines(x, **experts.scale_format), of, experts.travel)
+    return came, came.new_empty(0)
 
 
 def _dispatched(rows: Tensor, of: Returning, travel: dict[str, Any]) -> Tensor:
@@ -287,7 +292,10 @@ def _checked(operator: str, of: Returning, experts: Experts, wanted: Wanted) -> 
     if experts.quantized:
         check_fp8(args, experts.quantized, backward=True, kept=True)
         rows = [of.grad.new_empty(shape, dtype=dtype) for shape, dtype in fp8_contract.saved_specs(args)[:2]]
-        fp8_contract.check_fp8_backward(args, of_y, [*(saved.of_rows if of.x is None else rows), *saved.hidden])
+        if of.x is None:
+            saved.check_lines(operator, args.features)
+            rows = [*saved.quantized_rows(args.features)]
+        fp8_contract.check_fp8_backward(args, of_y, [*rows, *saved.hidden])
     else:
         args.check().check_backward(of_y, *saved.hidden)
     expect_shape(operator, of.grad, "grad", (of.home.shape[0], args.out_features), "(tokens, features)")

@@ -164,7 +164,6 @@ def activation_backward(
     *,
     weights: Tensor | None,
     scales: Tensor | None,
-    dispatching: Dispatching | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Back through GEMM2 and the activation.
@@ -179,7 +178,6 @@ def activation_backward(
         order: (rows,) int32, the assignment of a row.
         weights: (assignments,) float32, what the activation reads as `weight`; None if it does not.
         scales: (assignments,) float32, what the output multiplies by; None for 1.
-        dispatching: the tokens' gradients whose rows `of_out` is to be filled with; None if they are there.
         in_place: whether the gradient of `hidden` is written over it: who writes a part has read it, nobody else does.
 
     Returns:
@@ -199,7 +197,6 @@ def activation_backward(
             _mapped(parts[0], OUT_BOX), _mapped(parts[-1], OUT_BOX), _written(gradients[0]), _written(gradients[-1]),
             _written(scaled), of_weight, weights, scales, order, rows,
         ),
-        dispatching=dispatching,
     )  # fmt: skip
     return of_hidden, scaled, of_weight
 

@@ -73,7 +73,11 @@ def _gemm1(args: Arguments, projection: Projection, hidden: Tensor | None) -> Te
 
     Tokens are dispatched, or counters cleared, before the GEMM: what it reads early was there before that.
     """
-    rows, dispatching = _rows(args, args.x)
+    if hopper_routing.is_beside(args.rows, args.features, args.x.element_size()):
+        rows = args.x.new_empty(args.rows, args.features)
+        dispatching = Dispatching.of(_lines(args.x), None, args.order, args.slots.shape[1])
+    else:
+        rows, dispatching = _dispatched(args, args.x), None
     read = "weight" in expression_leaves(args.activation)
     a = rows.new_empty(args.rows, args.intermediate)
     hopper.activated_gemm(
@@ -100,11 +104,8 @@ def backward(
     form = weighting(args.output)
     assert form is not None
     projection, found = _projection(args), dict[str, Tensor]()
-    dtype, dispatching = args.dtypes.activation, None
-    if isinstance(grad, Tensor):
-        of_y, dispatching = _rows(args, grad.to(dtype))
-    else:
-        of_y = grad().to(dtype)
+    dtype = args.dtypes.activation
+    of_y = _dispatched(args, grad.to(dtype)) if isinstance(grad, Tensor) else grad().to(dtype)
     scales, summed = _scales(args, form), Summed(args.offsets, args.mean_over)
     of_hidden, scaled, parts = hopper.activation_backward(
         of_y,
@@ -116,7 +117,6 @@ def backward(
         args.order,
         weights=_weights(args) if "weight" in expression_leaves(args.activation) else None,
         scales=scales,
-        dispatching=dispatching,
         in_place=args.recompute,  # the rows are nobody else's
     )
     plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None
@@ -137,7 +137,7 @@ def backward(
         if bias in needs:
             assert plain is not None
             found[bias] = plain.bias_gradient(getattr(args, bias), of_product)
-    del of_y, dispatching, scaled, parts  # the gradients to come want their memory
+    del of_y, scaled, parts  # the gradients to come want their memory
     if "x" in needs:
         found["x"] = _of_x(args, of_products)
         if ready is not None:
@@ -293,14 +293,6 @@ def _dispatched(args: Arguments, per_token: Tensor, columns: slice | None = None
         tokens = tokens[:, columns]
     rows = per_token.new_empty(args.rows, tokens.shape[1])
     return hopper_routing.dispatch(tokens, args.slots.contiguous(), rows)
-
-
-def _rows(args: Arguments, per_token: Tensor) -> tuple[Tensor, Dispatching | None]:
-    """The rows' entries of a tensor (T, F), or room for these, and how the product that reads them dispatches them."""
-    if not hopper_routing.is_beside(args.rows, per_token.shape[1], per_token.element_size()):
-        return _dispatched(args, per_token), None
-    dispatching = Dispatching.of(_lines(per_token), None, args.order, args.slots.shape[1])
-    return per_token.new_empty(args.rows, per_token.shape[1]), dispatching
 
 
 def _lines(tensor: Tensor) -> Tensor:

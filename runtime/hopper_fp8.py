@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules
+from moecompile.runtime import hopper_fp8_gemm, hopper_kernels, hopper_quantize, hopper_routing, hopper_rules, lines
 from moecompile.runtime.backward import means
 from moecompile.runtime.contract import BIASES, Arguments, expression_leaves, weighting
 from moecompile.runtime.hopper_experts import NONE, Ready, _has_biases, _lines, _of_weights, _scales, _weights
@@ -32,7 +32,7 @@ from moecompile.runtime.quantize import BLOCK, E4M3, POWER_OF_TWO, blocks_in, pa
 from moecompile.runtime.reference import joined
 
 Tokens = tuple[Tensor, Tensor]
-"""Values (T, F) e4m3, and scales (T, ceil(F / 128)) float32, contiguous."""
+"""Values (T, F) e4m3, and scales (T, ceil(F / 128)) float32: contiguous, or parts of lines."""
 quantize_weights = hopper_quantize.quantize_weights
 takes_weights = hopper_quantize.takes_weights
 
@@ -54,8 +54,9 @@ def forward(
 
     Where tokens are given, which are quantised already, x has no values.
     """
-    named = partial(hopper_kernels.of_experts_in_fp8, args, save, lines=tokens is not None)
-    hopper_kernels.compile_together(args, save, ("fp8", tokens is not None), named)
+    kind = None if tokens is None else "lines" if lines.are_parts(*tokens) else "tokens"
+    named = partial(hopper_kernels.of_experts_in_fp8, args, save, kind)
+    hopper_kernels.compile_together(args, save, ("fp8", kind), named)
     w_in, _, w_out, _ = _matrices(quantized)
     x = _lines(args.x) if tokens is None else args.w_in
     beside = tokens is not None or hopper_routing.is_beside(args.rows, args.features, 1)
@@ -115,7 +116,9 @@ def backward(
         kind = ("fp8 adding", *((name, each.stride()) for name, each in main.items()))
         hopper_kernels.compile_together(args, True, kind, partial(hopper_kernels.of_adding_in_fp8, args, main))
     if of_tokens is not None:
-        hopper_kernels.compile_together(args, True, "of lines", partial(hopper_kernels.of_gradients_in_lines, args))
+        in_lines = lines.are_parts(*of_tokens)
+        named = partial(hopper_kernels.of_quantized_gradients, args, in_lines)
+        hopper_kernels.compile_together(args, True, ("of quantised gradients", in_lines), named)
     return _Backward(args, quantized, grad, saved, needs, main, of_tokens, ready).run()
 
 
@@ -133,8 +136,9 @@ class _Backward:
         self.scales = _scales(args, form)
         self.grad, self.slots = _lines(grad.to(torch.bfloat16)), args.slots.contiguous()
         w_in, self.w_in, _, self.w_out = _matrices(quantized)
-        x, x_scales, hidden, hidden_scales = map(_lines, saved)  # hooks of saved tensors may have laid them elsewhere
-        self.x, self.hidden = (x, x_scales), QuantizedRows(hidden, hidden_scales)
+        x, x_scales, *hidden = saved  # hooks of saved tensors may have laid them elsewhere
+        self.x = (x, x_scales) if lines.are_parts(x, x_scales) else (_lines(x), _lines(x_scales))
+        self.hidden = QuantizedRows(*map(_lines, hidden))
         if args.recompute:
             self.hidden = _hidden_rows(args, w_in, self.x)
         self.plain = HopperRows(args.offsets, args.order, args.slots.shape[1]) if _has_biases(args) else None

@@ -92,11 +92,10 @@ def _forward_of_rows(
     """What goes back of the rows that came, and what the experts save."""
     weights = saved.row_weights
     if experts.quantized:
-        of_rows = lines.from_lines(rows, features=like.shape[1])
         args = experts.arguments(like.new_empty((rows.shape[0], like.shape[1]), device="meta"), weights, saved.plan)
-        y, kept = hopper_fp8.forward(args, experts.quantized, save=True, tokens=of_rows)
+        y, kept = hopper_fp8.forward(args, experts.quantized, save=True, tokens=lines.parts(rows, like.shape[1]))
         assert kept is not None
-        return y, tuple(kept)
+        return y, (rows, rows.new_empty(0), *kept[2:])
     args = experts.arguments(rows, weights, saved.plan)
     y, hidden = hopper_experts.forward(args, save=True)
     return y, (rows, rows.new_empty((0, args.width)) if hidden is None else hidden)
@@ -119,7 +118,7 @@ def backward(
     if of.x is not None:
         x = lines.to_lines(of.x, **experts.scale_format) if experts.quantized else of.x
         came = _dispatched(x, there, of.sent)
-        saved = saved.with_rows(lines.from_lines(came, features=args.features) if experts.quantized else [came])
+        saved = saved.with_rows([came, came.new_empty(0)] if experts.quantized else [came])
     going = _GoingBack(there, saved.came, of.home) if wanted.goes_back else None
     grads = _backward_of_rows(of, saved, back, experts, args, wanted, going)
     if going is not None:
@@ -178,8 +177,9 @@ def _backward_of_rows(
     if experts.quantized:
         in_lines = gradient_travels_in_lines(of.grad, experts)
         of_y = _dispatched(lines.to_lines(of.grad, **experts.scale_format) if in_lines else of.grad, back, of.sent)
-        tokens = lines.from_lines(of_y, features=args.out_features) if in_lines else None
-        kept = saved.of_experts
+        tokens = lines.parts(of_y, args.out_features) if in_lines else None
+        whole = saved.with_rows([hopper_experts._lines(each) for each in saved.of_rows])  # as hooks may have left them
+        kept = *whole.quantized_rows(args.features), *saved.hidden
         grads = hopper_fp8.backward(args, experts.quantized, of_y, kept, needs, added, of_tokens=tokens, ready=ready)
     else:
         (rows,), (hidden,) = saved.of_rows, saved.hidden

@@ -73,11 +73,8 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
         k = args.intermediate if args.gate_up == "separate" else args.width
         found += [
             Dispatch(),
-            replace(
-                hopper_tiles.backward_instance(
-                    dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)
-                ),
-                dispatches=hopper_routing.is_beside(rows, args.out_features, dtype.itemsize),
+            hopper_tiles.backward_instance(
+                dtype, rows, w_out, projection.gate_up, args.activation, _scales_output(args)
             ),
             hopper_tiles.choose(dtype, rows, experts, args.features, k, hopper_tiles.is_transposed(w_in.mT)),
             *_of_matrices(args),
@@ -87,20 +84,26 @@ def of_experts(args: Arguments, projection: Projection, w_out: Tensor, train: bo
     return found
 
 
-def of_experts_in_fp8(args: Arguments, train: bool, lines: bool = False) -> list[Instance]:
-    """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too. GEMM1 always dispatches `lines`."""
+def of_experts_in_fp8(args: Arguments, train: bool, given: str | None = None) -> list[Instance]:
+    """Those of `moecompile.runtime.hopper_fp8`; to train, of the backward too.
+
+    GEMM1 always dispatches what is `given` quantised: "tokens", or "lines".
+    """
     gate_up, biased = "single" if args.gate_up == "single" else "halves", args.b_in is not None
     result, saves, scales = dtype_name(args.dtypes.result), _saves(args, train), args.scale_format
     beside, back_beside = (
         hopper_routing.is_beside(args.rows, columns, 1) for columns in (args.features, args.out_features)
     )
-    beside |= lines
+    beside |= given is not None
     again = train and args.recompute  # what is computed again is always dispatched beside
     found: list[Instance] = [
         QuantizeRows("bfloat16", scales),
         *(
-            hopper_fp8_gemm.activated_instance(
-                args.activation, gate_up, save, biased, beside or (again and save), scales
+            replace(
+                hopper_fp8_gemm.activated_instance(
+                    args.activation, gate_up, save, biased, beside or (again and save), scales
+                ),
+                records=given == "lines",
             )
             for save in saves
         ),
@@ -128,11 +131,11 @@ def of_experts_in_fp8(args: Arguments, train: bool, lines: bool = False) -> list
     return found
 
 
-def of_gradients_in_lines(args: Arguments) -> list[Instance]:
+def of_quantized_gradients(args: Arguments, in_lines: bool) -> list[Instance]:
     """The one that dispatches them, and no fewer than many rows."""
     gate_up = "single" if args.gate_up == "single" else "halves"
     how = args.activation, gate_up, _scales_output(args), True, args.scale_format
-    return [hopper_fp8_gemm.backward_instance(*how)]
+    return [replace(hopper_fp8_gemm.backward_instance(*how), records=in_lines)]
 
 
 def of_adding(args: Arguments) -> list[GroupedGemm]:

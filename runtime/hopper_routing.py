@@ -125,9 +125,14 @@ class Dispatching:
     def of(cls, x: Tensor, scales: Tensor | None, order: Tensor, top_k: int) -> Dispatching:
         """Those of a tensor (T, K), contiguous, and of its scales (T, ceil(K / 128)) float32 if it is in e4m3.
 
-        What the kernel counts in is made and cleared.
+        Both may be parts of lines (`moecompile.runtime.lines`). What the kernel counts in is made and cleared.
         """
-        return cls((x, scales), order, top_k, x.new_zeros(words_of_progress(order.shape[0]), dtype=torch.int32))
+        progress = x.new_zeros(words_of_progress(order.shape[0]), dtype=torch.int32)
+        if scales is None or x.is_contiguous():
+            return cls((x, scales), order, top_k, progress)
+        behind = 4 * scales.storage_offset() - x.storage_offset()
+        line = (x, None, None, 0, 0, x.stride(0) // 16, 0, behind // 16, 0)
+        return cls(line, order, top_k, progress, records=True)
 
     def values(self, rows: Tensor, scales: Tensor | None) -> tuple[Value, ...]:
         """What the kernel is told, which writes `rows` (R, K) and their scales (scale blocks, pitch)."""

@@ -29,6 +29,13 @@ def parts(lines: Tensor, features: int) -> tuple[Tensor, Tensor]:
     return data[:, :features].view(E4M3), data[:, features:end].view(torch.float32)
 
 
+def are_parts(values: Tensor, scales: Tensor) -> bool:
+    """Whether these lie in lines, as `parts` gives them."""
+    data, features = values.untyped_storage(), values.shape[1]
+    alike = data.data_ptr() == scales.untyped_storage().data_ptr() and values.stride(0) == 4 * scales.stride(0)
+    return alike and values.stride(0) == 2 * width(features) and not values.is_contiguous()
+
+
 def takes(features: int) -> bool:
     """Whether rows of so many features may travel so: whole pieces of 16 bytes, as all kernels read them."""
     return features % 16 == 0

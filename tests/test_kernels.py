@@ -91,7 +91,6 @@ BACKWARD = [
     GroupedGemm("bfloat16", 256, 3, 2, True, epilogue=ActivationBackward(activation, gate_up))
     for activation, gate_up in dict.fromkeys((activation, gate_up) for activation, gate_up, _ in ACTIVATIONS)
 ]
-BACKWARD += [replace(each, dispatches=True) for each in BACKWARD[::2]]
 # quantised matrices lie side by side, however they lay before
 SIDE_BY_SIDE = [each for each in ACTIVATIONS if each[1] in ("halves", "single")] + [(GPT_OSS, "halves", True)]
 QUANTIZED = {
@@ -356,7 +355,6 @@ WAITING = [
         NARROW,
         ADDED[-1],
         BACKWARD[0],
-        BACKWARD[-1],
         QUANTIZED_BACKWARD[0],
         BEHIND[0],
         BEHIND[-1],
