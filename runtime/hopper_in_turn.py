@@ -6,11 +6,11 @@
         send the sums back, on another stream           gradient of w_in
     sum these at home
 
-Nobody waits for the gradient of w_in, which takes longer than what is sent is on its way. Its blocks take tiles as
-multiprocessors become free (codegen/kernels/tickets.cuh).
+Nobody waits for the gradient of w_in, which takes longer than what is sent is on its way. In 16 bits its blocks take
+tiles as multiprocessors become free (codegen/kernels/tickets.cuh); in FP8 what is turned before it takes so long.
 
-Launches alone: the program of a call like one before (`moecompile.runtime.remembered`) takes the host a
-fifth of the time of the operators (docs/perf.md).
+Launches alone: the program of a call like one before (`moecompile.runtime.remembered`) takes the host a fifth of the
+time of the operators (docs/perf.md).
 """
 
 from __future__ import annotations
