@@ -150,9 +150,10 @@ class GroupedGemm:
         overhang: how many rows beyond whole pairs of tiles may go along with the last pair; 0, 32 or 64, of 16 bits and
             for clusters of two.
         dispatches: whether the rows are tokens', which the kernel dispatches itself.
-        records: whether some of these tokens came from other ranks, and lie where those have written them.
-        taken: whether blocks take tiles when they are free, so that some may begin late, and leave those of an expert's
-            rows that are another launch's.
+        records: whether these are lines with their scales behind them, or some came from other ranks, and lie where
+            those have written them.
+        taken: whether blocks take tiles when they are free, so that some may begin late, and, but for `over_rows`,
+            leave those of an expert's rows that are another launch's.
         whole: whether all rows are of one group, and the host knows how many they are.
         epilogue: what becomes of the products.
     """

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moecompile.runtime import exchange, fp8_contract, kernels, lines
-from moecompile.runtime.contract import DIFFERENTIABLE, Arguments
+from moecompile.runtime.contract import DIFFERENTIABLE, Arguments, expect_shape
 from moecompile.runtime.hopper_exchange import Exchange
 from moecompile.runtime.peer_memory import PeerMemory
-from moecompile.runtime.quantize import E4M3
 
 Tokens = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 """x, expert_ids, weights, sent, home."""
@@ -127,7 +127,7 @@ class Saved:
         came: (ranks,) int32, how many rows go back to each.
         plan: of the rows.
         of_experts: rows (ranks * capacity, H), without elements if they are to come again, and GEMM1's rows; in FP8 the
-            record of `experts_fp8_forward`, but for rows that travel in lines: these, and no scales.
+            record of `experts_fp8_forward`, but for rows that travel in lines: these, bytes, and no scales.
     """
 
     weights: Tensor
@@ -167,18 +167,22 @@ class Saved:
 
     @property
     def in_lines(self) -> bool:
-        """Whether, in FP8, the rows that came are lines."""
-        return self.of_rows[0].dtype != E4M3
-
-    def check_lines(self, operator: str, features: int) -> None:
-        """Raises ValueError or TypeError if what should be lines of so many features is not."""
-        if self.in_lines:
-            lines.check_lines(operator, "rows of saved", self.of_rows[0], features)
+        """Whether, in FP8, the rows that came are lines: bytes (ranks * capacity, 2 W)."""
+        return self.of_rows[0].dtype == torch.uint8
 
     def quantized_rows(self, features: int) -> tuple[Tensor, Tensor]:
-        """In FP8 values (ranks * capacity, H) and scales of the rows that came, where they are."""
+        """In FP8 values (ranks * capacity, H) and scales of the rows that came, where they are.
+
+        Raises:
+            ValueError: lines of so many features are not that long.
+        """
         rows, scales = self.of_rows
-        return lines.parts(rows, features) if self.in_lines else (rows, scales)
+        if not self.in_lines:
+            return rows, scales
+        expected = self.plan[1].shape[0], 2 * lines.width(features)
+        expect_shape("exchanged_experts", rows, "rows of saved", expected, "(places, bytes of a line)")
+        whole = rows.contiguous()  # hooks of saved tensors may have laid them elsewhere
+        return lines.parts(whole.clone() if whole.storage_offset() % 16 else whole, features)
 
     def with_rows(self, rows: Sequence[Tensor]) -> Saved:
         """With these in the place of the rows that came."""
@@ -253,6 +257,11 @@ class Wanted:
     def goes_back(self) -> bool:
         """Whether there are gradients of tokens among them."""
         return bool({"x", "weights"} & {*self.names})
+
+    @property
+    def of_gemm1(self) -> bool:
+        """Whether there are gradients of the first products' matrices among them, or are added."""
+        return bool({"w_in", "w_up"} & {*self.names, *self.main})
 
     @property
     def names_of_rows(self) -> tuple[str, ...]:

@@ -107,7 +107,8 @@ def _forward_in_turn(tokens: Tokens, experts: Experts) -> tuple[Tensor, Saved]:
             how: dict[str, Any] = {"quantized": experts.quantized, "lines": in_lines}
             y, of_experts = fp8_experts.experts_fp8_forward(*given, **experts.of_rows, **how)
             if in_lines:
-                of_experts[:2] = rows, rows.new_empty(0)
+                data = rows.view(torch.uint8)
+                of_experts[:2] = data, data.new_empty(0)
         else:
             y, hidden = kernels.experts_forward(*given, **experts.of_rows)
             of_experts = [rows, hidden]
@@ -135,7 +136,8 @@ def fake_exchanged_experts_forward(
         check_fp8(args, experts.quantized)
         of_experts = [x.new_empty(shape, dtype=dtype) for shape, dtype in fp8_contract.saved_specs(args)]
         if travels_in_lines(x, experts):
-            of_experts[:2] = lines.fake_to_lines(rows), x.new_empty(0, dtype=torch.bfloat16)
+            size = rows.shape[0], 2 * lines.width(rows.shape[1])
+            of_experts[:2] = (x.new_empty(each, dtype=torch.uint8) for each in (size, 0))
     else:
         args.check()
         of_experts = [rows, x.new_empty((args.saved_rows, args.width), dtype=args.dtypes.hidden)]
@@ -239,7 +241,7 @@ def _rows_again(of: Returning, x: Tensor, experts: Experts) -> Sequence[Tensor]:
         return [_dispatched(x, of, experts.travel)]
     if not travels_in_lines(x, experts):
         return quantize(_dispatched(x, of, experts.travel), **experts.scale_format)
-    came = _dispatched(lines.to_lines(x, **experts.scale_format), of, experts.travel)
+    came = _dispatched(lines.to_lines(x, **experts.scale_format), of, experts.travel).view(torch.uint8)
     return came, came.new_empty(0)
 
 
@@ -293,7 +295,6 @@ def _checked(operator: str, of: Returning, experts: Experts, wanted: Wanted) -> 
         check_fp8(args, experts.quantized, backward=True, kept=True)
         rows = [of.grad.new_empty(shape, dtype=dtype) for shape, dtype in fp8_contract.saved_specs(args)[:2]]
         if of.x is None:
-            saved.check_lines(operator, args.features)
             rows = [*saved.quantized_rows(args.features)]
         fp8_contract.check_fp8_backward(args, of_y, [*rows, *saved.hidden])
     else:

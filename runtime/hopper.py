@@ -65,11 +65,6 @@ class Taking:
     taken: Tensor
     multiple: int = 0
 
-    @classmethod
-    def all_of(cls, like: Tensor) -> Taking:
-        """Of all rows, on the device of `like`."""
-        return cls(like.new_zeros(1, dtype=torch.int32))
-
 
 def grouped_gemm(
     a: Tensor,

@@ -251,7 +251,7 @@ def receive(
         came: (ranks,) int32, likewise; how many rows came from each.
         experts: of each rank.
         slots: (ranks * capacity, K) int32, contiguous: where rows go that have no experts with them, each to all of its
-            own, -1 for none; then there is room for that many. None: to their places.
+            own, -1 for none. Then `into` has room for the rows of experts. None: to their places.
     """
     spread = 0 if slots is None else slots.shape[1]
     kernel = load(ExchangeReceive(rows.id_type), rows.values.device.index)
@@ -290,7 +290,7 @@ def take(
     Launch(kernel, blocks, values, early=False).run()
 
 
-def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
+def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows, anyway: bool = False) -> None:
     """Sums what came back for each token, and what travelled with it.
 
     Args:
@@ -298,6 +298,7 @@ def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
         places: `home` of `plan`, (T, ranks).
         rows: what this rank sends, contiguous.
         into: room for T of them, allocated before they were sent: the kernel begins early.
+        anyway: of the launch.
     """
     dtypes = [dtype_name(each.dtype) for each in (rows.values, rows.values if rows.weights is None else rows.weights)]
     kernel = load(ExchangeHome(*dtypes), rows.values.device.index)
@@ -306,7 +307,7 @@ def home(exchange: Exchange, places: Tensor, rows: Rows, into: Rows) -> None:
         *exchange.peers(rows.pitch), places, rows.values, columns, 0, rows.weights, into.values, into.weights, tokens,
         columns, rows.top_k,
     )  # fmt: skip
-    Launch(kernel, exchange.readers(kernel, tokens), values).run()
+    Launch(kernel, exchange.readers(kernel, tokens), values, anyway=anyway).run()
 
 
 def home_of_experts(

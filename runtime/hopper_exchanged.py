@@ -96,7 +96,12 @@ def forward(
     attributes: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """The result (T, H2)."""
-    return _Forward(tokens, there, back, matrices, quantized, attributes).run()
+    call = _Forward(tokens, there, back, matrices, quantized, attributes)
+    try:
+        return call.run()
+    except BaseException:  # memory that the other stream is told of is given back
+        wait_for(torch.cuda.current_stream(tokens.x.device), there.memory.side)
+        raise
 
 
 class _Forward:

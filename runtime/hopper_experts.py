@@ -94,7 +94,7 @@ def backward(
     """Gradients of the arguments named in `needs`, for the result's gradient (T, H2) and GEMM1's rows.
 
     Those of the matrices named in `main` are added to its tensors, float32. `grad` may be a function that gives the
-    gradient's rows (T*K, H2). `ready` is called if "x" is needed.
+    gradient's rows (T*K, H2) in the activation's dtype. `ready` is called if "x" is needed.
     """
     if main:
         hopper_kernels.compile_together(args, True, "adding", functools.partial(hopper_kernels.of_adding, args))
@@ -104,8 +104,7 @@ def backward(
     form = weighting(args.output)
     assert form is not None
     projection, found = _projection(args), dict[str, Tensor]()
-    dtype = args.dtypes.activation
-    of_y = _dispatched(args, grad.to(dtype)) if isinstance(grad, Tensor) else grad().to(dtype)
+    of_y = _dispatched(args, grad.to(args.dtypes.activation)) if isinstance(grad, Tensor) else grad()
     scales, summed = _scales(args, form), Summed(args.offsets, args.mean_over)
     of_hidden, scaled, parts = hopper.activation_backward(
         of_y,

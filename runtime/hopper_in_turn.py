@@ -1,4 +1,4 @@
-"""Experts between ranks on Hopper GPUs, one step after the other, for tokens that are too few to hide their exchange.
+"""Experts between ranks on Hopper GPUs, one step after the other: in training, and of few tokens, in inference too.
 
     send tokens; take them, ids and weights; plan; GEMM1, GEMM2, sum; send the sums back; sum these at home
 
@@ -28,6 +28,7 @@ from moecompile.runtime import (
     hopper_exchange,
     hopper_experts,
     hopper_fp8,
+    hopper_quantize,
     hopper_routing,
     lines,
     main_gradients,
@@ -71,7 +72,7 @@ def forward(
 
 def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Experts) -> tuple[Tensor, Saved]:
     """The result (T, H2), and what `backward` reads."""
-    x = lines.to_lines(tokens.x, **experts.scale_format) if experts.quantized else tokens.x
+    x = _in_lines(tokens.x, experts) if experts.quantized else tokens.x
     given = Rows.of(x, tokens.ids, tokens.weights)
     into, came = given.room(tokens.sent.shape[0]), tokens.sent.new_empty(there.memory.ranks)
     hopper_exchange.send(there, given, tokens.sent, None)
@@ -84,6 +85,11 @@ def forward_saving(tokens: Brought, there: Exchange, back: Exchange, experts: Ex
         saved = replace(saved, came=exchange.within(came, counts, tokens.room))
     y, of_experts = _forward_of_rows(into.values, saved, tokens.x, experts)
     return _returned(Rows(y), back, saved.came, tokens.home).values, replace(saved, of_experts=of_experts)
+
+
+def _in_lines(rows: Tensor, experts: Experts) -> Tensor:
+    """Quantised, each with its scales behind it, bytes."""
+    return hopper_quantize.quantize_lines(hopper_experts._lines(rows), **experts.scale_format)
 
 
 def _forward_of_rows(
@@ -116,43 +122,59 @@ def backward(
     """
     saved = of.saved
     if of.x is not None:
-        x = lines.to_lines(of.x, **experts.scale_format) if experts.quantized else of.x
+        x = _in_lines(of.x, experts) if experts.quantized else of.x
         came = _dispatched(x, there, of.sent)
         saved = saved.with_rows([came, came.new_empty(0)] if experts.quantized else [came])
-    going = _GoingBack(there, saved.came, of.home) if wanted.goes_back else None
-    grads = _backward_of_rows(of, saved, back, experts, args, wanted, going)
+    going = _GoingBack(there, saved.came, of.home) if wanted.goes_back and wanted.of_gemm1 else None
+    try:
+        grads = _backward_of_rows(of, saved, back, experts, args, wanted, going)
+    except BaseException:  # no memory, say: what other ranks have sent is not to be taken for the slot's next exchange
+        if going is not None and going.is_on_its_way:
+            going.home()
+        raise
     if going is not None:
-        grads |= going.home()
+        return grads | going.home()
+    if wanted.goes_back:
+        return grads | _by_name(_returned(_going(grads), there, saved.came, of.home))
     return grads
+
+
+def _going(grads: Mapping[str, Tensor]) -> Rows:
+    """What goes home: the gradients of x, and of the weights that belong to it."""
+    return Rows(grads["x"], None, grads.get("weights"))
+
+
+def _by_name(rows: Rows) -> dict[str, Tensor]:
+    return {"x": rows.values} | ({} if rows.weights is None else {"weights": rows.weights})
 
 
 class _GoingBack:
     """Gradients of rows, summed by token, on their way home while others are computed."""
 
     def __init__(self, exchange: Exchange, came: Tensor, home: Tensor) -> None:
-        self.exchange, self.came, self.places = exchange, came, home
+        self.exchange, self.came, self.places, self.is_on_its_way = exchange, came, home, False
 
     def __call__(self, grads: Mapping[str, Tensor]) -> None:
-        """Sends those of x, and of the weights that belong to it."""
-        self.rows = rows = Rows(grads["x"], None, grads.get("weights"))
+        """Sends them."""
+        self.rows = rows = _going(grads)
         self.into, self.started = rows.room(self.places.shape[0]), self.came.new_zeros(1)
         side = self.exchange.memory.side
         wait_for(side, torch.cuda.current_stream(self.came.device))
         with torch.cuda.stream(side):
             hopper_exchange.send(self.exchange, rows, None, self.came, started=self.started)
+        self.is_on_its_way = True
         hopper_exchange.await_start(self.exchange, self.started)
 
     def home(self) -> dict[str, Tensor]:
         """What has come of this rank's tokens."""
         wait_for(torch.cuda.current_stream(self.came.device), self.exchange.memory.side)
-        hopper_exchange.home(self.exchange, self.places, self.rows, self.into)
-        found = {"x": self.into.values, "weights": self.into.weights}
-        return {name: each for name, each in found.items() if each is not None}
+        hopper_exchange.home(self.exchange, self.places, self.rows, self.into, anyway=True)
+        return _by_name(self.into)
 
 
 def _dispatched(values: Tensor, exchange: Exchange, sent: Tensor, of_experts: Arguments | None = None) -> Tensor:
     """What comes of such rows, of all ranks, or the rows of experts that these become."""
-    rows, slots = Rows.of(values, None, None), None if of_experts is None else of_experts.slots
+    rows, slots = Rows.of(values, None, None), None if of_experts is None else of_experts.slots.contiguous()
     into = rows.room(sent.shape[0] if of_experts is None else of_experts.rows)
     came = sent.new_empty(exchange.memory.ranks)
     hopper_exchange.send(exchange, rows, sent, None)
@@ -176,16 +198,15 @@ def _backward_of_rows(
     needs = frozenset((*wanted.names_of_rows, *others))
     if experts.quantized:
         in_lines = gradient_travels_in_lines(of.grad, experts)
-        of_y = _dispatched(lines.to_lines(of.grad, **experts.scale_format) if in_lines else of.grad, back, of.sent)
+        of_y = _dispatched(_in_lines(of.grad, experts) if in_lines else of.grad, back, of.sent)
         tokens = lines.parts(of_y, args.out_features) if in_lines else None
-        whole = saved.with_rows([hopper_experts._lines(each) for each in saved.of_rows])  # as hooks may have left them
-        kept = *whole.quantized_rows(args.features), *saved.hidden
+        kept = *saved.quantized_rows(args.features), *saved.hidden
         grads = hopper_fp8.backward(args, experts.quantized, of_y, kept, needs, added, of_tokens=tokens, ready=ready)
     else:
         (rows,), (hidden,) = saved.of_rows, saved.hidden
         args = replace(args, x=rows)
         hidden = hopper_experts.hidden_rows(args) if args.recompute else hidden
-        received = partial(_dispatched, of.grad, back, of.sent, args)
+        received = partial(_dispatched, of.grad.to(args.dtypes.activation), back, of.sent, args)
         grads = hopper_experts.backward(args, received, hidden, needs, added, ready)
     main_gradients.add(others, grads)
     return grads

@@ -155,14 +155,16 @@ def of_adding_in_fp8(args: Arguments, main: Mapping[str, Tensor]) -> list[Instan
 
 
 def of_taken(args: Arguments, main: Mapping[str, Tensor]) -> list[Instance]:
-    """Those of the gradients of GEMM1's matrices whose blocks take tiles when they are free."""
-    made = (*_of_matrices(args), *(of_adding(args) if main else ()))
-    return [replace(each, taken=True) for each in dict.fromkeys(made)]
+    """Those of the gradients of GEMM1's matrices whose blocks take tiles when they are free, or that add them."""
+    made = dict.fromkeys(_of_matrices(args, (args.features, args.intermediate, args.width)))
+    adding = {"w_in", "w_up"} & main.keys()
+    return [replace(each, taken=True, epilogue=Added() if adding else each.epilogue) for each in made]
 
 
-def _of_matrices(args: Arguments) -> list[GroupedGemm]:
-    """Those of the gradients of matrices."""
-    dtype, rows, sizes = args.dtypes.row, args.rows, (args.features, args.intermediate, args.width, args.out_features)
+def _of_matrices(args: Arguments, sizes: Sequence[int] = ()) -> list[GroupedGemm]:
+    """Those of the gradients of matrices of any of these sizes; of all that there are if none are given."""
+    dtype, rows = args.dtypes.row, args.rows
+    sizes = sizes or (args.features, args.intermediate, args.width, args.out_features)
     return [
         hopper_tiles.choose(dtype, m, args.num_experts, n, rows, True, over_rows=True) for m in sizes for n in sizes
     ]

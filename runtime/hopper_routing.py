@@ -112,7 +112,7 @@ class Dispatching:
         order: (R,) int32, the assignment of a row.
         top_k: assignments of a token.
         progress: int32, zeros when the kernel begins, which counts the rows taken, and of each COUNTED those written.
-        records: whether the tokens are `Records`, some of which came from other ranks.
+        records: whether the tokens are `Records`: lines, some of which may have come from other ranks.
     """
 
     source: tuple[Value, ...]
@@ -127,7 +127,7 @@ class Dispatching:
 
         Both may be parts of lines (`moecompile.runtime.lines`). What the kernel counts in is made and cleared.
         """
-        progress = x.new_zeros(words_of_progress(order.shape[0]), dtype=torch.int32)
+        progress = order.new_zeros(words_of_progress(order.shape[0]))
         if scales is None or x.is_contiguous():
             return cls((x, scales), order, top_k, progress)
         behind = 4 * scales.storage_offset() - x.storage_offset()

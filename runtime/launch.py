@@ -228,6 +228,8 @@ class Launch:
     values: tuple[Value, ...]
     early: bool = True
     """Whether the grid may begin before the one before it in its stream has ended."""
+    anyway: bool = False
+    """Whether it ends what another stream has begun, and has to be launched even if something fails before it."""
 
     def run(self) -> None:
         """Launches it on the current stream of the kernel's device."""

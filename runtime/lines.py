@@ -3,8 +3,9 @@
     lines = to_lines(x)                     (T, W) for x (T, H): H values, ceil(H / 128) scales, in pieces of 16 bytes
     values, scales = from_lines(lines, H)   as `quantize` of the same x
 
-Lines are said to be bfloat16, W numbers of two bytes: so whatever exchanges rows takes them, and looks at none. They
-are made and read in AOTAutograd's graphs alone (passes/quantized_travel.py), and have no derivative.
+Between operators lines are said to be bfloat16, W numbers of two bytes: so whatever exchanges rows takes them, and
+looks at none. Of graphs AOTAutograd's alone have them (passes/quantized_travel.py), and they have no derivative. What
+`exchanged_experts_forward` saves of them are bytes.
 """
 
 from __future__ import annotations

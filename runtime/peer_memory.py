@@ -98,7 +98,11 @@ class PeerMemory:
         rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
         if step == len(STEPS):
             return too_many(rank, ROUGHLY * slot)
-        what = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}, {STEPS[step]}"
+        which = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}"
+        if step > len(STEPS):
+            words = "something failed on it meanwhile, memory that was not there say; start the job anew"
+            return f"rank {rank} of {self.ranks} has left {which} in its middle: {words}"
+        what = f"{which}, {STEPS[step]}"
         return f"rank {rank} of {self.ranks} has waited too long for rank {other} ({what})"
 
 
@@ -107,7 +111,7 @@ STEPS = (
     "until that rank's tokens have come",
     "until that rank's results have come",
 )
-"""What a rank may wait for, as codegen/kernels/peer.cuh numbers it; the number after these: nothing, it has no room."""
+"""What a rank may wait for, as codegen/kernels/peer.cuh numbers it. Behind these: it has no room; it has left one."""
 ROUGHLY = 128
 """What rows that it has no room for are counted in."""
 

@@ -119,7 +119,17 @@ class _Launched:
     constants: list[Any]
     holes: tuple[Hole, ...]
     uses: tuple[int, ...]
+    anyway: bool
     makes: tuple[int, ...] = ()
+
+    def run(self, tensors: list[Any], workspace: int, caller: int) -> None:
+        """Launches it with the tensors in their places, and those in the workspace that begins at that address."""
+        values = self.constants.copy()
+        for i, place, offset, boxes in self.holes:
+            address = offset + (workspace if place == WORKSPACE else tensors[place].data_ptr())
+            values[i] = address if boxes is None else described(boxes, address)
+        on = caller if self.stream is None else self.stream.cuda_stream
+        self.launch_on(on, self.blocks, self.pack(*values), self.early)
 
 
 @dataclass(frozen=True)
@@ -131,9 +141,11 @@ class _Waited:
     uses: tuple[int, ...] = ()
     makes: tuple[int, ...] = ()
 
-    def run(self, caller: torch.cuda.Stream) -> None:
+    def run(self, caller: torch.cuda.Stream | None) -> None:
         """Has it wait."""
-        (self.waiting or caller).wait_stream(self.other or caller)
+        waiting, other = self.waiting or caller, self.other or caller
+        assert waiting is not None and other is not None
+        waiting.wait_stream(other)
 
 
 Step = _Made | _Called | _Launched | _Waited
@@ -236,7 +248,7 @@ class Recorder(TorchDispatchMode):
         self.devices.add(launched.kernel.device)
         uses = tuple(place for _, place, _, _ in holes)
         about = self._stream(), launched.early, launched.blocks, layout.pack, constants, tuple(holes), uses
-        self.steps.append(_Launched(launched.kernel.launch_on, *about))
+        self.steps.append(_Launched(launched.kernel.launch_on, *about, launched.anyway))
 
     def waited(self, waiting: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
         """Notes that one stream waits for another. The first is another's wait for the caller's."""
@@ -256,6 +268,8 @@ class Recorder(TorchDispatchMode):
         results = tuple(self._known(each)[0] for each in made)
         if len(self.devices) > 1:
             self.refuse(f"its kernels ran on the devices {sorted(self.devices)}")
+        if _is_left(self.steps):
+            self.refuse("nobody waits for another stream in the end")
         if self.refused:
             return None
         return Program(_dropping(_needed(self.steps, results), results), results, self.count, [*self.devices])
@@ -325,6 +339,18 @@ def _in_order(steps: Sequence[Step]) -> bool:
             return False
         made |= {*step.makes}
     return True
+
+
+def _is_left(steps: Sequence[Step]) -> bool:
+    """Whether something runs on another stream which the caller's does not wait for afterwards."""
+    left = set[torch.cuda.Stream]()
+    for step in steps:
+        stream = _stream_of(step)
+        if stream is not None:
+            left.add(stream)
+        elif isinstance(step, _Waited) and step.waiting is None and step.other is not None:
+            left.discard(step.other)
+    return bool(left)
 
 
 def _stream_of(step: Step) -> torch.cuda.Stream | None:
@@ -408,21 +434,31 @@ class Program:
         if self.workspace:
             workspace = self.like.new_empty(self.workspace)
             base = workspace.data_ptr()
-        for step, dropped in self.steps:
-            if isinstance(step, _Launched):
-                values = step.constants.copy()
-                for i, place, offset, boxes in step.holes:
-                    address = offset + (base if place == WORKSPACE else places[place].data_ptr())
-                    values[i] = address if boxes is None else described(boxes, address)
-                on = stream if step.stream is None else step.stream.cuda_stream
-                step.launch_on(on, step.blocks, step.pack(*values), step.early)
-            elif isinstance(step, _Waited):
-                assert caller is not None
-                step.run(caller)
-            elif isinstance(step, _Made):
-                places[step.place] = step.like.new_empty(step.shape)
-            else:
-                step.run(places)
-            for place in dropped:
-                places[place] = None
+        done = 0
+        try:
+            for step, dropped in self.steps:
+                if isinstance(step, _Launched):
+                    step.run(places, base, stream)
+                elif isinstance(step, _Waited):
+                    step.run(caller)
+                elif isinstance(step, _Made):
+                    places[step.place] = step.like.new_empty(step.shape)
+                else:
+                    step.run(places)
+                for place in dropped:
+                    places[place] = None
+                done += 1
+        except BaseException:  # no memory, say
+            self._end_what_has_begun(done, places, base, stream)
+            raise
         return [places[place] for place in self.results]
+
+    def _end_what_has_begun(self, done: int, places: list[Any], base: int, stream: int) -> None:
+        """After so many steps: other streams are told of memory that is given back, and ranks wait for their ends."""
+        if not any(_stream_of(step) is not None for step, _ in self.steps[:done]):
+            return
+        for step, _ in self.steps[done + 1 :]:
+            if isinstance(step, _Waited):
+                step.run(torch.cuda.current_stream())
+            elif isinstance(step, _Launched) and step.anyway:
+                step.run(places, base, stream)

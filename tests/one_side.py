@@ -19,7 +19,7 @@ from moecompile.runtime.exchanged import hides
 from moecompile.runtime.exchanged_contract import Experts, Returning, Saved, Wanted
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_exchanged import Brought
-from moecompile.runtime.peer_memory import RANKS, SMS, TAKEN_AT, among_streams, room_for
+from moecompile.runtime.peer_memory import RANKS, SLOTS, SMS, TAKEN_AT, among_streams, room_for
 
 GATED: dict[str, Any] = {"activation": "mul(silu(gate), up)", "gate_up": "halves", "out_dtype": torch.bfloat16}
 
@@ -55,7 +55,7 @@ class Side:
         self.other_sent, _ = hopper_exchange.plan(ids, experts, 2, tokens)
         many = hides(2, tokens, top_k, experts)
         self.how = hopper_exchanged if many else hopper_in_turn
-        in_lines = fp8 and (many or backward)  # where one step follows the other, the experts quantise
+        in_lines = fp8 and (many or backward)  # of few tokens, in inference, the experts quantise
         self.other_lines = Rows.of(hopper_quantize.quantize_lines(x) if in_lines else x, ids, weights)
         self.back = Rows(randn(2 * tokens, features))
         self.grad, others_grad = randn(tokens, features), randn(tokens, features)
@@ -70,7 +70,7 @@ class Side:
         return Exchange(self.memories[rank], slot, self.capacity, SMS, 20.0)
 
     def prepare(self) -> None:
-        """Rank 1 has read all that rank 0 sent, and sends what this exchange is to bring."""
+        """Rank 1 has read all that was sent before, and sends what this exchange is to bring."""
         self._read_all()
         hopper_exchange.send(self.exchange(1, 0), self.other_lines, self.other_sent, None)
         hopper_exchange.send(self.exchange(1, 1), self.back, None, self.came)
@@ -87,6 +87,8 @@ class Side:
         for slot in (0, 1):
             at = TAKEN_AT + (slot * RANKS + 1) * 8
             self.memories[0].own[at : at + 8].view(torch.int64).fill_(self.exchanges)
+            read = TAKEN_AT + (slot - SLOTS) * 8
+            self.memories[1].own[read : read + 4].view(torch.int32).fill_(self.exchanges)
         self.exchanges += 1
 
     def exchanged(self) -> Tensor:

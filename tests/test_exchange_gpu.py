@@ -235,3 +235,42 @@ def test_a_rank_that_does_not_come() -> None:
     kernels.home(Exchange(every[1], COMBINE, 64, SMS, 0.3), home, Rows(into.values), sums)
     torch.cuda.synchronize()
     assert every[1].failure() == every[0].failure()
+
+
+def test_a_rank_that_has_left_an_exchange_in_its_middle() -> None:
+    """It does not take that one's rows for those of the next, and everybody knows."""
+    pitch = pitch_of(256, torch.bfloat16, 2)
+    every = among_streams(2, room_for(2, 64, pitch), 0)
+    mine = brought(0, 64, 256, 8, 2, torch.bfloat16, "random")
+    sent, _ = kernels.plan(mine.ids, 8, 2, 64)
+    given, there = Rows.of(mine.x, mine.ids, mine.weights), Exchange(every[0], DISPATCH, 64, SMS, 5.0)
+    kernels.send(there, given, sent, None)
+    torch.cuda.synchronize()
+    assert not every[0].failure()
+    kernels.send(there, given, sent, None)
+    into, came = given.room(128), sent.new_empty(2)
+    kernels.receive(there, given, sent, into, came, 4)
+    torch.cuda.synchronize()
+    assert every[0].failure().startswith("rank 0 of 2 has left dispatch 0 in its middle: something failed on it")
+    assert not came.any()
+
+
+def test_rows_of_experts_that_do_not_come() -> None:
+    """Each row goes to all of its experts' rows; NaN goes to those of one that experts expect, and nobody has sent."""
+    every = among_streams(2, room_for(2, 64, 512), 0)
+    x = torch.randn(64, 256, device="cuda").bfloat16()
+    sent = torch.full((2, 64), -1, dtype=torch.int32, device="cuda")
+    sent[0, :40] = torch.arange(40, device="cuda", dtype=torch.int32)
+    slots = torch.full((128, 2), -1, dtype=torch.int32, device="cuda")
+    slots[:40, 0] = torch.arange(40, device="cuda", dtype=torch.int32).flip(0)
+    slots[:20, 1] = 40 + torch.arange(20, device="cuda", dtype=torch.int32)
+    slots[64:70, 1] = 60 + torch.arange(6, device="cuda", dtype=torch.int32)
+    slots[50, 0] = 66  # a place of this rank's that has no token
+    there, into = Exchange(every[0], DISPATCH, 64, SMS, 0.3), Rows(torch.full((70, 256), 7.0, device="cuda").bfloat16())
+    kernels.send(there, Rows(x), sent.view(-1), None)
+    kernels.receive(there, Rows(x), sent.view(-1), into, sent.new_empty(2), 1, slots)
+    torch.cuda.synchronize()
+    found = into.values
+    assert torch.equal(found[:40], x[:40].flip(0)) and torch.equal(found[40:60], x[:20])
+    assert bool(found[60:67].isnan().all()) and bool((found[67:] == 7).all())
+    assert "rank 0 of 2 has waited too long for rank 1" in every[0].failure()

@@ -113,7 +113,9 @@ def test_rows_times_rows(instance: GroupedGemm, counts: tuple[int, ...], n: int,
         out = torch.full((len(counts), m, n), float("nan"), device="cuda", dtype=dtype)
         results.append(hopper.grouped_outer(a, b, offsets, out, instance=chosen))
     out = torch.full_like(results[0], float("nan"))
-    results.append(hopper.grouped_outer(a, b, offsets, out, instance=chosen, taking=Taking.all_of(offsets)))
+    results.append(
+        hopper.grouped_outer(a, b, offsets, out, instance=chosen, taking=Taking(torch.zeros_like(offsets[:1])))
+    )
     for found, own in zip(results[0], rows, strict=True):
         assert worst_row(found, a[own].double().T @ b[own].double()) < BOUNDS[dtype]
     assert all(torch.equal(results[0], other) for other in results)
@@ -132,7 +134,7 @@ def test_rows_times_rows_are_added(instance: GroupedGemm, counts: tuple[int, ...
     results: list[Tensor] = []
     for _ in range(3):
         whole = before.clone()
-        taking = Taking.all_of(offsets) if results else None
+        taking = Taking(torch.zeros_like(offsets[:1])) if results else None
         hopper.grouped_outer(a, b, offsets, whole[:, :, 4:-8], instance=chosen, taking=taking)
         results.append(whole)
     for found, was, own in zip(results[0], before, rows, strict=True):

@@ -224,6 +224,43 @@ def test_memory_is_given_back_on_the_way(gpu: FakeGpu) -> None:
     assert told and all(dropped[place] >= joins for place in told - {*results})
 
 
+class NoMemoryError(Exception):
+    """Where something was to be made."""
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("remembered", [False, True])
+def test_what_is_on_its_way_comes_home_whatever_fails(
+    gpu: FakeGpu, streams: Streams, monkeypatch: pytest.MonkeyPatch, fp8: bool, remembered: bool
+) -> None:
+    """Or the slot's next exchange would be taken for this one, and memory be given back that is read."""
+    monkeypatch.setattr(linear_fp8, "has_kernels", lambda _: True)
+    given, needs = call(fp8=fp8, backward=True), [True] * 4 + [False] * 4
+    for _ in range(3 * remembered):
+        trained(gpu, given, needs)
+    *_, sent, home, w_in, w_out = given["tensors"]
+    attributes = {**GATED, **TRAVEL, "quantized": given["quantized"], "room": None, "num_experts": EXPERTS}
+    result, saved = ops.exchanged_experts_forward(*given["tensors"], **attributes)
+    gpu.taken()
+    streams.waits.clear()
+    new_empty = Tensor.new_empty
+
+    def full(like: Tensor, *size: Any, **how: Any) -> Tensor:
+        made = new_empty(like, *size, **how)
+        if made.shape == w_in.shape:
+            raise NoMemoryError
+        return made
+
+    with pytest.raises(NoMemoryError), monkeypatch.context() as patched:
+        patched.setattr(Tensor, "new_empty", full)
+        ops.exchanged_experts_backward(
+            torch.randn(result.shape).bfloat16(), saved, None, sent, home, w_in, w_out, **attributes, needs=needs
+        )
+    found = gpu.taken()
+    assert isinstance(found[-1].instance, ExchangeHome) and streams.waits == [(SIDE, STREAM), (STREAM, SIDE)]
+    assert sum(isinstance(each.instance, ExchangeSend) for each in found) == 2
+
+
 @pytest.mark.usefixtures("streams")
 def test_nothing_goes_back_that_nobody_needs(gpu: FakeGpu) -> None:
     needs = [False, False, True, True, *[False] * 4]

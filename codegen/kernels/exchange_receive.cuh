@@ -1,6 +1,6 @@
 // This rank's own rows, and those that came from the others, out of the memory that these write to, which they may write to
-// again. A row is copied as soon as it is there: to its place, or, if its experts' rows are known already, to each of these. Rows of
-// places where nothing came are not written, and have no expert.
+// again. A row is copied as soon as it is there: to its place, or, if its experts' rows are known already, to each of these. Where
+// nothing came places are not written, and have no expert; rows that experts expect all the same are NaN.
 //
 // Or, if rows STAY, all but these, which stay where they are until somebody says that they have been read (exchange_send.cuh): then a lane
 // waits for each row, and all of them take what belongs to their experts together.
@@ -21,7 +21,7 @@ struct ExchangeReceive {
         const i32* sent;           // (ranks, capacity): the line for each place, -1 behind the last
         const Id* own_ids;         // (tokens, top_k), or null
         const u8* own_weights;     // (tokens, top_k) of `weight` bytes, 2 or 4, or null
-        uint4* rows;               // (ranks * capacity, pieces) of 16 bytes; null if they STAY
+        uint4* rows;               // (ranks * capacity, pieces) of 16 bytes, or the experts'; null if they STAY
         i32* ids;                  // (ranks * capacity, top_k), counted from this rank's first; or null
         u8* weights;               // (ranks * capacity, top_k) of `weight` bytes; or null
         i32* came;                 // (ranks,): how many rows came from each

@@ -121,6 +121,7 @@ struct ExchangeSend {
         u32 exchange = exchange_of(begun);
         if (arguments.started && threadIdx.x == 0) atomicAdd(arguments.started, 1);
         give_up_without_room(arguments);
+        give_up_behind(arguments, exchange);
         if (arguments.done >= 0 && blockIdx.x == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
         send(shared.warps[warp], shared.rows[warp], arguments, exchange, blockIdx.x * WARPS + warp);
         __syncthreads();
@@ -133,6 +134,13 @@ struct ExchangeSend {
         if (arguments.sent || blockIdx.x || threadIdx.x) return;
         i32 met = -__ldg(arguments.came);
         if (met > 0) peers.give_up(failure_of(peers.rank, peers.rank, Step::ROWS, (met + ROUGHLY - 1) / ROUGHLY));
+    }
+
+    // Whoever has not read the exchange before would read it now, for this one.
+    static __device__ __forceinline__ void give_up_behind(const Arguments& arguments, u32 exchange) {
+        const Peers& peers = arguments.peers;
+        if (blockIdx.x || threadIdx.x || exchange_of(peers.words(peers.rank).ended[peers.slot]) == exchange) return;
+        peers.give_up(failure_of(peers.rank, peers.rank, Step::LEFT, peers.slot));
     }
 
     // By a warp. The ring has parts, a batch each: one that leaves, and others on their way to it.

@@ -26,8 +26,9 @@ struct PeerWords {
     u64 arrived[SLOTS][RANKS][CHANNELS];
 };
 
-// What a rank was doing when it gave up: for the last one it was not waiting for anybody, but had no room for rows of experts.
-enum class Step { SEND, RECEIVE, HOME, ROWS };
+// What a rank was doing when it gave up. For the last two it was not waiting for anybody: it had no room for rows of experts; or
+// it has never read all of the exchange before, in that slot, since something failed on its host.
+enum class Step { SEND, RECEIVE, HOME, ROWS, LEFT };
 constexpr i32 ROUGHLY = 128;  // what these are counted in
 
 // As one word that is never zero: who waited for whom, in which step of the exchange in which slot.
