@@ -14,12 +14,13 @@ import torch
 from packaging.version import Version
 from torch import fx
 
-from moecompile import cache
+from moecompile import cache, ordering
 from moecompile.bodies import text_of
 from moecompile.exchange_order import keep_exchanges
 from moecompile.options import Options
 from moecompile.passes.decompose import decompose
 from moecompile.passes.dispatch_again import dispatch_again
+from moecompile.passes.overlap import Plan
 from moecompile.passes.printer import input_names
 from moecompile.passes.quantized_travel import let_rows_travel_quantized
 from moecompile.passes.recast import Counts, recast
@@ -27,6 +28,7 @@ from moecompile.report import GraphReport, discard
 
 Compiled = Callable[..., Any]
 Seen = Callable[[str, fx.GraphModule], None]
+Ordered = Callable[[str, fx.GraphModule], Plan | None]
 
 # the region's name reaches compile_fx since this release
 _NAMED_REGIONS = Version(torch.__version__) >= Version("2.13")
@@ -68,10 +70,14 @@ def _lower(
         if options.ep_dispatch_again:
             kept.extend(_of_dispatches(dispatch_again(graph)))
 
+    def ordered(kind: str, graph_module: fx.GraphModule) -> Plan | None:
+        fuses = options.lowering == "inductor"
+        return ordering.order(kind, graph_module, record, fuses) if options.overlap else None
+
     changes = options.precision == "fp8" or options.fp8_recast_weights or options.ep_dispatch_again
     joint = change if changes else None
     if options.lowering == "eager":
-        compiled = eager(gm, example_inputs, seen=note, joint=joint)
+        compiled = eager(gm, example_inputs, seen=note, joint=joint, ordered=ordered)
         record.notes += kept
         return compiled
 
@@ -85,7 +91,9 @@ def _lower(
         sidecar.write(kind, getattr(record, kind))
 
     patches = cache.salted(patches, salt, joint)
-    compiled = inductor(gm, example_inputs, patches=patches, seen=note_and_store, name=name)
+    if options.overlap:  # a rank that finds what it has compiled before would not meet the others
+        patches["force_disable_caches"] = True
+    compiled = inductor(gm, example_inputs, patches=patches, seen=note_and_store, name=name, ordered=ordered)
     record.cached = "miss" if record.forward else "hit"
     if kept:
         sidecar.write("kept", "; ".join(kept))
@@ -133,6 +141,7 @@ def inductor(
     patches: Mapping[str, Any],
     seen: Seen,
     name: str | None = None,
+    ordered: Ordered | None = None,
 ) -> Compiled:
     """Compiles with Inductor.
 
@@ -143,14 +152,19 @@ def inductor(
             call, because the backward graph is compiled later and Inductor applies them again then.
         seen: called with each graph after Inductor's joint passes, before its post-grad passes.
         name: name of the compiled region, as in `torch.compile(name=...)`; used where torch supports it.
+        ordered: orders each graph before that; the order is kept if it says what was planned.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
-        seen("backward" if settings.get("is_backward") else "forward", graph_module)
+        kind = "backward" if settings.get("is_backward") else "forward"
+        planned = None if ordered is None else ordered(kind, graph_module)
+        seen(kind, graph_module)
         if decompose(graph_module.graph, select_decomp_table()):
             graph_module.recompile()
+        if planned is not None:
+            ordering.keep(graph_module, planned)
         return compile_fx_inner(graph_module, inputs, **settings)
 
     keep_exchanges()
@@ -165,11 +179,12 @@ def eager(
     *,
     seen: Seen,
     joint: Callable[[fx.Graph], object] | None = None,
+    ordered: Ordered | None = None,
 ) -> Compiled:
     """Runs AOTAutograd's forward and backward graphs operator by operator with PyTorch: no decomposition, no Inductor.
 
     It tells our work from Inductor's when numbers differ, and keeps tests quick. `joint` is a pass over both graphs
-    before they are divided.
+    before they are divided, `ordered` orders each of them afterwards.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -177,6 +192,8 @@ def eager(
 
     def compiler(kind: str) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
         def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            if ordered is not None:
+                ordered(kind, graph_module)
             seen(kind, graph_module)
             return boxed_nop(graph_module, list(inputs))
 

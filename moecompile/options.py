@@ -162,6 +162,12 @@ class Options:
         "seconds that these kernels wait for another rank; then all ranks give up, results are NaN, and the next step "
         "of an optimizer raises an error that says who has waited for whom",
     )
+    overlap: bool = _option(
+        False,
+        "orders the operators of compiled graphs so that what travels between ranks does so while others compute, "
+        "where that is predicted to be faster; every rank has to give the same; the report says what is predicted. "
+        "Compiled code is not taken from torch's caches then",
+    )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = dataclasses.field(

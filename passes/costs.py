@@ -217,8 +217,13 @@ def _moved(node: fx.Node) -> sympy.Expr:
 def bytes_of(node: fx.Node) -> sympy.Expr:
     """Bytes of a node's results, as far as they are memory of their own."""
     packet = getattr(node.target, "overloadpacket", node.target)
-    if packet in VIEWS or node.op != "call_function":
+    if packet in VIEWS or packet is c10d.wait_tensor or node.op != "call_function":
         return ZERO
+    return held_by(node)
+
+
+def held_by(node: fx.Node) -> sympy.Expr:
+    """Bytes of the tensors that a node stands for."""
     return sum((_bytes(each) for each in tree_leaves(_value(node)) if isinstance(each, Tensor)), ZERO)
 
 

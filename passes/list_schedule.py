@@ -2,14 +2,15 @@
 
     while there are tasks left:
         begin what sends as soon as it is ready, and what takes no time
-        else compute what is ready, the longest way to the end first
+        else compute what is ready, in one of two orders
         else wait for what arrives first
 
 The device computes one task after the other, in their order. What a task sends is on its way from then on, behind what
 its link carries already, and takes multiprocessors from what is computed meanwhile. A task that receives begins when
 all that it waits for has arrived. Of ready tasks the one with the longest way to the end goes first, so that gradients
-of matrices, which nobody waits for, come last and fill the gaps. With more memory held than there is budget for, the
-task goes first that gives most of it back.
+of matrices, which nobody waits for, come last and fill the gaps; or the one after which something is sent soonest: both
+are tried, and the faster order is taken. With more memory held than there is budget for, the task goes first that gives
+most of it back.
 """
 
 from __future__ import annotations
@@ -126,9 +127,18 @@ def schedule(tasks: Sequence[Task], budget: float | None = None) -> Timeline:
     Raises:
         ScheduleError: tasks wait for each other in a circle.
     """
-    machine, ways, ready = _Machine(tasks), _ways(tasks), _Ready(tasks)
+    ways, sendings = _ways(tasks), _sendings(tasks)
+    longest = [(-way, number) for number, way in enumerate(ways)]
+    soonest = [(sending, *rest) for sending, rest in zip(sendings, longest, strict=True)]
+    found = [_in_turn(tasks, first, budget) for first in (longest, soonest)]
+    return min(found, key=lambda each: each.makespan)
+
+
+def _in_turn(tasks: Sequence[Task], first: Sequence[tuple[float, ...]], budget: float | None) -> Timeline:
+    """Of ready tasks the one whose entry in `first` is the least."""
+    machine, ready = _Machine(tasks), _Ready(tasks)
     while len(machine.order) < len(tasks):
-        number = _next(tasks, machine, ways, ready, budget)
+        number = _next(tasks, machine, first, ready, budget)
         machine.run(number)
         ready.done(number)
     return machine.timeline()
@@ -145,31 +155,46 @@ def better(tasks: Sequence[Task], given: Sequence[int], gain: float, budget: flo
 
 
 def _next(
-    tasks: Sequence[Task], machine: _Machine, ways: Sequence[float], ready: _Ready, budget: float | None
+    tasks: Sequence[Task], machine: _Machine, first: Sequence[tuple[float, ...]], ready: _Ready, budget: float | None
 ) -> int:  # fmt: skip
     """The task to run now."""
     if not ready.numbers:
         raise ScheduleError(f"tasks wait for each other: {', '.join(tasks[each].name for each in machine.left()[:8])}")
     arrived = [each for each in ready.numbers if machine.arrival(each) <= machine.now]
     if not arrived:
-        return min(ready.numbers, key=lambda each: (machine.arrival(each), -ways[each], each))
+        return min(ready.numbers, key=lambda each: (machine.arrival(each), first[each]))
     at_once = [each for each in arrived if tasks[each].sends is not None or not tasks[each].duration]
     if at_once:
-        return min(at_once, key=lambda each: (-ways[each], each))
+        return min(at_once, key=first.__getitem__)
     if budget is not None:
         fitting = [each for each in arrived if machine.held + tasks[each].makes <= budget]
         if not fitting:
-            return max(arrived, key=lambda each: (machine.freed(each) - tasks[each].makes, ways[each], -each))
+            return min(arrived, key=lambda each: (tasks[each].makes - machine.freed(each), first[each]))
         arrived = fitting
-    return min(arrived, key=lambda each: (-ways[each], each))
+    return min(arrived, key=first.__getitem__)
+
+
+def _users(tasks: Sequence[Task]) -> list[list[int]]:
+    """Of each task those that come after it."""
+    users: list[list[int]] = [[] for _ in tasks]
+    for number, task in enumerate(tasks):
+        for before in {*task.after}:
+            users[before].append(number)
+    return users
+
+
+def _sendings(tasks: Sequence[Task]) -> list[float]:
+    """Of each task the seconds that are computed until something can be sent; infinite if nothing is."""
+    users, found = _users(tasks), [float("inf")] * len(tasks)
+    for number in reversed(_sorted(tasks)):
+        behind = min((found[user] for user in users[number]), default=float("inf"))
+        found[number] = 0.0 if tasks[number].sends else tasks[number].duration + behind
+    return found
 
 
 def _ways(tasks: Sequence[Task]) -> list[float]:
     """Of each task the seconds from its beginning to the program's end, if nothing but what depends on it took time."""
-    users: list[list[int]] = [[] for _ in tasks]
-    for number, task in enumerate(tasks):
-        for before in task.after:
-            users[before].append(number)
+    users = _users(tasks)
     ways = [0.0] * len(tasks)
     for number in reversed(_sorted(tasks)):
         task = tasks[number]
@@ -198,11 +223,7 @@ class _Ready:
     """Tasks all of whose predecessors have run, in the order in which they became so."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._missing = [len({*task.after}) for task in tasks]
-        self._users: list[list[int]] = [[] for _ in tasks]
-        for number, task in enumerate(tasks):
-            for before in {*task.after}:
-                self._users[before].append(number)
+        self._missing, self._users = [len({*task.after}) for task in tasks], _users(tasks)
         self.numbers = dict.fromkeys(number for number, missing in enumerate(self._missing) if not missing)
 
     def done(self, number: int) -> None:

@@ -7,12 +7,12 @@ Contract
   that read it before and after; what draws random numbers, has an effect or is not known to be pure stays in its order,
   and so do exchanges that have the same slot of the kernels' memory, with their waits.
 - The order is the given one unless another is predicted to be faster by GAIN (`moecompile.passes.list_schedule`), and
-  to hold no more than the given one does, or than there is budget for.
+  to hold no more than MEMORY times what the given one does.
 - Communication may come in another order than before. All ranks have to run it in the same one: the caller sees to it.
 
     tasks = one for each node, with the parts that are taken from it
     order = list schedule of the tasks, with what they cost on this hardware
-    move nodes into that order, if it is better
+    move nodes into that order, if it is better and all ranks have it
 """
 
 from __future__ import annotations
@@ -26,66 +26,83 @@ import torch
 from torch import fx
 
 from moecompile.passes.aliases import Aliases
-from moecompile.passes.costs import COLLECTIVES, STARTS, bytes_of, cost_of
+from moecompile.passes.costs import COLLECTIVES, STARTS, bytes_of, cost_of, held_by
 from moecompile.passes.hardware import Hardware
 from moecompile.passes.joint_graph import argument, operator_of
-from moecompile.passes.list_schedule import Sending, Task, Timeline, better, simulate
+from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, better, simulate
 
 ops, c10d = torch.ops.moecompile, torch.ops._c10d_functional
 GAIN = 0.03
 """A prediction is no more exact than that: with less to gain, the order stays."""
+MEMORY = 1.1
+"""How many times what the given order holds at once, with the graph's inputs."""
 WAITS = (*STARTS.values(), c10d.wait_tensor)
 EXCHANGES = (*STARTS.keys(), *STARTS.values())
 Sizes = Mapping[sympy.Symbol, int]
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Plan:
     """What is predicted of a graph.
 
     Attributes:
-        before: in the order that it had.
-        after: in the one that it has now; the same object if that is the old one.
-        names: of the tasks.
+        before: in the order that it has.
+        after: in the better one; the same object if there is none.
+        names: of the nodes that are tasks, as they come now.
+        anchors: of these the ones that begin or await communication, or compute for a while.
     """
 
     before: Timeline
     after: Timeline
     names: tuple[str, ...]
+    anchors: frozenset[str]
 
     @property
-    def moved(self) -> bool:
-        """Whether nodes have moved."""
+    def moves(self) -> bool:
+        """Whether there is a better order."""
         return self.after is not self.before
 
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of nodes in the better order."""
+        return tuple(self.names[number] for number in self.after.order)
 
-def overlap(
-    graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, share: float = 0.0, budget: float | None = None
-) -> Overlap:
-    """Moves nodes in place; returns what is predicted. The caller recompiles the GraphModule.
+
+def plan(
+    graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, fuses: bool = False, share: float = 0.0,
+    memory: float = MEMORY,
+) -> Plan:  # fmt: skip
+    """The better order, if there is one, and what is predicted of both.
 
     Args:
         graph: of AOTAutograd's.
         hardware: that it is to run on.
         sizes: numbers for its symbols.
+        fuses: whether what is computed by element is fused with those that alone read it, and so costs nothing.
         share: of the multiprocessors that communication takes.
-        budget: bytes of results that are held at once, if that can be.
+        memory: how many times what the given order holds at once, with the graph's inputs, the better one may.
     """
     nodes = _movable(graph)
-    tasks = _tasks(graph, nodes, hardware, sizes, share)
-    before = simulate(tasks, range(len(tasks)))
-    after = better(tasks, range(len(tasks)), GAIN, budget)
-    if after.order == before.order:
-        after = before
-    else:
-        _move(graph, [nodes[number] for number in after.order])
-    return Overlap(before, after, tuple(node.name for node in nodes))
+    tasks = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
+    given = range(len(tasks))
+    before = simulate(tasks, given)
+    inputs = float(sum((held_by(node) for node in graph.find_nodes(op="placeholder")), sympy.Integer(0)).subs(sizes))
+    after = better(tasks, given, GAIN, memory * (inputs + before.peak) - inputs)
+    anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
+    found = before if after.order == before.order else after
+    return Plan(before, found, tuple(node.name for node in nodes), frozenset(anchors))
 
 
-def predicted(graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, share: float = 0.0) -> Timeline:
-    """What is predicted of a graph as it is."""
-    nodes = _movable(graph)
-    return simulate(_tasks(graph, nodes, hardware, sizes, share), range(len(nodes)))
+def move(graph: fx.Graph, order: Sequence[str]) -> None:
+    """Moves the nodes of these names, all but inputs and output, into that order. The caller recompiles the module."""
+    nodes = {node.name: node for node in _movable(graph)}
+    if nodes.keys() != {*order}:
+        raise ScheduleError(f"expected an order of all {len(nodes)} nodes of the graph, got {len({*order})} names")
+    (output,) = graph.find_nodes(op="output")
+    for name in order:
+        for each in (nodes[name], *_parts(nodes[name])):
+            output.prepend(each)
+    graph.lint()
 
 
 def _movable(graph: fx.Graph) -> list[fx.Node]:
@@ -104,13 +121,6 @@ def _whole(node: fx.Node) -> fx.Node:
     return node
 
 
-def _move(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
-    (output,) = graph.find_nodes(op="output")
-    for node in order:
-        for each in (node, *_parts(node)):
-            output.prepend(each)
-
-
 def _parts(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
         if _is_part(user):
@@ -118,7 +128,25 @@ def _parts(node: fx.Node) -> Iterator[fx.Node]:
             yield from _parts(user)
 
 
-def _tasks(graph: fx.Graph, nodes: Sequence[fx.Node], hardware: Hardware, sizes: Sizes, share: float) -> list[Task]:
+def _fused(graph: fx.Graph) -> frozenset[fx.Node]:
+    """What is computed by element and read by nothing else than such operators and sums: never in memory."""
+
+    def takes(node: fx.Node) -> bool:
+        tags = getattr(node.target, "tags", ())
+        return torch.Tag.pointwise in tags or getattr(torch.Tag, "reduction", torch.Tag.pointwise) in tags
+
+    nodes = [node for node in graph.nodes if node.op == "call_function"]
+    return frozenset(
+        node
+        for node in nodes
+        if torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.users and all(map(takes, node.users))
+    )
+
+
+def _tasks(
+    graph: fx.Graph, nodes: Sequence[fx.Node], hardware: Hardware, sizes: Sizes, share: float,
+    fused: frozenset[fx.Node],
+) -> list[Task]:  # fmt: skip
     numbers, kept = {node: number for number, node in enumerate(nodes)}, _kept_in_order(graph)
     found = list[Task]()
     for node in nodes:
@@ -129,8 +157,8 @@ def _tasks(graph: fx.Graph, nodes: Sequence[fx.Node], hardware: Hardware, sizes:
         if cost.link is not None:
             sends = Sending(cost.sending(hardware, sizes), f"{cost.link} {cost.group}", share)
         begun = [each for each in after if _packet(node) in WAITS and found[each].sends is not None]
-        held = sum((bytes_of(each) for each in (node, *_parts(node))), sympy.Integer(0))
-        duration = 0.0 if sends is not None else cost.computing(hardware, sizes)
+        held = sympy.Integer(0) if node in fused else bytes_of(node)
+        duration = 0.0 if sends is not None or node in fused else cost.computing(hardware, sizes)
         found.append(Task(node.name, duration, tuple(after), sends, tuple(begun), float(held.subs(sizes))))
     return found
 

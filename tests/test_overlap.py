@@ -15,7 +15,8 @@ from torch.distributed import _functional_collectives as functional
 from moecompile.lowering import eager
 from moecompile.passes import costs
 from moecompile.passes.hardware import Hardware, Link
-from moecompile.passes.overlap import Overlap, overlap, predicted
+from moecompile.passes.list_schedule import ScheduleError
+from moecompile.passes.overlap import Plan, move, plan
 
 c10d, aten = torch.ops._c10d_functional, torch.ops.aten
 TOKENS, FEATURES = 64, 64
@@ -83,47 +84,56 @@ def stepped(run: Any, model: nn.Module) -> list[Tensor]:
     return [result, *(each for each in gradients if each is not None)]
 
 
+def overlap(graph: fx.Graph) -> Plan:
+    """Moves nodes, if that is better; it may hold twice as much."""
+    found = plan(graph, SLOW, {}, memory=2)
+    if found.moves:
+        move(graph, found.order)
+    return found
+
+
 def places(graph: fx.Graph, target: Any) -> list[int]:
     """Of calls of that, among all nodes."""
     return [number for number, node in enumerate(graph.nodes) if node.target is target]
 
 
 def test_micro_batches_hide_each_others_exchange() -> None:
-    model, found = Layer(2), dict[str, Overlap]()
+    model, found = Layer(2), dict[str, Plan]()
 
     def change(kind: str, gm: fx.GraphModule) -> None:
-        found[kind] = overlap(gm.graph, SLOW, {})
-        gm.graph.lint()
+        found[kind] = overlap(gm.graph)
         gm.recompile()
         starts, waits = (places(gm.graph, each.default) for each in (c10d.all_to_all_single, c10d.wait_tensor))
-        assert len(starts) == len(waits) == 4 and starts[1] < waits[0], "one travels at a time"
+        assert len(starts) == len(waits) == 4
+        between = list(gm.graph.nodes)[starts[0] : waits[0]]
+        assert any(node.target is aten.mm.default for node in between), "nothing is computed while rows travel"
 
     right = stepped(model, model)
     for one, other in zip(stepped(compiled(change, model), model), right, strict=True):
         assert torch.equal(one, other)
     assert found.keys() == {"forward", "backward"}
     for each in found.values():
-        assert each.moved and each.after.exposed < 0.5 * each.before.exposed
+        assert each.moves and each.after.exposed < 0.5 * each.before.exposed
         assert each.after.makespan <= 0.97 * each.before.makespan and each.after.busy == pytest.approx(each.before.busy)
 
 
 def test_gradients_of_matrices_come_while_others_travel() -> None:
     """In the backward of one micro-batch there is nothing else."""
-    model, found = Layer(1), dict[str, Overlap]()
+    model, found = Layer(1), dict[str, Plan]()
 
     def change(kind: str, gm: fx.GraphModule) -> None:
-        found[kind] = overlap(gm.graph, SLOW, {})
+        found[kind] = overlap(gm.graph)
         gm.recompile()
 
     right = stepped(model, model)
     assert all(torch.equal(*both) for both in zip(stepped(compiled(change, model), model), right, strict=True))
-    assert not found["forward"].moved, "there is nothing to hide it behind"
-    assert found["backward"].moved and found["backward"].after.exposed < found["backward"].before.exposed
+    assert not found["forward"].moves, "there is nothing to hide it behind"
+    assert found["backward"].moves and found["backward"].after.exposed < found["backward"].before.exposed
 
 
 def test_what_is_predicted_of_one_exchange() -> None:
     def change(kind: str, gm: fx.GraphModule) -> None:
-        times.append(predicted(gm.graph, SLOW, {}))
+        times.append(plan(gm.graph, SLOW, {}).before)
 
     times = list[Any]()
     with torch.no_grad():
@@ -160,10 +170,9 @@ def test_what_is_written_stays_between_its_readers(alone: str) -> None:
 
     x, buffer = torch.randn(64, 64), torch.randn(64, 64)
     traced = graph_of(function, x, buffer)
-    found = overlap(traced.graph, SLOW, {})
-    traced.graph.lint()
+    found = overlap(traced.graph)
     traced.recompile()
-    assert found.moved and found.after.exposed == 0
+    assert found.moves and found.after.exposed == 0
     right, mine = buffer.clone(), buffer.clone()
     assert all(torch.equal(*both) for both in zip(traced(x, mine), function(x, right), strict=True))
     assert torch.equal(mine, right)
@@ -178,7 +187,7 @@ def test_random_numbers_stay_in_their_order(alone: str) -> None:
 
     x = torch.randn(64, 64)
     traced = graph_of(function, x)
-    assert overlap(traced.graph, SLOW, {}).moved
+    assert overlap(traced.graph).moves
     traced.recompile()
     draws = [node for node in traced.graph.nodes if "rand" in str(node.target)]
     assert [node.name for node in draws] == sorted(node.name for node in draws)
@@ -199,6 +208,14 @@ def test_nothing_moves_for_less_than_it_may_be_wrong(alone: str) -> None:
 
     traced = graph_of(function, torch.randn(64, 64))
     names = [node.name for node in traced.graph.nodes]
-    found = overlap(traced.graph, SLOW, {})
-    assert not found.moved and names == [node.name for node in traced.graph.nodes]
+    found = overlap(traced.graph)
+    assert not found.moves and names == [node.name for node in traced.graph.nodes]
     assert 0 < found.before.exposed < 0.03 * found.before.makespan
+
+
+def test_an_order_is_of_all_nodes(alone: str) -> None:
+    traced = graph_of(lambda x: (x @ x, c10d.wait_tensor(travels(x, alone))), torch.randn(64, 64))
+    with pytest.raises(ScheduleError, match="expected an order of all 3 nodes of the graph, got 1 names"):
+        move(traced.graph, ["mm"])
+    with pytest.raises(RuntimeError, match="before"):
+        move(traced.graph, ["mm", "wait_tensor", "all_to_all_single"])

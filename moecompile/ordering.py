@@ -1,0 +1,148 @@
+"""The option `overlap`: graphs of AOTAutograd's are ordered so that what travels between ranks is hidden.
+
+    for each graph, forward and backward, when it is compiled:
+        plan an order (passes/overlap.py), with what it costs on this device
+        all ranks that it exchanges something with hear each other's; unless all have the same, the graph stays as it is
+        move nodes into that order, and have Inductor keep it
+
+Inductor orders operators anew, by what memory they need. What begins or awaits communication, and what computes for a
+while, is chained to what comes before it, so that the order survives; the rest is free to be fused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+
+import sympy
+import torch
+from torch import distributed, fx
+
+from moecompile import ranks
+from moecompile.agreement import DisagreementError
+from moecompile.passes import hardware
+from moecompile.passes.costs import cost_of
+from moecompile.passes.list_schedule import Timeline
+from moecompile.passes.overlap import Plan, move, plan
+from moecompile.report import GraphReport
+from moecompile.runtime.sharded import process_group
+
+log = logging.getLogger("moecompile")
+_agreed: dict[str, tuple[str, ...] | None] = {}
+"""By graph: the order that all ranks have; None where they have several, and the graph stays as it is."""
+
+
+def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = False) -> Plan | None:
+    """Orders a graph in place, and says so in its record; what was planned if there is anything to hide.
+
+    Args:
+        kind: "forward" or "backward".
+        gm: of AOTAutograd's.
+        record: of the graph that it belongs to.
+        fuses: whether Inductor is to compile it.
+
+    Raises:
+        DisagreementError: not all ranks compile such a graph.
+    """
+    groups = _groups(gm.graph)
+    if not groups:
+        return None
+    sizes = _sizes(gm.graph)
+    if sizes is None:
+        record.notes.append(f"overlap: {kind}: nothing is ordered, for there are sizes that nobody knows yet")
+        return None
+    found = plan(gm.graph, _device(), sizes, fuses=fuses)
+    agreed = _agree(kind, gm.graph, groups, found)
+    if agreed is None:
+        record.notes.append(f"overlap: {kind}: nothing is ordered, for ranks would have different orders")
+        return None
+    if agreed != found.names:
+        move(gm.graph, agreed)
+        gm.recompile()
+    record.notes.append(f"overlap: {kind}: {_words(found)}")
+    return found
+
+
+def keep(gm: fx.GraphModule, found: Plan) -> None:
+    """Has Inductor keep the order that the graph has, of what it was planned for."""
+    from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+    from torch.utils._ordered_set import OrderedSet
+
+    chain, last = dict[fx.Node, OrderedSet[fx.Node]](), None
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node.name not in found.anchors:
+            continue
+        if last is not None and last not in node.all_input_nodes:
+            chain[node] = OrderedSet([last])
+        last = node
+    preserve_node_ordering(gm.graph, chain)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def forget() -> None:
+    """Ranks agree anew; all of them have to forget."""
+    _agreed.clear()
+
+
+def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> tuple[str, ...] | None:
+    """The order that all ranks of these groups have; None if they have several.
+
+    They meet when they first compile such a graph. Who compiles it once more, for other sizes, may be the only one.
+    """
+    words = [(node.name, str(node.target)) for node in graph.nodes]
+    subject = hashlib.sha256(json.dumps([kind, *groups, *words]).encode()).hexdigest()
+    if subject not in _agreed:
+        members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
+        mine = json.dumps(found.order)
+        heard = ranks.words_of_all(hashlib.sha256(mine.encode()).hexdigest(), f"order {subject}", members)
+        if heard is None:
+            raise DisagreementError(
+                f"moecompile: not all of the ranks {members}, which exchange something in this graph, compiled it "
+                f"within {ranks.PATIENCE}. Each of them has to call the model, with the same options; or leave out "
+                "`overlap`"
+            )
+        _agreed[subject] = found.order if len({*heard}) == 1 else None
+    return _agreed[subject]
+
+
+def _groups(graph: fx.Graph) -> list[str]:
+    """Of ranks that the graph exchanges something with."""
+    found = {cost.group for node in graph.nodes if (cost := cost_of(node)).group is not None}
+    return sorted(filter(None, found))
+
+
+def _sizes(graph: fx.Graph) -> dict[sympy.Symbol, int] | None:
+    """Numbers for the graph's symbols, of the call that is being compiled; None if one has none."""
+    found, met = dict[sympy.Symbol, int](), set[sympy.Symbol]()
+    for node in graph.nodes:
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+            for size in sizes:
+                if not isinstance(size, torch.SymInt):
+                    continue
+                expression = size.node.expr
+                met |= expression.free_symbols
+                if isinstance(expression, sympy.Symbol) and size.node.hint is not None:
+                    found[expression] = int(size.node.hint)
+    return found if met <= found.keys() else None
+
+
+def _device() -> hardware.Hardware:
+    """What costs are reckoned for: this GPU; or, where it is not known or there is none, another."""
+    known = hardware.like(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return known or hardware.named(hardware.DEFAULT)
+
+
+def _words(found: Plan) -> str:
+    """What is predicted."""
+    device = f"predicted of {_device().title}"
+    if not found.moves:
+        return f"its order stays, {device}: {_times(found.before)}"
+    return f"ordered, {device}: {_times(found.after)}; as it was {_times(found.before)}"
+
+
+def _times(timeline: Timeline) -> str:
+    return f"{1e6 * timeline.makespan:.0f} us, of which {1e6 * timeline.exposed:.0f} wait for other ranks"

@@ -1,0 +1,191 @@
+"""Graphs of several ranks whose communication is hidden (tests/test_ordering.py)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, fx, nn
+from torch.distributed import _functional_collectives as functional
+from torch.nn import functional as F
+
+import moecompile
+from expert_parallel_models import Block, close, mesh_of
+from moecompile import lowering, ordering, report
+from moecompile.passes import hardware
+
+c10d = torch.ops._c10d_functional
+TOKENS, FEATURES = 64, 64
+SLOW = hardware.Hardware(
+    "slow", "Slow", 100, {"float32": 1e9, "bfloat16": 1e9}, 1e12, {"nvlink": hardware.Link(2e7, 0.0)}, 0.0
+)
+"""On which products take as long as sending rows."""
+
+
+class Layer(nn.Module):
+    """Micro-batches that follow each other, whose rows travel to other ranks and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.experts, self.last = (nn.Parameter(torch.randn(FEATURES, FEATURES) / 8) for _ in range(3))
+
+    def exchanged(self, x: Tensor) -> Tensor:
+        group: Any = distributed.group.WORLD
+        rows = [x.shape[0] // distributed.get_world_size()] * distributed.get_world_size()
+        return functional.all_to_all_single_autograd(x, rows, rows, group)
+
+    def one(self, x: Tensor) -> Tensor:
+        hidden = self.exchanged(torch.sin(x @ self.attention))
+        return self.exchanged(torch.sin(hidden @ self.experts)) @ self.last + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(each) for each in x.chunk(2)])
+
+
+class Shared(nn.Module):
+    """Experts whose tokens are exchanged, and a shared one, which nobody waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = Block()
+        self.up, self.down = (nn.Linear(64, 64, dtype=torch.bfloat16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.block(x) + self.down(F.silu(self.up(x)))
+        return result
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="moecompile", fullgraph=True, options={"overlap": True, **options})
+
+
+def stepped(run: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The result and all gradients."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    result = run(x)
+    result.backward(torch.cos(result.detach()))
+    gradients = [x.grad, *(parameter.grad for parameter in model.parameters())]
+    return [result, *(each for each in gradients if each is not None)]
+
+
+def rows_of(rank: int) -> Tensor:
+    return torch.randn(2 * TOKENS, FEATURES, generator=torch.Generator().manual_seed(rank))
+
+
+def notes() -> str:
+    return " ".join(moecompile.last_report().graphs[-1].notes)
+
+
+KINDS = {"all_to_all_single": "begin", "wait_tensor": "wait", "mm": "compute", "addmm": "compute"}
+CALLS = re.compile(r"^\s*(?:\w+ = )?(?:torch\.ops\._c10d_functional|extern_kernels)\.(\w+)", re.MULTILINE)
+
+
+def in_code(code: str) -> list[str]:
+    """What begins, awaits and computes, as generated code calls it."""
+    return [KINDS[each] for each in CALLS.findall(code[code.index("def call(") :])]
+
+
+def in_orders() -> list[list[str]]:
+    """The same of orders that ranks have agreed on: forward, backward."""
+    names = [[re.sub(r"_\d+$", "", name) for name in order or ()] for order in ordering._agreed.values()]
+    return [[KINDS[each] for each in order if each in KINDS] for order in names]
+
+
+def on(device: hardware.Hardware, run: Callable[[], Any]) -> Any:
+    """Planned for that device, and agreed on anew."""
+    known = ordering._device
+    vars(ordering)["_device"] = lambda: device
+    ordering.forget()
+    try:
+        return run()
+    finally:
+        vars(ordering)["_device"] = known
+
+
+def check_eager(rank: int, ranks: int) -> None:
+    model = Layer()
+    right = stepped(model, model, rows_of(rank))
+    ordering.forget()
+    found = stepped(compiled(model, lowering="eager"), model, rows_of(rank))
+    assert all(torch.equal(*both) for both in zip(found, right, strict=True))
+    said = notes()
+    assert "overlap: forward: ordered, predicted of H200 SXM" in said and "overlap: backward: ordered" in said, said
+    assert in_orders()[0][:3] == ["compute", "begin", "compute"]
+
+
+def check_inductor_keeps_the_order(rank: int, ranks: int) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = Layer()
+    right = stepped(model, model, rows_of(rank))
+    found, code = on(SLOW, lambda: run_and_get_code(lambda: stepped(compiled(model), model, rows_of(rank))))
+    close(found, right, 1e-5)
+    orders = in_orders()
+    assert len(code) == len(orders) == 2 and [in_code(each) for each in code] == orders
+    assert all(each.count("begin") == 4 for each in orders), orders
+    assert all(each[each.index("begin") + 1] == "compute" for each in orders), orders
+
+
+def check_ranks_that_would_differ(rank: int, ranks: int) -> None:
+    """All keep the order that they were given."""
+    model = Layer()
+    right = stepped(model, model, rows_of(rank))
+    device = SLOW if rank else replace(SLOW, memory=1.0)  # a second a byte: there is nothing to gain
+    found = on(device, lambda: stepped(compiled(model, lowering="eager"), model, rows_of(rank)))
+    assert all(torch.equal(*both) for both in zip(found, right, strict=True))
+    assert "forward: nothing is ordered, for ranks would have different orders" in notes()
+    assert in_orders() == [[], []]
+
+
+def check_a_rank_that_compiles_once_more(rank: int, ranks: int) -> None:
+    """For other sizes: it takes the order that was agreed on, and meets nobody."""
+    model = Layer()
+    ordering.forget()
+    stepped(compiled(model, lowering="eager"), model, rows_of(rank))
+    agreed, seen = in_orders(), list[list[str]]()
+
+    def alone(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        record = report.GraphReport.of(gm)
+        lowering.eager(
+            gm, inputs, seen=lambda _, graph: seen.append([node.name for node in graph.graph.nodes]),
+            ordered=lambda kind, graph: ordering.order(kind, graph, record),
+        )  # fmt: skip
+        return lambda *args: (args[0],)  # others do not run it
+
+    if rank == 0:
+        torch._dynamo.reset()
+        x = torch.cat([rows_of(rank)] * 2).requires_grad_()
+        torch.compile(copy.deepcopy(model), backend=alone, fullgraph=True, dynamic=False)(x)
+        kinds = [re.sub(r"_\d+$", "", name) for name in seen[0]]
+        assert [KINDS[each] for each in kinds if each in KINDS] == agreed[0]
+
+
+def check_shared_experts(rank: int, ranks: int) -> None:
+    """Of a block whose tokens travel: what reads nothing of it comes in between."""
+    model = Shared()
+    whole = copy.deepcopy(model)
+    moecompile.shard_experts(model, mesh_of(ranks), gradients="sum")
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    with torch.no_grad():
+        right = whole(x)
+        for way in ("eager", "inductor"):
+            close([on(SLOW, partial(compiled(model, lowering=way), x))], [right], 6e-3)
+            assert "overlap: forward: " in notes(), notes()
+            graph = str(moecompile.last_report().graphs[-1].forward)
+            begun, came = graph.index("dispatch_start"), graph.index("dispatch_wait")
+            assert "mm" in graph[begun:came], notes() + graph
+
+
+def check_nothing_to_order(rank: int, ranks: int) -> None:
+    model = nn.Linear(8, 8)
+    compiled(model, lowering="eager")(torch.ones(2, 8))
+    assert "overlap" not in notes()
