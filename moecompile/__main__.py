@@ -1,4 +1,4 @@
-"""`python -m moecompile explain|doctor|demo|bench|cache`."""
+"""`python -m moecompile explain|doctor|demo|bench|simulate|cache`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The command line, `python -m moecompile explain|doctor|demo|bench|cache`: each verb loads what it needs, no more."""
+"""The command line, `python -m moecompile explain|doctor|demo|bench|simulate|cache`.
+
+Each verb loads what it needs, no more.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ and the dict of keyword arguments that it is called with.
 """
 
 # Verbs that read their own arguments, --help included: the function `main` of the module of that name.
-READ_THEIR_OWN = ("demo", "bench")
+READ_THEIR_OWN = ("demo", "bench", "simulate")
 
 
 class UsageError(Exception):
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moecompile", description="The moecompile backend of torch.compile."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|doctor|demo|bench|cache")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|doctor|demo|bench|simulate|cache")
     explain = verbs.add_parser(
         "explain",
         help="what moecompile does with a model",
@@ -86,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     verbs.add_parser("demo", help="compiles real architectures, checks them against eager, trains a few steps")
     verbs.add_parser("bench", help="measures the kernels, and what a user would otherwise have, on a Hopper GPU")
+    verbs.add_parser("simulate", help="pipeline schedules in time: bubbles, activations, a figure")
     cache = verbs.add_parser("cache", help="the compiled kernels on disk: how many, where, and how to be rid of them")
     cache.add_argument("--clear", action="store_true", help="delete them; they are compiled again when they are needed")
     cache.set_defaults(run=_cache)
