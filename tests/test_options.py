@@ -49,6 +49,7 @@ def test_defaults():
         "ep_dispatch_again": False,
         "ep_sms": "auto",
         "ep_patience": 300.0,
+        "overlap": False,
         "disable": (),
         "inductor": {},
     }

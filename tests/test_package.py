@@ -97,6 +97,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built):
         f"moecompile/{path.name}" for pattern in ("*.css", "*.js") for path in (built.tree / "moecompile").glob(pattern)
     }
     expected |= {f"moecompile/codegen/kernels/{path.name}" for path in (built.tree / "codegen" / "kernels").glob("*")}
+    expected.add("moecompile/passes/hardware.toml")
     assert names == expected
 
 
