@@ -58,10 +58,11 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     if agreed is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for ranks would have different orders")
         return None
-    if agreed != found.names:
+    if agreed != tuple(task.name for task in found.tasks):
         move(gm.graph, agreed)
         gm.recompile()
     record.notes.append(f"overlap: {kind}: {_words(found)}")
+    record.planned[kind] = found
     return found
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from moecompile.passes.casts import Cast
+    from moecompile.passes.overlap import Plan
     from moecompile.passes.site import NearMiss, Site
 
 JSON_VERSION = 1
@@ -127,6 +128,7 @@ class GraphReport:
         verify: results of ``verify="first_call"``, one line each.
         compared: results of ``fp8_compare="first_call"``.
         notes: anything else the user should know, one line each.
+        planned: what is predicted of "forward" and "backward", where they were to be ordered (``overlap``).
         ended_by: the graph break at which the captured graph ends, if any.
         around: frames around the captured graph that Dynamo gave up.
         model: stands for the model that the graph is of, see `moecompile.callers`.
@@ -150,6 +152,7 @@ class GraphReport:
     verify: list[str] = field(default_factory=list)
     compared: tuple[Compared, ...] = ()
     notes: list[str] = field(default_factory=list)
+    planned: dict[str, Plan] = field(default_factory=dict, repr=False)
     ended_by: GraphBreak | None = None
     around: tuple[GraphBreak, ...] = field(default=(), repr=False)
     model: Hashable = field(default=None, repr=False, compare=False)
@@ -268,6 +271,21 @@ class Report:
         """The report as JSON text; ``version`` rises when a field changes its meaning or goes away."""
         return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
 
+    def trace(self, path: str | os.PathLike[str]) -> Path:
+        """Writes what is predicted of ordered graphs (``overlap``) as a trace for Perfetto or Chrome; returns its path.
+
+        Raises:
+            ValueError: no graph was to be ordered.
+        """
+        from moecompile import trace
+
+        if not any(graph.planned for graph in self.graphs):
+            words = "nothing that was compiled exchanges anything with other ranks, or `overlap` was not given"
+            raise ValueError(f"moecompile: there is no trace: {words}. Compile with options={{'overlap': True}}.")
+        target = Path(path)
+        target.write_text(json.dumps(trace.trace_of(self.graphs)), encoding="utf-8")
+        return target
+
     def as_dict(self) -> dict[str, Any]:
         """What `json` writes: plain dicts, lists, strings and numbers."""
         return {
@@ -306,7 +324,9 @@ def last_report() -> Report:
     """
     with _lock:
         graphs = tuple(
-            dataclasses.replace(graph, passes=[*graph.passes], verify=[*graph.verify], notes=[*graph.notes])
+            dataclasses.replace(
+                graph, passes=[*graph.passes], verify=[*graph.verify], notes=[*graph.notes], planned={**graph.planned}
+            )
             for graph in _graphs
         )
     breaks = (found for graph in Report(graphs).current for found in graph.graph_breaks)

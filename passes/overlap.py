@@ -48,13 +48,13 @@ class Plan:
     Attributes:
         before: in the order that it has.
         after: in the better one; the same object if there is none.
-        names: of the nodes that are tasks, as they come now.
+        tasks: one for each node, by its name, as they come now.
         anchors: of these the ones that begin or await communication, or compute for a while.
     """
 
     before: Timeline
     after: Timeline
-    names: tuple[str, ...]
+    tasks: tuple[Task, ...]
     anchors: frozenset[str]
 
     @property
@@ -65,7 +65,7 @@ class Plan:
     @property
     def order(self) -> tuple[str, ...]:
         """Names of nodes in the better order."""
-        return tuple(self.names[number] for number in self.after.order)
+        return tuple(self.tasks[number].name for number in self.after.order)
 
 
 def plan(
@@ -90,7 +90,7 @@ def plan(
     after = better(tasks, given, GAIN, memory * (inputs + before.peak) - inputs)
     anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
     found = before if after.order == before.order else after
-    return Plan(before, found, tuple(node.name for node in nodes), frozenset(anchors))
+    return Plan(before, found, tuple(tasks), frozenset(anchors))
 
 
 def move(graph: fx.Graph, order: Sequence[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -120,6 +122,11 @@ def check_eager(rank: int, ranks: int) -> None:
     said = notes()
     assert "overlap: forward: ordered, predicted of H200 SXM" in said and "overlap: backward: ordered" in said, said
     assert in_orders()[0][:3] == ["compute", "begin", "compute"]
+    with tempfile.TemporaryDirectory() as folder:
+        written = moecompile.last_report().trace(f"{folder}/trace.json")
+        events = json.loads(written.read_text())["traceEvents"]
+    processes = [each["args"]["name"] for each in events if each["name"] == "process_name"]
+    assert sum("forward" in each for each in processes) >= 2 and any("as it came" in each for each in processes)
 
 
 def check_inductor_keeps_the_order(rank: int, ranks: int) -> None:
