@@ -25,7 +25,7 @@ from moecompile.agreement import DisagreementError
 from moecompile.passes import hardware
 from moecompile.passes.costs import cost_of
 from moecompile.passes.list_schedule import Timeline
-from moecompile.passes.overlap import Plan, move, plan
+from moecompile.passes.overlap import Plan, move, plan, send_aside
 from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
 
@@ -60,7 +60,8 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
         return None
     if agreed != tuple(task.name for task in found.tasks):
         move(gm.graph, agreed)
-        gm.recompile()
+    send_aside(gm.graph)
+    gm.recompile()
     record.notes.append(f"overlap: {kind}: {_words(found)}")
     record.planned[kind] = found
     return found

@@ -105,6 +105,28 @@ def move(graph: fx.Graph, order: Sequence[str]) -> None:
     graph.lint()
 
 
+def send_aside(graph: fx.Graph) -> int:
+    """Has exchanges sent on a stream of their own between whose halves something is multiplied; how many."""
+    open_, found = dict[tuple[object, object], tuple[fx.Node, list[fx.Node]]](), 0
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        packet = _packet(node)
+        if packet in EXCHANGES:
+            slot = argument(node, "group"), argument(node, "slot")
+            if packet in STARTS:
+                open_[slot] = node, []
+            elif slot in open_:
+                start, between = open_.pop(slot)
+                if between:
+                    start.update_kwarg("aside", True)
+                    found += 1
+        elif cost_of(node).operations:
+            for _, between in open_.values():
+                between.append(node)
+    return found
+
+
 def _movable(graph: fx.Graph) -> list[fx.Node]:
     """All nodes but inputs and output, and but the parts that go with what they are taken from."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "output") and not _is_part(node)]

@@ -36,6 +36,7 @@ from torch import Tensor, distributed
 from moecompile.runtime import hopper_exchange
 from moecompile.runtime.contract import INTEGERS
 from moecompile.runtime.hopper_exchange import Exchange, Rows
+from moecompile.runtime.launch import wait_for
 from moecompile.runtime.peer_memory import PeerMemory, give_up, memory_of, reaches_peers, room_for, too_many
 from moecompile.runtime.reference import check_range
 from moecompile.runtime.sharded import process_group
@@ -98,7 +99,7 @@ def fake_exchange_plan(expert_ids: Tensor, *, num_experts: int, ranks: int, capa
 
 def dispatch_start(
     x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int, sms: int, patience: float,
+    capacity: int, slot: int, sms: int, patience: float, aside: bool = False,
 ) -> Four:  # fmt: skip
     """Begins to send each token to the ranks of its experts, with its experts and their weights where they are given.
 
@@ -114,6 +115,7 @@ def dispatch_start(
         slot: of the kernels' memory, which no other exchange may have before `dispatch_wait`.
         sms: multiprocessors that the kernels send with, the same number on all ranks.
         patience: seconds that the kernels wait for another rank.
+        aside: whether the kernels send on a stream of their own: what comes before the wait is computed meanwhile.
 
     Returns:
         handles of rows, ids and weights, for `dispatch_wait` alone, of one dimension for what is None; and a token
@@ -124,8 +126,9 @@ def dispatch_start(
     if memory is not None:
         rows = Rows.of(x, expert_ids, weights)
         into = rows.room(sent.shape[0])
-        memory.begun[slot] = rows, into, sent.new_empty(ranks)
-        hopper_exchange.send(Exchange(memory, slot, capacity, sms, patience), rows, sent, None)
+        came = sent.new_empty(ranks)
+        started = _send(Exchange(memory, slot, capacity, sms, patience), rows, sent, None, aside)
+        memory.begun[slot] = started, rows, into, came
         return _handles(x, expert_ids, weights, sent.shape[0])
     ids = None if expert_ids is None else expert_ids.to(torch.int32)
     token = sent.long()
@@ -138,7 +141,7 @@ def dispatch_start(
 
 def fake_dispatch_start(
     x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int, sms: int, patience: float,
+    capacity: int, slot: int, sms: int, patience: float, aside: bool = False,
 ) -> Four:  # fmt: skip
     """The shapes of `dispatch_start`."""
     _check_rows(x, sent, "dispatch_start")
@@ -224,7 +227,7 @@ def fake_after(what: Tensor, done: Tensor) -> Tensor:
 
 def combine_start(
     y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int, sms: int, patience: float,
+    capacity: int, slot: int, sms: int, patience: float, aside: bool = False,
 ) -> Three:  # fmt: skip
     """Begins to send back what became of each row, (R * C, H), and what belongs to its experts, (R * C, K), or None.
 
@@ -234,8 +237,9 @@ def combine_start(
     memory = memory_for(y, None, weights, ranks, group, capacity)
     if memory is not None:
         rows = Rows.of(y.contiguous(), None, weights)
-        memory.begun[slot] = rows, rows.room(home.shape[0])
-        hopper_exchange.send(Exchange(memory, slot, capacity, sms, patience), rows, None, came)
+        into = rows.room(home.shape[0])
+        started = _send(Exchange(memory, slot, capacity, sms, patience), rows, None, came, aside)
+        memory.begun[slot] = started, rows, into
         back, _, along, token = _handles(y, None, weights, home.shape[0])
         return back, along, token
     y = torch.where((came < 0).any(), torch.nan, y) if came.is_cuda or bool((came < 0).any()) else y
@@ -248,7 +252,7 @@ def combine_start(
 
 def fake_combine_start(
     y: Tensor, weights: Tensor | None, came: Tensor, sent: Tensor, home: Tensor, *, ranks: int, group: str,
-    capacity: int, slot: int, sms: int, patience: float,
+    capacity: int, slot: int, sms: int, patience: float, aside: bool = False,
 ) -> Three:  # fmt: skip
     """The shapes of `combine_start`."""
     if by_kernels(y, None, weights, ranks, group):
@@ -310,8 +314,24 @@ def _begun(memory: PeerMemory, slot: int, operator: str) -> tuple[Any, ...]:
     """What was kept when the exchange in that slot began."""
     if slot not in memory.begun:
         raise RuntimeError(f"moecompile: slot {slot} has no exchange that moecompile::{operator} has begun")
-    kept: tuple[Any, ...] = memory.begun.pop(slot)
-    return kept
+    started, *kept = memory.begun.pop(slot)
+    if started is not None:  # on the other stream: what it reads may be somebody else's memory next
+        wait_for(torch.cuda.current_stream(started.device), memory.side)
+    return tuple(kept)
+
+
+def _send(exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None, aside: bool) -> Tensor | None:
+    """Sends rows; `aside` on another stream: then what its blocks count as they begin has to be kept until the wait."""
+    if not aside:
+        hopper_exchange.send(exchange, rows, sent, came)
+        return None
+    main, side = torch.cuda.current_stream(rows.values.device), exchange.memory.side
+    started = rows.values.new_zeros(1, dtype=torch.int32)
+    wait_for(side, main)
+    with torch.cuda.stream(side):
+        hopper_exchange.send(exchange, rows, sent, came, started=started, early=False)
+    hopper_exchange.await_start(exchange, started)
+    return started
 
 
 def _handles(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Four:

@@ -144,11 +144,11 @@ SCHEMAS = (
     f"to_lines(Tensor x, *, {FORMAT}) -> Tensor",
     "from_lines(Tensor lines, *, int features) -> (Tensor values, Tensor scales)",
     "exchange_plan(Tensor expert_ids, *, int num_experts, int ranks, int capacity) -> (Tensor sent, Tensor home)",
-    f"dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
+    f"dispatch_start(Tensor x, Tensor? expert_ids, Tensor? weights, {PLANNED}, *, {EXCHANGE}, bool aside=False) "
     "-> (Tensor rows, Tensor ids, Tensor weights, Tensor token)",
     "dispatch_wait(Tensor rows, Tensor ids, Tensor weights, Tensor token, Tensor x, Tensor? expert_ids, Tensor? given, "
     f"{PLANNED}, *, int num_experts, {EXCHANGE}) -> (Tensor rows, Tensor ids, Tensor weights, Tensor came)",
-    f"combine_start(Tensor y, Tensor? weights, Tensor came, {PLANNED}, *, {EXCHANGE}) "
+    f"combine_start(Tensor y, Tensor? weights, Tensor came, {PLANNED}, *, {EXCHANGE}, bool aside=False) "
     "-> (Tensor back, Tensor of_weights, Tensor token)",
     f"combine_wait(Tensor back, Tensor of_weights, Tensor token, Tensor y, Tensor? weights, {PLANNED}, *, {EXCHANGE}) "
     "-> (Tensor result, Tensor weights)",

@@ -100,6 +100,35 @@ def check_same_bits_in_training(rank: int, ranks: int) -> None:
                 assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
+class Beside(nn.Module):
+    """Experts, and a shared one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.shared = Model(HIDDEN, INNER, fixed=True), nn.Linear(HIDDEN, 8, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.model(x) + self.shared(torch.sin(x @ x.t() @ x))
+        return found
+
+
+def check_order(rank: int, ranks: int) -> None:
+    """Same bits in another order, whose exchanges are sent on a stream of their own."""
+    torch._dynamo.reset()
+    model, mesh = Beside().cuda(), mesh_of(ranks)
+    moecompile.shard_experts(model, mesh, src_data_rank=None)
+    inputs = [tokens_of(10 * turn + rank, 512, hidden=HIDDEN).cuda() for turn in range(2)]
+    steps = compiled(model, disable=("hide",))
+    right = [[each.clone() for each in results(steps, model, x)] for x in inputs]
+    run = compiled(model, disable=("hide",), overlap=True)
+    for _ in range(3):
+        for x, wanted in zip(inputs, right, strict=True):
+            found = results(run, model, x)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    graph = moecompile.last_report().graphs[-1]
+    assert "aside=True" in str(graph.forward) and len(graph.planned) == 2, graph.notes
+
+
 def check_inductor(rank: int, ranks: int) -> None:
     model = Model(HIDDEN, INNER, fixed=True).cuda()
     compare(rank, ranks, [256] * ranks, 1.5e-2, model, lowering="inductor")

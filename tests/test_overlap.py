@@ -16,9 +16,11 @@ from moecompile.lowering import eager
 from moecompile.passes import costs
 from moecompile.passes.hardware import Hardware, Link
 from moecompile.passes.list_schedule import ScheduleError
-from moecompile.passes.overlap import Plan, move, plan
+from moecompile.passes.overlap import Plan, move, plan, send_aside
+from test_exchanges_as_on_gpus import by_kernels, traced
 
-c10d, aten = torch.ops._c10d_functional, torch.ops.aten
+c10d, aten, ops = torch.ops._c10d_functional, torch.ops.aten, torch.ops.moecompile
+assert by_kernels
 TOKENS, FEATURES = 64, 64
 SLOW = Hardware("slow", "Slow", 100, {"float32": 1e9}, 1e12, {"nvlink": Link(3e7, 0.0)}, 0.0)
 """A product of TOKENS rows takes 0.52 ms, and sending them to seven of eight ranks 0.48."""
@@ -219,3 +221,19 @@ def test_an_order_is_of_all_nodes(alone: str) -> None:
         move(traced.graph, ["mm"])
     with pytest.raises(RuntimeError, match="before"):
         move(traced.graph, ["mm", "wait_tensor", "all_to_all_single"])
+
+
+def test_exchanges_are_sent_aside_where_something_is_multiplied_meanwhile() -> None:
+    """What the kernels launch would else have to wait until all is sent."""
+    graph = traced(fp8=False)
+    starts = [node for node in graph.nodes if node.target in (ops.dispatch_start.default, ops.combine_start.default)]
+    assert len(starts) == 4 and send_aside(graph) == 0
+    x: Any = starts[0].args[0]
+    with graph.inserting_after(starts[0]):
+        turned = graph.call_function(aten.t.default, (x,))
+    with graph.inserting_after(turned):
+        product = graph.call_function(aten.mm.default, (turned, x))
+    turned.meta["val"] = x.meta["val"].t()
+    product.meta["val"] = x.meta["val"].t() @ x.meta["val"]
+    assert send_aside(graph) == 1
+    assert [node.kwargs.get("aside", False) for node in starts] == [True, False, False, False]

@@ -285,6 +285,30 @@ def test_what_runs_where(gpu: FakeGpu, streams: Streams) -> None:
     assert {each.instance for each in products} <= gpu.announced, "compiled one by one, while other ranks wait"
 
 
+def test_what_is_sent_aside(gpu: FakeGpu, streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the other stream; what is computed meanwhile begins when all blocks that send have, and the wait joins."""
+    monkeypatch.setattr(exchange, "by_kernels", lambda *_: True)
+    x, ids, weights, sent, home, *_ = call()["tensors"]
+    gpu.taken()
+    tokens = x, ids, weights, sent, home
+    begun = ops.dispatch_start(*tokens, **TRAVEL, aside=True)
+    assert streams.waits == [(SIDE, STREAM)]
+    send, gate = gpu.taken()
+    assert (type(send.instance), send.stream, send.early) == (ExchangeSend, SIDE, False)
+    assert (type(gate.instance), gate.stream) == (ExchangeGate, STREAM)
+    *_, came = ops.dispatch_wait(*begun, *tokens, num_experts=EXPERTS, **TRAVEL)
+    (receive,) = gpu.taken()
+    assert streams.waits[1:] == [(STREAM, SIDE)] and receive.stream == STREAM
+    y = torch.randn(2 * TOKENS, FEATURES).bfloat16()
+    for aside in (False, True):
+        streams.waits.clear()
+        parts = ops.combine_start(y, None, came, sent, home, **TRAVEL, aside=aside)
+        ops.combine_wait(*parts, y, None, sent, home, **TRAVEL)
+        kinds = [(type(each.instance), each.stream) for each in gpu.taken()]
+        gated = [(ExchangeSend, SIDE), (ExchangeGate, STREAM)] if aside else [(ExchangeSend, STREAM)]
+        assert kinds == [*gated, (ExchangeHome, STREAM)] and len(streams.waits) == 2 * aside
+
+
 @pytest.mark.usefixtures("streams")
 def test_copies_that_nobody_has_may_be_one_tensor(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the pass `recast` gives them."""
