@@ -83,6 +83,8 @@ def _lower(
 
     patches = dict(options.inductor)
     _refuse_ahead_of_time(patches)
+    if options.overlap:
+        ordering.refuse_what_inductor_would_undo()
     salt = cache.salt(options)
     sidecar = cache.Sidecar(cache.graph_key(salt, record.after or text_of(gm), example_inputs, patches))
 

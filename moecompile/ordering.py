@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import sympy
 import torch
+from packaging.version import Version
 from torch import distributed, fx
 
 from moecompile import ranks
@@ -30,6 +31,8 @@ from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
 
 log = logging.getLogger("moecompile")
+KEEPS_FROM = "2.13"
+"""The first torch whose Inductor takes control dependencies between operators that have gradients elsewhere."""
 _agreed: dict[str, tuple[str, ...] | None] = {}
 """By graph: the order that all ranks have; None where they have several, and the graph stays as it is."""
 
@@ -65,6 +68,15 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     record.notes.append(f"overlap: {kind}: {_words(found)}")
     record.planned[kind] = found
     return found
+
+
+def refuse_what_inductor_would_undo() -> None:
+    """Raises ValueError where Inductor cannot be told to keep an order."""
+    if Version(torch.__version__) < Version(KEEPS_FROM):
+        raise ValueError(
+            f"moecompile: the option `overlap` needs torch {KEEPS_FROM} or later with Inductor, which orders operators "
+            f"anew in torch {torch.__version__}. Leave it out, or add lowering='eager'."
+        )
 
 
 def keep(gm: fx.GraphModule, found: Plan) -> None:
