@@ -38,6 +38,11 @@ MEMORY = 1.1
 """How many times what the given order holds at once, with the graph's inputs."""
 WAITS = (*STARTS.values(), c10d.wait_tensor)
 EXCHANGES = (*STARTS.keys(), *STARTS.values())
+WHOLE = (
+    *(ops.exchanged_experts, ops.exchanged_experts_forward),
+    *(ops.exchanged_experts_backward, ops.exchanged_experts_backward_adding),
+)
+"""What has two exchanges in it, there and back, of which the second has the slot after the first's."""
 Sizes = Mapping[sympy.Symbol, int]
 
 
@@ -218,8 +223,9 @@ def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 def _kinds(node: fx.Node) -> list[str]:
     """Why a node stays in its order, if it does: for a slot, or for what it does beside its results."""
     packet = _packet(node)
-    if packet in EXCHANGES:
-        return [f"slot {argument(node, 'slot')} of {argument(node, 'group')}"]
+    if packet in EXCHANGES or packet in WHOLE:
+        slots = range(argument(node, "slot"), argument(node, "slot") + (2 if packet in WHOLE else 1))
+        return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
     if packet in COLLECTIVES or packet is c10d.wait_tensor:
         return []
     tags = getattr(operator_of(node), "tags", ())

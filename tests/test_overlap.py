@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from moecompile.lowering import eager
 from moecompile.passes import costs
 from moecompile.passes.hardware import Hardware, Link
 from moecompile.passes.list_schedule import ScheduleError
-from moecompile.passes.overlap import Plan, move, plan, send_aside
+from moecompile.passes.overlap import Plan, _kept_in_order, move, plan, send_aside
 from test_exchanges_as_on_gpus import by_kernels, traced
 
 c10d, aten, ops = torch.ops._c10d_functional, torch.ops.aten, torch.ops.moecompile
@@ -237,3 +238,25 @@ def test_exchanges_are_sent_aside_where_something_is_multiplied_meanwhile() -> N
     product.meta["val"] = x.meta["val"].t() @ x.meta["val"]
     assert send_aside(graph) == 1
     assert [node.kwargs.get("aside", False) for node in starts] == [True, False, False, False]
+
+
+def test_exchanges_that_share_a_slot_stay_in_order() -> None:
+    """A block as one operator has two: nothing of it comes between the halves of another's."""
+    graph = fx.Graph()
+    x, ids, sent, home = (graph.placeholder(name) for name in ("x", "ids", "sent", "home"))
+    travel: dict[str, Any] = {"ranks": 2, "group": "g", "capacity": 8, "sms": 4, "patience": 1.0}
+    given = (x, ids, None, sent, home)
+    start = graph.call_function(ops.dispatch_start.default, given, {**travel, "slot": 1})
+    parts = [graph.call_function(operator.getitem, (start, number)) for number in range(4)]
+    wait = graph.call_function(ops.dispatch_wait.default, (*parts, *given), {**travel, "slot": 1, "num_experts": 4})
+    whole, apart = (
+        graph.call_function(
+            ops.exchanged_experts.default,
+            (*given, x, x),
+            {**travel, "slot": slot, "num_experts": 4, "quantized": [], "activation": "up", "gate_up": "halves"},
+        )
+        for slot in (0, 2)
+    )
+    graph.output((wait, whole, apart))
+    kept = _kept_in_order(graph)
+    assert kept[whole] == {wait} and kept[wait] == {start} and not kept[apart]
