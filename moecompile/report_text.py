@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
+from moecompile import overlap_text
 from moecompile.graph_diff import unified
 from moecompile.report import Compared, GraphBreak, GraphReport, PassRecord, Report, public_fields
 from moecompile.text_table import table
@@ -240,7 +241,7 @@ def _graph(graph: GraphReport, width: int) -> list[str]:
     for label, texts in (("verify", graph.verify), ("note", graph.notes)):
         for text in texts:
             lines += _labelled(label, text, width)
-    return lines
+    return lines + overlap_text.render(graph.planned, width)
 
 
 def _compared(graph: GraphReport, width: int) -> list[str]:

@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moecompile.overlap_text import orders
 from moecompile.passes.list_schedule import Span, Task, Timeline
 
 if TYPE_CHECKING:
-    from moecompile.passes.overlap import Plan
     from moecompile.report import GraphReport
 
 COMPUTED, WAITED = "computation", "waiting for other ranks"
@@ -26,16 +26,10 @@ def trace_of(graphs: Sequence[GraphReport]) -> dict[str, Any]:
     events, numbers = Events(), itertools.count()
     for graph in graphs:
         for kind, plan in graph.planned.items():
-            for words, timeline in _orders(plan).items():
-                name = f"graph {graph.index} {graph.name}, {kind}, {words}"
+            for words, timeline in orders(plan).items():
+                name = f"graph {graph.index} {graph.name}, {kind}, predicted, {words}"
                 events += _process(next(numbers), name, plan.tasks, timeline)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _orders(plan: Plan) -> Mapping[str, Timeline]:
-    if not plan.moves:
-        return {"predicted": plan.before}
-    return {"predicted": plan.after, "predicted as it came": plan.before}
 
 
 def _process(number: int, name: str, tasks: Sequence[Task], timeline: Timeline) -> Iterator[dict[str, Any]]:

@@ -31,9 +31,9 @@ def test_processes_and_tracks() -> None:
     events = trace_of([planned()])["traceEvents"]
     names = [each["args"]["name"] for each in of(events, name="process_name")]
     assert names == [
-        "graph 3 forward in model.py, forward, predicted",
-        "graph 3 forward in model.py, forward, predicted as it came",
-        "graph 3 forward in model.py, backward, predicted",
+        "graph 3 forward in model.py, forward, predicted, now",
+        "graph 3 forward in model.py, forward, predicted, as it came",
+        "graph 3 forward in model.py, backward, predicted, now",
     ]
     tracks = [each["args"]["name"] for each in of(events, name="thread_name", pid=0)]
     assert tracks == ["computation", "waiting for other ranks", "nvlink"]
@@ -67,3 +67,20 @@ def test_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no trace: nothing that was compiled exchanges anything"):
         Report((GraphReport(),)).trace(tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
+
+
+def test_it_is_in_the_report() -> None:
+    """A table, and orders in time, all of a graph to one scale."""
+    text = Report((planned(),)).text(width=80)
+    lines = [line.strip() for line in text[text.index("overlap, predicted") :].splitlines()]
+    assert [each.split() for each in lines[1:4]] == [
+        ["forward,", "now", "7500000", "7000000", "500000", "88%", "0.0"],
+        ["forward,", "as", "it", "came", "11000000", "7000000", "4000000", "0%", "0.0"],
+        ["backward,", "now", "11000000", "7000000", "4000000", "0%", "0.0"],
+    ]
+    bars = [line for line in lines if "#" in line or "=" in line]
+    assert len(bars) == 6 and max(map(len, bars)) <= 80
+    now, before = bars[0], bars[2]
+    assert now.count(".") < before.count(".") and len(now) < len(before)
+    for one, other, mark in ((now, before, "#"), (bars[1], bars[3], "=")):
+        assert abs(one.count(mark) - other.count(mark)) <= 2 and one.count(mark) > 10, "but for rounding"
