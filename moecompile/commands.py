@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     verbs.add_parser("demo", help="compiles real architectures, checks them against eager, trains a few steps")
     verbs.add_parser("bench", help="measures the kernels, and what a user would otherwise have, on a Hopper GPU")
-    verbs.add_parser("simulate", help="pipeline schedules in time: bubbles, activations, a figure")
+    verbs.add_parser("simulate", help="pipeline schedules in time; layers with experts on a cluster")
     cache = verbs.add_parser("cache", help="the compiled kernels on disk: how many, where, and how to be rid of them")
     cache.add_argument("--clear", action="store_true", help="delete them; they are compiled again when they are needed")
     cache.set_defaults(run=_cache)

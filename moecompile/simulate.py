@@ -7,6 +7,8 @@ stages and micro-batches says why.
 
 All stages are alike, a rank runs one thing at a time, and what ranks send to each other takes no time unless --transfer
 says how much. Times have any unit. Needs no GPU. The exit status is 2 for input that cannot be.
+
+`simulate cluster MODEL` predicts these times for a model's layers on GPUs of several hosts; it has a --help of its own.
 """
 
 from __future__ import annotations
@@ -41,6 +43,10 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         the exit status, 0; a wrong command line exits with 2.
     """
+    if argv and argv[0] == "cluster":
+        from moecompile import cluster_command
+
+        return cluster_command.main(argv[1:])
     parser = _parser()
     chosen = parser.parse_args(argv)
     durations = _durations(parser, chosen)
@@ -53,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(rows, indent=2))
     else:
         print(_title(f"{chosen.stages} stages, {chosen.microbatches} micro-batches", durations))
-        lines = table(HEADERS, [_as_row(name, result) for name, result in results.items()], _width())
+        lines = table(HEADERS, [_as_row(name, result) for name, result in results.items()], terminal_width())
         print("\n".join(["", *(line.rstrip() for line in lines), ""]))
         print(f"  PP is {chosen.stages}, the number of stages. A bubble that is not the same on all ranks is a range.")
     return 0
@@ -69,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         ("stages", 8, "stages of the model"),
         ("microbatches", 20, "micro-batches of a training step"),
     ):
-        parser.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{what} (default: {default})")
+        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{what} (default: {default})")
     for name, default, what in (
         ("forward", 1, "time of a forward, F"),
         ("backward", 2, "of a whole backward, B"),
@@ -95,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of things, of a command line; argparse says what is wrong with others."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
     return int(text)
@@ -195,7 +202,9 @@ def _drawn(parser: argparse.ArgumentParser, chosen: argparse.Namespace, duration
             "take fewer micro-batches, or a longer --forward, which sets the scale"
         )
     title = f"{chosen.figure}: {chosen.stages} stages on {len(result.ranks)} ranks, {chosen.microbatches} micro-batches"
-    return "\n".join([_title(title, durations), *textwrap.wrap(LEGEND, _width()), "", figure(result, _width())])
+    return "\n".join(
+        [_title(title, durations), *textwrap.wrap(LEGEND, terminal_width()), "", figure(result, terminal_width())]
+    )
 
 
 def _title(sizes: str, durations: Durations) -> str:
@@ -209,5 +218,6 @@ def _title(sizes: str, durations: Durations) -> str:
     return f"{sizes}; " + ", ".join(f"{name} {number_text(time)}" for name, time in times.items())
 
 
-def _width() -> int:
+def terminal_width() -> int:
+    """Of the terminal, or `COLUMNS`; no less than 60."""
     return max(shutil.get_terminal_size((100, 24)).columns, 60)
