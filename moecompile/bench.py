@@ -43,6 +43,7 @@ from moecompile.bench_cases import (
 )
 from moecompile.bench_results import Results, Setting
 from moecompile.bench_timing import CudaTimer, HostTimer
+from moecompile.command_line import parser_of, whole_number
 
 SECTIONS = ("block", "decode", "gemm", "model")
 ROUNDS, QUICK_ROUNDS = 11, 3
@@ -82,11 +83,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moecompile bench",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench", __doc__)
     parser.add_argument(
         "what",
         choices=["experts", "model", "ep", "accuracy"],
@@ -144,9 +141,7 @@ def _joined(numbers: Sequence[int]) -> str:
 
 def positive(text: str) -> int:
     """An argument of the command line that is a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return int(text)
+    return whole_number(text, "a positive number")
 
 
 def missing() -> str:

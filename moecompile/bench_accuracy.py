@@ -31,6 +31,7 @@ from moecompile.bench_curves import draw
 from moecompile.bench_losses import check_paths, keep, kept
 from moecompile.bench_recipes import COARSE, FAST, HEAD, PER_TENSOR, ROUTER, SQUARE_GRADIENTS, UNSCALED, wrong
 from moecompile.bench_training import TINY, Setup, library_text, runs
+from moecompile.command_line import parser_of
 
 WIDE, NUDGED, RIGHT = "bfloat16", "bfloat16, nudged", "FP8"
 WRONG = (PER_TENSOR, FAST, SQUARE_GRADIENTS, ROUTER, HEAD, COARSE, UNSCALED)
@@ -120,11 +121,7 @@ def _put(done: queue.Queue[Run], losses_of: LossesOf, recipe: str, seeds: Sequen
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moecompile bench accuracy",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench accuracy", __doc__)
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each recipe (default: 3)")
     for each in fields(Setup):
         convert = float if each.name == "rate" else int

@@ -40,6 +40,7 @@ from moecompile.bench_ep_ranks import (
 )
 from moecompile.bench_ep_symmetric import measure_symmetric
 from moecompile.bench_results import Results, Setting
+from moecompile.command_line import parser_of
 
 CPU_RANKS = 2
 
@@ -71,11 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moecompile bench ep",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench ep", __doc__)
     names = ",".join(shape.name for shape in BLOCKS)
     parser.add_argument("--ranks", type=bench.positive, metavar="N", help="processes to start (default: one a GPU)")
     parser.add_argument(

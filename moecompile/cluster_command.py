@@ -25,8 +25,8 @@ from moecompile.cluster_exchange import ENOUGH, Cluster, ClusterError
 from moecompile.cluster_shapes import MODELS
 from moecompile.cluster_steps import steps
 from moecompile.cluster_text import text
+from moecompile.command_line import parser_of, whole_number
 from moecompile.passes.hardware import Hardware, Link, known
-from moecompile.simulate import count
 
 SMS = (4, 8, 12, 16, 20, 24, 32)
 """Numbers of multiprocessors that are compared."""
@@ -56,11 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moecompile simulate cluster",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("simulate cluster", __doc__)
     parser.add_argument("model", choices=list(MODELS), metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--device", choices=list(known()), default="h800", help="of all GPUs (default: h800)")
     for name, default, what in (
@@ -74,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         ("microbatches", None, "micro-batches of a step"),
     ):
         shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{what}{shown}")
+        parser.add_argument(f"--{name}", type=whole_number, default=default, metavar="N", help=f"{what}{shown}")
     for name in ("network", "nvlink"):
         parser.add_argument(
             f"--{name}", type=_positive, metavar="GB/s", help="each way of a GPU, in place of the device's"

@@ -36,7 +36,7 @@ class Kernel:
 
     def seconds(self, hardware: Hardware) -> float:
         """How long it takes with all multiprocessors."""
-        return max(self.operations / hardware.flops[self.precision], self.bytes / hardware.memory) + hardware.launch
+        return hardware.seconds(self.operations, self.precision, self.bytes)
 
 
 @dataclass(frozen=True)

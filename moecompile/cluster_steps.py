@@ -37,7 +37,8 @@ def steps(run: Run, stages: int, microbatches: int) -> dict[str, StepTime | str]
 
     A whole backward takes its two parts one after the other where a schedule runs these apart elsewhere.
     """
-    inputs, weights = run.inputs().total, run.weights()
+    inputs, weights, sent = run.inputs().total, run.weights(), transfer(run)
+    forward, pair, at_once = run.forward().total, run.pair().total, run.backward().total
     found: dict[str, StepTime | str] = {}
     for name, make in SCHEDULES.items():
         try:
@@ -45,8 +46,8 @@ def steps(run: Run, stages: int, microbatches: int) -> dict[str, StepTime | str]
         except SizeError as error:
             found[name] = str(error)
             continue
-        backward = inputs + weights if name in IN_PARTS else run.backward().total
-        times = (run.forward().total, backward, weights, run.pair().total, transfer(run))
+        backward = inputs + weights if name in IN_PARTS else at_once
+        times = forward, backward, weights, pair, sent
         timeline = simulate(schedule, Durations(*map(_exact, times)))
         seconds, gpus = float(timeline.makespan), len(timeline.ranks) * run.cluster.ranks
         trained = microbatches * run.batch.tokens * run.cluster.ranks / seconds / gpus

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from moecompile import doctor, report
+from moecompile.command_line import parser_of
 
 STEPS, BATCH, LENGTH = 5, 2, 32
 GLUE = "\N{NO-BREAK SPACE}"
@@ -168,11 +169,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moecompile demo",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("demo", __doc__)
     parser.add_argument(
         "--models",
         nargs="+",

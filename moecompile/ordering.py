@@ -24,7 +24,7 @@ from torch import distributed, fx
 from moecompile import ranks
 from moecompile.agreement import DisagreementError
 from moecompile.passes import hardware
-from moecompile.passes.costs import cost_of
+from moecompile.passes.costs import cost_of, expression
 from moecompile.passes.list_schedule import Timeline
 from moecompile.passes.overlap import Plan, move, plan, send_aside
 from moecompile.report import GraphReport
@@ -137,10 +137,10 @@ def _sizes(graph: fx.Graph) -> dict[sympy.Symbol, int] | None:
             for size in sizes:
                 if not isinstance(size, torch.SymInt):
                     continue
-                expression = size.node.expr
-                met |= expression.free_symbols
-                if isinstance(expression, sympy.Symbol) and size.node.hint is not None:
-                    found[expression] = int(size.node.hint)
+                written = expression(size)
+                met |= written.free_symbols
+                if isinstance(written, sympy.Symbol) and size.node.hint is not None:
+                    found[written] = int(size.node.hint)
     return found if met <= found.keys() else None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from moecompile.passes.list_schedule import Span, Timeline
+from moecompile.passes.list_schedule import Span, Timeline, links_of
 from moecompile.text_table import table
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _cells(timeline: Timeline) -> tuple[str, ...]:
 
 def _in_time(title: str, plan: Plan, timeline: Timeline, longest: float, width: int) -> list[str]:
     """A line for the device and one for each link, all orders of a graph to one scale."""
-    links = dict.fromkeys(task.sends.link for task in plan.tasks if task.sends is not None)
+    links = links_of(plan.tasks)
     wide = max(map(len, ("computes", *links)))
     room = width - 2 - 24 - 2 - wide - 2
     scale = room / longest if longest else 0.0
@@ -65,7 +65,7 @@ def _in_time(title: str, plan: Plan, timeline: Timeline, longest: float, width: 
         return "".join(cells).rstrip()
 
     computed = [span for span in timeline.computed if span.end > span.begin]
-    named = [(title, "computes", line((".", _gaps(timeline)), ("#", computed)))]
+    named = [(title, "computes", line((".", timeline.waits.values()), ("#", computed)))]
     for link in links:
         carried = [
             span
@@ -74,14 +74,3 @@ def _in_time(title: str, plan: Plan, timeline: Timeline, longest: float, width: 
         ]
         named.append(("", link, line(("=", carried))))
     return [f"  {first:<24}  {track:<{wide}}  {cells}".rstrip() for first, track, cells in named]
-
-
-def _gaps(timeline: Timeline) -> list[Span]:
-    """When the device waits for what has not arrived."""
-    found, now = list[Span](), 0.0
-    for number in timeline.order:
-        span = timeline.computed[number]
-        if span.begin > now:
-            found.append(Span(now, span.begin))
-        now = max(now, span.end)
-    return found

@@ -22,6 +22,7 @@ from fractions import Fraction
 from typing import Any
 
 from moecompile import pipeline_formulas
+from moecompile.command_line import parser_of, whole_number
 from moecompile.pipeline_figure import LEGEND, columns, figure, number_text
 from moecompile.pipeline_formulas import Published
 from moecompile.pipeline_schedules import SCHEDULES, Schedule, SizeError
@@ -66,16 +67,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moecompile simulate",
-        description=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("simulate", __doc__)
     for name, default, what in (
         ("stages", 8, "stages of the model"),
         ("microbatches", 20, "micro-batches of a training step"),
     ):
-        parser.add_argument(f"--{name}", type=count, default=default, metavar="N", help=f"{what} (default: {default})")
+        parser.add_argument(
+            f"--{name}", type=whole_number, default=default, metavar="N", help=f"{what} (default: {default})"
+        )
     for name, default, what in (
         ("forward", 1, "time of a forward, F"),
         ("backward", 2, "of a whole backward, B"),
@@ -99,13 +98,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"draw one of {', '.join(SCHEDULES)} in place of the table (DualPipe if none is named)",
     )
     return parser
-
-
-def count(text: str) -> int:
-    """A number of things, of a command line; argparse says what is wrong with others."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
-    return int(text)
 
 
 def _time(text: str) -> Fraction:

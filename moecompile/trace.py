@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moecompile.overlap_text import orders
-from moecompile.passes.list_schedule import Span, Task, Timeline
+from moecompile.passes.list_schedule import Span, Task, Timeline, links_of
 
 if TYPE_CHECKING:
     from moecompile.report import GraphReport
@@ -33,22 +33,20 @@ def trace_of(graphs: Sequence[GraphReport]) -> dict[str, Any]:
 
 
 def _process(number: int, name: str, tasks: Sequence[Task], timeline: Timeline) -> Iterator[dict[str, Any]]:
-    links = dict.fromkeys(task.sends.link for task in tasks if task.sends is not None)
-    tracks = {track: place for place, track in enumerate((COMPUTED, WAITED, *links))}
+    tracks = {track: place for place, track in enumerate((COMPUTED, WAITED, *links_of(tasks)))}
     yield {"ph": "M", "pid": number, "name": "process_name", "args": {"name": name}}
     for track, place in tracks.items():
         yield {"ph": "M", "pid": number, "tid": place, "name": "thread_name", "args": {"name": track}}
-    now = 0.0
+    waits = timeline.waits
     for each in timeline.order:
         task, computed, sent = tasks[each], timeline.computed[each], timeline.sent[each]
-        if computed.begin > now:
-            yield _event(number, tracks[WAITED], task.name, Span(now, computed.begin))
+        if each in waits:
+            yield _event(number, tracks[WAITED], task.name, waits[each])
         if computed.end > computed.begin:
             yield _event(number, tracks[COMPUTED], task.name, computed)
         if task.sends is not None and sent is not None:
             yield _event(number, tracks[task.sends.link], task.name, sent)
         yield from _arrows(number, tracks, tasks, timeline, each)
-        now = computed.end
 
 
 def _event(process: int, track: int, name: str, span: Span) -> dict[str, Any]:

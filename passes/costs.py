@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from moecompile.passes.hardware import Hardware
-from moecompile.passes.joint_graph import argument, operator_of
+from moecompile.passes.joint_graph import argument, operator_of, packet_of
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.sharded import process_group
 
@@ -82,7 +82,7 @@ class Cost:
         operations, moved = (float(each.subs(sizes)) for each in (self.operations, self.bytes))
         if not operations and not moved:
             return 0.0
-        return max(operations / hardware.flops[self.precision], moved / hardware.memory) + hardware.launch
+        return hardware.seconds(operations, self.precision, moved)
 
     def sending(self, hardware: Hardware, sizes: Mapping[sympy.Symbol, int]) -> float:
         """Seconds on the link, alone."""
@@ -101,15 +101,14 @@ def cost_of(node: fx.Node, link: str = "nvlink") -> Cost:
     """
     if node.op != "call_function":
         return Cost()
-    target = operator_of(node)
-    packet = getattr(target, "overloadpacket", target)
+    packet = packet_of(node)
     if packet in STARTS:
         return Cost(sent=_exchanged(node), link=link, group=str(argument(node, "group")))
     if packet in COLLECTIVES:
         return _collective(node, packet, link)
     if packet in VIEWS or packet is c10d.wait_tensor:
         return Cost()
-    name = packet.__name__ if getattr(target, "namespace", None) == "moecompile" else ""
+    name = packet.__name__ if getattr(operator_of(node), "namespace", None) == "moecompile" else ""
     operations = _of_experts(node, name) if "experts" in name else _of_products(node, packet, name)
     return Cost(operations, _precision(node, name), _moved(node))
 
@@ -216,8 +215,7 @@ def _moved(node: fx.Node) -> sympy.Expr:
 
 def bytes_of(node: fx.Node) -> sympy.Expr:
     """Bytes of a node's results, as far as they are memory of their own."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    if packet in VIEWS or packet is c10d.wait_tensor or node.op != "call_function":
+    if node.op != "call_function" or (packet := packet_of(node)) in VIEWS or packet is c10d.wait_tensor:
         return ZERO
     return held_by(node)
 

@@ -48,6 +48,10 @@ class Hardware:
     links: Mapping[str, Link]
     launch: float
 
+    def seconds(self, operations: float, precision: str, moved: float) -> float:
+        """Of a kernel: products or memory (bytes `moved`), whichever takes longer, and a launch."""
+        return max(operations / self.flops[precision], moved / self.memory) + self.launch
+
 
 @functools.cache
 def known() -> Mapping[str, Hardware]:

@@ -33,6 +33,12 @@ def operator_of(node: fx.Node) -> Any:
     return node.args[0] if node.target is FUNCTIONALIZED else node.target
 
 
+def packet_of(node: fx.Node) -> Any:
+    """The same without its overload; what is no operator of a library as it is."""
+    target = operator_of(node)
+    return getattr(target, "overloadpacket", target)
+
+
 def argument(node: fx.Node, name: str) -> Any:
     """What it is given under that name; the default if nothing."""
     if node.target is not FUNCTIONALIZED:

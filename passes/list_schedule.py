@@ -16,7 +16,7 @@ most of it back.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -100,9 +100,25 @@ class Timeline:
         return max((span.end for span in (*self.computed, *filter(None, self.sent))), default=0.0)
 
     @property
+    def waits(self) -> dict[int, Span]:
+        """By number of the task that is waited for: when the device waits for what it receives."""
+        found, now = dict[int, Span](), 0.0
+        for number in self.order:
+            span = self.computed[number]
+            if span.begin > now:
+                found[number] = Span(now, span.begin)
+            now = span.end
+        return found
+
+    @property
     def busy(self) -> float:
         """Seconds for which the device computes."""
         return sum(span.end - span.begin for span in self.computed)
+
+
+def links_of(tasks: Sequence[Task]) -> list[str]:
+    """The links that something is sent on, in the order of the first."""
+    return [*dict.fromkeys(task.sends.link for task in tasks if task.sends is not None)]
 
 
 def simulate(tasks: Sequence[Task], order: Iterable[int]) -> Timeline:
@@ -144,12 +160,12 @@ def _in_turn(tasks: Sequence[Task], first: Sequence[tuple[float, ...]], budget: 
     return machine.timeline()
 
 
-def better(tasks: Sequence[Task], given: Sequence[int], gain: float, budget: float | None = None) -> Timeline:
-    """The scheduled order, or the given one where that is not slower by `gain` of the time it takes, or holds less.
+def better(tasks: Sequence[Task], before: Timeline, gain: float, budget: float | None = None) -> Timeline:
+    """The scheduled order, or the one before where that is not slower by `gain` of the time it takes, or holds less.
 
-    An order that holds more than both the budget and the given one does is not taken.
+    An order that holds more than both the budget and the one before does is not taken.
     """
-    before, after = simulate(tasks, given), schedule(tasks, budget)
+    after = schedule(tasks, budget)
     fits = budget is None or after.peak <= max(budget, before.peak)
     return after if fits and after.makespan <= (1 - gain) * before.makespan else before
 
@@ -185,25 +201,30 @@ def _users(tasks: Sequence[Task]) -> list[list[int]]:
 
 def _sendings(tasks: Sequence[Task]) -> list[float]:
     """Of each task the seconds that are computed until something can be sent; infinite if nothing is."""
-    users, found = _users(tasks), [float("inf")] * len(tasks)
-    for number in reversed(_sorted(tasks)):
-        behind = min((found[user] for user in users[number]), default=float("inf"))
+    found = [float("inf")] * len(tasks)
+    for number, users in _from_the_end(tasks):
+        behind = min((found[user] for user in users), default=float("inf"))
         found[number] = 0.0 if tasks[number].sends else tasks[number].duration + behind
     return found
 
 
 def _ways(tasks: Sequence[Task]) -> list[float]:
     """Of each task the seconds from its beginning to the program's end, if nothing but what depends on it took time."""
-    users = _users(tasks)
     ways = [0.0] * len(tasks)
-    for number in reversed(_sorted(tasks)):
+    for number, users in _from_the_end(tasks):
         task = tasks[number]
         behind = 0.0
-        for user in users[number]:
+        for user in users:
             travels = task.sends.duration if task.sends and number in tasks[user].receives else 0.0
             behind = max(behind, travels + ways[user])
         ways[number] = task.duration + max(behind, task.sends.duration if task.sends else 0.0)
     return ways
+
+
+def _from_the_end(tasks: Sequence[Task]) -> Iterator[tuple[int, list[int]]]:
+    """All tasks with those that come after them, which are there first."""
+    users = _users(tasks)
+    return ((number, users[number]) for number in reversed(_sorted(tasks)))
 
 
 def _sorted(tasks: Sequence[Task]) -> list[int]:
@@ -251,10 +272,7 @@ class _Machine:
         self._sent: dict[int, Span] = {}
         self._free: dict[str, float] = {}
         self._flying: list[tuple[float, float]] = []  # ends and shares of what is on its way
-        self._users = [0] * len(self.tasks)
-        for task in self.tasks:
-            for before in {*task.after}:
-                self._users[before] += 1
+        self._users = [*map(len, _users(self.tasks))]
 
     def arrival(self, number: int) -> float:
         """When all that it receives has arrived."""

@@ -28,7 +28,7 @@ from torch import fx
 from moecompile.passes.aliases import Aliases
 from moecompile.passes.costs import COLLECTIVES, STARTS, bytes_of, cost_of, held_by
 from moecompile.passes.hardware import Hardware
-from moecompile.passes.joint_graph import argument, operator_of
+from moecompile.passes.joint_graph import argument, operator_of, packet_of
 from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, better, simulate
 
 ops, c10d = torch.ops.moecompile, torch.ops._c10d_functional
@@ -89,10 +89,9 @@ def plan(
     """
     nodes = _movable(graph)
     tasks = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
-    given = range(len(tasks))
-    before = simulate(tasks, given)
+    before = simulate(tasks, range(len(tasks)))
     inputs = float(sum((held_by(node) for node in graph.find_nodes(op="placeholder")), sympy.Integer(0)).subs(sizes))
-    after = better(tasks, given, GAIN, memory * (inputs + before.peak) - inputs)
+    after = better(tasks, before, GAIN, memory * (inputs + before.peak) - inputs)
     anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
     found = before if after.order == before.order else after
     return Plan(before, found, tuple(tasks), frozenset(anchors))
@@ -112,23 +111,20 @@ def move(graph: fx.Graph, order: Sequence[str]) -> None:
 
 def send_aside(graph: fx.Graph) -> int:
     """Has exchanges sent on a stream of their own between whose halves something is multiplied; how many."""
-    open_, found = dict[tuple[object, object], tuple[fx.Node, list[fx.Node]]](), 0
+    begun, meanwhile, found = dict[tuple[object, object], fx.Node](), set[fx.Node](), 0
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        packet = _packet(node)
+        packet = packet_of(node)
         if packet in EXCHANGES:
             slot = argument(node, "group"), argument(node, "slot")
             if packet in STARTS:
-                open_[slot] = node, []
-            elif slot in open_:
-                start, between = open_.pop(slot)
-                if between:
-                    start.update_kwarg("aside", True)
-                    found += 1
+                begun[slot] = node
+            elif (start := begun.pop(slot, None)) in meanwhile:
+                start.update_kwarg("aside", True)
+                found += 1
         elif cost_of(node).operations:
-            for _, between in open_.values():
-                between.append(node)
+            meanwhile |= {*begun.values()}
     return found
 
 
@@ -183,16 +179,11 @@ def _tasks(
         sends = None
         if cost.link is not None:
             sends = Sending(cost.sending(hardware, sizes), f"{cost.link} {cost.group}", share)
-        begun = [each for each in after if _packet(node) in WAITS and found[each].sends is not None]
+        begun = [each for each in after if packet_of(node) in WAITS and found[each].sends is not None]
         held = sympy.Integer(0) if node in fused else bytes_of(node)
         duration = 0.0 if sends is not None or node in fused else cost.computing(hardware, sizes)
         found.append(Task(node.name, duration, tuple(after), sends, tuple(begun), float(held.subs(sizes))))
     return found
-
-
-def _packet(node: fx.Node) -> object:
-    target = operator_of(node)
-    return getattr(target, "overloadpacket", target)
 
 
 def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
@@ -222,7 +213,7 @@ def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
 
 def _kinds(node: fx.Node) -> list[str]:
     """Why a node stays in its order, if it does: for a slot, or for what it does beside its results."""
-    packet = _packet(node)
+    packet = packet_of(node)
     if packet in EXCHANGES or packet in WHOLE:
         slots = range(argument(node, "slot"), argument(node, "slot") + (2 if packet in WHOLE else 1))
         return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]

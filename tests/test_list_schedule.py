@@ -101,11 +101,11 @@ def test_no_more_memory_than_there_is_budget_for() -> None:
 def test_the_given_order_stays_where_another_gains_nothing() -> None:
     tasks = [*block(0, "a"), *block(7, "b")]
     given = range(14)
-    assert better(tasks, given, gain=0.03).makespan == 7.5
-    assert better(tasks, given, gain=0.5).order == tuple(given), "3.5 of 11 s are less than half"
+    assert better(tasks, simulate(tasks, given), gain=0.03).makespan == 7.5
+    assert better(tasks, simulate(tasks, given), gain=0.5).order == tuple(given), "3.5 of 11 s are less than half"
     heavy = [Task(task.name, task.duration, task.after, task.sends, task.receives, 1.0) for task in tasks]
     least = simulate(heavy, given).peak
-    assert better(heavy, given, gain=0.03, budget=least - 1).peak <= least
+    assert better(heavy, simulate(heavy, given), gain=0.03, budget=least - 1).peak <= least
 
 
 def test_what_no_program_can_have() -> None:
@@ -150,7 +150,7 @@ def test_small_programs_against_all_their_orders() -> None:
         found = schedule(tasks).makespan
         assert best <= found <= 1.5 * best
         best_found += found == best
-        assert better(tasks, range(6), gain=0.0).makespan <= simulate(tasks, range(6)).makespan
+        assert better(tasks, simulate(tasks, range(6)), gain=0.0).makespan <= simulate(tasks, range(6)).makespan
     assert best_found >= 50
 
 
