@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moecompile.options import Options
     from moecompile.report import last_report, reset
     from moecompile.sharding import shard_experts
+    from moecompile.splitting import mark_batch
     from moecompile.transformers_experts import register_transformers
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "invalidate",
     "last_report",
     "load_fp8",
+    "mark_batch",
     "register_transformers",
     "reset",
     "shard_experts",
@@ -48,6 +50,7 @@ _HOME = {
     "invalidate": "moecompile.cached",
     "last_report": "moecompile.report",
     "load_fp8": "moecompile.checkpoints",
+    "mark_batch": "moecompile.splitting",
     "register_transformers": "moecompile.transformers_experts",
     "reset": "moecompile.report",
     "shard_experts": "moecompile.sharding",

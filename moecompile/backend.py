@@ -42,7 +42,18 @@ def moecompile(
     Raises:
         ValueError: unknown options or modes, or values that they do not take.
     """
-    from moecompile import advice, cached, comparison, loads, lowering, main_gradients, pipeline, report, verify
+    from moecompile import (
+        advice,
+        cached,
+        comparison,
+        loads,
+        lowering,
+        main_gradients,
+        pipeline,
+        report,
+        splitting,
+        verify,
+    )
 
     # 1. What the user asked for.
     chosen = Options.parse(mode, options)
@@ -77,10 +88,14 @@ def moecompile(
     if chosen.expert_load:
         gm, example_inputs, counted = loads.lift(gm, example_inputs, record)
 
-    # 5. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
+    # 5. On request, the graph runs on two halves of its batch.
+    if chosen.microbatches == 2:
+        gm = splitting.split(gm, record)
+
+    # 6. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name), counted)
     compiled = cached.with_copies(compiled, lifted)
     compiled = main_gradients.with_main_gradients(compiled, added)
 
-    # 6. A model that was not rewritten at all is worth one warning, with the reason and the cure.
+    # 7. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

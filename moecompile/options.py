@@ -168,6 +168,13 @@ class Options:
         "where that is predicted to be faster; every rank has to give the same; the report says what is predicted. "
         "Compiled code is not taken from torch's caches then",
     )
+    microbatches: Literal[1, 2] = _option(
+        1,
+        "2 runs a graph that exchanges tokens with other ranks on two halves of its batch, so that what travels for "
+        "one half does while the other computes; implies `overlap`, and no exchange is hidden in a block. The batch "
+        "has to be marked (`moecompile.mark_batch`), `ep_capacity` given, and it must be proven that elements are computed "
+        "one by one: else the report says why the graph stays whole. Every rank has to give the same",
+    )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = dataclasses.field(
@@ -196,6 +203,8 @@ class Options:
         _check_passes(self.disable, "the option `disable`")
         self._check_fp8()
         self._check_exchange()
+        if self.microbatches == 2:
+            object.__setattr__(self, "overlap", True)
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
                 f"moecompile: options for Inductor ({', '.join(dict(self.inductor))}) came together with "

@@ -1,0 +1,103 @@
+"""The option `microbatches`: graphs run on two halves of the batch, if it is proven that they may, on all ranks.
+
+for each graph that exchanges something with other ranks, after the passes:
+    split it (passes/microbatches.py), or say why not
+    all ranks that it exchanges something with hear of each other; unless all can, none does
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, fx
+from torch.utils._pytree import tree_leaves
+
+from moecompile import ranks
+from moecompile.agreement import DisagreementError
+from moecompile.passes import microbatches
+from moecompile.passes.batch_rows import NotProvenError
+from moecompile.report import GraphReport
+from moecompile.runtime.sharded import process_group
+
+log = logging.getLogger("moecompile")
+_agreed: dict[str, bool] = {}
+"""By graph: whether all ranks have split it."""
+
+
+def mark_batch(*inputs: Any) -> None:
+    """Says, before the first call, that the first dimension of these tensors is the batch, of any size from 2 on.
+
+    Args:
+        inputs: tensors that a compiled model is called with, or lists, tuples and dicts of them.
+
+    Raises:
+        ValueError: no tensor came, or one without dimensions.
+    """
+    tensors = [each for each in tree_leaves(inputs) if isinstance(each, Tensor)]
+    if not tensors or any(not each.dim() for each in tensors):
+        shapes = [tuple(each.shape) for each in tensors]
+        raise ValueError(f"moecompile.mark_batch: expected tensors whose first dimension is the batch, got {shapes}")
+    for each in tensors:
+        torch._dynamo.mark_dynamic(each, 0)
+
+
+def split(gm: fx.GraphModule, record: GraphReport) -> fx.GraphModule:
+    """The graph that computes halves of the batch; the graph itself, and a note and a warning why, if it may not.
+
+    Raises:
+        DisagreementError: ranks have split this graph, and this one alone cannot.
+    """
+    groups = _groups(gm.graph)
+    if not groups:
+        record.notes.append("microbatches: it exchanges nothing with other ranks, and stays whole")
+        return gm
+    why, halves = "", None
+    try:
+        halves = microbatches.split(gm)
+    except NotProvenError as error:
+        why = str(error)
+    if not _agree(gm.graph, groups, why):
+        why = why or "others of the ranks that it exchanges something with cannot split theirs"
+    if halves is None or why:
+        record.notes.append(f"microbatches: it stays whole: {why}")
+        log.warning("%s: not split into micro-batches: %s", record.name, why)
+        return gm
+    record.notes.append("microbatches: two halves of the batch, one beside the other")
+    return halves
+
+
+def forget() -> None:
+    """Ranks agree anew; all of them have to forget."""
+    _agreed.clear()
+
+
+def _agree(graph: fx.Graph, groups: list[str], why: str) -> bool:
+    """Whether all ranks of these groups split this graph.
+
+    They meet when they first compile it, and when one that has been split is compiled once more and cannot be.
+    """
+    words = [(node.name, str(node.target)) for node in graph.nodes]
+    subject = hashlib.sha256(json.dumps([*groups, *words]).encode()).hexdigest()
+    if subject not in _agreed or (why and _agreed[subject]):
+        members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
+        heard = ranks.words_of_all("whole" if why else "halves", f"microbatches {subject}", members)
+        if heard is None:
+            raise DisagreementError(
+                f"moecompile: not all of the ranks {members}, which exchange something in this graph, compiled it "
+                f"within {ranks.PATIENCE}, and this one has to know whether they split it into micro-batches"
+                + (f"; it cannot: {why}" if why else "")
+                + ". Each of them has to call the model, with the same options and, if one has, with an odd batch; or "
+                "leave out `microbatches`"
+            )
+        _agreed[subject] = {*heard} == {"halves"}
+    return _agreed[subject]
+
+
+def _groups(graph: fx.Graph) -> list[str]:
+    """Of ranks that the graph exchanges tokens with."""
+    begun = graph.find_nodes(op="call_function", target=torch.ops.moecompile.dispatch_start.default)
+    return sorted({str(node.kwargs["group"]) for node in begun})

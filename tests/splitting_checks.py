@@ -1,0 +1,180 @@
+"""Graphs of several ranks on two halves of their batch (tests/test_splitting.py)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moecompile
+from expert_parallel_models import Block, close, mesh_of
+from moecompile import ordering, splitting
+from overlap_checks import SLOW, notes, on
+
+BATCH, LENGTH, FEATURES = 8, 6, 64
+WAYS = ("eager", "inductor")[: 1 if Version(torch.__version__) < Version(ordering.KEEPS_FROM) else 2]
+
+
+class Layer(nn.Module):
+    """Attention, and experts beside a shared one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(FEATURES)
+        self.qkv, self.out = nn.Linear(FEATURES, 3 * FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.block, self.up, self.down = Block(), nn.Linear(FEATURES, 32), nn.Linear(32, FEATURES)
+
+    def forward(self, x: Tensor, routed_by: Tensor) -> Tensor:
+        parts = self.qkv(self.norm(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        rows = x.reshape(-1, FEATURES)
+        y = self.block(rows, routed_by.reshape(-1, FEATURES)) + self.down(F.silu(self.up(rows)))
+        return x + y.view(x.shape)
+
+
+class Model(nn.Module):
+    """Three layers, of two outputs. All routers read the input: no rounding decides which experts a token has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer() for _ in range(3)])
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        given = x
+        for layer in self.layers:
+            x = layer(x, given)
+        return x, x.float().mean(-1)
+
+
+def rows_of(rank: int, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, LENGTH, FEATURES, generator=torch.Generator().manual_seed(rank)).bfloat16()
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    torch._dynamo.reset()
+    splitting.forget()
+    options = {"microbatches": 2, "ep_capacity": BATCH * LENGTH, **options}
+    return torch.compile(model, backend="moecompile", fullgraph=True, options=options)
+
+
+def sharded(ranks: int) -> tuple[nn.Module, nn.Module]:
+    """A model whose experts are spread over ranks, and the same on one."""
+    model = Model()
+    whole = copy.deepcopy(model)
+    moecompile.shard_experts(model, mesh_of(ranks), gradients="sum")
+    return model, whole
+
+
+def check_halves_give_what_the_whole_does(rank: int, ranks: int) -> None:
+    model, whole = sharded(ranks)
+    for way in WAYS:
+        x, same = (rows_of(rank).requires_grad_() for _ in range(2))
+        moecompile.mark_batch(x)
+        run = compiled(model, lowering=way)
+        for each, given in ((run, x), (whole, same)):
+            hidden, means = each(given)
+            (hidden.float().square().sum() + means.sum()).backward()
+        assert "microbatches: two halves of the batch" in notes(), notes()
+        with torch.no_grad():
+            close([*run(x)], [*whole(same)], 2e-2)
+        close([x.grad], [same.grad], 3e-2)
+        graph = moecompile.last_report().graphs[-1]
+        assert str(graph.forward).count("dispatch_start.default(") == 2 * len(model.layers), graph.forward
+
+
+def check_halves_are_in_flight_together(rank: int, ranks: int) -> None:
+    """In slots of their own, of half the tokens."""
+    model, _ = sharded(ranks)
+    x = rows_of(rank)
+    moecompile.mark_batch(x)
+    with torch.no_grad():
+        on(SLOW, lambda: compiled(model, lowering="eager")(x))
+    graph = str(moecompile.last_report().graphs[-1].forward)
+    assert {f"slot = {slot}" for slot in range(4)} == {
+        each for slot in range(9) if (each := f"slot = {slot}") in graph
+    }, graph
+    assert f"capacity = {BATCH * LENGTH // 2}" in graph, graph
+    begun = [i for i in range(len(graph)) if graph.startswith("dispatch_start.default(", i)]
+    first, second = begun[0], begun[1]
+    assert graph.index("dispatch_wait.default(") > second > first, graph
+
+
+def check_an_odd_batch_stays_whole(rank: int, ranks: int) -> None:
+    model, whole = sharded(ranks)
+    x = rows_of(rank, 5)
+    moecompile.mark_batch(x)
+    with torch.no_grad():
+        close([*compiled(model, lowering="eager")(x)], [*whole(x)], 2e-2)
+    assert "microbatches: it stays whole: a batch of 5 has no halves" in notes(), notes()
+
+
+def check_one_rank_with_an_odd_batch(rank: int, ranks: int) -> None:
+    """All stay whole."""
+    model, whole = sharded(ranks)
+    x = rows_of(rank, 5 if rank else 4)
+    moecompile.mark_batch(x)
+    with torch.no_grad():
+        close([*compiled(model, lowering="eager")(x)], [*whole(x)], 2e-2)
+    assert "microbatches: it stays whole" in notes(), notes()
+    assert ("has no halves" in notes()) == bool(rank)
+
+
+def check_a_batch_that_is_odd_later(rank: int, ranks: int) -> None:
+    """All ranks compile once more, and stay whole."""
+    model, whole = sharded(ranks)
+    run = compiled(model, lowering="eager")
+    with torch.no_grad():
+        for batch in (8, 4, 7, 6):
+            x = rows_of(rank, batch)
+            moecompile.mark_batch(x)
+            close([*run(x)], [*whole(x)], 2e-2)
+    texts = [" ".join(graph.notes) for graph in moecompile.last_report().graphs]
+    assert "it stays whole: a batch of 7" in texts[-1], texts
+
+
+def check_a_static_batch(rank: int, ranks: int) -> None:
+    model, whole = sharded(ranks)
+    x = rows_of(rank)
+    with torch.no_grad():
+        close([*compiled(model, lowering="eager")(x)], [*whole(x)], 2e-2)
+    assert "call moecompile.mark_batch(inputs) before the first call" in notes(), notes()
+
+
+def check_a_loss_over_the_batch(rank: int, ranks: int) -> None:
+    """A result that is of all elements: nothing is split."""
+    model, whole = sharded(ranks)
+
+    class Loss(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)[0].float().square().mean()
+
+    x = rows_of(rank)
+    moecompile.mark_batch(x)
+    with torch.no_grad():
+        close([compiled(Loss(model), lowering="eager")(x)], [Loss(whole)(x)], 2e-2)
+    assert "goes along the batch" in notes(), notes()
+
+
+def check_fp8(rank: int, ranks: int) -> None:
+    """Casts are of rows, too: halves have the same numbers."""
+    model, _ = sharded(ranks)
+    x = rows_of(rank)
+    found = []
+    for count in (1, 2):
+        moecompile.mark_batch(x)
+        run = compiled(model, lowering="eager", precision="fp8", microbatches=count, overlap=True, kernels="reference")
+        with torch.no_grad():
+            found.append([*run(x)])
+    assert "microbatches: two halves of the batch" in notes(), notes()
+    close(found[1], found[0], 1e-2)
