@@ -172,8 +172,8 @@ class Options:
         1,
         "2 runs a graph that exchanges tokens with other ranks on two halves of its batch, so that what travels for "
         "one half does while the other computes; implies `overlap`, and no exchange is hidden in a block. The batch "
-        "has to be marked (`moecompile.mark_batch`), `ep_capacity` given, and it must be proven that elements are computed "
-        "one by one: else the report says why the graph stays whole. Every rank has to give the same",
+        "has to be marked (`moecompile.mark_batch`), `ep_capacity` given, and it must be proven that elements are "
+        "computed one by one: else the report says why the graph stays whole. Every rank has to give the same",
     )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from moecompile import ranks
 from moecompile.agreement import DisagreementError
 from moecompile.passes import microbatches
-from moecompile.passes.batch_rows import NotProvenError
+from moecompile.passes.batch_meanings import NotProvenError
 from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
 
@@ -66,8 +66,9 @@ def split(gm: fx.GraphModule, record: GraphReport) -> fx.GraphModule:
         record.notes.append(f"microbatches: it stays whole: {why}")
         log.warning("%s: not split into micro-batches: %s", record.name, why)
         return gm
-    record.notes.append("microbatches: two halves of the batch, one beside the other")
-    return halves
+    rest = f"; the rest stays whole: {'; '.join(halves.whole)}" if halves.whole else ""
+    record.notes.append(f"microbatches: two halves of the batch, {halves.exchanges} exchanges of each{rest}")
+    return halves.graph
 
 
 def forget() -> None:
@@ -80,7 +81,7 @@ def _agree(graph: fx.Graph, groups: list[str], why: str) -> bool:
 
     They meet when they first compile it, and when one that has been split is compiled once more and cannot be.
     """
-    words = [(node.name, str(node.target)) for node in graph.nodes]
+    words = [(node.name, getattr(node.target, "__name__", str(node.target))) for node in graph.nodes]
     subject = hashlib.sha256(json.dumps([*groups, *words]).encode()).hexdigest()
     if subject not in _agreed or (why and _agreed[subject]):
         members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})

@@ -334,12 +334,12 @@ def _name_of(gather: fx.Node) -> str:
 
 def _source(node: fx.Node) -> fx.Node:
     """The parameter, a DTensor, that the node is this rank's part of; the node itself, if it is of none."""
-    given: Any = node.args[0] if _is_local_part(node) else node
+    given: Any = node.args[0] if is_local_part(node) else node
     found: fx.Node = given
     return found
 
 
-def _is_local_part(node: fx.Node) -> bool:
+def is_local_part(node: fx.Node) -> bool:
     """Whether the node is a DTensor's `to_local`: a method, or in torch 2.11 a function that Dynamo makes for it."""
     if node.op == "call_method":
         return node.target == "to_local"

@@ -1,20 +1,23 @@
 """Split a graph's batch into two micro-batches, whose communication then hides behind each other's computation.
 
 Contract
-- On entry the graph is one of Dynamo's, after all other passes; its batch is a symbol, the first dimension of inputs.
-- It is proven that each element is computed by itself (`moecompile.passes.batch_rows`), on the operators that the graph
-  is traced to; and the batch of this call is even. Else nothing changes, and the reason is given.
-- What comes back is a graph that runs this one on both halves and joins the results; the halves' exchanges are of half
-  the tokens, in slots of their own. AOTAutograd traces it like any other: forward and backward both hold two
-  independent bodies.
+- On entry the graph is one of Dynamo's, after all other passes; its batch is a symbol, a dimension of inputs.
+- What may run on halves is proven on the operators that the graph is traced to (`moecompile.passes.batch_rows`), and the
+  batch of this call is even. If nothing that exchanges tokens may, nothing changes, and the reason is given.
+- What comes back is a graph that runs these operations once for each half, joins what others read, and runs all others
+  as before: heads, losses, statistics of the whole batch. The halves' exchanges are of half the tokens, in slots of
+  their own. AOTAutograd traces it like any other: forward and backward both hold two independent bodies.
 
-    half(x) = x[: B / 2], x[B / 2 :]  for inputs that have the batch, B / 2 for the batch itself, and x for all others
-    results = cat(graph(first halves), graph(second halves))
+    meanings = of the values of all nodes, from the traced operators
+    halved = nodes whose values are proven, as are those of all that they read
+    for half in 0, 1:  the halved nodes, of x.chunk(2, dim)[half] for inputs that have the batch, B / 2 for the batch
+    values that hold it and are read by others:  cat(both halves, dim)
+    the other nodes, in their order
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -24,65 +27,74 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.batch_rows import NotProvenError, prove
+from moecompile.passes.batch_meanings import INSIDE, SHARED, Meaning, Mixed, NotProvenError, Rows
+from moecompile.passes.batch_rows import meanings_of
 from moecompile.passes.costs import expression
+from moecompile.passes.expert_parallel import is_local_part
 from moecompile.runtime.peer_memory import ROWS_AT_LEAST
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.moecompile
 HALVES = 2
 WAYS = 2
 """There and back: slots of one block's exchange. Of a half all blocks have the same two, as they follow each other."""
+CONTEXTS = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+}
+"""What changes how the following is run, for halves and for the rest."""
+NUMBERS = (int, float, bool, torch.dtype, torch.device, torch.layout, torch.memory_format, str)
 
 
-def split(gm: fx.GraphModule) -> fx.GraphModule:
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What became of a graph.
+
+    Attributes:
+        graph: runs on halves what may.
+        exchanges: that it does twice now, of half the tokens each.
+        whole: of the exchanges that stay as they were, and of what else has to: the reasons, without repetition.
+    """
+
+    graph: fx.GraphModule
+    exchanges: int
+    whole: tuple[str, ...]
+
+
+def split(gm: fx.GraphModule) -> Split:
     """A graph of the same inputs and outputs that computes halves.
 
     Args:
-        gm: as the contract has it, with example values of its inputs; it becomes a part of the new one.
+        gm: as the contract has it, with example values of its inputs; it stays as it is.
 
     Raises:
         NotProvenError: why it stays whole.
     """
     inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
-    (output,) = gm.graph.find_nodes(op="output")
-    if not all(isinstance(each, fx.Node) for each in output.args[0]):
-        raise NotProvenError("some of its results are constants")
     batch = _batch_of(inputs)
-    traced = _traced(gm, inputs)
-    _drop_what_nobody_reads(traced)
-    prove(traced, batch)
-    return _of_halves(gm, inputs, batch)
-
-
-def _traced(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.Graph:
-    """Its operators, as they are without autograd, and without what is written in place."""
-    functional = dispatch_functionalize(gm)
-    try:
-        with torch.no_grad():
-            return make_fx(functional, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs).graph
-    except Exception as error:  # of whatever is in the graph
-        raise NotProvenError(f"it cannot be traced with fake tensors: {type(error).__name__}: {error}") from error
-
-
-def _drop_what_nobody_reads(graph: fx.Graph) -> None:
-    """What blocks of experts were rewritten from, which is left for the check that numbers of rows are not negative."""
-    for check in graph.find_nodes(op="call_function", target=aten._assert_scalar.default):
-        condition: Any = check.args[0]
-        if isinstance(condition, fx.Node) and condition.target is operator.ge and condition.args[1] == 0:
-            graph.erase_node(check)
-    graph.eliminate_dead_code()
+    seen = _traced(gm, batch)
+    halved = _halved(gm.graph, seen)
+    begun = [node for node in halved if node.target is ops.dispatch_start.default]
+    why = dict.fromkeys(each.reason for each in seen.meaning.values() if isinstance(each, Mixed))
+    if not begun:
+        raise NotProvenError(next(iter(why), "what exchanges tokens does not hold the batch"))
+    made = fx.GraphModule(gm, _Halves(gm.graph, seen, halved, batch).graph())
+    return Split(made, len(begun), tuple(why))
 
 
 def _batch_of(inputs: Sequence[Any]) -> sympy.Symbol:
-    """The one symbol that is the first dimension of inputs, and even."""
+    """The symbol that is the first dimension of most of the inputs that have one there; even."""
     firsts = [each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim()]
-    found: dict[Any, Any] = {expression(size): size for size in firsts if isinstance(size, torch.SymInt)}
+    found: dict[Any, list[Any]] = {}
+    for size in firsts:
+        if isinstance(size, torch.SymInt) and isinstance(expression(size), sympy.Symbol):
+            found.setdefault(expression(size), []).append(size)
     if not found:
         raise NotProvenError("its batch is a number: call moecompile.mark_batch(inputs) before the first call")
-    if len(found) > 1 or not isinstance(next(iter(found)), sympy.Symbol):
-        raise NotProvenError(f"its inputs have several first dimensions: {', '.join(map(str, found))}")
-    ((batch, size),) = found.items()
+    batch, (size, *_) = max(found.items(), key=lambda item: len(item[1]))
     hint = size.node.hint
     if hint is None or hint % HALVES:
         raise NotProvenError(f"a batch of {hint} has no halves")
@@ -90,46 +102,236 @@ def _batch_of(inputs: Sequence[Any]) -> sympy.Symbol:
     return batch
 
 
-def _of_halves(gm: fx.GraphModule, inputs: Sequence[Any], batch: sympy.Symbol) -> fx.GraphModule:
-    parts = [_for_half(gm, number) for number in range(HALVES)]
-    root, graph = torch.nn.Module(), fx.Graph()
-    given = [graph.placeholder(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    for node, value in zip(given, inputs, strict=True):
-        node.meta["example_value"] = value
-    results = []
-    for number, part in enumerate(parts):
-        setattr(root, f"half_{number}", part)
-        args = tuple(_half(graph, *each, batch, number) for each in zip(given, inputs, strict=True))
-        results.append(graph.call_module(f"half_{number}", args))
-    (output,) = gm.graph.find_nodes(op="output")
-    count = len(output.args[0])
-    joined = []
-    for place in range(count):
-        halves = [graph.call_function(operator.getitem, (result, place)) for result in results]
-        joined.append(graph.call_function(torch.cat, (halves,)))
-    graph.output(tuple(joined))
-    return fx.GraphModule(root, graph)
+@dataclasses.dataclass
+class _Seen:
+    """Of Dynamo's nodes.
+
+    Attributes:
+        given: inputs' meanings.
+        meaning: of what it has become when all has run; None of what has no tensors.
+        written: it is written after it has been made.
+        numbers: it gives numbers alone.
+    """
+
+    given: dict[fx.Node, Meaning] = dataclasses.field(default_factory=dict)
+    meaning: dict[fx.Node, Meaning | None] = dataclasses.field(default_factory=dict)
+    written: set[fx.Node] = dataclasses.field(default_factory=set)
+    numbers: set[fx.Node] = dataclasses.field(default_factory=set)
 
 
-def _half(graph: fx.Graph, node: fx.Node, value: Any, batch: sympy.Symbol, number: int) -> fx.Node:
-    if isinstance(value, torch.SymInt) and expression(value) == batch:
-        return graph.call_function(operator.floordiv, (node, HALVES))
-    if not isinstance(value, Tensor) or not value.dim() or expression(value.shape[0]) != batch:
-        return node
-    halves = graph.call_method("chunk", (node, HALVES))
-    return graph.call_function(operator.getitem, (halves, number))
+def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
+    """What its operators make of the batch, as they are without autograd."""
+    own, stands_for = _without_dtensors(gm)
+    inputs = [node.meta["example_value"] for node in own.graph.find_nodes(op="placeholder")]
+    watched = _Watched(own)
+    try:
+        with torch.no_grad():
+            functional = dispatch_functionalize(watched.all_values)
+            graph = make_fx(functional, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs).graph
+    except Exception as error:  # of whatever is in the graph
+        raise NotProvenError(f"it cannot be traced with fake tensors: {type(error).__name__}: {error}") from error
+    meanings, seen = meanings_of(graph, batch), _Seen()
+    (output,) = graph.find_nodes(op="output")
+    for node, (made, left, numbers) in zip(watched.nodes, output.args[0], strict=True):
+        original, made = stands_for[node], [each.args[0] for each in made]
+        found = [meanings[each] for each in (*made, *left, *numbers) if isinstance(each, fx.Node)]
+        seen.meaning[original] = _together(found, len(left))
+        if node.op == "placeholder" and made:
+            seen.given[original] = meanings[made[0]]
+        if made != left:
+            seen.written.add(original)
+        if node.name in watched.of_numbers:
+            seen.numbers.add(original)
+    return seen
 
 
-def _for_half(gm: fx.GraphModule, number: int) -> fx.GraphModule:
-    """The same graph with the same parameters: exchanges of half the tokens, in slots of this half's own."""
-    made = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for node in made.graph.nodes:
-        _halve(node, number)
-    made.recompile()
-    return made
+def _together(found: Sequence[Meaning], tensors: int) -> Meaning | None:
+    """Of all that a node gives. What gives several is read by its parts alone."""
+    if mixed := [each for each in found if isinstance(each, Mixed)]:
+        return mixed[0]
+    if not tensors:
+        return None
+    return found[0] if {*found} == {SHARED} or tensors == 1 and len({*found}) == 1 else INSIDE
+
+
+class _Watched(fx.Interpreter):
+    """Gives what all nodes give: tensors as they were made, as they were left, and numbers."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.nodes = [node for node in gm.graph.nodes if node.op != "output"]
+        self.seen = dict[str, tuple[list[Tensor], list[Tensor], list[Any]]]()
+        self.of_numbers = set[str]()
+
+    def all_values(self, *inputs: Any) -> list[Any]:
+        """In the order of the nodes."""
+        self.run(*inputs)
+        return [self.seen[node.name] for node in self.nodes]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As it is; what it gives is held."""
+        value = super().run_node(n)
+        leaves = tree_leaves(value)
+        tensors = [each for each in leaves if isinstance(each, Tensor)]
+        numbers = [each for each in leaves if isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool))]
+        if leaves and not tensors and all(isinstance(each, (*NUMBERS, *map(type, numbers))) for each in leaves):
+            self.of_numbers.add(n.name)
+        self.seen[n.name] = [each.clone() for each in tensors], tensors, numbers
+        return value
+
+
+def _without_dtensors(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """The graph with inputs for what ranks hold of parameters that are spread over them; and which nodes are which."""
+    copies: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, copies))
+    stands_for = {made: node for node, made in copies.items()}
+    for node in graph.find_nodes(op="placeholder"):
+        if not is_traceable_wrapper_subclass(node.meta["example_value"]):
+            continue
+        for user in [*node.users]:
+            if not is_local_part(user):
+                raise NotProvenError(f"{node.name} is spread over ranks and computed with as a whole")
+            with graph.inserting_after(node):
+                held = graph.placeholder(f"{user.name}_held")
+            held.meta["example_value"] = user.meta["example_value"]
+            stands_for[held] = stands_for[user]
+            user.replace_all_uses_with(held)
+            graph.erase_node(user)
+        graph.erase_node(node)
+    return fx.GraphModule(gm, graph), stands_for
+
+
+def _halved(graph: fx.Graph, seen: _Seen) -> set[fx.Node]:
+    """What runs once for each half: nodes that give a tensor, or write to one."""
+    halved = set[fx.Node]()
+    for node in graph.nodes:
+        if node.op in ("output", "placeholder") or node in seen.numbers or node.target in CONTEXTS:
+            continue
+        meaning = seen.meaning[node]
+        tensors = [each for each in _read(node, seen) if each.op != "placeholder"]
+        if meaning is None and not _read(node, seen):
+            continue  # checks of numbers
+        if not isinstance(meaning, Mixed) and all(each in halved for each in tensors) and _numbers_hold(node, seen):
+            halved.add(node)
+    _keep_blocks_together(graph, seen, halved)
+    for node in graph.find_nodes(op="placeholder"):
+        if node in seen.written and not isinstance(seen.meaning[node], Mixed):
+            raise NotProvenError(f"it writes into what it is given: {node.name}")
+    for node in _crossing(graph, seen, halved):
+        if node in seen.written:
+            raise NotProvenError(f"{node.name} is written in place, and read by what stays whole")
+    return halved
+
+
+def _read(node: fx.Node, seen: _Seen) -> list[fx.Node]:
+    """The tensors that it reads, directly or for their sizes."""
+    found = dict.fromkeys(each for each in node.all_input_nodes if each not in seen.numbers)
+    for each in node.all_input_nodes:
+        if each in seen.numbers and each.op != "placeholder":
+            found |= dict.fromkeys(_read(each, seen))
+    return [*found]
+
+
+def _numbers_hold(node: fx.Node, seen: _Seen) -> bool:
+    """Whether no number that it reads comes from what rows hold."""
+    numbers = [each for each in node.all_input_nodes if each in seen.numbers]
+    return all(not isinstance(seen.meaning[each], Mixed) and _numbers_hold(each, seen) for each in numbers)
+
+
+def _crossing(graph: fx.Graph, seen: _Seen, halved: set[fx.Node]) -> list[fx.Node]:
+    """What runs on halves and is read by what does not."""
+    others = (node for node in graph.nodes if node not in halved and node not in seen.numbers)
+    return [*dict.fromkeys(each for node in others for each in _read(node, seen) if each in halved)]
+
+
+def _keep_blocks_together(graph: fx.Graph, seen: _Seen, halved: set[fx.Node]) -> None:
+    """What is inside of a block cannot be joined: if others read it, it stays whole, with what follows."""
+    while inside := [node for node in _crossing(graph, seen, halved) if seen.meaning[node] is INSIDE]:
+        gone = [*inside]
+        while gone:
+            node = gone.pop()
+            halved.discard(node)
+            gone += node.users
+
+
+class _Halves:
+    """Writes the new graph."""
+
+    def __init__(self, old: fx.Graph, seen: _Seen, halved: set[fx.Node], batch: sympy.Symbol) -> None:
+        self.old, self.seen, self.halved, self.batch = old, seen, halved, batch
+        self.new = fx.Graph()
+        self.given = dict[fx.Node, fx.Node]()
+        self.of_half: list[dict[fx.Node, fx.Node]] = [{} for _ in range(HALVES)]
+        self.whole = dict[fx.Node, fx.Node]()
+
+    def graph(self) -> fx.Graph:
+        """Inputs, both halves, and the rest."""
+        for node in self.old.find_nodes(op="placeholder"):
+            self.given[node] = self.whole[node] = self.new.node_copy(node)
+        rest = [node for node in self.old.nodes if node.op != "placeholder"]
+        for number in range(HALVES):
+            for node in rest:
+                if node in self.halved or node.target in CONTEXTS:
+                    self._once(node, number)
+        for node in rest:
+            if node not in self.halved and node not in self.seen.numbers:
+                self.whole[node] = self._copied(node, self._of_whole)
+        return self.new
+
+    def _once(self, node: fx.Node, number: int) -> None:
+        """For this half; what is the same for both is made once."""
+        shared = self.seen.meaning[node] is SHARED and node not in self.seen.written
+        if number and shared:
+            self.of_half[number][node] = self.of_half[0][node]
+            return
+        made = self._copied(node, lambda each: self._of_half(each, number))
+        _halve(made, number)
+        self.of_half[number][node] = made
+
+    def _copied(self, node: fx.Node, find: Any) -> fx.Node:
+        made = self.new.node_copy(node, find)
+        made.meta.pop("example_value", None)  # of the whole batch
+        return made
+
+    def _of_half(self, node: fx.Node, number: int) -> fx.Node:
+        """What stands for it in this half."""
+        found = self.of_half[number].get(node)
+        if found is None:
+            found = self.of_half[number][node] = self._part(node, number)
+        return found
+
+    def _part(self, node: fx.Node, number: int) -> fx.Node:
+        if node.op != "placeholder":  # numbers
+            return self._copied(node, lambda each: self._of_half(each, number))
+        value, meaning, given = node.meta["example_value"], self.seen.given.get(node), self.given[node]
+        if isinstance(value, torch.SymInt) and expression(value) == self.batch:
+            return self.new.call_function(operator.floordiv, (given, HALVES))
+        if not isinstance(meaning, Rows):
+            return given
+        whole = self.new.call_method("size", (given, meaning.dim))
+        half = self.new.call_function(operator.floordiv, (whole, HALVES))
+        begin = self.new.call_function(operator.mul, (half, number))
+        return self.new.call_method("narrow", (given, meaning.dim, begin, half))
+
+    def _of_whole(self, node: fx.Node) -> fx.Node:
+        """What stands for it in what is not halved."""
+        found = self.whole.get(node)
+        if found is None:
+            found = self.whole[node] = self._joined(node)
+        return found
+
+    def _joined(self, node: fx.Node) -> fx.Node:
+        if node not in self.halved:  # numbers
+            return self._copied(node, self._of_whole)
+        halves, meaning = [each[node] for each in self.of_half], self.seen.meaning[node]
+        if not isinstance(meaning, Rows):
+            return halves[0]
+        return self.new.call_function(torch.cat, (halves, meaning.dim))
 
 
 def _halve(node: fx.Node, number: int) -> None:
+    """An exchange of half the tokens, in a slot of this half's own."""
     if getattr(node.target, "namespace", None) != "moecompile":
         return
     given: Any = node.kwargs

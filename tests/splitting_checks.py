@@ -147,22 +147,32 @@ def check_a_static_batch(rank: int, ranks: int) -> None:
     assert "call moecompile.mark_batch(inputs) before the first call" in notes(), notes()
 
 
-def check_a_loss_over_the_batch(rank: int, ranks: int) -> None:
-    """A result that is of all elements: nothing is split."""
+class Loss(nn.Module):
+    """Of all elements; and a statistic of what the first layer gives, in the middle of the graph."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.model.layers[0](x, x)
+        seen = hidden.float().mean((0, 1)).square().sum()
+        for layer in self.model.layers[1:]:
+            hidden = layer(hidden, x)
+        return hidden.float().square().mean() + seen
+
+
+def check_a_loss_and_a_statistic_of_the_batch(rank: int, ranks: int) -> None:
+    """They are of the whole batch, and all layers of halves."""
     model, whole = sharded(ranks)
-
-    class Loss(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(x)[0].float().square().mean()
-
-    x = rows_of(rank)
+    x, same = (rows_of(rank).requires_grad_() for _ in range(2))
     moecompile.mark_batch(x)
-    with torch.no_grad():
-        close([compiled(Loss(model), lowering="eager")(x)], [Loss(whole)(x)], 2e-2)
+    found, right = compiled(Loss(model), lowering="eager")(x), Loss(whole)(same)
+    found.backward()
+    right.backward()
+    close([found], [right], 1e-3)
+    close([x.grad], [same.grad], 3e-2)
+    assert "microbatches: two halves of the batch, 3 exchanges of each; the rest stays whole" in notes(), notes()
     assert "goes along the batch" in notes(), notes()
 
 
