@@ -90,7 +90,7 @@ def moecompile(
 
     # 5. On request, the graph runs on two halves of its batch.
     if chosen.microbatches == 2:
-        gm = splitting.split(gm, record)
+        gm = splitting.split(gm, chosen, record)
 
     # 6. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name), counted)

@@ -52,11 +52,10 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     groups = _groups(gm.graph)
     if not groups:
         return None
-    sizes = _sizes(gm.graph)
-    if sizes is None:
+    found = predicted(gm.graph, fuses)
+    if found is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for there are sizes that nobody knows yet")
         return None
-    found = plan(gm.graph, _device(), sizes, fuses=fuses)
     agreed = _agree(kind, gm.graph, groups, found)
     if agreed is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for ranks would have different orders")
@@ -68,6 +67,17 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     record.notes.append(f"overlap: {kind}: {_words(found)}")
     record.planned[kind] = found
     return found
+
+
+def predicted(graph: fx.Graph, fuses: bool) -> Plan | None:
+    """The better order of a graph, if there is one, on this device; None if there are sizes that nobody knows yet."""
+    sizes = _sizes(graph)
+    return None if sizes is None else plan(graph, _device(), sizes, fuses=fuses)
+
+
+def device_title() -> str:
+    """For people: what costs are reckoned for."""
+    return _device().title
 
 
 def refuse_what_inductor_would_undo() -> None:
@@ -152,7 +162,7 @@ def _device() -> hardware.Hardware:
 
 def _words(found: Plan) -> str:
     """What is predicted."""
-    device = f"predicted of {_device().title}"
+    device = f"predicted of {device_title()}"
     if not found.moves:
         return f"its order stays, {device}: {_times(found.before)}"
     return f"ordered, {device}: {_times(found.after)}; as it was {_times(found.before)}"

@@ -76,12 +76,11 @@ def _exclusions(options: Options) -> Exclusions:
 def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Passed:
     """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
     modules = bodies_of(gm).values()
-    differentiable = torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in modules)
-    pieces = [Piece(module, differentiable=differentiable) for module in modules]
+    pieces = [Piece(module, differentiable=differentiable(gm)) for module in modules]
     record.before = text_of(gm)
     sharded = any([share_gathers(module.graph) for module in modules])
     refuse_sharded_regions(gm)
-    together = Together(_shared_by_ranks(modules), inference=not differentiable)
+    together = Together(_shared_by_ranks(modules), inference=not differentiable(gm))
     untouched = Untouched(gm, record.notes) if options.verify else None
     with _transforms_hidden(pieces, record), without_collections():
         casts = _look_at_all(pieces, options, record)
@@ -92,10 +91,8 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Pas
                 _find_purposes(gm, pieces)  # of blocks that are still whole
             if name == "exchange" and not sharded and not any(site.spread for piece in pieces for site in piece.sites):
                 continue
-            if name == "hide" and not any(piece.exchanged for piece in pieces):
-                continue
-            if name == "hide" and options.microbatches == 2:
-                continue
+            if name == "hide" and (options.microbatches == 2 or not any(piece.exchanged for piece in pieces)):
+                continue  # of halves nothing is hidden; of what stays whole it is later
             if name == "hide" and options.fp8_compare:
                 record.notes.append("with fp8_compare no exchange is hidden behind the experts")
                 continue
@@ -118,6 +115,29 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Pas
     record.after = text_of(gm)
     uncast = tuple(piece.uncast for piece in pieces if piece.uncast is not None)
     return Passed(sites, exchanges_alone(pieces, options), untouched, uncast, together)
+
+
+def hide_exchanges(gm: fx.GraphModule, options: Options, record: GraphReport) -> None:
+    """The pass `hide` by itself, over a graph that has been through all others and is not split into micro-batches."""
+    if options.fp8_compare or "hide" in options.disable:
+        return
+    pieces = [Piece(module, differentiable=differentiable(gm)) for module in bodies_of(gm).values()]
+    exchanges = sum(len(_begun(piece.module.graph)) for piece in pieces)
+    record.passes.append(_run_pass(1 + [*PASSES].index("hide"), "hide", PASSES["hide"], pieces, options))
+    for piece in pieces:
+        piece.module.recompile()
+    if hidden := sum(piece.rewritten.hidden for piece in pieces):
+        record.notes.append(f"{hidden} of {exchanges} exchanges are hidden behind the experts")
+    record.after = text_of(gm)
+
+
+def _begun(graph: fx.Graph) -> list[fx.Node]:
+    return list(graph.find_nodes(op="call_function", target=torch.ops.moecompile.dispatch_start.default))
+
+
+def differentiable(gm: fx.GraphModule) -> bool:
+    """Whether somebody may call the graph's backward."""
+    return torch.is_grad_enabled() or any(_sets_grad_mode(module.graph) for module in bodies_of(gm).values())
 
 
 def _shared_by_ranks(modules: Iterable[fx.GraphModule]) -> dict[Group, list[str]]:

@@ -2,11 +2,13 @@
 
 for each graph that exchanges something with other ranks, after the passes:
     split it (passes/microbatches.py), or say why not
+    predict its forward, whole and in halves, each in its better order: unless halves gain, it stays whole
     all ranks that it exchanges something with hear of each other; unless all can, none does
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -16,10 +18,13 @@ import torch
 from torch import Tensor, distributed, fx
 from torch.utils._pytree import tree_leaves
 
-from moecompile import ranks
+from moecompile import ordering, pipeline, ranks
 from moecompile.agreement import DisagreementError
-from moecompile.passes import microbatches
+from moecompile.bodies import text_of
+from moecompile.options import Options
+from moecompile.passes import hide, microbatches
 from moecompile.passes.batch_meanings import NotProvenError
+from moecompile.passes.overlap import GAIN, Plan
 from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
 
@@ -45,35 +50,76 @@ def mark_batch(*inputs: Any) -> None:
         torch._dynamo.mark_dynamic(each, 0)
 
 
-def split(gm: fx.GraphModule, record: GraphReport) -> fx.GraphModule:
-    """The graph that computes halves of the batch; the graph itself, and a note and a warning why, if it may not.
+def split(gm: fx.GraphModule, options: Options, record: GraphReport) -> fx.GraphModule:
+    """The graph that computes halves of the batch; or the graph itself, with a note and a warning why.
+
+    Args:
+        gm: of Dynamo's, after all passes but `hide`, which what stays whole goes through.
+        options: for this model.
+        record: of this graph.
 
     Raises:
         DisagreementError: ranks have split this graph, and this one alone cannot.
     """
-    groups = _groups(gm.graph)
+    groups, why = _groups(gm.graph), ""
     if not groups:
         record.notes.append("microbatches: it exchanges nothing with other ranks, and stays whole")
         return gm
-    why, halves = "", None
     try:
         halves = microbatches.split(gm)
+        if not halves.exchanges:
+            raise NotProvenError("; ".join(halves.whole) or "what exchanges tokens does not hold the batch")
+        gain = _gain(gm, halves.graph, options)
     except NotProvenError as error:
         why = str(error)
     if not _agree(gm.graph, groups, why):
-        why = why or "others of the ranks that it exchanges something with cannot split theirs"
-    if halves is None or why:
+        why = why or "others of the ranks that it exchanges something with keep theirs whole"
+    if why:
         record.notes.append(f"microbatches: it stays whole: {why}")
         log.warning("%s: not split into micro-batches: %s", record.name, why)
+        pipeline.hide_exchanges(gm, options, record)
         return gm
     rest = f"; the rest stays whole: {'; '.join(halves.whole)}" if halves.whole else ""
-    record.notes.append(f"microbatches: two halves of the batch, {halves.exchanges} exchanges of each{rest}")
+    record.notes.append(f"microbatches: two halves of the batch, {halves.exchanges} exchanges of each, {gain}{rest}")
+    record.after = text_of(halves.graph)
     return halves.graph
 
 
 def forget() -> None:
     """Ranks agree anew; all of them have to forget."""
     _agreed.clear()
+
+
+def _gain(gm: fx.GraphModule, halves: fx.GraphModule, options: Options) -> str:
+    """What is predicted of the forward, for people.
+
+    Raises:
+        NotProvenError: nothing is known, or halves are not faster, or by less than a prediction is worth.
+    """
+    both = [_predicted(each, options) for each in (_as_it_would_be(gm, options), halves)]
+    if None in both:
+        raise NotProvenError("there are sizes that nobody knows yet")
+    whole, half = (plan.after.makespan for plan in both if plan is not None)
+    words = f"predicted of {ordering.device_title()}: {1e6 * half:.0f} us forward, in place of {1e6 * whole:.0f}"
+    if half > (1 - GAIN) * whole:
+        raise NotProvenError(f"halves would gain too little, {words}")
+    return words
+
+
+def _as_it_would_be(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
+    """Whole: where nobody differentiates, exchanges are hidden in their blocks.
+
+    Where somebody does, what is one operator with its exchanges waits for them: what is ordered is no slower.
+    """
+    if options.fp8_compare or "hide" in options.disable or pipeline.differentiable(gm):
+        return gm
+    graph = copy.deepcopy(gm.graph)
+    hide.hide_exchanges(graph)
+    return fx.GraphModule(gm, graph)
+
+
+def _predicted(gm: fx.GraphModule, options: Options) -> Plan | None:
+    return ordering.predicted(microbatches.operators_of(gm), fuses=options.lowering == "inductor")
 
 
 def _agree(graph: fx.Graph, groups: list[str], why: str) -> bool:

@@ -1,10 +1,10 @@
 """Say which values of a graph hold the batch, each element computed by itself, or what mixes them.
 
 Contract
-- On entry the graph is one of ATen's and moecompile's operators, with example values, functional, before autograd; some
-  of its inputs have the batch, a symbol, as one of their dimensions.
-- Every value gets a meaning (`batch_meanings`) by exact rules (`batch_rules`). What no rule speaks of is `Mixed`, and so
-  is whatever mixes elements: a sum or a sort over the batch, a number that depends on how many there are, random
+- On entry the graph is one of ATen's and moecompile's operators, with example values, functional, before autograd;
+  some of its inputs have the batch, a symbol, as one of their dimensions.
+- Every value gets a meaning (`batch_meanings`) by exact rules (`batch_rules`). What no rule speaks of is `Mixed`, and
+  so is whatever mixes elements: a sum or a sort over the batch, a number that depends on how many there are, random
   numbers, what is written; and all that reads such a value.
 - Of half of the batch, the same operators compute the half of each value that holds it, and what is shared as it was;
   but for the order of sums that nobody fixes.
@@ -32,7 +32,7 @@ from moecompile.passes.batch_meanings import (
     Rows,
     value_of,
 )
-from moecompile.passes.batch_rules import FILLED, RULES, SIZED
+from moecompile.passes.batch_rules import CUT, FILLED, RULES, SIZED
 from moecompile.passes.costs import expression
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
@@ -108,7 +108,7 @@ def _of_call(meanings: Meanings, node: fx.Node) -> Meaning:
     if packet not in SIZED and any(meanings.depends(value_of(each)) for each in _numbers(node)):
         raise NotProvenError(f"{node.target} computes with a number that depends on the batch")
     if not holds and packet not in FILLED and not any(map(meanings.depends, of_tensors)):
-        if packet is aten.slice and any(meanings.depends(value_of(each)) for each in _numbers(node)):
+        if packet in CUT and any(meanings.depends(value_of(each)) for each in _numbers(node)):
             raise NotProvenError(f"{node.target} takes what depends on the batch")
         return SHARED
     if packet in RULES:

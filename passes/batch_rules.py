@@ -61,13 +61,28 @@ def _squeezed(meanings: Meanings, node: fx.Node) -> Meaning:
 
 def _sliced(meanings: Meanings, node: fx.Node) -> Meaning:
     """Not along the batch, or all of it."""
-    place, dim = meanings.of_first(node), argument(node, "dim") % _given(node).dim()
-    if expression(value_of(node).shape[place]) != expression(_given(node).shape[place]):
-        raise NotProvenError(f"{node.target} takes a part of the batch")
-    bounds = [value_of(each) if isinstance(each, fx.Node) else each for each in node.args[2:]]
-    if dim == place and argument(node, "step") != 1 or dim != place and any(map(meanings.depends, bounds)):
-        raise NotProvenError(f"{node.target} takes what depends on the batch")
+    place = meanings.of_first(node)
+    _check_part(meanings, node, place, value_of(node), 2)
     return Rows(place)
+
+
+def _put_slice(meanings: Meanings, node: fx.Node) -> Meaning:
+    """The way back of `_sliced`."""
+    part, place = argument(node, "src"), meanings.at(argument(node, "self"))
+    if place is None or meanings.at(part) != place:
+        raise NotProvenError(f"{node.target} meets what is shared")
+    _check_part(meanings, node, place, value_of(part), 3)
+    return Rows(place)
+
+
+def _check_part(meanings: Meanings, node: fx.Node, place: int, part: Tensor, bounds_from: int) -> None:
+    """It is of the whole batch, by numbers that do not depend on it."""
+    dim, bounds = argument(node, "dim") % _given(node).dim(), node.args[bounds_from:]
+    if expression(part.shape[place]) != expression(_given(node).shape[place]):
+        raise NotProvenError(f"{node.target} takes a part of the batch")
+    numbers = (value_of(each) if isinstance(each, fx.Node) else each for each in bounds)
+    if argument(node, "step") != 1 if dim == place else any(map(meanings.depends, numbers)):
+        raise NotProvenError(f"{node.target} takes what depends on the batch")
 
 
 def _padded(meanings: Meanings, node: fx.Node) -> Meaning:
@@ -124,7 +139,9 @@ def _unsqueezed(meanings: Meanings, node: fx.Node) -> Meaning:
 def _stacked(meanings: Meanings, node: fx.Node) -> Meaning:
     places = {meanings.at(each) for each in node.all_input_nodes}
     if len(places) != 1 or None in places:
-        raise NotProvenError(f"{node.target} puts rows of the batch beside others: {meanings.words(node.all_input_nodes)}")
+        raise NotProvenError(
+            f"{node.target} puts rows of the batch beside others: {meanings.words(node.all_input_nodes)}"
+        )
     (place,) = places
     assert place is not None
     dim = argument(node, "dim") % (_given(node).dim() + 1)
@@ -152,10 +169,10 @@ def _filled(meanings: Meanings, node: fx.Node) -> Meaning:
 
 
 def _joined(meanings: Meanings, node: fx.Node) -> Meaning:
-    rows = meanings.aligned(node, node.all_input_nodes)
-    if argument(node, "dim") % value_of(node).dim() == rows.dim:
+    dim = argument(node, "dim") % value_of(node).dim()
+    if dim in map(meanings.at, node.all_input_nodes):
         raise NotProvenError(f"{node.target} joins along the batch")
-    return rows
+    return meanings.aligned(node, node.all_input_nodes)
 
 
 def _product(meanings: Meanings, node: fx.Node) -> Meaning:
@@ -174,7 +191,7 @@ def _product(meanings: Meanings, node: fx.Node) -> Meaning:
         behind = value_of(node).dim() - place
         sizes = value_of(each).shape
         fits = len(sizes) < behind or expression(sizes[len(sizes) - behind]) == 1
-        if own is None and not fits or own is not None and len(sizes) - own != behind:
+        if (own is None and not fits) or (own is not None and len(sizes) - own != behind):
             raise NotProvenError(f"{node.target} adds others to rows of the batch: {meanings.words([each])}")
     return Rows(place)
 
@@ -219,6 +236,15 @@ def _gathered(meanings: Meanings, node: fx.Node) -> Meaning:
         raise NotProvenError(f"{node.target} goes along the batch, or meets what is shared")
     if len({expression(value_of(each).shape[place]) for each in (*tensors, node)}) > 1:
         raise NotProvenError(f"{node.target} takes a part of the batch")
+    return Rows(place)
+
+
+def _put(meanings: Meanings, node: fx.Node) -> Meaning:
+    """One place of another dimension, of all rows."""
+    whole, part = argument(node, "self"), argument(node, "src")
+    place, dim = meanings.at(whole), argument(node, "dim") % value_of(whole).dim()
+    if place is None or dim == place or meanings.at(part) != place - (dim < place):
+        raise NotProvenError(f"{node.target} goes along the batch, or meets what is shared")
     return Rows(place)
 
 
@@ -275,7 +301,11 @@ def _experts(meanings: Meanings, node: fx.Node) -> Meaning:
     of_rows = meanings.at(x) == 0 and (weights is None or meanings.at(weights) == 0)
     of_rows = of_rows and all(meanings.at(each) is None for each in others)
     slots = expression(value_of(plan[1]).shape[0])
-    if not of_rows or any(meanings.of[each] is not INSIDE for each in plan) or slots != expression(value_of(x).shape[0]):
+    if (
+        not of_rows
+        or any(meanings.of[each] is not INSIDE for each in plan)
+        or slots != expression(value_of(x).shape[0])
+    ):
         raise NotProvenError(f"{node.target} is given routing weights, a plan or matrices of other tokens")
     return Rows(0)
 
@@ -284,7 +314,8 @@ FILLED = {aten.full, aten.zeros, aten.ones, aten.empty, aten.new_full, aten.new_
     *(aten.full_like, aten.zeros_like, aten.ones_like),
 }
 """Constants: rows may be as many as they like."""
-SIZED = {aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.slice} | FILLED
+CUT = {aten.slice, aten.slice_scatter}
+SIZED = {aten.view, aten._unsafe_view, aten.reshape, aten.expand} | CUT | FILLED
 """What may be given numbers that depend on the batch; rules look at them."""
 RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(FILLED, _filled),
@@ -306,11 +337,13 @@ RULES: Mapping[Any, Rule] = {
         _along,
     ),
     aten.slice: _sliced,
+    aten.slice_scatter: _put_slice,
     aten.constant_pad_nd: _padded,
     **dict.fromkeys((aten.tril, aten.triu), _triangle),
-    **dict.fromkeys((aten.gather, aten.scatter, aten.scatter_add, aten.slice_scatter), _gathered),
+    **dict.fromkeys((aten.gather, aten.scatter, aten.scatter_add), _gathered),
+    aten.select_scatter: _put,
     **dict.fromkeys((aten.clone, aten.detach, aten.alias, aten._to_copy), _first),
-    aten.copy: _pointwise,
+    **dict.fromkeys((aten.copy, aten.fill), _pointwise),
     aten.embedding: _looked_up,
     aten.index: _indexed,
     **dict.fromkeys((aten.native_layer_norm, aten._fused_rms_norm), _normed),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from moecompile.passes.hardware import Hardware
 from moecompile.passes.joint_graph import argument, operator_of, packet_of
 from moecompile.runtime.elementwise import dtype_name
+from moecompile.runtime.exchanged import hides
 from moecompile.runtime.sharded import process_group
 
 ops, aten, c10d = torch.ops.moecompile, torch.ops.aten, torch.ops._c10d_functional
@@ -52,6 +53,8 @@ COLLECTIVES: Mapping[Any, Callable[[int], tuple[int, int]]] = {
     c10d.all_gather_into_tensor: lambda ranks: (ranks - 1, 1),
 }
 """Of what it is given, what a rank sends, as a fraction: of a ring, and of rows that all ranks share evenly."""
+WITHIN = "nvlink"
+"""The link of exchanges that are one operator with their experts."""
 QUANTIZED = ("scaled_mm", "linear_fp8", "experts_fp8", "experts_fp8_forward")
 PARTS = ("x", "w_in", "w_out", "w_up")
 """Gradients, by name, each of which is a product."""
@@ -68,6 +71,8 @@ class Cost:
         sent: bytes that a rank sends to others.
         link: which carries them; None if nothing is sent.
         group: the ranks that exchange something.
+        within: bytes that a rank sends to others before the node is done.
+        hides: whether they are sent while it computes.
     """
 
     operations: sympy.Expr = ZERO
@@ -76,13 +81,20 @@ class Cost:
     sent: sympy.Expr = ZERO
     link: str | None = None
     group: str | None = None
+    within: sympy.Expr = ZERO
+    hides: bool = False
 
     def computing(self, hardware: Hardware, sizes: Mapping[sympy.Symbol, int]) -> float:
-        """Seconds that the device computes: products or memory, whichever takes longer, and a launch."""
-        operations, moved = (float(each.subs(sizes)) for each in (self.operations, self.bytes))
+        """Seconds that the device is taken: products or memory, whichever takes longer, a launch, and its exchanges."""
+        operations, moved, within = (float(each.subs(sizes)) for each in (self.operations, self.bytes, self.within))
         if not operations and not moved:
             return 0.0
-        return hardware.seconds(operations, self.precision, moved)
+        own = hardware.seconds(operations, self.precision, moved)
+        if not within:
+            return own
+        link = hardware.links[WITHIN]
+        sending = within / link.rate + 2 * link.latency
+        return max(own, sending) if self.hides else own + sending
 
     def sending(self, hardware: Hardware, sizes: Mapping[sympy.Symbol, int]) -> float:
         """Seconds on the link, alone."""
@@ -110,7 +122,10 @@ def cost_of(node: fx.Node, link: str = "nvlink") -> Cost:
         return Cost()
     name = packet.__name__ if getattr(operator_of(node), "namespace", None) == "moecompile" else ""
     operations = _of_experts(node, name) if "experts" in name else _of_products(node, packet, name)
-    return Cost(operations, _precision(node, name), _moved(node))
+    cost = Cost(operations, _precision(node, name), _moved(node))
+    if name.startswith("exchanged_experts"):
+        return replace(cost, within=_there_and_back(node, name), hides=_hides(node, name))
+    return cost
 
 
 def _of_products(node: fx.Node, packet: Any, name: str) -> sympy.Expr:
@@ -187,6 +202,21 @@ def _exchanged(node: fx.Node) -> sympy.Expr:
     pitch = expression(value.shape[1]) * value.element_size()
     met = 1 - (1 - sympy.Rational(1, ranks)) ** _top_k(node)
     return expression(home.shape[0]) * (ranks - 1) * met * pitch
+
+
+def _there_and_back(node: fx.Node, name: str) -> sympy.Expr:
+    """Bytes of a whole block's two exchanges: rows of what the tokens hold, to their experts and home."""
+    ranks, given = int(argument(node, "ranks")), _value(argument(node, "grad" if "backward" in name else "x"))
+    met = 1 - (1 - sympy.Rational(1, ranks)) ** _top_k(node)
+    wide = 1 + (1 if "backward" in name or not argument(node, "quantized") else sympy.Rational(1, 2))
+    return expression(given.shape[0]) * (ranks - 1) * met * expression(given.shape[1]) * given.element_size() * wide
+
+
+def _hides(node: fx.Node, name: str) -> bool:
+    """Whether a block that nobody differentiates has so many tokens that its exchanges are hidden."""
+    told = (argument(node, each) for each in ("ranks", "capacity", "num_experts"))
+    ranks, capacity, num_experts = map(int, told)
+    return name == "exchanged_experts" and hides(ranks, capacity, int(_top_k(node)), num_experts)
 
 
 def _collective(node: fx.Node, packet: Any, link: str) -> Cost:

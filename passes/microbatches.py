@@ -2,8 +2,8 @@
 
 Contract
 - On entry the graph is one of Dynamo's, after all other passes; its batch is a symbol, a dimension of inputs.
-- What may run on halves is proven on the operators that the graph is traced to (`moecompile.passes.batch_rows`), and the
-  batch of this call is even. If nothing that exchanges tokens may, nothing changes, and the reason is given.
+- What may run on halves is proven on the operators that the graph is traced to (`moecompile.passes.batch_rows`), and
+  the batch of this call is even; or the reason is given.
 - What comes back is a graph that runs these operations once for each half, joins what others read, and runs all others
   as before: heads, losses, statistics of the whole batch. The halves' exchanges are of half the tokens, in slots of
   their own. AOTAutograd traces it like any other: forward and backward both hold two independent bodies.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -56,7 +56,7 @@ class Split:
     Attributes:
         graph: runs on halves what may.
         exchanges: that it does twice now, of half the tokens each.
-        whole: of the exchanges that stay as they were, and of what else has to: the reasons, without repetition.
+        whole: why the rest stays as it was.
     """
 
     graph: fx.GraphModule
@@ -75,14 +75,32 @@ def split(gm: fx.GraphModule) -> Split:
     """
     inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     batch = _batch_of(inputs)
+    _check_contexts(gm.graph)
     seen = _traced(gm, batch)
     halved = _halved(gm.graph, seen)
     begun = [node for node in halved if node.target is ops.dispatch_start.default]
-    why = dict.fromkeys(each.reason for each in seen.meaning.values() if isinstance(each, Mixed))
-    if not begun:
-        raise NotProvenError(next(iter(why), "what exchanges tokens does not hold the batch"))
+    why = dict.fromkeys(each.reason for node in _live(gm.graph) if isinstance(each := seen.meaning.get(node), Mixed))
     made = fx.GraphModule(gm, _Halves(gm.graph, seen, halved, batch).graph())
     return Split(made, len(begun), tuple(why))
+
+
+def _check_contexts(graph: fx.Graph) -> None:
+    """What follows finds what there was before: so may the second half."""
+    switched = [node.args[0] for node in graph.nodes if node.target is torch._C._set_grad_enabled]
+    if switched and switched[-1] != torch.is_grad_enabled():
+        raise NotProvenError("it switches gradients on or off, and leaves them so")
+
+
+def _live(graph: fx.Graph) -> list[fx.Node]:
+    """What results are made of, in order."""
+    (output,) = graph.find_nodes(op="output")
+    found, left = set[fx.Node](), [*output.all_input_nodes]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return [node for node in graph.nodes if node in found]
 
 
 def _batch_of(inputs: Sequence[Any]) -> sympy.Symbol:
@@ -122,18 +140,12 @@ class _Seen:
 def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
     """What its operators make of the batch, as they are without autograd."""
     own, stands_for = _without_dtensors(gm)
-    inputs = [node.meta["example_value"] for node in own.graph.find_nodes(op="placeholder")]
     watched = _Watched(own)
-    try:
-        with torch.no_grad():
-            functional = dispatch_functionalize(watched.all_values)
-            graph = make_fx(functional, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs).graph
-    except Exception as error:  # of whatever is in the graph
-        raise NotProvenError(f"it cannot be traced with fake tensors: {type(error).__name__}: {error}") from error
+    graph = _operators(watched.all_values, own)
     meanings, seen = meanings_of(graph, batch), _Seen()
     (output,) = graph.find_nodes(op="output")
-    for node, (made, left, numbers) in zip(watched.nodes, output.args[0], strict=True):
-        original, made = stands_for[node], [each.args[0] for each in made]
+    for node, (clones, left, numbers) in zip(watched.nodes, output.args[0], strict=True):
+        original, made = stands_for[node], [each.args[0] for each in clones]
         found = [meanings[each] for each in (*made, *left, *numbers) if isinstance(each, fx.Node)]
         seen.meaning[original] = _together(found, len(left))
         if node.op == "placeholder" and made:
@@ -145,13 +157,36 @@ def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
     return seen
 
 
+def operators_of(gm: fx.GraphModule) -> fx.Graph:
+    """ATen's and moecompile's operators, functional and without autograd, that a graph of Dynamo's is traced to.
+
+    Raises:
+        NotProvenError: it cannot be traced.
+    """
+    own, _ = _without_dtensors(gm)
+    graph = _operators(own, own)
+    graph.eliminate_dead_code()
+    return graph
+
+
+def _operators(run: Callable[..., Any], gm: fx.GraphModule) -> fx.Graph:
+    """What this runs, given what the graph is."""
+    inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    try:
+        with torch.no_grad():
+            traced = make_fx(dispatch_functionalize(run), tracing_mode="symbolic", _allow_non_fake_inputs=True)
+            return traced(*inputs).graph
+    except Exception as error:  # of whatever is in the graph
+        raise NotProvenError(f"it cannot be traced with fake tensors: {type(error).__name__}: {error}") from error
+
+
 def _together(found: Sequence[Meaning], tensors: int) -> Meaning | None:
     """Of all that a node gives. What gives several is read by its parts alone."""
     if mixed := [each for each in found if isinstance(each, Mixed)]:
         return mixed[0]
     if not tensors:
         return None
-    return found[0] if {*found} == {SHARED} or tensors == 1 and len({*found}) == 1 else INSIDE
+    return found[0] if {*found} == {SHARED} or (tensors == 1 and len({*found}) == 1) else INSIDE
 
 
 class _Watched(fx.Interpreter):
@@ -269,11 +304,14 @@ class _Halves:
         """Inputs, both halves, and the rest."""
         for node in self.old.find_nodes(op="placeholder"):
             self.given[node] = self.whole[node] = self.new.node_copy(node)
+        for number, half in enumerate(self.of_half):  # before any context
+            half.update({node: self._part(node, number) for node in self.given})
         rest = [node for node in self.old.nodes if node.op != "placeholder"]
         for number in range(HALVES):
             for node in rest:
                 if node in self.halved or node.target in CONTEXTS:
                     self._once(node, number)
+        self.whole |= {node: self._joined(node) for node in _crossing(self.old, self.seen, self.halved)}
         for node in rest:
             if node not in self.halved and node not in self.seen.numbers:
                 self.whole[node] = self._copied(node, self._of_whole)
@@ -285,25 +323,25 @@ class _Halves:
         if number and shared:
             self.of_half[number][node] = self.of_half[0][node]
             return
-        made = self._copied(node, lambda each: self._of_half(each, number))
+        made = self._copied(node, lambda each: self._of_half(each, number), shared)
         _halve(made, number)
         self.of_half[number][node] = made
 
-    def _copied(self, node: fx.Node, find: Any) -> fx.Node:
+    def _copied(self, node: fx.Node, find: Any, same: bool = False) -> fx.Node:
         made = self.new.node_copy(node, find)
-        made.meta.pop("example_value", None)  # of the whole batch
+        if not same:  # but of another size
+            made.meta.pop("example_value", None)
         return made
 
     def _of_half(self, node: fx.Node, number: int) -> fx.Node:
-        """What stands for it in this half."""
-        found = self.of_half[number].get(node)
-        if found is None:
-            found = self.of_half[number][node] = self._part(node, number)
-        return found
+        """What stands for it in this half; numbers are reckoned when they are read."""
+        half = self.of_half[number]
+        if node not in half:
+            half[node] = self._copied(node, lambda each: self._of_half(each, number))
+        return half[node]
 
     def _part(self, node: fx.Node, number: int) -> fx.Node:
-        if node.op != "placeholder":  # numbers
-            return self._copied(node, lambda each: self._of_half(each, number))
+        """This half of an input."""
         value, meaning, given = node.meta["example_value"], self.seen.given.get(node), self.given[node]
         if isinstance(value, torch.SymInt) and expression(value) == self.batch:
             return self.new.call_function(operator.floordiv, (given, HALVES))
@@ -315,15 +353,12 @@ class _Halves:
         return self.new.call_method("narrow", (given, meaning.dim, begin, half))
 
     def _of_whole(self, node: fx.Node) -> fx.Node:
-        """What stands for it in what is not halved."""
-        found = self.whole.get(node)
-        if found is None:
-            found = self.whole[node] = self._joined(node)
-        return found
+        """What stands for it in what is not halved; numbers are reckoned when they are read."""
+        if node not in self.whole:
+            self.whole[node] = self._copied(node, self._of_whole)
+        return self.whole[node]
 
     def _joined(self, node: fx.Node) -> fx.Node:
-        if node not in self.halved:  # numbers
-            return self._copied(node, self._of_whole)
         halves, meaning = [each[node] for each in self.of_half], self.seen.meaning[node]
         if not isinstance(meaning, Rows):
             return halves[0]

@@ -25,7 +25,13 @@ from moecompile.passes import hardware
 c10d = torch.ops._c10d_functional
 TOKENS, FEATURES = 64, 64
 SLOW = hardware.Hardware(
-    "slow", "Slow", 100, {"float32": 1e9, "bfloat16": 1e9}, 1e12, {"nvlink": hardware.Link(2e7, 0.0)}, 0.0
+    "slow",
+    "Slow",
+    100,
+    dict.fromkeys(("float32", "bfloat16", "float8"), 1e9),
+    1e12,
+    {"nvlink": hardware.Link(2e7, 0.0)},
+    0.0,
 )
 """On which products take as long as sending rows."""
 OLD = Version(torch.__version__) < Version(ordering.KEEPS_FROM)
