@@ -1,8 +1,8 @@
 """Where the values of a graph hold the batch: what rules of operators (`batch_rules`) are asked and say.
 
 A value holds the batch in one dimension, each element's share of it one behind the other; or it is the same for all
-elements; or it is inside a block of experts, as moecompile's passes write them, which only the operators of such a
-block read; or nobody knows, for a reason.
+elements; or it numbers them; or it is inside a block of experts, as moecompile's passes write them, which only the
+operators of such a block read; or nobody knows, for a reason.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.costs import expression
+from moecompile.passes.joint_graph import argument
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """The batch, or so many rows for each of its elements, is this dimension."""
+
+    dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """The numbers of the elements, from 0 on, are along this dimension; the same in all others."""
 
     dim: int
 
@@ -41,7 +49,7 @@ class Mixed:
     reason: str
 
 
-Meaning = Rows | Whole | Mixed
+Meaning = Rows | Numbered | Whole | Mixed
 SHARED, INSIDE = Whole.SHARED, Whole.INSIDE
 
 
@@ -59,13 +67,15 @@ class Meanings:
         """The dimension in which it holds the batch; None for what is shared.
 
         Raises:
-            NotProvenError: it is inside a block of experts.
+            NotProvenError: it is inside a block of experts, or numbers the elements, otherwise in each half.
         """
         if not isinstance(node, fx.Node) or not isinstance(value_of(node), Tensor):
             return None
         meaning = self.of[node]
         if meaning is INSIDE:
             raise NotProvenError(f"{node.name} is read outside of its block of experts")
+        if isinstance(meaning, Numbered):
+            raise NotProvenError(f"{node.name} numbers the elements of the batch")
         return meaning.dim if isinstance(meaning, Rows) else None
 
     def of_first(self, node: fx.Node) -> int:
@@ -101,8 +111,14 @@ class Meanings:
             return self.batch in sympy.sympify(given.node.expr).free_symbols
         return False
 
-    def aligned(self, node: fx.Node, given: Iterable[Any]) -> Rows:
-        """By element, with broadcasting: rows meet rows of the same numbers, or what is the same for all of them."""
+    def aligned(self, node: fx.Node, given: Iterable[Any], dims: int | None = None) -> Rows:
+        """By element, with broadcasting: rows meet rows of the same numbers, or what is the same for all of them.
+
+        Args:
+            node: that they are given to.
+            given: what is broadcast; no tensors are left out.
+            dims: of what they are broadcast to; those of the result if None.
+        """
         places = dict[fx.Node, int]()
         tensors = [each for each in given if isinstance(each, fx.Node) and isinstance(value_of(each), Tensor)]
         for each in tensors:
@@ -110,19 +126,35 @@ class Meanings:
                 places[each] = value_of(each).dim() - place
         if len({*places.values()}) != 1:
             raise NotProvenError(f"{node.target} puts rows of the batch beside others: {self.words(tensors)}")
-        (behind,) = {*places.values()}
-        out = first_of(value_of(node))
-        size = expression(out.shape[out.dim() - behind])
+        (first, behind), *_ = places.items()
+        size = expression(value_of(first).shape[-behind])
         for each in tensors:
             value = value_of(each)
-            own = expression(value.shape[value.dim() - behind]) if value.dim() >= behind else sympy.Integer(1)
+            own = expression(value.shape[-behind]) if value.dim() >= behind else sympy.Integer(1)
             if own != (size if each in places else 1):
                 raise NotProvenError(f"{node.target} puts rows of the batch beside others: {self.words(tensors)}")
-        return Rows(out.dim() - behind)
+        return Rows((first_of(value_of(node)).dim() if dims is None else dims) - behind)
+
+    def numbers(self, node: fx.Node) -> bool:
+        """Whether a call of arange gives one number for each element, from 0 on."""
+        given = {name: argument(node, name) for name in ("start", "end", "step") if _takes(node, name)}
+        end = given.pop("end")
+        size = expression(value_of(end)) if isinstance(end, fx.Node) else sympy.sympify(end)
+        return size == self.batch and given.get("start", 0) == 0 and given.get("step", 1) == 1
+
+    def with_rows(self, node: fx.Node, dim: int) -> Meanings:
+        """The same, but that this node holds the batch."""
+        other = Meanings(self.batch)
+        other.of = {**self.of, node: Rows(dim)}
+        return other
 
     def words(self, nodes: Iterable[fx.Node]) -> str:
         """For people."""
         return ", ".join(f"{node.name} {tuple(value_of(node).shape)}" for node in nodes)
+
+
+def _takes(node: fx.Node, name: str) -> bool:
+    return any(each.name == name for each in node.target._schema.arguments)  # type: ignore[union-attr]
 
 
 def value_of(node: fx.Node) -> Any:

@@ -29,10 +29,11 @@ from moecompile.passes.batch_meanings import (
     Meanings,
     Mixed,
     NotProvenError,
+    Numbered,
     Rows,
     value_of,
 )
-from moecompile.passes.batch_rules import CUT, FILLED, RULES, SIZED
+from moecompile.passes.batch_rules import CUT, FILLED, KEEPS_NUMBERS, RULES, SIZED
 from moecompile.passes.costs import expression
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
@@ -105,6 +106,12 @@ def _of_call(meanings: Meanings, node: fx.Node) -> Meaning:
     holds = any(meanings.of[each] is not SHARED for each in node.all_input_nodes)
     if not of_tensors:
         return _of_number(node, packet, holds)
+    if packet is aten.arange and meanings.numbers(node):
+        return Numbered(0)
+    first = meanings.of[node.all_input_nodes[0]] if node.all_input_nodes else SHARED
+    if packet in KEEPS_NUMBERS and isinstance(first, Numbered):
+        rows = RULES[packet](meanings.with_rows(node.all_input_nodes[0], first.dim), node)
+        return Numbered(rows.dim) if isinstance(rows, Rows) else rows
     if packet not in SIZED and any(meanings.depends(value_of(each)) for each in _numbers(node)):
         raise NotProvenError(f"{node.target} computes with a number that depends on the batch")
     if not holds and packet not in FILLED and not any(map(meanings.depends, of_tensors)):

@@ -18,6 +18,7 @@ from moecompile.passes.batch_meanings import (
     Meaning,
     Meanings,
     NotProvenError,
+    Numbered,
     Rows,
     first_of,
     value_of,
@@ -216,15 +217,19 @@ def _looked_up(meanings: Meanings, node: fx.Node) -> Meaning:
 
 
 def _indexed(meanings: Meanings, node: fx.Node) -> Meaning:
-    """A shared table by one tensor of numbers for its first dimension."""
-    table, indices = argument(node, "self"), argument(node, "indices")
-    (ids, *others) = indices
-    place = meanings.at(ids)
-    if meanings.at(table) is not None or any(each is not None for each in others) or place is None:
-        raise NotProvenError(f"{node.target} takes rows of the batch by numbers")
-    if value_of(ids).dtype in (torch.bool, torch.uint8):
+    """Of a shared table by numbers that are rows; or of each element, where the first numbers are those of elements."""
+    table, given = argument(node, "self"), argument(node, "indices")
+    indices = [each for each in given if each is not None]
+    if any(each is None for each in given[: len(indices)]):
+        raise NotProvenError(f"{node.target} takes numbers of other dimensions than the first")
+    if any(value_of(each).dtype in (torch.bool, torch.uint8) for each in indices):
         raise NotProvenError(f"{node.target} takes as many rows as there are marked")
-    return Rows(place)
+    first, place = meanings.of[indices[0]], meanings.at(table)
+    if place is not None:
+        if place != 0 or not isinstance(first, Numbered) or expression(value_of(table).shape[0]) != meanings.batch:
+            raise NotProvenError(f"{node.target} takes rows of the batch by numbers")
+        meanings = meanings.with_rows(indices[0], first.dim)
+    return meanings.aligned(node, indices, max(value_of(each).dim() for each in indices))
 
 
 def _gathered(meanings: Meanings, node: fx.Node) -> Meaning:
@@ -310,10 +315,21 @@ def _experts(meanings: Meanings, node: fx.Node) -> Meaning:
     return Rows(0)
 
 
-FILLED = {aten.full, aten.zeros, aten.ones, aten.empty, aten.new_full, aten.new_zeros, aten.new_ones} | {
-    *(aten.full_like, aten.zeros_like, aten.ones_like),
+FILLED = {
+    aten.full,
+    aten.zeros,
+    aten.ones,
+    aten.empty,
+    aten.new_empty,
+    aten.new_full,
+    aten.new_zeros,
+    aten.new_ones,
+} | {
+    *(aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like),
 }
 """Constants: rows may be as many as they like."""
+KEEPS_NUMBERS = {aten.unsqueeze, aten.slice, aten.expand, aten.view, aten.alias, aten.detach, aten.clone}
+"""What may be done with the numbers of elements."""
 CUT = {aten.slice, aten.slice_scatter}
 SIZED = {aten.view, aten._unsafe_view, aten.reshape, aten.expand} | CUT | FILLED
 """What may be given numbers that depend on the batch; rules look at them."""

@@ -139,7 +139,7 @@ class _Seen:
 
 def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
     """What its operators make of the batch, as they are without autograd."""
-    own, stands_for = _without_dtensors(gm)
+    own, stands_for = _to_be_traced(gm)
     watched = _Watched(own)
     graph = _operators(watched.all_values, own)
     meanings, seen = meanings_of(graph, batch), _Seen()
@@ -163,7 +163,7 @@ def operators_of(gm: fx.GraphModule) -> fx.Graph:
     Raises:
         NotProvenError: it cannot be traced.
     """
-    own, _ = _without_dtensors(gm)
+    own, _ = _to_be_traced(gm)
     graph = _operators(own, own)
     graph.eliminate_dead_code()
     return graph
@@ -215,12 +215,14 @@ class _Watched(fx.Interpreter):
         return value
 
 
-def _without_dtensors(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """The graph with inputs for what ranks hold of parameters that are spread over them; and which nodes are which."""
+def _to_be_traced(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """The graph with inputs for what ranks hold of parameters that are spread over them; and what its nodes stand for."""
     copies: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, copies))
     stands_for = {made: node for node, made in copies.items()}
+    for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        graph.erase_node(node)  # what is traced has no gradients
     for node in graph.find_nodes(op="placeholder"):
         if not is_traceable_wrapper_subclass(node.meta["example_value"]):
             continue
@@ -319,7 +321,7 @@ class _Halves:
 
     def _once(self, node: fx.Node, number: int) -> None:
         """For this half; what is the same for both is made once."""
-        shared = self.seen.meaning[node] is SHARED and node not in self.seen.written
+        shared = self.seen.meaning.get(node) is SHARED and node not in self.seen.written
         if number and shared:
             self.of_half[number][node] = self.of_half[0][node]
             return

@@ -92,8 +92,20 @@ HOLDS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
     "a triangle": (0, lambda x, ids: (x @ x.transpose(1, 2)).tril()),
     "zeros": (0, lambda x, ids: x.new_zeros(x.shape[0], 2)),
     "a squeezed place": (0, lambda x, ids: x[:, :1].squeeze(1)),
+    "of each element, by its number": (0, lambda x, ids: x[numbers(x)[:, None], torch.arange(S)[None]]),
+    "of each element and what it names": (0, lambda x, ids: x[numbers(x)[:, None], ids]),
+    "a mask by numbers": (
+        0,
+        lambda x, ids: (
+            ids[numbers(x)[:, None, None], torch.arange(S)[:, None]] <= ids[numbers(x)[:, None, None], torch.arange(S)]
+        ),
+    ),
     "an added dimension": (1, lambda x, ids: x[None]),
 }
+
+
+def numbers(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0])
 
 
 def _written(x: Tensor) -> Tensor:
@@ -129,7 +141,11 @@ MIXES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
         "a number that depends on the batch",
         lambda x, ids: x.new_full((S,), x.shape[0]) + x[:, :, 0],
     ),
-    "numbered": ("computes with a number that depends", lambda x, ids: torch.arange(x.shape[0])[:, None, None] * x),
+    "tokens by number": ("computes with a number", lambda x, ids: x.reshape(-1, H)[torch.arange(S * x.shape[0])]),
+    "other elements": ("computes with a number", lambda x, ids: x[torch.arange(1, x.shape[0] + 1) - 1]),
+    "the number before": ("numbers the elements", lambda x, ids: x[numbers(x) - 1]),
+    "a table by number": ("numbers the elements", lambda x, ids: torch.zeros(20, H)[numbers(x)]),
+    "numbered": ("numbers the elements", lambda x, ids: torch.arange(x.shape[0])[:, None, None] * x),
     "interleaved": ("leaves no dimension", lambda x, ids: x.transpose(0, 1).reshape(-1, H)),
     "split by nothing": ("no multiple|leaves no dimension", lambda x, ids: x.reshape(2, -1, S, H)),
     "dropout": ("draws random numbers", lambda x, ids: F.dropout(x)),
