@@ -52,7 +52,7 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     groups = _groups(gm.graph)
     if not groups:
         return None
-    found = predicted(gm.graph, fuses)
+    found = predicted(gm.graph, fuses, record.parts)
     if found is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for there are sizes that nobody knows yet")
         return None
@@ -69,10 +69,16 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     return found
 
 
-def predicted(graph: fx.Graph, fuses: bool) -> Plan | None:
-    """The better order of a graph, if there is one, on this device; None if there are sizes that nobody knows yet."""
+def predicted(graph: fx.Graph, fuses: bool, parts: int) -> Plan | None:
+    """The better order of a graph, if there is one, on this device; None if there are sizes that nobody knows yet.
+
+    Args:
+        graph: with example values.
+        fuses: whether Inductor is to compile it.
+        parts: of the batch that it has.
+    """
     sizes = _sizes(graph)
-    return None if sizes is None else plan(graph, _device(), sizes, fuses=fuses)
+    return None if sizes is None else plan(graph, _device(), sizes, fuses=fuses, parts=parts)
 
 
 def device_title() -> str:

@@ -129,6 +129,7 @@ class GraphReport:
         compared: results of ``fp8_compare="first_call"``.
         notes: anything else the user should know, one line each.
         planned: what is predicted of "forward" and "backward", where they were to be ordered (``overlap``).
+        parts: how many micro-batches its batch became (``microbatches``).
         ended_by: the graph break at which the captured graph ends, if any.
         around: frames around the captured graph that Dynamo gave up.
         model: stands for the model that the graph is of, see `moecompile.callers`.
@@ -153,6 +154,7 @@ class GraphReport:
     compared: tuple[Compared, ...] = ()
     notes: list[str] = field(default_factory=list)
     planned: dict[str, Plan] = field(default_factory=dict, repr=False)
+    parts: int = field(default=1, repr=False)
     ended_by: GraphBreak | None = None
     around: tuple[GraphBreak, ...] = field(default=(), repr=False)
     model: Hashable = field(default=None, repr=False, compare=False)

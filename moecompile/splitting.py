@@ -81,7 +81,7 @@ def split(gm: fx.GraphModule, options: Options, record: GraphReport) -> fx.Graph
         return gm
     rest = f"; the rest stays whole: {'; '.join(halves.whole)}" if halves.whole else ""
     record.notes.append(f"microbatches: two halves of the batch, {halves.exchanges} exchanges of each, {gain}{rest}")
-    record.after = text_of(halves.graph)
+    record.after, record.parts = text_of(halves.graph), microbatches.HALVES
     return halves.graph
 
 
@@ -96,7 +96,7 @@ def _gain(gm: fx.GraphModule, halves: fx.GraphModule, options: Options) -> str:
     Raises:
         NotProvenError: nothing is known, or halves are not faster, or by less than a prediction is worth.
     """
-    both = [_predicted(each, options) for each in (_as_it_would_be(gm, options), halves)]
+    both = [_predicted(_as_it_would_be(gm, options), options, 1), _predicted(halves, options, microbatches.HALVES)]
     if None in both:
         raise NotProvenError("there are sizes that nobody knows yet")
     whole, half = (plan.after.makespan for plan in both if plan is not None)
@@ -118,8 +118,8 @@ def _as_it_would_be(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def _predicted(gm: fx.GraphModule, options: Options) -> Plan | None:
-    return ordering.predicted(microbatches.operators_of(gm), fuses=options.lowering == "inductor")
+def _predicted(gm: fx.GraphModule, options: Options, parts: int) -> Plan | None:
+    return ordering.predicted(microbatches.operators_of(gm), options.lowering == "inductor", parts)
 
 
 def _agree(graph: fx.Graph, groups: list[str], why: str) -> bool:

@@ -216,7 +216,7 @@ class _Watched(fx.Interpreter):
 
 
 def _to_be_traced(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """The graph with inputs for what ranks hold of parameters that are spread over them; and what its nodes stand for."""
+    """The graph with inputs for what ranks hold of spread parameters; and what its nodes stand for."""
     copies: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, copies))

@@ -75,7 +75,7 @@ class Plan:
 
 def plan(
     graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, fuses: bool = False, share: float = 0.0,
-    memory: float = MEMORY,
+    memory: float = MEMORY, parts: int = 1,
 ) -> Plan:  # fmt: skip
     """The better order, if there is one, and what is predicted of both.
 
@@ -86,12 +86,14 @@ def plan(
         fuses: whether what is computed by element is fused with those that alone read it, and so costs nothing.
         share: of the multiprocessors that communication takes.
         memory: how many times what the given order holds at once, with the graph's inputs, the better one may.
+        parts: of a batch that the given order runs one after the other. It holds what one of them needs, and a better
+            one may hold what all do.
     """
     nodes = _movable(graph)
     tasks = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
     before = simulate(tasks, range(len(tasks)))
     inputs = float(sum((held_by(node) for node in graph.find_nodes(op="placeholder")), sympy.Integer(0)).subs(sizes))
-    after = better(tasks, before, GAIN, memory * (inputs + before.peak) - inputs)
+    after = better(tasks, before, GAIN, memory * (inputs + parts * before.peak) - inputs)
     anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
     found = before if after.order == before.order else after
     return Plan(before, found, tuple(tasks), frozenset(anchors))

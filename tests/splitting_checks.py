@@ -90,7 +90,7 @@ def trains(rank: int, ranks: int, layers: int, **options: Any) -> None:
         (hidden.float().square().sum() + means.sum()).backward()
         found.append([hidden.detach(), means.detach()])
     assert "microbatches: two halves of the batch" in notes(), notes()
-    close(*found, 2e-2)
+    close(found[0], found[1], 2e-2)
     close([gradient(x)], [gradient(same)], 3e-2)
     graph = moecompile.last_report().graphs[-1]
     assert str(graph.forward).count("= moecompile.dispatch_start(") == 2 * layers, graph.forward
