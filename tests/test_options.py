@@ -50,6 +50,7 @@ def test_defaults():
         "ep_sms": "auto",
         "ep_patience": 300.0,
         "overlap": False,
+        "microbatches": 1,
         "disable": (),
         "inductor": {},
     }
