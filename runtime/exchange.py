@@ -22,7 +22,8 @@ combine, that of a combine a dispatch: of a wait the reverse's start, of a start
 On Hopper GPUs with access to each other's memory moecompile's kernels do it (`moecompile.runtime.hopper_exchange`).
 Elsewhere each rank sends C rows to each, over torch's functional collectives: slow, and right. A start gives handles:
 with collectives what is in flight, and with the kernels nothing that has memory. A wait is given what its start was,
-too: a rank's own rows do not travel, and what travels has to be there until it has arrived.
+too: a rank's own rows do not travel, and what travels has to be there until it has arrived. Collectives send copies: in
+a derivative their wait knows the handles alone, and Inductor writes into memory that no later operator reads.
 """
 
 from __future__ import annotations
@@ -244,8 +245,8 @@ def combine_start(
         return back, along, token
     y = torch.where((came < 0).any(), torch.nan, y) if came.is_cuda or bool((came < 0).any()) else y
     return (
-        _all_to_all(y.contiguous(), ranks, group),
-        y.new_empty(0) if weights is None else _all_to_all(weights.contiguous(), ranks, group),
+        _all_to_all(_kept(y), ranks, group),
+        y.new_empty(0) if weights is None else _all_to_all(_kept(weights), ranks, group),
         y.new_empty(0),
     )
 
@@ -402,6 +403,11 @@ def _summed(rows: Tensor, home: Tensor, ranks: int) -> Tensor:
         if part.shape[0]:
             total += torch.where(place.unsqueeze(1) < 0, 0, part.index_select(0, place.clamp(min=0)))
     return total.to(rows.dtype)
+
+
+def _kept(rows: Tensor) -> Tensor:
+    """A copy, which is there until the collective that sends it ends."""
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _all_to_all(rows: Tensor, ranks: int, group: str) -> Tensor:

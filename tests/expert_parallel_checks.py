@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import torch
@@ -144,6 +145,24 @@ def check_sums_at_home_are_exact(rank: int, ranks: int) -> None:
         meets = ((ids >= other * here) & (ids < (other + 1) * here)).any(1, keepdim=True)
         total += torch.where(meets, (x * (other + 1) / 3).float(), 0)
     assert torch.equal(result, total.to(torch.bfloat16)) and not result[3].any()
+
+
+def check_what_is_sent_may_be_overwritten(rank: int, ranks: int) -> None:
+    """As Inductor does where the wait, of a derivative, knows the handles alone."""
+    tokens = 2**14
+    ids = torch.arange(EXPERTS).expand(tokens, -1)
+    sent, home = ops.exchange_plan(ids, num_experts=EXPERTS, ranks=ranks, capacity=tokens)
+    among = among_ranks(ranks, tokens)
+    y, weights = torch.ones(ranks * tokens, HIDDEN), torch.ones(ranks * tokens, 2)
+    came = torch.full((ranks,), tokens, dtype=torch.int32)
+    if rank:  # the others send nothing before this one listens
+        time.sleep(0.5)
+    back = ops.combine_start(y, weights, came, sent, home, **among)
+    y.fill_(torch.nan)
+    weights.fill_(torch.nan)
+    result, of_weights = ops.combine_wait(*back, *back[:2], sent, home, **among)
+    assert torch.equal(result, torch.full((tokens, HIDDEN), float(ranks))), result
+    assert torch.equal(of_weights, torch.full((tokens, 2), float(ranks))), of_weights
 
 
 def check_full_checkpoints(rank: int, ranks: int) -> None:
