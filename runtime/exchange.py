@@ -315,24 +315,29 @@ def _begun(memory: PeerMemory, slot: int, operator: str) -> tuple[Any, ...]:
     """What was kept when the exchange in that slot began."""
     if slot not in memory.begun:
         raise RuntimeError(f"moecompile: slot {slot} has no exchange that moecompile::{operator} has begun")
-    started, *kept = memory.begun.pop(slot)
-    if started is not None:  # on the other stream: what it reads may be somebody else's memory next
-        wait_for(torch.cuda.current_stream(started.device), memory.side)
+    aside, *kept = memory.begun.pop(slot)
+    if aside is not None:  # on the other stream: what it reads may be somebody else's memory next
+        wait_for(torch.cuda.current_stream(aside[0].device), memory.side)
     return tuple(kept)
 
 
-def _send(exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None, aside: bool) -> Tensor | None:
-    """Sends rows; `aside` on another stream: then what its blocks count as they begin has to be kept until the wait."""
+def _send(
+    exchange: Exchange, rows: Rows, sent: Tensor | None, came: Tensor | None, aside: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Sends rows; `aside` on another stream: then it returns what has to be kept until the wait.
+
+    That is what its blocks count as they begin, and a copy of `came`, which the wait is not given.
+    """
     if not aside:
         hopper_exchange.send(exchange, rows, sent, came)
         return None
     main, side = torch.cuda.current_stream(rows.values.device), exchange.memory.side
-    started = rows.values.new_zeros(1, dtype=torch.int32)
+    started, came = rows.values.new_zeros(1, dtype=torch.int32), None if came is None else came.clone()
     wait_for(side, main)
     with torch.cuda.stream(side):
         hopper_exchange.send(exchange, rows, sent, came, started=started, early=False)
     hopper_exchange.await_start(exchange, started)
-    return started
+    return started, came
 
 
 def _handles(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Four:
