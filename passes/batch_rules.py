@@ -282,6 +282,14 @@ def _linear(meanings: Meanings, node: fx.Node) -> Meaning:
     return Rows(0)
 
 
+def _scaled_product(meanings: Meanings, node: fx.Node) -> Meaning:
+    """Casts of rows, with those of matrices that are shared."""
+    (a, a_scales), matrices = node.args[:2], node.args[2:]
+    if any(meanings.at(each) != 0 for each in (a, a_scales)) or any(meanings.at(each) is not None for each in matrices):
+        raise NotProvenError(f"{node.target} multiplies rows of the batch with each other")
+    return Rows(0)
+
+
 def _inside(meanings: Meanings, node: fx.Node) -> Meaning:
     """Of a block of experts: what only its operators read, of tokens and their experts, or of what has travelled."""
     for each in node.all_input_nodes:
@@ -377,5 +385,6 @@ RULES: Mapping[Any, Rule] = {
     **dict.fromkeys((ops.experts, ops.experts_fp8), _experts),
     ops.quantize: _cast,
     ops.linear_fp8: _linear,
+    ops.scaled_mm: _scaled_product,
 }
 """By operator."""

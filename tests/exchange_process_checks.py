@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 import moecompile
 from expert_parallel_models import EXPERTS, MANY, TOP_K, Model, close, compiled, tokens_of
+from moecompile import splitting
 from moecompile.runtime import peer_memory
+from overlap_checks import SLOW, on
 from ranks_on_one_gpu import meet
 
 ops = torch.ops.moecompile
@@ -28,9 +32,11 @@ def mesh_of(ranks: int) -> DeviceMesh:
     return init_device_mesh("cuda", (ranks,), mesh_dim_names=("ep",))
 
 
-def results(run: Callable[..., Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
+def results(run: Callable[..., Tensor], model: nn.Module, x: Tensor, marked: bool = False) -> list[Tensor]:
     """Output, and gradients of the tokens and of all parameters, of sharded ones this rank's part."""
     leaf = x.clone().requires_grad_()
+    if marked:
+        moecompile.mark_batch(leaf)
     model.zero_grad()
     out = run(leaf)
     (out.float() ** 2).sum().backward()
@@ -127,6 +133,47 @@ def check_order(rank: int, ranks: int) -> None:
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     graph = moecompile.last_report().graphs[-1]
     assert "aside=True" in str(graph.forward) and len(graph.planned) == 2, graph.notes
+
+
+class Halved(nn.Module):
+    """Experts, and a shared one, of each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model(HIDDEN, INNER, fixed=True)
+        self.up, self.down = nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16), nn.Linear(HIDDEN, 8, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.model(x) + self.down(torch.sin(self.up(x)))
+        return found
+
+
+def check_halves(rank: int, ranks: int) -> None:
+    """Of a batch, whose exchanges are in flight together: in several steps, what the whole batch gives."""
+    halves(rank, ranks, 1.5e-2)
+    halves(rank, ranks, 1.5e-2, ep_dispatch_again=True)
+    halves(rank, ranks, 6e-2, precision="fp8")
+
+
+def halves(rank: int, ranks: int, bound: float, **options: Any) -> None:
+    torch._dynamo.reset()
+    splitting.forget()
+    most, tokens = 512, 512 - 96 * rank
+    model, mesh = Halved().cuda(), mesh_of(ranks)
+    moecompile.shard_experts(model, mesh, src_data_rank=None)
+    inputs = [tokens_of(10 * turn + rank, tokens - 64 * turn, hidden=HIDDEN).cuda() for turn in range(2)]
+    steps = compiled(model, ep_capacity=most, **options)
+    right = [[each.clone() for each in results(steps, model, x)] for x in inputs]
+    torch._dynamo.reset()
+    run = compiled(model, microbatches=2, ep_capacity=most, **options)
+    for turn in range(6):
+        found = on(SLOW, partial(results, run, model, inputs[turn % 2], marked=True))
+        close(found, right[turn % 2], bound)
+    graph = moecompile.last_report().graphs[-1]
+    assert "microbatches: two halves of the batch, 2 exchanges of each" in str(graph.notes), graph.notes
+    forward = str(graph.forward)
+    assert "aside=True" in forward and {*re.findall(r"slot=(\d+)", forward)} == {*"0123"}, forward
+    assert {*re.findall(r"capacity=(\d+)", forward)} == {str(most // 2)}, forward
 
 
 def check_inductor(rank: int, ranks: int) -> None:

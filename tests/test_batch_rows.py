@@ -16,6 +16,7 @@ from moecompile.passes.batch_meanings import SHARED, Meaning, Mixed, Rows
 from moecompile.passes.batch_rows import meanings_of
 from moecompile.passes.costs import expression
 
+ops = torch.ops.moecompile
 B, S, H = 4, 3, 6
 TABLE = torch.randn(S, H, generator=torch.Generator().manual_seed(0))
 SQUARE = torch.randn(H, H, generator=torch.Generator().manual_seed(1))
@@ -101,7 +102,16 @@ HOLDS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
         ),
     ),
     "an added dimension": (1, lambda x, ids: x[None]),
+    "a linear layer in FP8": (0, lambda x, ids: _in_fp8(x)),
 }
+
+
+def _in_fp8(x: Tensor) -> Tensor:
+    wide = F.pad(x, (0, 128 - H)).bfloat16()
+    weight = F.pad(TABLE, (0, 128 - H, 0, 16 - S)).bfloat16()
+    casts = [each[0] for each in ops.quantize_weights(weight[None])]
+    result: Tensor = ops.linear_fp8(wide, weight, None, *ops.quantize(wide), casts)
+    return result
 
 
 def numbers(x: Tensor) -> Tensor:
