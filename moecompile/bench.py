@@ -66,6 +66,10 @@ def main(argv: Sequence[str]) -> int:
         from moecompile import bench_ep
 
         return bench_ep.main(argv[1:])
+    if argv[:1] == ["overlap"]:
+        from moecompile import bench_overlap
+
+        return bench_overlap.main(argv[1:])
     parser = _parser()
     chosen = parser.parse_args(argv)
     names = _names(chosen.device)
@@ -86,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of("bench", __doc__)
     parser.add_argument(
         "what",
-        choices=["experts", "model", "ep", "accuracy"],
-        help="the experts of one GPU, whole decoder layers in FP8, experts over several GPUs (bench ep --help), or how "
-        "well FP8 learns (bench accuracy --help)",
+        choices=["experts", "model", "ep", "overlap", "accuracy"],
+        help="the experts of one GPU, whole decoder layers in FP8, experts over several GPUs (bench ep --help), layers "
+        "whose communication is hidden (bench overlap --help), or how well FP8 learns (bench accuracy --help)",
     )
     parser.add_argument(
         "--only",

@@ -1,4 +1,4 @@
-"""The ranks of `python -m moecompile bench ep`: how they are started, how they meet, and how they time together.
+"""The ranks of `python -m moecompile bench ep|overlap`: how they are started, meet, and time together.
 
     each timed region:  all ranks meet on the host, then on the devices; the slowest rank's time counts
     each step:          what fails on one rank is a failure on all; a rank that dies ends the others
@@ -182,7 +182,7 @@ def run_spawned(work: Work, size: int, device: str, patience: float) -> int:
         try:
             multiprocessing.spawn(_spawned, (work, size, device, patience, folder), nprocs=size)
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-            print(f"bench ep: {error}", flush=True)
+            print(f"python -m moecompile bench: {error}", flush=True)
             return 1
         return int(_note(folder).read_text(encoding="utf-8"))
 

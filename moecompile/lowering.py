@@ -18,6 +18,7 @@ from moecompile import cache, ordering
 from moecompile.bodies import text_of
 from moecompile.exchange_order import keep_exchanges
 from moecompile.options import Options
+from moecompile.passes.backward_only import keep_in_backward
 from moecompile.passes.decompose import decompose
 from moecompile.passes.dispatch_again import dispatch_again
 from moecompile.passes.overlap import Plan
@@ -65,6 +66,7 @@ def _lower(
     def change(graph: fx.Graph) -> None:
         if options.precision == "fp8":
             let_rows_travel_quantized(graph)
+            keep_in_backward(graph)
         if options.fp8_recast_weights:
             kept.extend(_of_copies(recast(graph)))
         if options.ep_dispatch_again:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy
 import torch
@@ -25,7 +26,7 @@ from moecompile import ranks
 from moecompile.agreement import DisagreementError
 from moecompile.passes import hardware
 from moecompile.passes.costs import cost_of, expression
-from moecompile.passes.list_schedule import Timeline
+from moecompile.passes.list_schedule import Timeline, simulate
 from moecompile.passes.overlap import Plan, move, plan, send_aside
 from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
@@ -33,8 +34,9 @@ from moecompile.runtime.sharded import process_group
 log = logging.getLogger("moecompile")
 KEEPS_FROM = "2.13"
 """The first torch whose Inductor takes control dependencies between operators that have gradients elsewhere."""
-_agreed: dict[str, tuple[str, ...] | None] = {}
-"""By graph: the order that all ranks have; None where they have several, and the graph stays as it is."""
+_agreed: dict[str, dict[str, tuple[int, ...] | None]] = {}
+"""By what graphs communicate, and by graph: the order that all ranks have, of its tasks by number; None where they have
+several, and the graph stays as it is."""
 
 
 def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = False) -> Plan | None:
@@ -60,13 +62,13 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     if agreed is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for ranks would have different orders")
         return None
-    if agreed != tuple(task.name for task in found.tasks):
-        move(gm.graph, agreed)
+    if agreed.moves:
+        move(gm.graph, agreed.order)
     send_aside(gm.graph)
     gm.recompile()
-    record.notes.append(f"overlap: {kind}: {_words(found)}")
-    record.planned[kind] = found
-    return found
+    record.notes.append(f"overlap: {kind}: {_words(agreed)}")
+    record.planned[kind] = agreed
+    return agreed
 
 
 def predicted(graph: fx.Graph, fuses: bool, parts: int) -> Plan | None:
@@ -117,25 +119,46 @@ def forget() -> None:
     _agreed.clear()
 
 
-def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> tuple[str, ...] | None:
-    """The order that all ranks of these groups have; None if they have several.
+def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> Plan | None:
+    """What is predicted in the order that all ranks of these groups have; None if each keeps the one that it was given.
 
     They meet when they first compile such a graph. Who compiles it once more, for other sizes, may be the only one.
+    What communicates is the same on all of them; the rest may differ, as AOTAutograd divides forward and backward by
+    the sizes that a rank has: then nobody's order is another's.
     """
-    words = [(node.name, str(node.target)) for node in graph.nodes]
-    subject = hashlib.sha256(json.dumps([kind, *groups, *words]).encode()).hexdigest()
-    if subject not in _agreed:
+    sending = [str(node.target) for node in graph.nodes if cost_of(node).group is not None]
+    known = _agreed.setdefault(_digest([kind, *groups, *sending]), {})
+    subject = _digest([(node.name, str(node.target)) for node in graph.nodes])
+    if subject not in known:
         members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
-        mine = json.dumps(found.order)
-        heard = ranks.words_of_all(hashlib.sha256(mine.encode()).hexdigest(), f"order {subject}", members)
-        if heard is None:
-            raise DisagreementError(
-                f"moecompile: not all of the ranks {members}, which exchange something in this graph, compiled it "
-                f"within {ranks.PATIENCE}. Each of them has to call the model, with the same options; or leave out "
-                "`overlap`"
-            )
-        _agreed[subject] = found.order if len({*heard}) == 1 else None
-    return _agreed[subject]
+        meeting = f"order {_digest([kind, *groups, *sending, len(known)])}"
+        heard = [json.loads(each) for each in _heard(json.dumps([subject, found.after.order]), meeting, members)]
+        order = next((order for _, order in heard if order != sorted(order)), heard[0][1])
+        alike = len({subject for subject, _ in heard}) == 1
+        if any(each != order for _, each in heard):  # of other sizes: it has to be no worse for anybody
+            fits = alike and found.in_order(tuple(order)) is not None
+            alike = {*_heard("yes" if fits else "no", f"{meeting}, of another rank", members)} == {"yes"}
+        known[subject] = tuple(order) if alike else None
+    agreed = known[subject]
+    if agreed is None:
+        return None
+    after = found.before if agreed == found.before.order else simulate(found.tasks, agreed)
+    return replace(found, after=after)
+
+
+def _heard(word: str, meeting: str, members: Sequence[int]) -> list[str]:
+    """What all ranks say; raises DisagreementError if one does not come."""
+    heard = ranks.words_of_all(word, meeting, members)
+    if heard is None:
+        raise DisagreementError(
+            f"moecompile: not all of the ranks {members}, which exchange something in this graph, compiled it within "
+            f"{ranks.PATIENCE}. Each of them has to call the model, with the same options; or leave out `overlap`"
+        )
+    return heard
+
+
+def _digest(words: object) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def _groups(graph: fx.Graph) -> list[str]:

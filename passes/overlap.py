@@ -17,9 +17,10 @@ Contract
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -55,12 +56,14 @@ class Plan:
         after: in the better one; the same object if there is none.
         tasks: one for each node, by its name, as they come now.
         anchors: of these the ones that begin or await communication, or compute for a while.
+        most: bytes that a better order may hold.
     """
 
     before: Timeline
     after: Timeline
     tasks: tuple[Task, ...]
     anchors: frozenset[str]
+    most: float = math.inf
 
     @property
     def moves(self) -> bool:
@@ -71,6 +74,14 @@ class Plan:
     def order(self) -> tuple[str, ...]:
         """Names of nodes in the better order."""
         return tuple(self.tasks[number].name for number in self.after.order)
+
+    def in_order(self, order: Sequence[int]) -> Plan | None:
+        """The same of another rank's order; None if it takes longer than the given one, or holds more than it may."""
+        if order == self.before.order:
+            return replace(self, after=self.before)
+        after = simulate(self.tasks, order)
+        fits = after.peak <= max(self.most, self.before.peak) and after.makespan <= self.before.makespan
+        return replace(self, after=after) if fits else None
 
 
 def plan(
@@ -93,10 +104,11 @@ def plan(
     tasks = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
     before = simulate(tasks, range(len(tasks)))
     inputs = float(sum((held_by(node) for node in graph.find_nodes(op="placeholder")), sympy.Integer(0)).subs(sizes))
-    after = better(tasks, before, GAIN, memory * (inputs + parts * before.peak) - inputs)
+    most = memory * (inputs + parts * before.peak) - inputs
+    after = better(tasks, before, GAIN, most)
     anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
     found = before if after.order == before.order else after
-    return Plan(before, found, tuple(tasks), frozenset(anchors))
+    return Plan(before, found, tuple(tasks), frozenset(anchors), most)
 
 
 def move(graph: fx.Graph, order: Sequence[str]) -> None:

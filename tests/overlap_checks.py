@@ -72,7 +72,7 @@ class Shared(nn.Module):
         return result
 
 
-def compiled(model: nn.Module, **options: Any) -> Any:
+def compiled(model: Callable[..., Any], **options: Any) -> Any:
     torch._dynamo.reset()
     return torch.compile(model, backend="moecompile", fullgraph=True, options={"overlap": True, **options})
 
@@ -106,7 +106,8 @@ def in_code(code: str) -> list[str]:
 
 def in_orders() -> list[list[str]]:
     """The same of orders that ranks have agreed on: forward, backward."""
-    names = [[re.sub(r"_\d+$", "", name) for name in order or ()] for order in ordering._agreed.values()]
+    planned = moecompile.last_report().graphs[-1].planned.values()
+    names = [[re.sub(r"_\d+$", "", name) for name in plan.order] for plan in planned]
     return [[KINDS[each] for each in order if each in KINDS] for order in names]
 
 
@@ -157,15 +158,43 @@ def check_inductor_keeps_the_order(rank: int, ranks: int) -> None:
     assert all(each[each.index("begin") + 1] == "compute" for each in orders), orders
 
 
-def check_ranks_that_would_differ(rank: int, ranks: int) -> None:
-    """All keep the order that they were given."""
+def check_a_rank_that_would_gain_nothing(rank: int, ranks: int) -> None:
+    """It takes the order of another, which is no worse for it."""
     model = Layer()
     right = stepped(model, model, rows_of(rank))
     device = SLOW if rank else replace(SLOW, memory=1.0)  # a second a byte: there is nothing to gain
     found = on(device, lambda: stepped(compiled(model, lowering="eager"), model, rows_of(rank)))
     assert all(torch.equal(*both) for both in zip(found, right, strict=True))
-    assert "forward: nothing is ordered, for ranks would have different orders" in notes()
-    assert in_orders() == [[], []]
+    assert all(each[:3] == ["compute", "begin", "compute"] for each in in_orders()[:1]), in_orders()
+    assert notes().count("ordered, predicted of Slow") == 2, notes()
+
+
+def check_a_rank_that_would_lose(rank: int, ranks: int) -> None:
+    """In the backward it would hold more than it may: there all keep the order that they were given."""
+    model, known = Layer(), ordering.predicted
+    right = stepped(model, model, rows_of(rank))
+
+    def stays(*args: Any) -> Any:
+        plan = known(*args)
+        return plan if rank or plan is None else replace(plan, after=plan.before, most=0.0)
+
+    vars(ordering)["predicted"] = stays
+    try:
+        found = on(SLOW, lambda: stepped(compiled(model, lowering="eager"), model, rows_of(rank)))
+    finally:
+        vars(ordering)["predicted"] = known
+    assert all(torch.equal(*both) for both in zip(found, right, strict=True))
+    assert "backward: nothing is ordered, for ranks would have different orders" in notes(), notes()
+
+
+def check_ranks_with_other_graphs(rank: int, ranks: int) -> None:
+    """What communicates is the same, what is computed is not: all keep their orders."""
+    model = Layer()
+    other = (lambda x: model(x).cos().cos()) if rank else (lambda x: model(x).sin())
+    right = stepped(other, model, rows_of(rank))
+    found = on(SLOW, lambda: stepped(compiled(other, lowering="eager"), model, rows_of(rank)))
+    assert all(torch.equal(*both) for both in zip(found, right, strict=True))
+    assert "forward: nothing is ordered, for ranks would have different orders" in notes(), notes()
 
 
 def check_a_rank_that_compiles_once_more(rank: int, ranks: int) -> None:

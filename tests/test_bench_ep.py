@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 from torch.distributed import _symmetric_memory
 
 import moecompile.runtime.operators  # noqa: F401  registers torch.ops.moecompile
-from moecompile import bench_baseline, bench_ep, bench_ep_exchange, bench_ep_symmetric
+from moecompile import bench_baseline, bench_ep_exchange, bench_ep_symmetric, bench_ranks
 from moecompile.bench_bars import Bar, Limit
 from moecompile.bench_block import random_inputs
 from moecompile.bench_cases import FORWARD, FP8, OURS, STEP
@@ -130,7 +130,7 @@ def test_what_fails_on_one_rank_fails_on_all_and_nobody_waits_for_ever(
 ) -> None:
     begun = time.monotonic()
     assert run_spawned(partial(checks, str(tmp_path)), 2, "cpu", 60.0) == 1
-    assert time.monotonic() - begun < 120 and "bench ep: " in capfd.readouterr().out
+    assert time.monotonic() - begun < 120 and "moecompile bench: " in capfd.readouterr().out
     words = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
     division = "ZeroDivisionError: integer division or modulo by zero"
     assert words == [[f"rank 1: {division}", f"rank 0: {division}", "fine", "slowest"]] * 2
@@ -174,7 +174,7 @@ def test_under_torchrun_its_ranks_are_used(monkeypatch: pytest.MonkeyPatch, unus
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert run_here(lambda ranks: 7 * ranks.size, "cpu", 20.0) == 7
-    monkeypatch.setattr(bench_ep, "measure", lambda chosen, ranks: 5)
+    monkeypatch.setattr(bench_ranks.RanksBench, "measure", lambda bench, chosen, ranks: 5)
     assert main(["bench", "ep", "--device", "cpu"]) == 5
     assert main(["bench", "ep", "--device", "cpu", "--ranks", "2"]) == 2
 
@@ -205,7 +205,7 @@ def test_without_what_it_needs_it_says_so(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_more_ranks_than_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ep.bench, "missing", lambda: "")
+    monkeypatch.setattr(bench_ranks.bench, "missing", lambda: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert main(["bench", "ep", "--ranks", "2"]) == 2
     assert "2 ranks need a GPU each, and torch sees 1" in capsys.readouterr().err
