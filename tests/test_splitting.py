@@ -1,4 +1,7 @@
-"""The option `microbatches` between ranks (tests/splitting_checks.py, tests/splitting_transformers_checks.py)."""
+"""The option `microbatches` between ranks (tests/splitting_checks.py, tests/splitting_transformers_checks.py).
+
+A second model of transformers': `pytest -m slow tests/test_splitting.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,13 @@ from together import together
 results, test_together = together(splitting_checks.__name__)
 
 
-@pytest.mark.parametrize("name", checks_of(splitting_transformers_checks))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "deepseek" in name else [])
+        for name in checks_of(splitting_transformers_checks)
+    ],
+)
 def test_transformers(tmp_path: Path, name: str) -> None:
     pytest.importorskip("transformers")
     said = run_on_ranks(2, splitting_transformers_checks.__name__, [name], tmp_path)[name]
