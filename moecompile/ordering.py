@@ -88,6 +88,11 @@ def device_title() -> str:
     return _device().title
 
 
+def seconds_to_move(count: int) -> float:
+    """Of bytes that are read or written, on this device."""
+    return _device().seconds(0.0, "float32", count)
+
+
 def refuse_what_inductor_would_undo() -> None:
     """Raises ValueError where Inductor cannot be told to keep an order."""
     if Version(torch.__version__) < Version(KEEPS_FROM):

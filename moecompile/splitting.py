@@ -2,7 +2,7 @@
 
 for each graph that exchanges something with other ranks, after the passes:
     split it (passes/microbatches.py), or say why not
-    predict its forward, whole and in halves, each in its better order: unless halves gain, it stays whole
+    predict what it takes, whole and in halves, each in its better order: unless halves gain, it stays whole
     all ranks that it exchanges something with hear of each other; unless all can, none does
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, fx
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from moecompile import ordering, pipeline, ranks
@@ -24,6 +25,7 @@ from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes import hide, microbatches
 from moecompile.passes.batch_meanings import NotProvenError
+from moecompile.passes.mirror import training_seconds
 from moecompile.passes.overlap import GAIN, Plan
 from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
@@ -91,19 +93,33 @@ def forget() -> None:
 
 
 def _gain(gm: fx.GraphModule, halves: fx.GraphModule, options: Options) -> str:
-    """What is predicted of the forward, for people.
+    """What is predicted, of training with a backward that mirrors the forward, for people.
 
     Raises:
         NotProvenError: nothing is known, or halves are not faster, or by less than a prediction is worth.
     """
-    both = [_predicted(_as_it_would_be(gm, options), options, 1), _predicted(halves, options, microbatches.HALVES)]
-    if None in both:
+    whole_plan = _predicted(_as_it_would_be(gm, options), options, 1)
+    half_plan = _predicted(halves, options, microbatches.HALVES)
+    if whole_plan is None or half_plan is None:
         raise NotProvenError("there are sizes that nobody knows yet")
-    whole, half = (plan.after.makespan for plan in both if plan is not None)
-    words = f"predicted of {ordering.device_title()}: {1e6 * half:.0f} us forward, in place of {1e6 * whole:.0f}"
+    if pipeline.differentiable(gm):
+        what = "forward and backward"
+        whole, half = training_seconds(whole_plan), training_seconds(half_plan) + _sums_of_gradients(gm)
+    else:
+        what, whole, half = "forward", whole_plan.after.makespan, half_plan.after.makespan
+    words = f"predicted of {ordering.device_title()}: {1e6 * half:.0f} us {what}, in place of {1e6 * whole:.0f}"
     if half > (1 - GAIN) * whole:
         raise NotProvenError(f"halves would gain too little, {words}")
     return words
+
+
+def _sums_of_gradients(gm: fx.GraphModule) -> float:
+    """Seconds: a matrix has a gradient of each half; the second is written, and both are read and their sum written."""
+    given = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    tensors = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
+    matrices = [each for each in tensors if all(isinstance(size, int) for size in each.shape)]
+    local = [each.to_local() if isinstance(each, DTensor) else each for each in matrices]
+    return sum(ordering.seconds_to_move(4 * each.numel() * each.element_size()) for each in local)
 
 
 def _as_it_would_be(gm: fx.GraphModule, options: Options) -> fx.GraphModule:

@@ -56,6 +56,8 @@ COLLECTIVES: Mapping[Any, Callable[[int], tuple[int, int]]] = {
 WITHIN = "nvlink"
 """The link of exchanges that are one operator with their experts."""
 QUANTIZED = ("scaled_mm", "linear_fp8", "experts_fp8", "experts_fp8_forward")
+TILE = 128
+"""Rows of a tile of a grouped GEMM: each expert's last one is half full, on average."""
 PARTS = ("x", "w_in", "w_out", "w_up")
 """Gradients, by name, each of which is a product."""
 
@@ -151,13 +153,14 @@ def _of_experts(node: fx.Node, name: str) -> sympy.Expr:
     in_, out = _numel(matrices[0]) / experts, _numel(matrices[1]) / experts
     up = _numel(matrices[2]) / experts if len(matrices) > 2 else ZERO
     rows = _assignments(node)
+    tiled = rows + experts * TILE / 2
     if "backward" not in name:
-        return 2 * rows * (in_ + out + up)
+        return 2 * tiled * (in_ + out + up)
     needs = dict(zip(("x", "weights", "w_in", "w_out", "w_up"), argument(node, "needs"), strict=False))
     through = out + (in_ + up if needs["x"] else 0)  # of rows: through GEMM2 always
     of_matrices = (in_ if needs["w_in"] else 0) + (out if needs["w_out"] else 0) + (up if needs["w_up"] else 0)
     again = in_ + up if argument(node, "recompute") else 0
-    return 2 * rows * (through + of_matrices + again)
+    return 2 * (tiled * (through + again) + rows * of_matrices)
 
 
 def _assignments(node: fx.Node) -> sympy.Expr:
