@@ -1,6 +1,6 @@
 """The option `microbatches` between ranks (tests/splitting_checks.py, tests/splitting_transformers_checks.py).
 
-A second model of transformers': `pytest -m slow tests/test_splitting.py`.
+Under Inductor, and a second model of transformers': `pytest -m slow tests/test_splitting.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import splitting_transformers_checks
 from ranks_in_processes import checks_of, run_on_ranks
 from together import together
 
-results, test_together = together(splitting_checks.__name__)
+LONG = ("check_halves_by_inductor",)
+results, test_together = together(splitting_checks.__name__, checks_of(splitting_checks, but=LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_long(tmp_path: Path, name: str) -> None:
+    said = run_on_ranks(2, splitting_checks.__name__, [name], tmp_path)[name]
+    assert not said, said
 
 
 @pytest.mark.parametrize(
