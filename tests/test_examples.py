@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 NUMBER = r"\d\.\de[-+]\d\d"
 
 
-LAUNCHERS = {"expert_parallel": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCHERS = {"expert_parallel": TORCHRUN, "overlap": TORCHRUN}
 """How an example is begun, if not as a program by itself."""
 
 
@@ -77,8 +78,20 @@ def check_expert_parallel(printed: str) -> None:
     assert all(abs(ours - whole) < 1e-3 for ours, whole in losses)
 
 
+def check_overlap(printed: str) -> None:
+    assert "2 ranks share the experts" in printed
+    assert printed.count("ordered, predicted of H200 SXM") == 2, "forward and backward"
+    waits = {name: int(waits) for name, waits in re.findall(r"\n +(\w+, [a-z ]+?) +\d+ +\d+ +(\d+) +\d+%", printed)}
+    assert {*waits} == {f"{kind}, {order}" for kind in ("forward", "backward") for order in ("now", "as it came")}
+    assert all(waits[f"{kind}, now"] < waits[f"{kind}, as it came"] for kind in ("forward", "backward"))
+    assert "nvlink 0" in printed and "====" in printed
+    errors = errors_in(printed)
+    assert len(errors) == 2 and max(errors) < 1e-2
+
+
 CHECKS = {
     "expert_parallel": check_expert_parallel,
+    "overlap": check_overlap,
     "fp8_training": check_fp8_training,
     "own_moe": check_own_moe,
     "transformers_model": check_transformers_model,
