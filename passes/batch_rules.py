@@ -55,7 +55,7 @@ def _along(meanings: Meanings, node: fx.Node) -> Meaning:
 
 
 def _squeezed(meanings: Meanings, node: fx.Node) -> Meaning:
-    """A batch is of two elements or more, and stays."""
+    """A half is of two elements or more, and stays."""
     place, sizes = meanings.of_first(node), _given(node).shape
     return Rows(place - sum(each < place and expression(sizes[each]) == 1 for each in {*_dims(node)}))
 
@@ -112,8 +112,11 @@ def _viewed(meanings: Meanings, node: fx.Node) -> Meaning:
     place = meanings.of_first(node)
     before = sympy.Mul(*map(expression, _given(node).shape[:place]))
     ahead = sympy.Integer(1)
-    for dim, size in enumerate(map(expression, value_of(node).shape)):
+    sizes = [*map(expression, value_of(node).shape)]
+    for dim, size in enumerate(sizes):
         if meanings.batch in size.free_symbols and ahead == before and meanings.leads(size):
+            if any(meanings.batch in each.free_symbols for each in sizes[dim + 1 :]):
+                raise NotProvenError(f"{node.target} makes several dimensions of the batch: {tuple(sizes)}")
             return Rows(dim)
         ahead *= size
     raise NotProvenError(f"{node.target} leaves no dimension that begins with the batch: {tuple(value_of(node).shape)}")
@@ -213,6 +216,8 @@ def _looked_up(meanings: Meanings, node: fx.Node) -> Meaning:
     place = meanings.at(ids)
     if meanings.at(table) is not None or place is None:
         raise NotProvenError(f"{node.target} looks up rows of the batch")
+    if argument(node, "scale_grad_by_freq"):
+        raise NotProvenError(f"{node.target} has a gradient that counts the batch")
     return Rows(place)
 
 
@@ -228,6 +233,8 @@ def _indexed(meanings: Meanings, node: fx.Node) -> Meaning:
     if place is not None:
         if place != 0 or not isinstance(first, Numbered) or expression(value_of(table).shape[0]) != meanings.batch:
             raise NotProvenError(f"{node.target} takes rows of the batch by numbers")
+        if indices[0] in indices[1:]:
+            raise NotProvenError(f"{node.target} takes other dimensions by the numbers of the elements")
         meanings = meanings.with_rows(indices[0], first.dim)
     return meanings.aligned(node, indices, max(value_of(each).dim() for each in indices))
 

@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.batch_meanings import INSIDE, SHARED, Meaning, Mixed, NotProvenError, Rows
+from moecompile.passes.batch_meanings import INSIDE, SHARED, Meaning, Mixed, NotProvenError, Numbered, Rows
 from moecompile.passes.batch_rows import meanings_of
 from moecompile.passes.costs import expression
 from moecompile.passes.expert_parallel import is_local_part
@@ -38,6 +38,8 @@ from moecompile.runtime.peer_memory import ROWS_AT_LEAST
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
 HALVES = 2
+LEAST = 4
+"""Elements of a batch: a half has two or more, as a batch of any size has to traced operators."""
 WAYS = 2
 """There and back: slots of one block's exchange. Of a half all blocks have the same two, as they follow each other."""
 CONTEXTS = {
@@ -80,8 +82,32 @@ def split(gm: fx.GraphModule) -> Split:
     halved = _halved(gm.graph, seen)
     begun = [node for node in halved if node.target is ops.dispatch_start.default]
     why = dict.fromkeys(each.reason for node in _live(gm.graph) if isinstance(each := seen.meaning.get(node), Mixed))
-    made = fx.GraphModule(gm, _Halves(gm.graph, seen, halved, batch).graph())
+    writer = _Halves(gm.graph, seen, halved, batch)
+    made = fx.GraphModule(gm, writer.graph())
+    _check_sizes(made, writer, batch, inputs)
     return Split(made, len(begun), tuple(why))
+
+
+def _check_sizes(made: fx.GraphModule, writer: _Halves, batch: sympy.Symbol, inputs: Sequence[Any]) -> None:
+    """All that halves make is as large as the same of the whole, of a batch half as large.
+
+    A number of the batch that has only decided how much is taken of something else (`x[:, :len(x)]`) is in no operator.
+    """
+    sizes: list[Any] = [size for each in inputs if isinstance(each, Tensor) for size in each.shape]
+    hint = next(size.node.hint for size in sizes if isinstance(size, torch.SymInt) and expression(size) == batch)
+    own, stands_for = _to_be_traced(made)
+    watched = _Watched(own)
+    _operators(watched.all_values, own)
+    found = {stands_for[node]: _shapes(watched.seen[node.name][1]) for node in watched.nodes}
+    for half in writer.of_half:
+        for node in writer.halved:
+            expected = [[size.subs(batch, hint // HALVES) for size in shape] for shape in writer.seen.shapes[node]]
+            if [[size.subs(batch, hint) for size in shape] for shape in found[half[node]]] != expected:
+                raise NotProvenError(f"{node.name} would have other sizes in a half")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[list[sympy.Expr]]:
+    return [[expression(size) for size in each.shape] for each in tensors]
 
 
 def _check_contexts(graph: fx.Graph) -> None:
@@ -116,7 +142,10 @@ def _batch_of(inputs: Sequence[Any]) -> sympy.Symbol:
     hint = size.node.hint
     if hint is None or hint % HALVES:
         raise NotProvenError(f"a batch of {hint} has no halves")
+    if hint < LEAST:
+        raise NotProvenError(f"a batch of {hint} has halves of one element, whose dimension operators may leave out")
     torch._check(size % HALVES == 0)  # else it is compiled once more, and stays whole
+    torch._check(size >= LEAST)
     return batch
 
 
@@ -129,12 +158,14 @@ class _Seen:
         meaning: of what it has become when all has run; None of what has no tensors.
         written: it is written after it has been made.
         numbers: it gives numbers alone.
+        shapes: of the tensors that it gives.
     """
 
     given: dict[fx.Node, Meaning] = dataclasses.field(default_factory=dict)
     meaning: dict[fx.Node, Meaning | None] = dataclasses.field(default_factory=dict)
     written: set[fx.Node] = dataclasses.field(default_factory=set)
     numbers: set[fx.Node] = dataclasses.field(default_factory=set)
+    shapes: dict[fx.Node, list[list[sympy.Expr]]] = dataclasses.field(default_factory=dict)
 
 
 def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
@@ -148,6 +179,7 @@ def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
         original, made = stands_for[node], [each.args[0] for each in clones]
         found = [meanings[each] for each in (*made, *left, *numbers) if isinstance(each, fx.Node)]
         seen.meaning[original] = _together(found, len(left))
+        seen.shapes[original] = _shapes(watched.seen[node.name][1])
         if node.op == "placeholder" and made:
             seen.given[original] = meanings[made[0]]
         if made != left:
@@ -252,8 +284,9 @@ def _halved(graph: fx.Graph, seen: _Seen) -> set[fx.Node]:
         if not isinstance(meaning, Mixed) and all(each in halved for each in tensors) and _numbers_hold(node, seen):
             halved.add(node)
     _keep_blocks_together(graph, seen, halved)
-    for node in graph.find_nodes(op="placeholder"):
-        if node in seen.written and not isinstance(seen.meaning[node], Mixed):
+    for node in graph.nodes:
+        given = node.op in ("placeholder", "get_attr")
+        if given and node in seen.written and not isinstance(seen.meaning[node], Mixed):
             raise NotProvenError(f"it writes into what it is given: {node.name}")
     for node in _crossing(graph, seen, halved):
         if node in seen.written:
@@ -283,13 +316,28 @@ def _crossing(graph: fx.Graph, seen: _Seen, halved: set[fx.Node]) -> list[fx.Nod
 
 
 def _keep_blocks_together(graph: fx.Graph, seen: _Seen, halved: set[fx.Node]) -> None:
-    """What is inside of a block cannot be joined: if others read it, it stays whole, with what follows."""
-    while inside := [node for node in _crossing(graph, seen, halved) if seen.meaning[node] is INSIDE]:
+    """What is inside of a block, or numbers, cannot be joined: if others read it, it stays whole, with what follows."""
+
+    def joins(node: fx.Node) -> bool:
+        return seen.meaning[node] is not INSIDE and not isinstance(seen.meaning[node], Numbered)
+
+    while inside := [node for node in _crossing(graph, seen, halved) if not joins(node)]:
         gone = [*inside]
         while gone:
             node = gone.pop()
             halved.discard(node)
             gone += node.users
+
+
+def _same_for_both(graph: fx.Graph, seen: _Seen) -> set[fx.Node]:
+    """What is made once: the same for all elements, written by nobody, and of nothing that is, or is made twice."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        read = _read(node, seen)
+        made = [each for each in read if each.op != "placeholder"]
+        if seen.meaning.get(node) is SHARED and not seen.written & {node, *read} and found.issuperset(made):
+            found.add(node)
+    return found
 
 
 class _Halves:
@@ -301,6 +349,7 @@ class _Halves:
         self.given = dict[fx.Node, fx.Node]()
         self.of_half: list[dict[fx.Node, fx.Node]] = [{} for _ in range(HALVES)]
         self.whole = dict[fx.Node, fx.Node]()
+        self.once = _same_for_both(old, seen)
 
     def graph(self) -> fx.Graph:
         """Inputs, both halves, and the rest."""
@@ -321,7 +370,7 @@ class _Halves:
 
     def _once(self, node: fx.Node, number: int) -> None:
         """For this half; what is the same for both is made once."""
-        shared = self.seen.meaning.get(node) is SHARED and node not in self.seen.written
+        shared = node in self.once
         if number and shared:
             self.of_half[number][node] = self.of_half[0][node]
             return

@@ -114,6 +114,11 @@ def _in_fp8(x: Tensor) -> Tensor:
     return result
 
 
+def _by_numbers_twice(x: Tensor) -> Tensor:
+    m = numbers(x)
+    return F.pad(x, (0, 0, 0, 20))[m, m]
+
+
 def numbers(x: Tensor) -> Tensor:
     return torch.arange(x.shape[0])
 
@@ -172,6 +177,18 @@ MIXES: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "a part of others as long": (
         "depends on the batch",
         lambda x, ids: F.pad(x, (0, 40))[..., x.shape[0] : x.shape[0] + 2],
+    ),
+    "several dimensions of the batch": (
+        "makes several dimensions|leaves no dimension|no multiple",
+        lambda x, ids: x.reshape(x.shape[0], 6 // (6 // torch.sym_min(x.shape[0], 6)), -1),
+    ),
+    "a table by number, twice": (
+        "by the numbers of the elements",
+        lambda x, ids: _by_numbers_twice(x),
+    ),
+    "a gradient that counts": (
+        "a gradient that counts the batch",
+        lambda x, ids: F.embedding(ids, TABLE, scale_grad_by_freq=True),
     ),
     "gathered along the batch": ("goes along the batch", lambda x, ids: x[..., 0].gather(0, ids)),
 }

@@ -265,3 +265,70 @@ def test_a_later_batch_that_is_odd_is_compiled_once_more() -> None:
         torch._dynamo.mark_dynamic(x, 0)
         torch.testing.assert_close(run(x), x.sin())
     assert len(batches) == 2
+
+
+def _filled(x: Tensor) -> Tensor:
+    m = torch.full((3, 3), float("-inf"))
+    m.triu_(1)
+    return ((x @ x.transpose(1, 2)) + m).softmax(-1)
+
+
+def _added(x: Tensor) -> Tensor:
+    y = torch.zeros(3, H)
+    y.add_(1.0)
+    row = y[0]
+    row.mul_(3.0)
+    return x * y
+
+
+def _rewritten(x: Tensor) -> Tensor:
+    y = torch.zeros(3, H)
+    y[0] = 1.0
+    z = y.add_(2)
+    z.mul_(3)
+    return x * y + z
+
+
+@pytest.mark.parametrize("function", [_filled, _added, _rewritten])
+def test_what_is_shared_and_written_is_made_for_each_half(function: Callable[[Tensor], Tensor]) -> None:
+    assert both(function, rows(4))[-1].whole == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "batch"),
+    [
+        (lambda x: x[:, : x.shape[0]].sum(1), 4),
+        (lambda x: x[..., : x.shape[0] * 2].sum(-1), 4),
+        (lambda x: x[:, x.shape[0] % 4 :].sum(1), 8),
+        (lambda x: x + torch.ones(3, H)[:, : x.shape[0]].sum(), 8),
+        (lambda x: x.view(x.shape[0], (x.shape[0] // 2) % 2 + 1, -1), 4),
+        (lambda x: x.view(x.shape[0], torch.sym_max(1, 6 // x.shape[0]), -1).sum(1).amax(-1), 6),
+        (lambda x: x.unflatten(1, ((x.shape[0] // 2) % 2 + 1, -1)).sum(2).amax(1), 4),
+    ],
+)
+def test_sizes_that_follow_from_the_batch(function: Callable[[Tensor], Tensor], batch: int) -> None:
+    """Refused, or right: halves of another size would be another result."""
+    x = rows(batch)
+    try:
+        found, _ = split_of(function, x)
+    except Exception as error:
+        words = ("would have other sizes in a half", "depends on the batch", "several dimensions", "goes along")
+        assert any(each in str(error) for each in words), error
+    else:
+        torch.testing.assert_close(found, function(x))
+
+
+def test_halves_of_one_element() -> None:
+    with pytest.raises(Exception, match="halves of one element"):
+        split_of(lambda x: x[:, :1].squeeze() * 2, rows(2))
+
+
+def test_numbers_of_elements_that_others_read() -> None:
+    """They are those of all elements, and nothing is joined of halves'."""
+
+    def function(x: Tensor) -> Tensor:
+        m = torch.arange(x.shape[0])
+        wide = nn.functional.pad(x, (0, 0, 0, 20))
+        return wide[m, m] + x[m].sum(1)
+
+    both(function, rows(4))
