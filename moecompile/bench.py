@@ -78,12 +78,17 @@ def main(argv: Sequence[str]) -> int:
     if chosen.device == "cuda" and (lacking := missing()):
         print(f"python -m moecompile bench: {lacking}", file=sys.stderr)
         return 2
-    try:
-        if chosen.json is not None:
-            chosen.json.touch()
-    except OSError as error:
-        parser.error(f"--json: {chosen.json} cannot be written: {error.strerror}")
+    check_writable(parser, chosen.json)
     return _run(chosen)
+
+
+def check_writable(parser: argparse.ArgumentParser, path: Path | None) -> None:
+    """Ends the command where the file of `--json` cannot be written, before anything is measured."""
+    try:
+        if path is not None:
+            path.touch()
+    except OSError as error:
+        parser.error(f"--json: {path} cannot be written: {error.strerror}")
 
 
 def _parser() -> argparse.ArgumentParser:

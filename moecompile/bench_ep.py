@@ -13,7 +13,6 @@ measured.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from functools import partial
 
 from moecompile.bench_ep_blocks import measure_block
@@ -23,18 +22,6 @@ from moecompile.bench_ep_ranks import Ranks
 from moecompile.bench_ep_symmetric import measure_symmetric
 from moecompile.bench_ranks import RanksBench, Steps
 from moecompile.bench_results import Setting
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs it.
-
-    Args:
-        argv: the command line after `python -m moecompile bench ep`.
-
-    Returns:
-        the exit status, the same on all ranks.
-    """
-    return BENCH.main(argv)
 
 
 def _steps(chosen: argparse.Namespace, setting: Setting, ranks: Ranks) -> Steps:
@@ -58,3 +45,4 @@ def _steps(chosen: argparse.Namespace, setting: Setting, ranks: Ranks) -> Steps:
 
 
 BENCH = RanksBench("bench ep", __doc__, SECTIONS, BLOCKS, TINY, (EXCHANGE,), _steps)
+main = BENCH.main

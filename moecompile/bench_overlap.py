@@ -7,8 +7,8 @@
 
 Forward, and forward+backward. All take turns in the same processes, one a GPU; the slowest rank counts. Beside the time
 of ours: how long kernels that communicate run, and for how much of that no other does, by the profiler; and what was
-predicted. Where halves are predicted to gain too little, the batch stays whole, and the row says so. Bars are for two
-ranks. The exit status is 0 if everything was measured, 1 if something failed or a rank died, 2 if nothing can be
+predicted. Where halves are predicted to gain too little, the batch stays whole, and the row says so. The exit
+status is 0 if everything was measured, 1 if something failed or a rank died, 2 if nothing can be
 measured.
 """
 
@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 import moecompile
@@ -45,18 +44,6 @@ TINY = (Case(Shape("tiny", 64, 32, 8, 2, 48), 4),)
 LAYERS = 2
 BOUND = 0.03
 """How far results and gradients may be from the first contender's: the norm of the difference, relative."""
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs it.
-
-    Args:
-        argv: the command line after `python -m moecompile bench overlap`.
-
-    Returns:
-        the exit status, the same on all ranks.
-    """
-    return BENCH.main(argv)
 
 
 def _steps(chosen: argparse.Namespace, setting: Setting, ranks: Ranks) -> Steps:
@@ -106,8 +93,7 @@ def measure_layers(
 
 def _lowering(device: str) -> dict[str, Any]:
     """On a CPU Inductor's minutes show nothing; older ones would order operators anew."""
-    old = Version(torch.__version__) < Version(ordering.KEEPS_FROM)
-    return {"lowering": "eager"} if old or device == "cpu" else {}
+    return {} if ordering.inductor_keeps_orders() and device == "cuda" else {"lowering": "eager"}
 
 
 def _checked(setting: Setting, ranks: Ranks, model: Model, calls: Mapping[str, Any], case: str) -> dict[str, str]:
@@ -176,3 +162,4 @@ BENCH = RanksBench(
     (),
     _steps,
 )
+main = BENCH.main

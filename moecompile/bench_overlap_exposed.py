@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moecompile.bench_timing import Call
 
-COMMUNICATES = ("exchange_send", "exchange_receive", "exchange_home", "exchange_gate", "exchange_take", "nccl")
+COMMUNICATES = ("exchange_send", "exchange_receive", "exchange_home", "exchange_gate", "nccl")
 """Parts of the names of kernels that move rows between ranks, or wait for them."""
 Span = tuple[float, float]
 

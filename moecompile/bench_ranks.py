@@ -67,11 +67,7 @@ class RanksBench:
         if missing := self._missing(chosen):
             print(f"python -m moecompile {self.verb}: {missing}", file=sys.stderr)
             return 2
-        try:
-            if chosen.json is not None:
-                chosen.json.touch()
-        except OSError as error:
-            parser.error(f"--json: {chosen.json} cannot be written: {error.strerror}")
+        bench.check_writable(parser, chosen.json)
         if not chosen.shapes:
             own = self._shapes(chosen)
             chosen.shapes = tuple(each.name for each in (own[:1] if chosen.quick else own))

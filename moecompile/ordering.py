@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import sympy
 import torch
@@ -26,7 +25,7 @@ from moecompile import ranks
 from moecompile.agreement import DisagreementError
 from moecompile.passes import hardware
 from moecompile.passes.costs import cost_of, expression
-from moecompile.passes.list_schedule import Timeline, simulate
+from moecompile.passes.list_schedule import Timeline
 from moecompile.passes.overlap import Plan, move, plan, send_aside
 from moecompile.report import GraphReport
 from moecompile.runtime.sharded import process_group
@@ -93,9 +92,14 @@ def seconds_to_move(count: int) -> float:
     return _device().seconds(0.0, "float32", count)
 
 
+def inductor_keeps_orders() -> bool:
+    """Whether this torch's can be told to."""
+    return Version(torch.__version__) >= Version(KEEPS_FROM)
+
+
 def refuse_what_inductor_would_undo() -> None:
     """Raises ValueError where Inductor cannot be told to keep an order."""
-    if Version(torch.__version__) < Version(KEEPS_FROM):
+    if not inductor_keeps_orders():
         raise ValueError(
             f"moecompile: the option `overlap` needs torch {KEEPS_FROM} or later with Inductor, which orders operators "
             f"anew in torch {torch.__version__}. Leave it out, or add lowering='eager'."
@@ -141,14 +145,11 @@ def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> Pl
         order = next((order for _, order in heard if order != sorted(order)), heard[0][1])
         alike = len({subject for subject, _ in heard}) == 1
         if any(each != order for _, each in heard):  # of other sizes: it has to be no worse for anybody
-            fits = alike and found.in_order(tuple(order)) is not None
+            fits = alike and found.in_order(order).fits
             alike = {*_heard("yes" if fits else "no", f"{meeting}, of another rank", members)} == {"yes"}
         known[subject] = tuple(order) if alike else None
     agreed = known[subject]
-    if agreed is None:
-        return None
-    after = found.before if agreed == found.before.order else simulate(found.tasks, agreed)
-    return replace(found, after=after)
+    return None if agreed is None else found.in_order(agreed)
 
 
 def _heard(word: str, meeting: str, members: Sequence[int]) -> list[str]:

@@ -190,7 +190,7 @@ def _next(
     return min(arrived, key=first.__getitem__)
 
 
-def _users(tasks: Sequence[Task]) -> list[list[int]]:
+def users_of(tasks: Sequence[Task]) -> list[list[int]]:
     """Of each task those that come after it."""
     users: list[list[int]] = [[] for _ in tasks]
     for number, task in enumerate(tasks):
@@ -223,7 +223,7 @@ def _ways(tasks: Sequence[Task]) -> list[float]:
 
 def _from_the_end(tasks: Sequence[Task]) -> Iterator[tuple[int, list[int]]]:
     """All tasks with those that come after them, which are there first."""
-    users = _users(tasks)
+    users = users_of(tasks)
     return ((number, users[number]) for number in reversed(_sorted(tasks)))
 
 
@@ -244,7 +244,7 @@ class _Ready:
     """Tasks all of whose predecessors have run, in the order in which they became so."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._missing, self._users = [len({*task.after}) for task in tasks], _users(tasks)
+        self._missing, self._users = [len({*task.after}) for task in tasks], users_of(tasks)
         self.numbers = dict.fromkeys(number for number, missing in enumerate(self._missing) if not missing)
 
     def done(self, number: int) -> None:
@@ -272,7 +272,7 @@ class _Machine:
         self._sent: dict[int, Span] = {}
         self._free: dict[str, float] = {}
         self._flying: list[tuple[float, float]] = []  # ends and shares of what is on its way
-        self._users = [*map(len, _users(self.tasks))]
+        self._users = [*map(len, users_of(self.tasks))]
 
     def arrival(self, number: int) -> float:
         """When all that it receives has arrived."""

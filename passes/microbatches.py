@@ -76,7 +76,7 @@ def split(gm: fx.GraphModule) -> Split:
         NotProvenError: why it stays whole.
     """
     inputs = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
-    batch = _batch_of(inputs)
+    batch, hint = _batch_of(inputs)
     _check_contexts(gm.graph)
     seen = _traced(gm, batch)
     halved = _halved(gm.graph, seen)
@@ -84,17 +84,15 @@ def split(gm: fx.GraphModule) -> Split:
     why = dict.fromkeys(each.reason for node in _live(gm.graph) if isinstance(each := seen.meaning.get(node), Mixed))
     writer = _Halves(gm.graph, seen, halved, batch)
     made = fx.GraphModule(gm, writer.graph())
-    _check_sizes(made, writer, batch, inputs)
+    _check_sizes(made, writer, batch, hint)
     return Split(made, len(begun), tuple(why))
 
 
-def _check_sizes(made: fx.GraphModule, writer: _Halves, batch: sympy.Symbol, inputs: Sequence[Any]) -> None:
+def _check_sizes(made: fx.GraphModule, writer: _Halves, batch: sympy.Symbol, hint: int) -> None:
     """All that halves make is as large as the same of the whole, of a batch half as large.
 
     A number of the batch that has only decided how much is taken of something else (`x[:, :len(x)]`) is in no operator.
     """
-    sizes: list[Any] = [size for each in inputs if isinstance(each, Tensor) for size in each.shape]
-    hint = next(size.node.hint for size in sizes if isinstance(size, torch.SymInt) and expression(size) == batch)
     own, stands_for = _to_be_traced(made)
     watched = _Watched(own)
     _operators(watched.all_values, own)
@@ -131,8 +129,8 @@ def _live(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node in found]
 
 
-def _batch_of(inputs: Sequence[Any]) -> sympy.Symbol:
-    """The symbol that is the first dimension of most of the inputs that have one there; even."""
+def _batch_of(inputs: Sequence[Any]) -> tuple[sympy.Symbol, int]:
+    """The symbol that is the first dimension of most of the inputs that have one there; and its number, even."""
     firsts = [each.shape[0] for each in inputs if isinstance(each, Tensor) and each.dim()]
     found: dict[Any, list[Any]] = {}
     for size in firsts:
@@ -148,7 +146,7 @@ def _batch_of(inputs: Sequence[Any]) -> sympy.Symbol:
         raise NotProvenError(f"a batch of {hint} has halves of one element, whose dimension operators may leave out")
     torch._check(size % HALVES == 0)  # else it is compiled once more, and stays whole
     torch._check(size >= LEAST)
-    return batch
+    return batch, int(hint)
 
 
 @dataclasses.dataclass

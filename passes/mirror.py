@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moecompile.passes.list_schedule import Task, better, simulate
+from moecompile.passes.list_schedule import Task, better, simulate, users_of
 from moecompile.passes.overlap import GAIN, Plan
 
 
@@ -22,11 +22,7 @@ def training_seconds(plan: Plan) -> float:
 
 def mirrored(tasks: Sequence[Task]) -> list[Task]:
     """The backward's, the last task's first. Memory is not reckoned with."""
-    last = len(tasks) - 1
-    users: list[list[int]] = [[] for _ in tasks]
-    for number, task in enumerate(tasks):
-        for before in task.after:
-            users[before].append(number)
+    last, users = len(tasks) - 1, users_of(tasks)
     found = list[Task]()
     for number in reversed(range(len(tasks))):
         task, after = tasks[number], tuple(sorted(last - user for user in users[number]))

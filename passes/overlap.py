@@ -75,13 +75,16 @@ class Plan:
         """Names of nodes in the better order."""
         return tuple(self.tasks[number].name for number in self.after.order)
 
-    def in_order(self, order: Sequence[int]) -> Plan | None:
-        """The same of another rank's order; None if it takes longer than the given one, or holds more than it may."""
-        if order == self.before.order:
-            return replace(self, after=self.before)
-        after = simulate(self.tasks, order)
-        fits = after.peak <= max(self.most, self.before.peak) and after.makespan <= self.before.makespan
-        return replace(self, after=after) if fits else None
+    @property
+    def fits(self) -> bool:
+        """Whether it takes no longer than in the given order, and holds no more than it may."""
+        longest, most = self.before.makespan, max(self.most, self.before.peak)
+        return self.after.makespan <= longest and self.after.peak <= most
+
+    def in_order(self, order: Sequence[int]) -> Plan:
+        """The same of another rank's order."""
+        known = {self.after.order: self.after, self.before.order: self.before}
+        return replace(self, after=known.get(tuple(order)) or simulate(self.tasks, order))
 
 
 def plan(

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, distributed, fx, nn
 from torch.distributed import _functional_collectives as functional
 from torch.nn import functional as F
@@ -34,7 +33,7 @@ SLOW = hardware.Hardware(
     0.0,
 )
 """On which products take as long as sending rows."""
-OLD = Version(torch.__version__) < Version(ordering.KEEPS_FROM)
+OLD = not ordering.inductor_keeps_orders()
 
 
 class Layer(nn.Module):
