@@ -50,6 +50,7 @@ def moecompile(
         lowering,
         main_gradients,
         pipeline,
+        pipelining,
         report,
         splitting,
         verify,
@@ -93,9 +94,12 @@ def moecompile(
         gm = splitting.split(gm, chosen, record)
 
     # 6. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
-    compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name), counted)
+    #    Graphs of a pipeline's stage are kept, to be divided and paired as its schedule asks for.
+    stage = pipelining.graph_for(example_inputs, record, chosen.lowering)
+    compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name, stage), counted)
     compiled = cached.with_copies(compiled, lifted)
     compiled = main_gradients.with_main_gradients(compiled, added)
+    compiled = pipelining.noting(compiled, stage, len(example_inputs))
 
     # 7. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

@@ -7,6 +7,8 @@ runs; a graph that comes out of AOTAutograd's cache is not shown at all.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ from moecompile.passes.printer import input_names
 from moecompile.passes.quantized_travel import let_rows_travel_quantized
 from moecompile.passes.recast import Counts, recast
 from moecompile.report import GraphReport, discard
+from moecompile.stage_graphs import StageGraph
 
 Compiled = Callable[..., Any]
 Seen = Callable[[str, fx.GraphModule], None]
@@ -36,16 +39,18 @@ _NAMED_REGIONS = Version(torch.__version__) >= Version("2.13")
 
 
 def lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphReport, name: str | None = None
-) -> Compiled:
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphReport, name: str | None = None,
+    stage: StageGraph | None = None,
+) -> Compiled:  # fmt: skip
     """Compiles a rewritten graph of Dynamo's as `options` say, and notes AOTAutograd's graphs in `record` as text.
 
     The record never holds a graph itself: a graph holds fake tensors, and the record lives as long as the process.
+    A pipeline's stage keeps its graphs (`stage`), for as long as they are compiled.
     """
     from torch._dynamo.exc import RestartAnalysis
 
     try:
-        return _lower(gm, example_inputs, options, record, name)
+        return _lower(gm, example_inputs, options, record, name, stage)
     except RestartAnalysis:
         # tracing taught AOTAutograd what Dynamo should have known: Dynamo captures the frame again and calls us again
         discard(record)
@@ -53,8 +58,9 @@ def lower(
 
 
 def _lower(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphReport, name: str | None
-) -> Compiled:
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, record: GraphReport, name: str | None,
+    stage: StageGraph | None,
+) -> Compiled:  # fmt: skip
     inputs = input_names(gm.graph)
 
     def note(kind: str, graph_module: fx.GraphModule) -> None:
@@ -79,7 +85,7 @@ def _lower(
     changes = options.precision == "fp8" or options.fp8_recast_weights or options.ep_dispatch_again
     joint = change if changes else None
     if options.lowering == "eager":
-        compiled = eager(gm, example_inputs, seen=note, joint=joint, ordered=ordered)
+        compiled = eager(gm, example_inputs, seen=note, joint=joint, ordered=ordered, stage=stage)
         record.notes += kept
         return compiled
 
@@ -97,7 +103,9 @@ def _lower(
     patches = cache.salted(patches, salt, joint)
     if options.overlap:  # a rank that finds what it has compiled before would not meet the others
         patches["force_disable_caches"] = True
-    compiled = inductor(gm, example_inputs, patches=patches, seen=note_and_store, name=name, ordered=ordered)
+    compiled = inductor(
+        gm, example_inputs, patches=patches, seen=note_and_store, name=name, ordered=ordered, stage=stage
+    )
     record.cached = "miss" if record.forward else "hit"
     if kept:
         sidecar.write("kept", "; ".join(kept))
@@ -146,6 +154,7 @@ def inductor(
     seen: Seen,
     name: str | None = None,
     ordered: Ordered | None = None,
+    stage: StageGraph | None = None,
 ) -> Compiled:
     """Compiles with Inductor.
 
@@ -157,14 +166,25 @@ def inductor(
         seen: called with each graph after Inductor's joint passes, before its post-grad passes.
         name: name of the compiled region, as in `torch.compile(name=...)`; used where torch supports it.
         ordered: orders each graph before that; the order is kept if it says what was planned.
+        stage: keeps them, and enters them when they are called.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         kind = "backward" if settings.get("is_backward") else "forward"
+        kept = None if settings.get("is_inference") else stage
+        if kept is not None:
+            kept.keep(kind, graph_module, inputs)
+            kept.late = functools.partial(_late, patches, {**settings, "is_backward": False}, in_order)
         planned = None if ordered is None else ordered(kind, graph_module)
         seen(kind, graph_module)
+        compiled = in_order(graph_module, inputs, planned, settings)
+        return compiled if kept is None else kept.called(kind, compiled)
+
+    def in_order(
+        graph_module: fx.GraphModule, inputs: Sequence[Any], planned: Plan | None, settings: Mapping[str, Any]
+    ) -> Any:
         if decompose(graph_module.graph, select_decomp_table()):
             graph_module.recompile()
         if planned is not None:
@@ -173,8 +193,32 @@ def inductor(
 
     keep_exchanges()
     region: dict[str, Any] = {"compile_region_name": name} if name is not None and _NAMED_REGIONS else {}
-    compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
+    # AOTAutograd's cache would give compiled graphs alone, and a stage needs the graphs themselves
+    graphs = contextlib.nullcontext() if stage is None else torch._functorch.config.patch(enable_autograd_cache=False)
+    with graphs:
+        compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
     return compiled
+
+
+def _late(
+    patches: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    in_order: Callable[..., Any],
+    graph_module: fx.GraphModule,
+    planned: Plan | None,
+) -> Any:
+    """Compiles what was made of AOTAutograd's graphs, out of its reach."""
+    from torch._guards import TracingContext, detect_fake_mode, tracing
+    from torch._inductor import config
+
+    inputs = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+    (output,) = graph_module.graph.find_nodes(op="output")
+    places = [place for place, each in enumerate(output.args[0]) if isinstance(each, fx.Node)]
+    output.meta["user_visible_output_idxs"] = places
+    mode = detect_fake_mode(inputs)
+    changed = {**settings, "static_input_idxs": (), "cudagraphs": type(settings["cudagraphs"])(False)}
+    with config.patch(dict(patches)), tracing(TracingContext(mode)), torch.no_grad(), torch._C._DisableAutocast():
+        return in_order(graph_module, inputs, planned, changed)
 
 
 def eager(
@@ -184,11 +228,12 @@ def eager(
     seen: Seen,
     joint: Callable[[fx.Graph], object] | None = None,
     ordered: Ordered | None = None,
+    stage: StageGraph | None = None,
 ) -> Compiled:
     """Runs AOTAutograd's forward and backward graphs operator by operator with PyTorch: no decomposition, no Inductor.
 
     It tells our work from Inductor's when numbers differ, and keeps tests quick. `joint` is a pass over both graphs
-    before they are divided, `ordered` orders each of them afterwards.
+    before they are divided, `ordered` orders each of them afterwards; `stage` keeps them, and enters them when called.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -196,10 +241,16 @@ def eager(
 
     def compiler(kind: str) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
         def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+            kept = None if kind == "inference" else stage
+            if kept is not None:
+                kept.keep(kind, graph_module, inputs)
+                kept.late = lambda made, _: boxed_nop(made, [])
+            shown = "forward" if kind == "inference" else kind
             if ordered is not None:
-                ordered(kind, graph_module)
-            seen(kind, graph_module)
-            return boxed_nop(graph_module, list(inputs))
+                ordered(shown, graph_module)
+            seen(shown, graph_module)
+            compiled: Compiled = boxed_nop(graph_module, list(inputs))
+            return compiled if kept is None else kept.called(kind, compiled)
 
         return compile_graph
 
@@ -212,7 +263,7 @@ def eager(
     backend = aot_autograd(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
-        inference_compiler=compiler("forward"),
+        inference_compiler=compiler("inference"),
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )

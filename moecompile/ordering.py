@@ -152,6 +152,25 @@ def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> Pl
     return None if agreed is None else found.in_order(agreed)
 
 
+def first_reason(what: str, graphs: Sequence[fx.Graph], reason: str) -> str:
+    """Why one of the ranks cannot do this with the graphs, if one cannot: all that they exchange something with say.
+
+    Args:
+        what: they are to do.
+        graphs: of AOTAutograd's.
+        reason: this rank's, if it has one.
+
+    Raises:
+        DisagreementError: not all ranks are about to do it.
+    """
+    groups = sorted({group for graph in graphs for group in _groups(graph)})
+    if not groups:
+        return reason
+    sending = [[str(node.target) for node in graph.nodes if cost_of(node).group is not None] for graph in graphs]
+    members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
+    return next(filter(None, _heard(reason, f"{what} {_digest([groups, sending])}", members)), "")
+
+
 def _heard(word: str, meeting: str, members: Sequence[int]) -> list[str]:
     """What all ranks say; raises DisagreementError if one does not come."""
     heard = ranks.words_of_all(word, meeting, members)

@@ -145,6 +145,20 @@ def send_aside(graph: fx.Graph) -> int:
     return found
 
 
+def kinds_of(node: fx.Node) -> list[str]:
+    """Why a node stays in its order, if it does: for a slot, or for what it does beside its results."""
+    packet = packet_of(node)
+    if packet in EXCHANGES or packet in WHOLE:
+        slots = range(argument(node, "slot"), argument(node, "slot") + (2 if packet in WHOLE else 1))
+        return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
+    if packet in COLLECTIVES or packet is c10d.wait_tensor:
+        return []
+    tags = getattr(operator_of(node), "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags or _writes(node) or node.is_impure():
+        return ["effects"]
+    return [] if isinstance(operator_of(node), torch._ops.OpOverload) or node.op == "get_attr" else ["effects"]
+
+
 def _movable(graph: fx.Graph) -> list[fx.Node]:
     """All nodes but inputs and output, and but the parts that go with what they are taken from."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "output") and not _is_part(node)]
@@ -213,7 +227,7 @@ def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
         if node.op in ("placeholder", "output") or _is_part(node):
             continue
         behind = found.setdefault(node, set())
-        for kind in _kinds(node):
+        for kind in kinds_of(node):
             if kind in last:
                 behind.add(last[kind])
             last[kind] = node
@@ -226,20 +240,6 @@ def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
             users.setdefault(each, []).append(node)
         behind.discard(node)
     return found
-
-
-def _kinds(node: fx.Node) -> list[str]:
-    """Why a node stays in its order, if it does: for a slot, or for what it does beside its results."""
-    packet = packet_of(node)
-    if packet in EXCHANGES or packet in WHOLE:
-        slots = range(argument(node, "slot"), argument(node, "slot") + (2 if packet in WHOLE else 1))
-        return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
-    if packet in COLLECTIVES or packet is c10d.wait_tensor:
-        return []
-    tags = getattr(operator_of(node), "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or _writes(node) or node.is_impure():
-        return ["effects"]
-    return [] if isinstance(operator_of(node), torch._ops.OpOverload) or node.op == "get_attr" else ["effects"]
 
 
 def _writes(node: fx.Node) -> bool:
