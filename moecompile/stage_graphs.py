@@ -142,7 +142,8 @@ class Divided:
         gradients: list[Any] = [None] * (count + len(self.parts.later))
         for place, gradient in zip(self.parts.at_once, found, strict=False):
             gradients[place] = gradient
-        return gradients, Later(self, kept + found[count:], [parameters[place] for place in self.parts.later])
+        owners = [each for place in self.parts.later if (each := parameters[place]) is not None]
+        return gradients, Later(self, kept + found[count:], owners)
 
     def second(self, args: list[Any]) -> Sequence[Any]:
         """The gradients that were put off."""
@@ -161,13 +162,12 @@ class Later:
 
     divided: Divided
     given: list[Any]
-    parameters: list[torch.nn.Parameter | None]
+    parameters: list[torch.nn.Parameter]
 
     def __call__(self) -> None:
         """Computes the gradients and hands them to the parameters, whose hooks run then."""
-        found = zip(self.parameters, self.divided.second(self.given), strict=True)
-        pairs_ = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
-        torch.autograd.backward([each for each, _ in pairs_], [gradient for _, gradient in pairs_])
+        gradients = self.divided.second(self.given)
+        torch.autograd.backward(self.parameters, gradients)
 
 
 class Pair:

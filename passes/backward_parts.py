@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -107,7 +108,7 @@ def _views_of_inputs(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:
 
 
 def _extracted(
-    root: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Collection[fx.Node], outputs: Sequence[object]
+    root: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Collection[fx.Node], outputs: Sequence[Any]
 ) -> fx.GraphModule:
     """A graph of these inputs, in the order of the whole, which gives these outputs."""
     new, places, inside = fx.Graph(), dict[fx.Node, fx.Node](), {*nodes}

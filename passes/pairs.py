@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -47,7 +48,7 @@ def paired(backward: fx.GraphModule, forward: fx.GraphModule) -> fx.GraphModule:
         for node in gm.graph.find_nodes(op="placeholder"):
             found[node] = new.placeholder(f"{half}_{node.name}")
             found[node].meta = copy.copy(node.meta)
-    outputs: list[object] = []
+    outputs: list[Any] = []
     for number, (gm, found) in enumerate(zip((backward, forward), places, strict=True)):
         for node in gm.graph.nodes:
             if node.op == "output":
