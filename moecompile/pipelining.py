@@ -41,7 +41,7 @@ from moecompile.stage_graphs import Later, Pair, StageGraph, why_apart
 
 log = logging.getLogger("moecompile")
 _pipelines: weakref.WeakKeyDictionary[Any, Pipeline] = weakref.WeakKeyDictionary()
-NO_GRAPH = "no graph of moecompile's ran"
+NO_GRAPH = "no graph of moecompile's ran, or only one that was compiled before `attach`"
 
 
 def attach(schedule: Any) -> Pipeline:
@@ -283,7 +283,7 @@ class _PuttingOff:
         if divided is None:
             self._pipeline.counts["whole"] += kind == "backward"
             return graph.run(kind, args)
-        gradients, later = divided.run(args, graph.parameters[number])
+        gradients, later = divided.run(args, number)
         self._pipeline.counts["first part"] += 1
         self._stage.dw_builder.left.append(later)
         return gradients

@@ -55,7 +55,7 @@ class StageGraph:
         lowering: "inductor" or "eager".
         late: compiles what is made of the graphs.
         compiled: how many times that was done, and AOTAutograd's graphs themselves, by kind.
-        parameters: by stage, what of the captured graph's inputs are parameters: None elsewhere.
+        parameters: by stage, what of the captured graph's inputs are parameters that need gradients; None elsewhere.
     """
 
     record: GraphReport
@@ -104,11 +104,11 @@ class StageGraph:
 
     def divided(self, stage: int) -> Divided | None:
         """The backward in two parts; None if there are none, or nothing of it can be put off."""
-        later = self._parameters_of(stage)
-        if later not in self._divided:
+        later = self.gradients_of(stage)
+        if (places := tuple(later)) not in self._divided:
             parts = divide(self.kept("backward"), later) if later else None
-            self._divided[later] = None if parts is None else Divided(parts, self)
-        return self._divided[later]
+            self._divided[places] = None if parts is None else Divided(parts, self)
+        return self._divided[places]
 
     def made(self, kind: str, gm: fx.GraphModule, planned: Plan | None = None) -> Call:
         """Compiles what was made of the graphs."""
@@ -116,14 +116,19 @@ class StageGraph:
         self.compiled[kind] += 1
         return _boxed(self.late(gm, planned))
 
-    def _parameters_of(self, stage: int) -> tuple[int, ...]:
-        """Outputs of the backward that are gradients of parameters of a stage."""
+    def gradients_of(self, stage: int) -> dict[int, torch.nn.Parameter]:
+        """By place among the backward's outputs: of which of a stage's parameters it is the gradient.
+
+        Of sharded parameters (DTensor) there are parts alone, which AOTAutograd puts together: they are not put off.
+        """
         given = self.parameters.get(stage, [])
         (output,) = self.kept("backward").graph.find_nodes(op="output")
-        inputs = self.kept("forward").graph.find_nodes(op="placeholder")
-        if not len(given) == len(inputs) == len(output.args[0]):
-            return ()  # nobody knows which gradient is whose
-        return tuple(place for place, each in enumerate(given) if each is not None)
+        found = {}
+        for place, what in enumerate(output.meta.get("desc", ())):
+            number = getattr(getattr(what, "grad_of", None), "idx", None)
+            if number is not None and (parameter := given[number]) is not None:
+                found[place] = parameter
+        return found
 
 
 @dataclass
@@ -134,7 +139,7 @@ class Divided:
     of: StageGraph
     _run: dict[str, Call] = field(default_factory=dict)
 
-    def run(self, args: list[Any], parameters: Sequence[torch.nn.Parameter | None]) -> tuple[list[Any], Later]:
+    def run(self, args: list[Any], stage: int) -> tuple[list[Any], Later]:
         """Gradients in the backward's order, None for those that are put off; and what is left to do."""
         kept = [args[place] for place in self.parts.kept]
         found = [*self._call("first part", self.parts.first, args)]
@@ -142,8 +147,8 @@ class Divided:
         gradients: list[Any] = [None] * (count + len(self.parts.later))
         for place, gradient in zip(self.parts.at_once, found, strict=False):
             gradients[place] = gradient
-        owners = [each for place in self.parts.later if (each := parameters[place]) is not None]
-        return gradients, Later(self, kept + found[count:], owners)
+        owner = self.of.gradients_of(stage)
+        return gradients, Later(self, kept + found[count:], [owner[place] for place in self.parts.later])
 
     def second(self, args: list[Any]) -> Sequence[Any]:
         """The gradients that were put off."""

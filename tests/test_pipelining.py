@@ -1,0 +1,131 @@
+"""Pipelines of compiled stages: gradients as those of the model by itself, and what ran as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import pipelining_checks
+from moecompile.lowering import eager
+from moecompile.passes import pairs
+from moecompile.passes.backward_parts import divide
+from ranks_in_processes import run_on_ranks
+
+ON_TWO = ("check_pipeline", "check_zero_bubble", "check_compiled_before", "check_refusals")
+ON_FOUR = (
+    "check_pipeline",
+    "check_pipeline_of_experts",
+    "check_experts",
+    "check_recomputed",
+    "check_one_rank_cannot",
+    "check_inductor",
+)
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_on_ranks(2, "pipelining_checks", ON_TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_on_ranks(4, "pipelining_checks", ON_FOUR, tmp_path_factory.mktemp("four"))
+
+
+def test_all_checks_run() -> None:
+    assert {name for name in vars(pipelining_checks) if name.startswith("check_")} == {*ON_TWO, *ON_FOUR}
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_ranks(on_two: dict[str, str], name: str) -> None:
+    assert not on_two[name], on_two[name]
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_ranks(on_four: dict[str, str], name: str) -> None:
+    assert not on_four[name], on_four[name]
+
+
+class Two(nn.Module):
+    """Two layers, of a token's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.other(self.one(x).relu())
+        return result
+
+
+def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, list[object], list[object]]]:
+    """Forward and backward graph of a step, with what they were given and gave."""
+    found = {}
+
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> object:
+        def keep(kind: str, graph: fx.GraphModule) -> None:
+            kept = fx.GraphModule(graph, fx.Graph())
+            places: dict[fx.Node, fx.Node] = {}
+            kept.graph.output(kept.graph.graph_copy(graph.graph, places))
+            for node, copied in places.items():
+                copied.meta.update(node.meta)
+            kept.recompile()
+
+            def noting(args: list[object]) -> object:
+                given = [*args]
+                result = kept(*given)
+                found[kind] = kept, given, list(result)
+                return result
+
+            graph.forward = noting
+
+        return eager(gm, inputs, seen=keep)
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+    return found
+
+
+def test_gradients_of_parameters_come_later() -> None:
+    backward, given, right = graphs_of(Two(), torch.randn(3, 4, requires_grad=True))["backward"]
+    later = [place for place, each in enumerate(right) if each is not None and each.shape != (3, 4)]  # type: ignore[attr-defined]
+    parts = divide(backward, later)
+    assert parts is not None and [*parts.later] == later and len(later) == 4
+    found = list(parts.first(*given))
+    at_once, handed = found[: len(parts.at_once)], found[len(parts.at_once) :]
+    second = parts.second(*(given[place] for place in parts.kept), *handed)
+    assert all(torch.equal(one, right[place]) for one, place in zip(second, parts.later, strict=True))  # type: ignore[arg-type]
+    assert all(
+        one is right[place] or torch.equal(one, right[place]) for one, place in zip(at_once, parts.at_once, strict=True)
+    )  # type: ignore[arg-type]
+    products = [sum("mm" in str(node.target) for node in part.graph.nodes) for part in (parts.first, parts.second)]
+    assert products == [2, 2]  # each gradient once
+
+
+def test_nothing_is_put_off_that_has_effects() -> None:
+    graph = fx.Graph()
+    given = graph.placeholder("given")
+    given.meta["val"] = torch.empty(4)
+    drawn = graph.call_function(torch.ops.aten.rand_like.default, (given,))
+    drawn.meta["val"] = torch.empty(4)
+    graph.output((given, drawn))
+    assert divide(fx.GraphModule(nn.Module(), graph), [1]) is None
+
+
+def test_pairs_give_what_both_give() -> None:
+    found = graphs_of(Two(), torch.randn(3, 4, requires_grad=True))
+    (backward, of_backward, back), (forward, of_forward, result) = found["backward"], found["forward"]
+    pair = pairs.paired(backward, forward)
+    given = [*of_backward, *of_forward]
+    for one, right in zip(pair(*given), [*back, *result], strict=True):
+        assert one is right or torch.equal(one, right)  # type: ignore[arg-type]
+    assert not pairs.obstacle([backward, forward])
+
+
+def test_sizes_that_are_no_numbers_make_no_pair() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 0)
+    found = graphs_of(Two(), x)
+    assert "no numbers" in pairs.obstacle([found["backward"][0], found["forward"][0]])
