@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from moecompile.runtime import operators as _operators  # noqa: F401 - the import registers
 
 if TYPE_CHECKING:
+    from moecompile import pipelining
     from moecompile.cached import invalidate
     from moecompile.checkpoints import fp8_state_dict, load_fp8
     from moecompile.conversion import convert_to_fp8
@@ -35,12 +36,14 @@ __all__ = [
     "last_report",
     "load_fp8",
     "mark_batch",
+    "pipelining",
     "register_transformers",
     "reset",
     "shard_experts",
 ]
 
-# Where each name lives. No module may bear one of these names: importing it would put the module in the name's place.
+# Where each name lives, but `pipelining`, which is a module. No other module may bear one of these names: importing it
+# would put the module in the name's place.
 _HOME = {
     "Options": "moecompile.options",
     "convert_to_fp8": "moecompile.conversion",
@@ -58,6 +61,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "pipelining":
+        return importlib.import_module("moecompile.pipelining")
     if name not in _HOME:
         raise AttributeError(f"module 'moecompile' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -15,7 +15,7 @@ NUMBER = r"\d\.\de[-+]\d\d"
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-LAUNCHERS = {"expert_parallel": TORCHRUN, "overlap": TORCHRUN}
+LAUNCHERS = {"expert_parallel": TORCHRUN, "overlap": TORCHRUN, "dualpipe": (*TORCHRUN[:-1], "4")}
 """How an example is begun, if not as a program by itself."""
 
 
@@ -89,7 +89,17 @@ def check_overlap(printed: str) -> None:
     assert len(errors) == 2 and max(errors) < 1e-2
 
 
+def check_dualpipe(printed: str) -> None:
+    counts = {kind: int(count) for kind, count in re.findall(r"\n  (pair|first part|second part) +(\d+)", printed)}
+    assert counts == {"pair": 3, "first part": 3, "second part": 3}, printed
+    assert "compiled 10 graphs of 2 captured" in printed
+    assert printed.count("pair 1: ordered, predicted of H200 SXM") == 2
+    errors = [float(number) for number in re.findall(rf"\n  \S+ +({NUMBER})", printed)]
+    assert len(errors) == 5 and max(errors) < 1e-2
+
+
 CHECKS = {
+    "dualpipe": check_dualpipe,
     "expert_parallel": check_expert_parallel,
     "overlap": check_overlap,
     "fp8_training": check_fp8_training,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -60,11 +62,11 @@ class Two(nn.Module):
         return result
 
 
-def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, list[object], list[object]]]:
+def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, list[Any], list[Any]]]:
     """Forward and backward graph of a step, with what they were given and gave."""
-    found = {}
+    found: dict[str, tuple[fx.GraphModule, list[Any], list[Any]]] = {}
 
-    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> object:
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
         def keep(kind: str, graph: fx.GraphModule) -> None:
             kept = fx.GraphModule(graph, fx.Graph())
             places: dict[fx.Node, fx.Node] = {}
@@ -73,7 +75,7 @@ def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, li
                 copied.meta.update(node.meta)
             kept.recompile()
 
-            def noting(args: list[object]) -> object:
+            def noting(args: list[Any]) -> Any:
                 given = [*args]
                 result = kept(*given)
                 found[kind] = kept, given, list(result)
@@ -88,18 +90,20 @@ def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, li
     return found
 
 
+def same(one: Any, right: Any) -> bool:
+    return one is right or bool(torch.equal(one, right))
+
+
 def test_gradients_of_parameters_come_later() -> None:
     backward, given, right = graphs_of(Two(), torch.randn(3, 4, requires_grad=True))["backward"]
-    later = [place for place, each in enumerate(right) if each is not None and each.shape != (3, 4)]  # type: ignore[attr-defined]
+    later = [place for place, each in enumerate(right) if each is not None and each.shape != (3, 4)]
     parts = divide(backward, later)
     assert parts is not None and [*parts.later] == later and len(later) == 4
     found = list(parts.first(*given))
     at_once, handed = found[: len(parts.at_once)], found[len(parts.at_once) :]
     second = parts.second(*(given[place] for place in parts.kept), *handed)
-    assert all(torch.equal(one, right[place]) for one, place in zip(second, parts.later, strict=True))  # type: ignore[arg-type]
-    assert all(
-        one is right[place] or torch.equal(one, right[place]) for one, place in zip(at_once, parts.at_once, strict=True)
-    )  # type: ignore[arg-type]
+    for gradients, places in ((at_once, parts.at_once), (second, parts.later)):
+        assert all(same(one, right[place]) for one, place in zip(gradients, places, strict=True))
     products = [sum("mm" in str(node.target) for node in part.graph.nodes) for part in (parts.first, parts.second)]
     assert products == [2, 2]  # each gradient once
 
@@ -120,7 +124,7 @@ def test_pairs_give_what_both_give() -> None:
     pair = pairs.paired(backward, forward)
     given = [*of_backward, *of_forward]
     for one, right in zip(pair(*given), [*back, *result], strict=True):
-        assert one is right or torch.equal(one, right)  # type: ignore[arg-type]
+        assert same(one, right)
     assert not pairs.obstacle([backward, forward])
 
 
