@@ -75,9 +75,8 @@ def main() -> None:
     chosen = parser.parse_args()
 
     dist.init_process_group("gloo")
-    mesh = init_device_mesh(
-        "cpu", (dist.get_world_size() // chosen.experts, chosen.experts), mesh_dim_names=("pp", "ep")
-    )
+    sharing = 2 if dist.get_world_size() % 4 == 0 else 1
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // sharing, sharing), mesh_dim_names=("pp", "ep"))
     rank, ranks, count = mesh.get_local_rank("pp"), mesh["pp"].size(), 2 * mesh["pp"].size()
     numbers = [rank, count - 1 - rank]  # a V: down the ranks, and up again
     mine = [stage(number, mesh["ep"]) for number in numbers]
