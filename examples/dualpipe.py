@@ -97,6 +97,9 @@ def main() -> None:
         schedule.step(x, target=target)
     else:
         schedule.step()
+    if dist.get_rank() == 0:
+        print(pipeline)
+        print(moecompile.last_report())
 
     for part, wanted in zip(x.chunk(microbatches), target.chunk(microbatches), strict=True):
         found = part
@@ -105,8 +108,6 @@ def main() -> None:
         (loss(found, wanted) / microbatches).backward()
     of_both = zip(mine[0].named_parameters(), right[numbers[0]].parameters(), strict=True)
     if dist.get_rank() == 0:
-        print(pipeline)
-        print(moecompile.last_report())
         print("\nBeside the same stages without a pipeline, relative error of gradients")
     for (name, one), other in of_both:
         assert one.grad is not None and other.grad is not None

@@ -90,7 +90,7 @@ def check_overlap(printed: str) -> None:
 
 
 def check_dualpipe(printed: str) -> None:
-    counts = {kind: int(count) for kind, count in re.findall(r"\n  (pair|first part|second part) +(\d+)", printed)}
+    counts = {kind: int(count) for kind, count in re.findall(r"(?m)^  (pair|first part|second part) +(\d+)$", printed)}
     assert counts == {"pair": 3, "first part": 3, "second part": 3}, printed
     assert "compiled 10 graphs of 2 captured" in printed
     assert printed.count("pair 1: ordered, predicted of H200 SXM") == 2
