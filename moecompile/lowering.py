@@ -212,9 +212,6 @@ def _late(
     from torch._inductor import config
 
     inputs = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
-    (output,) = graph_module.graph.find_nodes(op="output")
-    places = [place for place, each in enumerate(output.args[0]) if isinstance(each, fx.Node)]
-    output.meta["user_visible_output_idxs"] = places
     mode = detect_fake_mode(inputs)
     changed = {**settings, "static_input_idxs": (), "cudagraphs": type(settings["cudagraphs"])(False)}
     with config.patch(dict(patches)), tracing(TracingContext(mode)), torch.no_grad(), torch._C._DisableAutocast():
@@ -239,16 +236,14 @@ def eager(
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
 
-    def compiler(kind: str) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    def compiler(kind: str, kept: StageGraph | None) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
         def compile_graph(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-            kept = None if kind == "inference" else stage
             if kept is not None:
                 kept.keep(kind, graph_module, inputs)
                 kept.late = lambda made, _: boxed_nop(made, [])
-            shown = "forward" if kind == "inference" else kind
             if ordered is not None:
-                ordered(shown, graph_module)
-            seen(shown, graph_module)
+                ordered(kind, graph_module)
+            seen(kind, graph_module)
             compiled: Compiled = boxed_nop(graph_module, list(inputs))
             return compiled if kept is None else kept.called(kind, compiled)
 
@@ -261,9 +256,9 @@ def eager(
         return min_cut_rematerialization_partition(graph_module, inputs, **settings)
 
     backend = aot_autograd(
-        fw_compiler=compiler("forward"),
-        bw_compiler=compiler("backward"),
-        inference_compiler=compiler("inference"),
+        fw_compiler=compiler("forward", stage),
+        bw_compiler=compiler("backward", stage),
+        inference_compiler=compiler("forward", None),
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )

@@ -135,11 +135,11 @@ def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> Pl
     What communicates is the same on all of them; the rest may differ, as AOTAutograd divides forward and backward by
     the sizes that a rank has: then nobody's order is another's.
     """
-    sending = [str(node.target) for node in graph.nodes if cost_of(node).group is not None]
+    sending = _sending(graph)
     known = _agreed.setdefault(_digest([kind, *groups, *sending]), {})
     subject = _digest([(node.name, str(node.target)) for node in graph.nodes])
     if subject not in known:
-        members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
+        members = _members(groups)
         meeting = f"order {_digest([kind, *groups, *sending, len(known)])}"
         heard = [json.loads(each) for each in _heard(json.dumps([subject, found.after.order]), meeting, members)]
         order = next((order for _, order in heard if order != sorted(order)), heard[0][1])
@@ -166,9 +166,18 @@ def first_reason(what: str, graphs: Sequence[fx.Graph], reason: str) -> str:
     groups = sorted({group for graph in graphs for group in _groups(graph)})
     if not groups:
         return reason
-    sending = [[str(node.target) for node in graph.nodes if cost_of(node).group is not None] for graph in graphs]
-    members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
-    return next(filter(None, _heard(reason, f"{what} {_digest([groups, sending])}", members)), "")
+    subject = f"{what} {_digest([groups, [*map(_sending, graphs)]])}"
+    return next(filter(None, _heard(reason, subject, _members(groups))), "")
+
+
+def _sending(graph: fx.Graph) -> list[str]:
+    """What communicates, in its order: the same on all ranks."""
+    return [str(node.target) for node in graph.nodes if cost_of(node).group is not None]
+
+
+def _members(groups: Sequence[str]) -> list[int]:
+    """Ranks of the job that are in any of these."""
+    return sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
 
 
 def _heard(word: str, meeting: str, members: Sequence[int]) -> list[str]:

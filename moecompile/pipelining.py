@@ -128,7 +128,7 @@ class Pipeline:
         self.graphs: set[StageGraph] = set()
         self.owner = {id(each): stage.stage_index for stage in schedule._stages for each in stage.submod.parameters()}
         self._step: dict[str, Any] = {}
-        self._pairs: dict[tuple[int, int], Pair | str] = {}
+        self._pairs: dict[tuple[StageGraph, StageGraph], Pair | str] = {}
         self._thread = ThreadPoolExecutor(1, "moecompile backward")
         self._note_arguments(schedule)
         for stage in schedule._stages:
@@ -186,7 +186,7 @@ class Pipeline:
 
     def pair_of(self, forward: StageGraph, backward: StageGraph) -> Pair | None:
         """Both as one, if all ranks that they exchange something with have it."""
-        key = id(forward), id(backward)
+        key = forward, backward
         if key not in self._pairs:
             reason = why_apart(forward, backward)
             kept = [forward.kept("forward").graph, backward.kept("backward").graph]
@@ -278,13 +278,13 @@ class _PuttingOff:
 
     def enters(self, kind: str, graph: StageGraph, args: list[Any]) -> Sequence[Any]:
         """The stage comes to its backward graph."""
-        number = self._stage.stage_index
-        divided = graph.divided(number) if kind == "backward" else None
-        if divided is None:
-            self._pipeline.counts["whole"] += kind == "backward"
+        if kind != "backward":
             return graph.run(kind, args)
-        gradients, later = divided.run(args, number)
-        self._pipeline.counts["first part"] += 1
+        found = graph.first_part(self._stage.stage_index, args)
+        self._pipeline.counts["whole" if found is None else "first part"] += 1
+        if found is None:
+            return graph.run(kind, args)
+        gradients, later = found
         self._stage.dw_builder.left.append(later)
         return gradients
 

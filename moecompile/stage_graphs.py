@@ -11,7 +11,7 @@ it is first run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,15 +23,13 @@ from moecompile.bodies import copy_tree
 from moecompile.passes import pairs
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.backward_parts import Parts, divide
-from moecompile.passes.joint_graph import operator_of
-from moecompile.passes.overlap import Plan
+from moecompile.passes.overlap import Plan, writes
 from moecompile.report import GraphReport
 
 Call = Callable[[list[Any]], Sequence[Any]]
 """Takes its arguments in a list, which it empties, so that nothing outlives its last use."""
 Late = Callable[[fx.GraphModule, Plan | None], Call]
 """Compiles a graph that was made of AOTAutograd's."""
-DIVIDED = "first part", "second part"
 
 
 class Running(Protocol):
@@ -72,18 +70,16 @@ class StageGraph:
 
         What it gives keeps the strides that it was traced with: what is compiled of it later gives the same.
         """
-        (output,) = gm.graph.find_nodes(op="output")
-        places = [place for place, each in enumerate(output.args[0]) if isinstance(each, fx.Node)]
-        output.meta["user_visible_output_idxs"] = places
+        _keep_strides(gm)
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
             self._kept[kind] = copy_tree(gm)
         for node, value in zip(self._kept[kind].graph.find_nodes(op="placeholder"), inputs, strict=True):
             if isinstance(value, Tensor):
                 node.meta["val"] = value
 
-    def called(self, kind: str, call: Any) -> Call:
+    def called(self, kind: str, call: Call) -> Call:
         """What runs in the place of a compiled graph."""
-        self._run[kind] = _boxed(call)
+        self._run[kind] = call
         self.compiled[kind] += 1
 
         def enter(args: list[Any]) -> Sequence[Any]:
@@ -102,21 +98,27 @@ class StageGraph:
         """AOTAutograd's graph."""
         return self._kept[kind]
 
-    def divided(self, stage: int) -> Divided | None:
-        """The backward in two parts; None if there are none, or nothing of it can be put off."""
-        later = self.gradients_of(stage)
+    def first_part(self, stage: int, args: list[Any]) -> tuple[list[Any], Later] | None:
+        """Runs what of a stage's backward is not put off; None, with nothing run, if nothing can be.
+
+        Returns:
+            gradients in the backward's order, None for those that are put off; and what is left to do.
+        """
+        later = self._gradients_of(stage)
         if (places := tuple(later)) not in self._divided:
             parts = divide(self.kept("backward"), later) if later else None
             self._divided[places] = None if parts is None else Divided(parts, self)
-        return self._divided[places]
+        divided = self._divided[places]
+        return None if divided is None else divided.run(args, later)
 
     def made(self, kind: str, gm: fx.GraphModule, planned: Plan | None = None) -> Call:
         """Compiles what was made of the graphs."""
         assert self.late is not None
         self.compiled[kind] += 1
-        return _boxed(self.late(gm, planned))
+        _keep_strides(gm)
+        return self.late(gm, planned)
 
-    def gradients_of(self, stage: int) -> dict[int, torch.nn.Parameter]:
+    def _gradients_of(self, stage: int) -> dict[int, torch.nn.Parameter]:
         """By place among the backward's outputs: of which of a stage's parameters it is the gradient.
 
         Of sharded parameters (DTensor) there are parts alone, which AOTAutograd puts together: they are not put off.
@@ -139,16 +141,15 @@ class Divided:
     of: StageGraph
     _run: dict[str, Call] = field(default_factory=dict)
 
-    def run(self, args: list[Any], stage: int) -> tuple[list[Any], Later]:
-        """Gradients in the backward's order, None for those that are put off; and what is left to do."""
+    def run(self, args: list[Any], owners: Mapping[int, torch.nn.Parameter]) -> tuple[list[Any], Later]:
+        """The first part. `owners` are parameters, by the places of their gradients among the backward's."""
         kept = [args[place] for place in self.parts.kept]
         found = [*self._call("first part", self.parts.first, args)]
         count = len(self.parts.at_once)
         gradients: list[Any] = [None] * (count + len(self.parts.later))
         for place, gradient in zip(self.parts.at_once, found, strict=False):
             gradients[place] = gradient
-        owner = self.of.gradients_of(stage)
-        return gradients, Later(self, kept + found[count:], [owner[place] for place in self.parts.later])
+        return gradients, Later(self, kept + found[count:], [owners[place] for place in self.parts.later])
 
     def second(self, args: list[Any]) -> Sequence[Any]:
         """The gradients that were put off."""
@@ -239,22 +240,11 @@ def _like(value: Any) -> Any:
 
 def _writes_inputs(gm: fx.GraphModule) -> bool:
     given = {*gm.graph.find_nodes(op="placeholder")}
-    for node in gm.graph.nodes:
-        schema = getattr(operator_of(node), "_schema", None) if node.op == "call_function" else None
-        if schema is not None and schema.is_mutable and not given.isdisjoint(node.all_input_nodes):
-            return True
-    return False
+    return any(writes(node) and not given.isdisjoint(node.all_input_nodes) for node in gm.graph.nodes)
 
 
-def _boxed(call: Any) -> Call:
-    if getattr(call, "_boxed_call", False):
-        found: Call = call
-        return found
-
-    def boxed(args: list[Any]) -> Sequence[Any]:
-        given = [*args]
-        args.clear()
-        result: Sequence[Any] = call(*given)
-        return result
-
-    return boxed
+def _keep_strides(gm: fx.GraphModule) -> None:
+    """Has Inductor give results the strides that they were traced with."""
+    (output,) = gm.graph.find_nodes(op="output")
+    places = [place for place, each in enumerate(output.args[0]) if isinstance(each, fx.Node)]
+    output.meta["user_visible_output_idxs"] = places

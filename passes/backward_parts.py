@@ -18,17 +18,16 @@ The weight part of a backward fills the bubbles of a pipeline (Zero Bubble Pipel
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.costs import VIEWS
 from moecompile.passes.joint_graph import packet_of
 from moecompile.passes.overlap import kinds_of
+from moecompile.passes.purposes import ancestors
 
 COMMUNICATES = "_c10d_functional"
 
@@ -62,13 +61,13 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
     graph = backward.graph
     (output,) = graph.find_nodes(op="output")
     outputs, given = list(output.args[0]), graph.find_nodes(op="placeholder")
-    wanted = [each for place, each in enumerate(outputs) if place not in later]
-    early = _with_what_they_need([*wanted, *filter(_acts, graph.nodes)])
+    wanted = [each for place, each in enumerate(outputs) if place not in later and isinstance(each, fx.Node)]
+    early = ancestors([*wanted, *filter(_acts, graph.nodes)])
     put_off = [place for place in later if isinstance(outputs[place], fx.Node) and outputs[place] not in early]
     if not put_off:
         return None
     at_once = [place for place in range(len(outputs)) if place not in put_off]
-    needed = _with_what_they_need(outputs[place] for place in put_off)
+    needed = ancestors(outputs[place] for place in put_off)
     again = _views_of_inputs(graph, given)
     second = [node for node in graph.nodes if node in needed and (node not in early or node in again)]
     read = {each for node in second for each in node.all_input_nodes}
@@ -86,16 +85,6 @@ def _acts(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     return getattr(packet_of(node), "_qualified_op_name", "").startswith(COMMUNICATES) or bool(kinds_of(node))
-
-
-def _with_what_they_need(nodes: Iterable[object]) -> set[fx.Node]:
-    found, left = set[fx.Node](), [node for node in nodes if isinstance(node, fx.Node)]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
 
 
 def _views_of_inputs(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:
@@ -121,11 +110,3 @@ def _extracted(
             places[node].meta = copy.copy(node.meta)
     new.output(tuple(places[each] if isinstance(each, fx.Node) else each for each in outputs))
     return fx.GraphModule(root, new)
-
-
-def bytes_handed(parts: Parts) -> int | torch.SymInt:
-    """How many bytes the first part hands over to the second, that the second is not given anyway."""
-    (output,) = parts.first.graph.find_nodes(op="output")
-    handed = list(output.args[0])[len(parts.at_once) :]
-    values = tree_leaves([node.meta.get("val") for node in handed])
-    return sum(each.numel() * each.element_size() for each in values if isinstance(each, torch.Tensor))

@@ -34,6 +34,7 @@ from moecompile.passes.batch_meanings import INSIDE, SHARED, Meaning, Mixed, Not
 from moecompile.passes.batch_rows import meanings_of
 from moecompile.passes.costs import expression
 from moecompile.passes.expert_parallel import is_local_part
+from moecompile.passes.purposes import ancestors
 from moecompile.runtime.peer_memory import ROWS_AT_LEAST
 
 aten, ops = torch.ops.aten, torch.ops.moecompile
@@ -120,12 +121,7 @@ def _check_contexts(graph: fx.Graph) -> None:
 def _live(graph: fx.Graph) -> list[fx.Node]:
     """What results are made of, in order."""
     (output,) = graph.find_nodes(op="output")
-    found, left = set[fx.Node](), [*output.all_input_nodes]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
+    found = ancestors(output.all_input_nodes)
     return [node for node in graph.nodes if node in found]
 
 
@@ -416,13 +412,18 @@ class _Halves:
         return self.new.call_function(torch.cat, (halves, meaning.dim))
 
 
+def slot_of_half(slot: int, number: int) -> int:
+    """Of what has a slot in the whole: halves have different ones, as both may be under way at once."""
+    return WAYS * number + slot % WAYS
+
+
 def _halve(node: fx.Node, number: int) -> None:
     """An exchange of half the tokens, in a slot of this half's own."""
     if getattr(node.target, "namespace", None) != "moecompile":
         return
     given: Any = node.kwargs
     if "slot" in given:
-        node.update_kwarg("slot", WAYS * number + given["slot"] % WAYS)
+        node.update_kwarg("slot", slot_of_half(given["slot"], number))
     if "capacity" in given:
         node.update_kwarg("capacity", -(-given["capacity"] // HALVES))
     if isinstance(room := given.get("room"), int):

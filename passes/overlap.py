@@ -154,7 +154,7 @@ def kinds_of(node: fx.Node) -> list[str]:
     if packet in COLLECTIVES or packet is c10d.wait_tensor:
         return []
     tags = getattr(operator_of(node), "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or _writes(node) or node.is_impure():
+    if torch.Tag.nondeterministic_seeded in tags or writes(node) or node.is_impure():
         return ["effects"]
     return [] if isinstance(operator_of(node), torch._ops.OpOverload) or node.op == "get_attr" else ["effects"]
 
@@ -233,7 +233,7 @@ def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
             last[kind] = node
         memory = {aliases.of(given)[0] for given in node.all_input_nodes}
         behind |= {wrote[each] for each in memory & wrote.keys()}
-        if _writes(node):
+        if writes(node):
             behind |= {_whole(user) for each in memory for user in users.get(each, ())}
             wrote |= dict.fromkeys(memory, node)
         for each in memory:
@@ -242,6 +242,7 @@ def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     return found
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether it writes into something that it is given."""
     schema = getattr(operator_of(node), "_schema", None)
     return schema is not None and schema.is_mutable

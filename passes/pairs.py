@@ -13,6 +13,7 @@ DeepSeek-V3's report, section 3.2.1, has the pair; the order comes from moecompi
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,12 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.costs import STARTS
 from moecompile.passes.joint_graph import argument, give, packet_of
-from moecompile.passes.microbatches import WAYS
-from moecompile.passes.overlap import WHOLE
+from moecompile.passes.microbatches import WAYS, slot_of_half
+from moecompile.passes.overlap import EXCHANGES, WHOLE
 
 HALVES = ("b", "f")
-"""Names, and places of the slots."""
-WAITS = (*STARTS.values(),)
+"""Names; by place, of the slots."""
 
 
 def obstacle(graphs: Sequence[fx.GraphModule]) -> str:
@@ -65,7 +65,7 @@ def _copied(
     half = HALVES[number]
     if node.op == "get_attr":
         name = f"{half}_{str(node.target).replace('.', '_')}"
-        setattr(root, name, _attribute(gm, str(node.target)))
+        setattr(root, name, operator.attrgetter(str(node.target))(gm))
         made = new.get_attr(name)
     else:
         made = new.create_node(
@@ -76,16 +76,9 @@ def _copied(
             f"{half}_{node.name}",
         )
     made.meta = copy.copy(node.meta)
-    if packet_of(made) in (*STARTS, *WAITS, *WHOLE):
-        give(made, "slot", WAYS * number + argument(made, "slot") % WAYS)
+    if packet_of(made) in (*EXCHANGES, *WHOLE):
+        give(made, "slot", slot_of_half(argument(made, "slot"), number))
     return made
-
-
-def _attribute(gm: fx.GraphModule, path: str) -> object:
-    found: object = gm
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def _sizes(graph: fx.Graph) -> Iterator[object]:
@@ -104,7 +97,7 @@ def _one_after_the_other(graph: fx.Graph) -> bool:
             if slot in under_way:
                 return False
             under_way.add(slot)
-        elif packet in WAITS:
+        elif packet in EXCHANGES:
             under_way.discard(argument(node, "slot") % WAYS)
         elif packet in WHOLE and under_way:
             return False

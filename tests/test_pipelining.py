@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import pipelining_checks
+from moecompile.bodies import copy_tree
 from moecompile.lowering import eager
 from moecompile.passes import pairs
 from moecompile.passes.backward_parts import divide
-from ranks_in_processes import run_on_ranks
+from ranks_in_processes import checks_of, run_on_ranks
 
 ON_TWO = ("check_pipeline", "check_zero_bubble", "check_compiled_before", "check_refusals")
 ON_FOUR = (
@@ -36,7 +38,7 @@ def on_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_all_checks_run() -> None:
-    assert {name for name in vars(pipelining_checks) if name.startswith("check_")} == {*ON_TWO, *ON_FOUR}
+    assert {*checks_of(pipelining_checks)} == {*ON_TWO, *ON_FOUR}
 
 
 @pytest.mark.parametrize("name", ON_TWO)
@@ -68,12 +70,8 @@ def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, li
 
     def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
         def keep(kind: str, graph: fx.GraphModule) -> None:
-            kept = fx.GraphModule(graph, fx.Graph())
-            places: dict[fx.Node, fx.Node] = {}
-            kept.graph.output(kept.graph.graph_copy(graph.graph, places))
-            for node, copied in places.items():
-                copied.meta.update(node.meta)
-            kept.recompile()
+            with unset_fake_temporarily():
+                kept = copy_tree(graph)
 
             def noting(args: list[Any]) -> Any:
                 given = [*args]
