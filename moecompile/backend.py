@@ -71,8 +71,9 @@ def moecompile(
     # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse. On request, the
     #    rewritten blocks are compared with the original ones, and the original graph is used where they differ; and
     #    layers in FP8 with what they were, to see what that costs.
+    stage = pipelining.graph_for(example_inputs, record, chosen.lowering)
     with pipeline.out_of_reach_of_hooks():
-        passed = pipeline.run_passes(gm, chosen, record)
+        passed = pipeline.run_passes(gm, chosen, record, paired=stage is not None)
         if verify.verify(passed, example_inputs, record):
             comparison.compare(gm, passed.uncast, passed.together, example_inputs, record)
     obstacle = advice.obstacle_of(gm, record, example_inputs)
@@ -95,7 +96,6 @@ def moecompile(
 
     # 6. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     #    Graphs of a pipeline's stage are kept, to be divided and paired as its schedule asks for.
-    stage = pipelining.graph_for(example_inputs, record, chosen.lowering)
     compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name, stage), counted)
     compiled = cached.with_copies(compiled, lifted)
     compiled = main_gradients.with_main_gradients(compiled, added)

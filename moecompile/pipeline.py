@@ -73,8 +73,11 @@ def _exclusions(options: Options) -> Exclusions:
     )
 
 
-def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Passed:
-    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after."""
+def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport, paired: bool = False) -> Passed:
+    """Runs every enabled pass over `gm` in place and fills `record`: sites, near misses, passes, before, after.
+
+    `paired` is a graph that runs beside another micro-batch's: what its exchanges hide behind.
+    """
     modules = bodies_of(gm).values()
     pieces = [Piece(module, differentiable=differentiable(gm)) for module in modules]
     record.before = text_of(gm)
@@ -91,8 +94,10 @@ def run_passes(gm: fx.GraphModule, options: Options, record: GraphReport) -> Pas
                 _find_purposes(gm, pieces)  # of blocks that are still whole
             if name == "exchange" and not sharded and not any(site.spread for piece in pieces for site in piece.sites):
                 continue
-            if name == "hide" and (options.microbatches == 2 or not any(piece.exchanged for piece in pieces)):
-                continue  # of halves nothing is hidden; of what stays whole it is later
+            if name == "hide" and not any(piece.exchanged for piece in pieces):
+                continue
+            if name == "hide" and (options.microbatches == 2 or paired):
+                continue  # other tokens are computed meanwhile; what stays whole of a batch is hidden later
             if name == "hide" and options.fp8_compare:
                 record.notes.append("with fp8_compare no exchange is hidden behind the experts")
                 continue

@@ -44,6 +44,8 @@ WHOLE = (
     *(ops.exchanged_experts_backward, ops.exchanged_experts_backward_adding),
 )
 """What has two exchanges in it, there and back, of which the second has the slot after the first's."""
+GATHERS = (ops.gather_experts, ops.scatter_gradient)
+"""What all ranks of a group run together, and awaits them at once."""
 Sizes = Mapping[sympy.Symbol, int]
 
 
@@ -151,6 +153,8 @@ def kinds_of(node: fx.Node) -> list[str]:
     if packet in EXCHANGES or packet in WHOLE:
         slots = range(argument(node, "slot"), argument(node, "slot") + (2 if packet in WHOLE else 1))
         return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
+    if packet in GATHERS:
+        return [f"gathers of {argument(node, 'group')}"]
     if packet in COLLECTIVES or packet is c10d.wait_tensor:
         return []
     tags = getattr(operator_of(node), "tags", ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import re
 import time
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 import moecompile
-from expert_parallel_models import EXPERTS, MANY, TOP_K, Model, close, compiled, tokens_of
-from moecompile import splitting
+from expert_parallel_models import EXPERTS, MANY, TOP_K, Block, Model, close, compiled, tokens_of
+from moecompile import pipelining, splitting
 from moecompile.passes import hardware
 from moecompile.runtime import peer_memory
 from overlap_checks import SLOW, on
@@ -180,6 +184,70 @@ def halves(rank: int, ranks: int, bound: float, **options: Any) -> None:
     forward = str(graph.forward)
     assert "aside=True" in forward and {*re.findall(r"slot=(\d+)", forward)} == {*"0123"}, forward
     assert {*re.findall(r"capacity=(\d+)", forward)} == {str(most // 2)}, forward
+
+
+class Layer(nn.Module):
+    """A pipeline's stage: experts, and a shared one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        torch.manual_seed(number)
+        self.block = Block(HIDDEN, INNER)
+        self.up, self.down = (nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.block(x) + self.down(torch.sin(self.up(x)))
+        return found
+
+
+def check_pipeline(rank: int, ranks: int) -> None:
+    """Of two stages on every rank, whose experts all share: exchanges of two micro-batches are in flight at once."""
+    for make in (ScheduleDualPipeV, ScheduleZBVZeroBubble):
+        on(SLOWER, functools.partial(pipelined, rank, ranks, make))
+    on(SLOWER, functools.partial(pipelined, rank, ranks, ScheduleDualPipeV, precision="fp8"))
+
+
+def pipelined(rank: int, ranks: int, make: Any, **options: Any) -> None:
+    torch._dynamo.reset()
+    meet()
+    mesh, device = init_device_mesh("cuda", (1, ranks), mesh_dim_names=("pp", "ep")), torch.device("cuda")
+    found, right = ([Layer(number).cuda() for number in range(2)] for _ in range(2))
+    for each in (*found, *right):
+        moecompile.shard_experts(each, mesh["ep"], src_data_rank=None)
+        apart = {"disable": ("hide",)} if each in right else {}  # as in pipelines
+        each.compile(backend="moecompile", fullgraph=True, options={"lowering": "eager", **options, **apart})
+    tokens, microbatches = 512, 4  # a power of two: gradients are divided after FP8's rounding, those to compare before
+    like = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
+    stages = [
+        PipelineStage(each, number, 2, device, group=mesh.get_group("pp"), input_args=like, output_args=like)
+        for number, each in enumerate(found)
+    ]
+    schedule = make(stages, microbatches, loss_fn=mean_square)
+    pipeline = pipelining.attach(schedule)
+    for step in range(3):
+        x, target = (tokens_of(10 * step + rank + of, microbatches * tokens, hidden=HIDDEN).cuda() for of in (0, 5))
+        schedule.step(x, target=target)
+        for part, wanted in zip(x.chunk(microbatches), target.chunk(microbatches), strict=True):
+            (mean_square(right[1](right[0](part)), wanted) / microbatches).backward()
+        close(gradients(found), gradients(right), 1e-3)
+        for stage in (*found, *right):
+            stage.zero_grad()
+    words = str(pipeline)
+    assert pipeline.counts["first part"] == pipeline.counts["second part"] > 0 and not pipeline.apart, words
+    assert (pipeline.counts["pair"] > 0) == (make is ScheduleDualPipeV), words
+    if pipeline.counts["pair"]:
+        planned = [plan for graph in moecompile.last_report().graphs for kind, plan in graph.planned.items()]
+        assert any(plan.moves for plan in planned), words
+
+
+def gradients(stages: list[Layer]) -> list[Tensor]:
+    """Of all parameters, of sharded ones this rank's part."""
+    found: list[Any] = [parameter.grad for stage in stages for parameter in stage.parameters()]
+    return [each.to_local() if isinstance(each, DTensor) else each for each in found]
+
+
+def mean_square(found: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(found.float(), target.float())
 
 
 def check_inductor(rank: int, ranks: int) -> None:
