@@ -47,6 +47,7 @@ def moecompile(
         cached,
         comparison,
         loads,
+        local_parameters,
         lowering,
         main_gradients,
         pipeline,
@@ -70,7 +71,7 @@ def moecompile(
 
     # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse. On request, the
     #    rewritten blocks are compared with the original ones, and the original graph is used where they differ; and
-    #    layers in FP8 with what they were, to see what that costs.
+    #    layers in FP8 with what they were, to see what that costs. A stage of a pipeline hides exchanges in pairs.
     stage = pipelining.graph_for(example_inputs, record, chosen.lowering)
     with pipeline.out_of_reach_of_hooks():
         passed = pipeline.run_passes(gm, chosen, record, paired=stage is not None)
@@ -96,7 +97,11 @@ def moecompile(
 
     # 6. AOTAutograd, then Inductor. Our operators carry their own autograd: one rewrite serves forward and backward.
     #    Graphs of a pipeline's stage are kept, to be divided and paired as its schedule asks for.
-    compiled = loads.with_loads(lowering.lower(gm, example_inputs, chosen, record, name, stage), counted)
+    parts: Sequence[int] = ()
+    if stage is not None:
+        gm, example_inputs, parts = local_parameters.lift(gm, example_inputs)
+    compiled = lowering.lower(gm, example_inputs, chosen, record, name, stage)
+    compiled = loads.with_loads(local_parameters.with_parts(compiled, parts), counted)
     compiled = cached.with_copies(compiled, lifted)
     compiled = main_gradients.with_main_gradients(compiled, added)
     compiled = pipelining.noting(compiled, stage, len(example_inputs))

@@ -80,7 +80,7 @@ def _lower(
 
     def ordered(kind: str, graph_module: fx.GraphModule) -> Plan | None:
         fuses = options.lowering == "inductor"
-        return ordering.order(kind, graph_module, record, fuses) if options.overlap else None
+        return ordering.order(kind, graph_module, record, fuses, record.parts) if options.overlap else None
 
     changes = options.precision == "fp8" or options.fp8_recast_weights or options.ep_dispatch_again
     joint = change if changes else None

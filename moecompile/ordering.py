@@ -38,14 +38,15 @@ _agreed: dict[str, dict[str, tuple[int, ...] | None]] = {}
 several, and the graph stays as it is."""
 
 
-def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = False) -> Plan | None:
+def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = False, parts: int = 1) -> Plan | None:
     """Orders a graph in place, and says so in its record; what was planned if there is anything to hide.
 
     Args:
-        kind: "forward" or "backward".
+        kind: "forward", "backward" or which pair.
         gm: of AOTAutograd's.
         record: of the graph that it belongs to.
         fuses: whether Inductor is to compile it.
+        parts: of a batch, or micro-batches, that the graph runs one after the other.
 
     Raises:
         DisagreementError: not all ranks compile such a graph.
@@ -53,7 +54,7 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     groups = _groups(gm.graph)
     if not groups:
         return None
-    found = predicted(gm.graph, fuses, record.parts)
+    found = predicted(gm.graph, fuses, parts)
     if found is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for there are sizes that nobody knows yet")
         return None

@@ -11,15 +11,17 @@ it is first run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.distributed.tensor import DTensor
 
 from moecompile import ordering
 from moecompile.bodies import copy_tree
+from moecompile.local_parameters import spread_like
 from moecompile.passes import pairs
 from moecompile.passes.aliases import fake_of
 from moecompile.passes.backward_parts import Parts, divide
@@ -121,7 +123,8 @@ class StageGraph:
     def _gradients_of(self, stage: int) -> dict[int, torch.nn.Parameter]:
         """By place among the backward's outputs: of which of a stage's parameters it is the gradient.
 
-        Of sharded parameters (DTensor) there are parts alone, which AOTAutograd puts together: they are not put off.
+        Of sharded parameters (DTensor) that the graph reads as such there are parts alone, which AOTAutograd puts
+        together: they are not put off (`moecompile.local_parameters`).
         """
         given = self.parameters.get(stage, [])
         (output,) = self.kept("backward").graph.find_nodes(op="output")
@@ -172,7 +175,8 @@ class Later:
 
     def __call__(self) -> None:
         """Computes the gradients and hands them to the parameters, whose hooks run then."""
-        gradients = self.divided.second(self.given)
+        given: Iterable[Any] = zip(self.parameters, self.divided.second(self.given), strict=True)
+        gradients = [spread_like(each, part) if isinstance(each, DTensor) else part for each, part in given]
         torch.autograd.backward(self.parameters, gradients)
 
 
@@ -191,7 +195,7 @@ class Pair:
         trace_again(merged)
         kind = f"pair {forward.compiled['pair'] + 1}"  # the same on all ranks
         forward.record.notes.append(f"{kind}: with the backward of graph {backward.record.index}")
-        planned = ordering.order(kind, merged, forward.record, forward.lowering == "inductor")
+        planned = ordering.order(kind, merged, forward.record, forward.lowering == "inductor", parts=2)
         self._run = forward.made("pair", merged, planned)
 
     def run(self, of_backward: list[Any], of_forward: list[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -6,7 +6,8 @@ Contract
 - The first part is given what the backward is given. It computes the gradients that are not put off; it communicates,
   draws random numbers and writes as the whole would, in the same order.
 - The second part is given some of the same inputs, and what the first hands over. It only computes.
-- Views are made again in the second part, and not handed over.
+- Views are made again in the second part, and not handed over; of experts' gradients each part computes its own
+  (moecompile/passes/expert_gradients.py).
 
     first   = what the gradients of inputs need, and what communicates or has effects, with what that needs
     second  = the rest
@@ -24,6 +25,7 @@ from typing import Any
 
 from torch import fx
 
+from moecompile.passes import expert_gradients
 from moecompile.passes.costs import VIEWS
 from moecompile.passes.joint_graph import packet_of
 from moecompile.passes.overlap import kinds_of
@@ -58,11 +60,15 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
         backward: of AOTAutograd's.
         later: which outputs are put off. Those that need effects are not.
     """
+    backward = fx.GraphModule(backward, _copied(backward.graph))
     graph = backward.graph
     (output,) = graph.find_nodes(op="output")
     outputs, given = list(output.args[0]), graph.find_nodes(op="placeholder")
     wanted = [each for place, each in enumerate(outputs) if place not in later and isinstance(each, fx.Node)]
-    early = ancestors([*wanted, *filter(_acts, graph.nodes)])
+    at_first = [*wanted, *filter(_acts, graph.nodes)]
+    if expert_gradients.apart(graph, ancestors(at_first)):
+        graph.lint()
+    early = ancestors(at_first)
     put_off = [place for place in later if isinstance(outputs[place], fx.Node) and outputs[place] not in early]
     if not put_off:
         return None
@@ -78,6 +84,12 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
         _extracted(backward, [*(given[place] for place in kept), *handed], second, [outputs[n] for n in put_off]),
         *map(tuple, (at_once, put_off, kept)),
     )
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    new, places = fx.Graph(), dict[fx.Node, fx.Node]()
+    new.output(new.graph_copy(graph, places))
+    return new
 
 
 def _acts(node: fx.Node) -> bool:

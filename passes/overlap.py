@@ -155,7 +155,7 @@ def kinds_of(node: fx.Node) -> list[str]:
         return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
     if packet in GATHERS:
         return [f"gathers of {argument(node, 'group')}"]
-    if packet in COLLECTIVES or packet is c10d.wait_tensor:
+    if packet in COLLECTIVES or packet is c10d.wait_tensor or packet is operator.getitem:
         return []
     tags = getattr(operator_of(node), "tags", ())
     if torch.Tag.nondeterministic_seeded in tags or writes(node) or node.is_impure():

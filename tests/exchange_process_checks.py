@@ -222,6 +222,8 @@ def pipelined(rank: int, ranks: int, make: Any, **options: Any) -> None:
         PipelineStage(each, number, 2, device, group=mesh.get_group("pp"), input_args=like, output_args=like)
         for number, each in enumerate(found)
     ]
+    for stage in stages:  # torch 2.11 would connect a rank with itself, which gloo refuses
+        vars(stage)["_get_init_p2p_neighbors_ops"] = list
     schedule = make(stages, microbatches, loss_fn=mean_square)
     pipeline = pipelining.attach(schedule)
     for step in range(3):
@@ -230,14 +232,14 @@ def pipelined(rank: int, ranks: int, make: Any, **options: Any) -> None:
         for part, wanted in zip(x.chunk(microbatches), target.chunk(microbatches), strict=True):
             (mean_square(right[1](right[0](part)), wanted) / microbatches).backward()
         close(gradients(found), gradients(right), 1e-3)
-        for stage in (*found, *right):
-            stage.zero_grad()
+        for each in (*found, *right):
+            each.zero_grad()
     words = str(pipeline)
     assert pipeline.counts["first part"] == pipeline.counts["second part"] > 0 and not pipeline.apart, words
     assert (pipeline.counts["pair"] > 0) == (make is ScheduleDualPipeV), words
     if pipeline.counts["pair"]:
-        planned = [plan for graph in moecompile.last_report().graphs for kind, plan in graph.planned.items()]
-        assert any(plan.moves for plan in planned), words
+        notes = [note for graph in moecompile.last_report().graphs for note in graph.notes]
+        assert any("pair 1: ordered" in note for note in notes), notes
 
 
 def gradients(stages: list[Layer]) -> list[Tensor]:

@@ -143,6 +143,11 @@ class Job:
             (loss(found, wanted) / self.microbatches).backward()
         return self.difference(lambda parameter: parameter.grad)
 
+    def begin_alike(self) -> None:
+        """With the parameters of the model by itself."""
+        for stage, number in zip(self.stages, self.numbers, strict=True):
+            stage.load_state_dict(self.right[number].state_dict())
+
     def difference(self, of: Callable[[nn.Parameter], Any]) -> float:
         """Of something of all parameters."""
         found = 0.0
@@ -160,14 +165,19 @@ def overlapped(job: Job) -> int:
     return sum("OVERLAP" in str(each.computation_type) for each in actions)
 
 
-def trains(job: Job, steps: int = 3, bound: float = 1e-5) -> None:
-    """Steps with an optimizer: gradients and parameters as those of the model by itself."""
+def trains(job: Job, steps: int = 3, bound: float = 1e-5, routed: bool = False) -> None:
+    """Steps with an optimizer: gradients and parameters as those of the model by itself.
+
+    Where tokens are `routed`, no rounding of a step decides which experts they have in the next.
+    """
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (job.stages, job.right)]
     for number in range(steps):
         error = job.step(number)
         assert error < bound, f"step {number}: gradients differ by {error}"
         for each in optimizers:
             each.step()
+        if number < steps - 1 and routed:
+            job.begin_alike()
     assert job.difference(lambda parameter: parameter.detach()) < bound
 
 
@@ -206,9 +216,12 @@ def check_inductor(rank: int, ranks: int) -> None:
 
 def check_experts(rank: int, ranks: int) -> None:
     job = Job(ranks // 2, 2, ranks, make=Experts, features=HIDDEN, eager=False)
-    trains(job, bound=0.004)  # sums of gradients, in bfloat16, of micro-batches in another order
+    trains(job, bound=2**-6, routed=True)  # three sums of gradients in bfloat16, in another order: each rounds by 2**-8
     counts = job.pipeline.counts
     assert counts["pair"] == 3 * overlapped(job) and counts["first part"] == counts["second part"] > 0, job.pipeline
+    for graph in job.pipeline.graphs:  # all parameters' gradients come later, those of experts too
+        for divided in graph._divided.values():
+            assert divided is not None and len(divided.parts.later) == 5, divided
 
 
 def check_zero_bubble(rank: int, ranks: int) -> None:

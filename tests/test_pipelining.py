@@ -10,10 +10,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import pipelining_checks
+from expert_parallel_models import HIDDEN, Block
+from moecompile import pipeline
 from moecompile.bodies import copy_tree
 from moecompile.lowering import eager
+from moecompile.options import Options
 from moecompile.passes import pairs
 from moecompile.passes.backward_parts import divide
+from moecompile.report import GraphReport
 from ranks_in_processes import checks_of, run_on_ranks
 
 ON_TWO = ("check_pipeline", "check_zero_bubble", "check_compiled_before", "check_refusals")
@@ -64,7 +68,7 @@ class Two(nn.Module):
         return result
 
 
-def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, list[Any], list[Any]]]:
+def graphs_of(model: nn.Module, x: Tensor, **options: Any) -> dict[str, tuple[fx.GraphModule, list[Any], list[Any]]]:
     """Forward and backward graph of a step, with what they were given and gave."""
     found: dict[str, tuple[fx.GraphModule, list[Any], list[Any]]] = {}
 
@@ -81,6 +85,7 @@ def graphs_of(model: nn.Module, x: Tensor) -> dict[str, tuple[fx.GraphModule, li
 
             graph.forward = noting
 
+        pipeline.run_passes(gm, Options.parse(None, options), GraphReport.of(gm))
         return eager(gm, inputs, seen=keep)
 
     torch._dynamo.reset()
@@ -104,6 +109,36 @@ def test_gradients_of_parameters_come_later() -> None:
         assert all(same(one, right[place]) for one, place in zip(gradients, places, strict=True))
     products = [sum("mm" in str(node.target) for node in part.graph.nodes) for part in (parts.first, parts.second)]
     assert products == [2, 2]  # each gradient once
+
+
+class Routed(nn.Module):
+    """Experts behind a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.block = nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.block(self.up(x))
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp8"}, {"recompute": True}], ids=str)
+def test_gradients_of_experts_come_later(options: dict[str, Any]) -> None:
+    """Those of matrices, with the same bits; but where each part would compute the hidden rows again."""
+    x = torch.randn(40, HIDDEN).bfloat16().requires_grad_()
+    backward, given, right = graphs_of(Routed(), x, **options)["backward"]
+    later = [place for place, each in enumerate(right) if each is not None and each.shape != x.shape]
+    parts = divide(backward, later)
+    again = "recompute" in options
+    assert parts is not None and len(later) == 5 and len(parts.later) == (3 if again else 5)
+    found = list(parts.first(*given))
+    at_once, handed = found[: len(parts.at_once)], found[len(parts.at_once) :]
+    second = parts.second(*(given[place] for place in parts.kept), *handed)
+    for gradients, places in ((at_once, parts.at_once), (second, parts.later)):
+        assert all(same(one, right[place]) for one, place in zip(gradients, places, strict=True))
+    assert any("experts" in str(node.target) for node in parts.second.graph.nodes) != again
 
 
 def test_nothing_is_put_off_that_has_effects() -> None:

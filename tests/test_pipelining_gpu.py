@@ -56,6 +56,8 @@ def test_gradients_are_those_without_a_pipeline(make: Any, aside: bool, precisio
     device = torch.device("cuda")
     like = torch.empty(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
     stages = [PipelineStage(each, n, 2, device, input_args=like, output_args=like) for n, each in enumerate(found)]
+    for stage in stages:  # torch 2.11 would connect a rank with itself, which gloo refuses
+        vars(stage)["_get_init_p2p_neighbors_ops"] = list
     schedule = make(stages, MICROBATCHES, loss_fn=loss)
     pipeline = moecompile.pipelining.attach(schedule)
     stream = torch.cuda.Stream() if aside else torch.cuda.current_stream()
