@@ -19,6 +19,7 @@ The weight part of a backward fills the bubbles of a pipeline (Zero Bubble Pipel
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,9 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
     if expert_gradients.apart(graph, ancestors(at_first)):
         graph.lint()
     early = ancestors(at_first)
+    for node in graph.nodes:  # what is there is taken apart where it is
+        if node.target is operator.getitem and node.args[0] in early:
+            early.add(node)
     put_off = [place for place in later if isinstance(outputs[place], fx.Node) and outputs[place] not in early]
     if not put_off:
         return None

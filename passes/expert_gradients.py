@@ -3,7 +3,8 @@
 Contract
 - On entry the graph is AOTAutograd's backward, with example values; it is changed in place.
 - A backward of experts becomes two, of the same arguments: one gives the gradients of tokens and routing weights, the
-  other those of matrices and biases. Each gives the same bits as before.
+  other those of matrices and biases. Kernels give the same bits as before; PyTorch's operators (moecompile/runtime/
+  backward.py) multiply by routing weights elsewhere if nobody asks for these weights' gradient, and round there.
 - It stays one if what comes early reads a gradient of a matrix, or nothing of a token; if it adds to main gradients,
   which keeps its place; and if it computes hidden rows again, which both would.
 

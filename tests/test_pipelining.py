@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import pipelining_checks
-from expert_parallel_models import HIDDEN, Block
+from expert_parallel_models import HIDDEN, Block, close
 from moecompile import pipeline
 from moecompile.bodies import copy_tree
 from moecompile.lowering import eager
@@ -126,7 +126,7 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp8"}, {"recompute": True}], ids=str)
 def test_gradients_of_experts_come_later(options: dict[str, Any]) -> None:
-    """Those of matrices, with the same bits; but where each part would compute the hidden rows again."""
+    """Those of matrices, up to a rounding; but where each part would compute the hidden rows again."""
     x = torch.randn(40, HIDDEN).bfloat16().requires_grad_()
     backward, given, right = graphs_of(Routed(), x, **options)["backward"]
     later = [place for place, each in enumerate(right) if each is not None and each.shape != x.shape]
@@ -137,7 +137,7 @@ def test_gradients_of_experts_come_later(options: dict[str, Any]) -> None:
     at_once, handed = found[: len(parts.at_once)], found[len(parts.at_once) :]
     second = parts.second(*(given[place] for place in parts.kept), *handed)
     for gradients, places in ((at_once, parts.at_once), (second, parts.later)):
-        assert all(same(one, right[place]) for one, place in zip(gradients, places, strict=True))
+        close(list(gradients), [right[place] for place in places], 0.0 if options else 2**-7)
     assert any("experts" in str(node.target) for node in parts.second.graph.nodes) != again
 
 
