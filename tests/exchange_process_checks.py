@@ -210,16 +210,16 @@ def check_pipeline(rank: int, ranks: int) -> None:
 def pipelined(rank: int, ranks: int, make: Any, **options: Any) -> None:
     torch._dynamo.reset()
     meet()
-    mesh, device = init_device_mesh("cuda", (1, ranks), mesh_dim_names=("pp", "ep")), torch.device("cuda")
+    mesh, device = init_device_mesh("cuda", (1, ranks), mesh_dim_names=("stages", "experts")), torch.device("cuda")
     found, right = ([Layer(number).cuda() for number in range(2)] for _ in range(2))
     for each in (*found, *right):
-        moecompile.shard_experts(each, mesh["ep"], src_data_rank=None)
+        moecompile.shard_experts(each, mesh["experts"], src_data_rank=None)
         apart = {"disable": ("hide",)} if each in right else {}  # as in pipelines
         each.compile(backend="moecompile", fullgraph=True, options={"lowering": "eager", **options, **apart})
     tokens, microbatches = 512, 4  # a power of two: gradients are divided after FP8's rounding, those to compare before
     like = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
     stages = [
-        PipelineStage(each, number, 2, device, group=mesh.get_group("pp"), input_args=like, output_args=like)
+        PipelineStage(each, number, 2, device, group=mesh.get_group("stages"), input_args=like, output_args=like)
         for number, each in enumerate(found)
     ]
     for stage in stages:  # torch 2.11 would connect a rank with itself, which gloo refuses
