@@ -349,8 +349,8 @@ def test_records_keep_no_graph_alive(monkeypatch: pytest.MonkeyPatch):
     seen: list[weakref.ref[Any]] = []
     run_passes = pipeline.run_passes
 
-    def watched(gm: torch.fx.GraphModule, *rest: Any) -> Any:
-        passed = run_passes(gm, *rest)
+    def watched(gm: torch.fx.GraphModule, *rest: Any, **options: Any) -> Any:
+        passed = run_passes(gm, *rest, **options)
         seen.extend(weakref.ref(site.node) for site in passed.sites)
         return passed
 

@@ -16,7 +16,10 @@ from torch.nn import functional as F
 import moecompile
 from expert_parallel_models import HIDDEN, Block
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 MICROBATCHES, TOKENS, STEPS = 4, 256, 3
 
 
