@@ -86,6 +86,8 @@ def moecompile(
     counted: Sequence[loads.Lifted] = ()
     if chosen.main_grad:
         gm, example_inputs, added = main_gradients.lift(gm, example_inputs, record)
+        if added is not None and stage is not None:
+            pipelining.refuse_scaling(example_inputs)
     if chosen.fp8_cache_weights:
         gm, example_inputs, lifted = cached.lift(gm, example_inputs, record)
     if chosen.expert_load:

@@ -21,27 +21,27 @@ backward goes on to its end, and the forward after it. Only one of the two threa
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import inspect
 import logging
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
-from moecompile import ordering, stage_graphs
+from moecompile import ordering
 from moecompile.report import GraphReport
-from moecompile.stage_graphs import Later, Pair, StageGraph, why_apart
+from moecompile.stage_actions import Meeting, PuttingOff, Weights, on_this_stream, running
+from moecompile.stage_graphs import Pair, StageGraph, why_apart, write_into_each_other
 
 log = logging.getLogger("moecompile")
 _pipelines: weakref.WeakKeyDictionary[Any, Pipeline] = weakref.WeakKeyDictionary()
-NO_GRAPH = "no graph of moecompile's ran, or only one that was compiled before `attach`"
+_stepping: Pipeline | None = None
+"""That makes a step now."""
+EACH_OTHER = "one of them writes into memory that the other is given"
 
 
 def attach(schedule: Any) -> Pipeline:
@@ -77,6 +77,20 @@ def graph_for(inputs: Sequence[Any], record: GraphReport, lowering: str) -> Stag
     return StageGraph(record, lowering) if _stage_of(inputs) is not None else None
 
 
+def refuse_scaling(inputs: Sequence[Any]) -> None:
+    """Main gradients are added in a graph with these inputs: whoever divides gradients after a step misses them.
+
+    Raises:
+        ValueError: its stage's schedule does.
+    """
+    found = _stage_of(inputs)
+    if found is not None and found[0].scales_gradients:
+        raise ValueError(
+            "moecompile: the schedule divides gradients by the number of micro-batches after a step, but no main_grad. "
+            "Give it scale_grads=False, and a loss_fn that divides, or leave out the option main_grad"
+        )
+
+
 def noting(compiled: Any, graph: StageGraph | None, inputs: int) -> Any:
     """The compiled graph, which notes the parameters of the stages that call it.
 
@@ -100,10 +114,14 @@ def noting(compiled: Any, graph: StageGraph | None, inputs: int) -> Any:
 
 
 def _stage_of(inputs: Sequence[Any]) -> tuple[Pipeline, int] | None:
-    """The pipeline's stage that the first parameter belongs to which is one of a stage."""
+    """The pipeline's stage that the first parameter belongs to which is one of a stage.
+
+    Modules may be in several pipelines: that counts which makes a step, otherwise the youngest.
+    """
+    known = [*_pipelines.values()][::-1] if _stepping is None else [_stepping]
     for each in inputs:
         if isinstance(each, nn.Parameter):
-            for pipeline in _pipelines.values():
+            for pipeline in known:
                 if (stage := pipeline.owner.get(id(each))) is not None:
                     return pipeline, stage
     return None
@@ -128,21 +146,31 @@ class Pipeline:
         self.graphs: set[StageGraph] = set()
         self.owner = {id(each): stage.stage_index for stage in schedule._stages for each in stage.submod.parameters()}
         self._step: dict[str, Any] = {}
-        self._pairs: dict[tuple[StageGraph, StageGraph], Pair | str] = {}
+        self._reasons: dict[tuple[StageGraph, StageGraph, bool], str] = {}
+        self._pairs: dict[tuple[fx.GraphModule, fx.GraphModule], Pair] = {}
         self._thread = ThreadPoolExecutor(1, "moecompile backward")
         self._note_arguments(schedule)
         for stage in schedule._stages:
-            stage.dw_builder = _Weights(self.counts)
+            stage.dw_builder = Weights(self.counts)
         schedule.register_custom_function(OVERLAP_F_B, self._overlap)
         schedule.register_custom_function(BACKWARD_INPUT, self._input_part)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether the schedule divides `.grad` by the number of micro-batches."""
+        return bool(getattr(self._schedule(), "scale_grads", False))
 
     def _note_arguments(self, schedule: Any) -> None:
         """Of a step, those that the schedule's actions know and custom functions are not told."""
         step, signature = schedule._step_microbatches, inspect.signature(schedule._step_microbatches)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            self._step = dict(signature.bind(*args, **kwargs).arguments)
-            return step(*args, **kwargs)
+            global _stepping
+            self._step, _stepping = dict(signature.bind(*args, **kwargs).arguments), self
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._step, _stepping = {}, None
 
         schedule._step_microbatches = noted
 
@@ -153,17 +181,16 @@ class Pipeline:
         forward, backward = action.sub_actions
         _receive_forward(schedule, stages, forward)
         _receive_backward(schedule, stages, backward)
-        meeting = _Meeting(self)
-        with _running(meeting):
+        meeting = Meeting(self)
+        with running(meeting):
             done = self._thread.submit(
-                contextvars.copy_context().run, _on_stream(_backward), schedule, stages, backward, True
+                contextvars.copy_context().run, on_this_stream(_backward), schedule, stages, backward, True
             )
             meeting.begin(done)
-            try:
-                output = self._forward(schedule, stages, forward, context)
-            finally:
-                meeting.end()
-            done.result()
+            if done.done():
+                done.result()  # an error, if it met one
+            output = self._forward(schedule, stages, forward, context)
+        done.result()
         _hand_on(stages, forward, output, backward)
 
     def _forward(self, schedule: Any, stages: dict[int, Any], action: Any, context: Any) -> Any:
@@ -179,26 +206,34 @@ class Pipeline:
         schedule = context.schedule_ref
         stages = {stage.stage_index: stage for stage in schedule._stages}
         _receive_backward(schedule, stages, action)
-        with _running(_PuttingOff(self, stages[action.stage_index])):
+        with running(PuttingOff(self, stages[action.stage_index])):
             _backward(schedule, stages, action, False)
         if action.stage_index - 1 in stages:
             _hand_back(stages, action)
 
-    def pair_of(self, forward: StageGraph, backward: StageGraph) -> Pair | None:
-        """Both as one, if all ranks that they exchange something with have it."""
-        key = forward, backward
-        if key not in self._pairs:
-            reason = why_apart(forward, backward)
-            kept = [forward.kept("forward").graph, backward.kept("backward").graph]
-            reason = ordering.first_reason("pair", kept, reason)
-            self._pairs[key] = reason or Pair(forward, backward)
+    def pair_of(
+        self, forward: StageGraph, of_forward: Sequence[Any], backward: StageGraph, of_backward: Sequence[Any]
+    ) -> Pair | None:
+        """Both as one, if they can be, given this, and all ranks that they exchange something with have it.
+
+        Ranks meet once for two graphs. Of other sizes a rank may have a pair by itself.
+        """
+        together = forward, backward, write_into_each_other(forward, of_forward, backward, of_backward)
+        sized = backward.sized("backward", of_backward), forward.sized("forward", of_forward)
+        if together not in self._reasons:
+            reason = EACH_OTHER if together[-1] else why_apart(forward, backward, sized)
+            reason = ordering.first_reason(
+                "pair", [forward.kept("forward").graph, backward.kept("backward").graph], reason
+            )
+            self._reasons[together] = reason
             if reason:
                 log.warning("moecompile: %s and a backward run one after the other: %s", forward.record.name, reason)
-        found = self._pairs[key]
-        if isinstance(found, str):
-            self.apart[found] += 1
+        if reason := self._reasons[together]:
+            self.apart[reason] += 1
             return None
-        return found
+        if sized not in self._pairs:
+            self._pairs[sized] = Pair(forward, backward, sized)
+        return self._pairs[sized]
 
     def __str__(self) -> str:
         schedule = self._schedule()
@@ -209,101 +244,6 @@ class Pipeline:
         kinds = ", ".join(f"{count} {kind}" for kind, count in compiled.items())
         lines.append(f"  compiled {compiled.total()} graphs of {len(self.graphs)} captured: {kinds}")
         return "\n".join(lines)
-
-
-class _Meeting:
-    """A backward that stops at its graph until a forward has come to its own."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._waits: tuple[StageGraph, list[Any]] | None = None  # what the backward has come to
-        self._result: Sequence[Any] | None = None  # of the backward's graph, if it has run
-        self._over = False
-        self._stopped, self._goes_on = threading.Event(), threading.Event()
-        self._done: Future[Any] = Future()
-
-    def begin(self, done: Future[Any]) -> None:
-        """Waits until the backward has come to its graph, or to its end."""
-        self._done = done
-        done.add_done_callback(lambda _: self._stopped.set())
-        self._stopped.wait()
-
-    def end(self) -> None:
-        """The forward is at its end: a backward that still waits for its graph runs by itself."""
-        if not self._over:
-            self._pipeline.apart[NO_GRAPH] += 1
-            self._pipeline.counts["apart"] += 1
-            self._finish()
-
-    def enters(self, kind: str, graph: StageGraph, args: list[Any]) -> Sequence[Any]:
-        """Of either thread."""
-        if self._over:
-            return graph.run(kind, args)
-        return self._backward_enters(graph, args) if kind == "backward" else self._forward_enters(graph, args)
-
-    def _backward_enters(self, graph: StageGraph, args: list[Any]) -> Sequence[Any]:
-        self._waits = graph, args
-        self._stopped.set()
-        self._goes_on.wait()
-        if self._result is None:
-            return graph.run("backward", args)
-        found, self._result = self._result, None
-        return found
-
-    def _forward_enters(self, graph: StageGraph, args: list[Any]) -> Sequence[Any]:
-        if self._waits is None:
-            return graph.run("forward", args)
-        other, given = self._waits
-        pair = self._pipeline.pair_of(graph, other)
-        self._pipeline.counts["apart" if pair is None else "pair"] += 1
-        if pair is None:
-            self._finish()
-            return graph.run("forward", args)
-        self._result, found = pair.run(given, args)
-        self._finish()
-        return found
-
-    def _finish(self) -> None:
-        """Lets the backward go on to its end."""
-        self._over = True
-        self._goes_on.set()
-        wait([self._done])
-
-
-class _PuttingOff:
-    """A backward whose gradients of parameters come later."""
-
-    def __init__(self, pipeline: Pipeline, stage: Any) -> None:
-        self._pipeline, self._stage = pipeline, stage
-
-    def enters(self, kind: str, graph: StageGraph, args: list[Any]) -> Sequence[Any]:
-        """The stage comes to its backward graph."""
-        if kind != "backward":
-            return graph.run(kind, args)
-        found = graph.first_part(self._stage.stage_index, args)
-        self._pipeline.counts["whole" if found is None else "first part"] += 1
-        if found is None:
-            return graph.run(kind, args)
-        gradients, later = found
-        self._stage.dw_builder.left.append(later)
-        return gradients
-
-
-class _Weights:
-    """A stage's `dw_builder`: after a backward, what is left of it."""
-
-    def __init__(self, counts: Counter[str]) -> None:
-        self._counts, self.left = counts, list[Later]()
-
-    def __call__(self) -> Any:
-        left, self.left = self.left, []
-
-        def run() -> None:
-            for each in left:
-                each()
-                self._counts["second part"] += 1
-
-        return run
 
 
 def _refuse(schedule: Any) -> None:
@@ -327,28 +267,6 @@ def _refuse(schedule: Any) -> None:
             f"moecompile.pipelining.attach: the schedule has functions for {', '.join(map(str, taken))} already, which "
             "would be replaced: register none."
         )
-
-
-@contextlib.contextmanager
-def _running(what: Any) -> Iterator[None]:
-    stage_graphs.running = what
-    try:
-        yield
-    finally:
-        stage_graphs.running = None
-
-
-def _on_stream(function: Any) -> Any:
-    """The function, on another thread, on this one's device and stream."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return function
-    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
-
-    def run(*args: Any) -> Any:
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            return function(*args)
-
-    return run
 
 
 def _receive_forward(schedule: Any, stages: dict[int, Any], action: Any) -> None:

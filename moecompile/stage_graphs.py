@@ -23,10 +23,12 @@ from moecompile import ordering
 from moecompile.bodies import copy_tree
 from moecompile.local_parameters import spread_like
 from moecompile.passes import pairs
-from moecompile.passes.aliases import fake_of
+from moecompile.passes.aliases import Aliases
 from moecompile.passes.backward_parts import Parts, divide
+from moecompile.passes.joint_graph import FUNCTIONALIZED
 from moecompile.passes.overlap import Plan, writes
 from moecompile.report import GraphReport
+from moecompile.sized_graphs import SizedGraph, trace_again
 
 Call = Callable[[list[Any]], Sequence[Any]]
 """Takes its arguments in a list, which it empties, so that nothing outlives its last use."""
@@ -63,9 +65,11 @@ class StageGraph:
     late: Late | None = None
     compiled: Counter[str] = field(default_factory=Counter)
     parameters: dict[int, list[torch.nn.Parameter | None]] = field(default_factory=dict)
-    _kept: dict[str, fx.GraphModule] = field(default_factory=dict)
+    _kept: dict[str, SizedGraph] = field(default_factory=dict)
     _run: dict[str, Call] = field(default_factory=dict)
-    _divided: dict[tuple[int, ...], Divided | None] = field(default_factory=dict)
+    _divided: dict[tuple[fx.GraphModule, tuple[int, ...]], Divided | None] = field(default_factory=dict)
+    _partners: list[StageGraph] = field(default_factory=list)
+    _written: dict[str, list[int]] = field(default_factory=dict)
 
     def keep(self, kind: str, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         """Keeps a copy of AOTAutograd's graph, before it is compiled.
@@ -74,10 +78,11 @@ class StageGraph:
         """
         _keep_strides(gm)
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
-            self._kept[kind] = copy_tree(gm)
-        for node, value in zip(self._kept[kind].graph.find_nodes(op="placeholder"), inputs, strict=True):
+            kept = copy_tree(gm)
+        for node, value in zip(kept.graph.find_nodes(op="placeholder"), inputs, strict=True):
             if isinstance(value, Tensor):
                 node.meta["val"] = value
+        self._kept[kind] = SizedGraph(kept, self.record.name)
 
     def called(self, kind: str, call: Call) -> Call:
         """What runs in the place of a compiled graph."""
@@ -98,7 +103,23 @@ class StageGraph:
 
     def kept(self, kind: str) -> fx.GraphModule:
         """AOTAutograd's graph."""
-        return self._kept[kind]
+        return self._kept[kind].whole
+
+    def sized(self, kind: str, args: Sequence[Any]) -> fx.GraphModule:
+        """The same with numbers for its sizes, those of this call; one object for each of its sizes."""
+        return self._kept[kind].of(args)
+
+    def number_of(self, partner: StageGraph) -> int:
+        """Of the graphs whose backward has been in a pair with this forward, from 1 on: the same on all ranks."""
+        if partner not in self._partners:
+            self._partners.append(partner)
+        return self._partners.index(partner) + 1
+
+    def written(self, kind: str) -> list[int]:
+        """Places of the inputs that AOTAutograd's graph writes into."""
+        if kind not in self._written:
+            self._written[kind] = _written(self.kept(kind).graph)
+        return self._written[kind]
 
     def first_part(self, stage: int, args: list[Any]) -> tuple[list[Any], Later] | None:
         """Runs what of a stage's backward is not put off; None, with nothing run, if nothing can be.
@@ -106,11 +127,11 @@ class StageGraph:
         Returns:
             gradients in the backward's order, None for those that are put off; and what is left to do.
         """
-        later = self._gradients_of(stage)
-        if (places := tuple(later)) not in self._divided:
-            parts = divide(self.kept("backward"), later) if later else None
-            self._divided[places] = None if parts is None else Divided(parts, self)
-        divided = self._divided[places]
+        later, graph = self._gradients_of(stage), self.sized("backward", args)
+        if (key := (graph, tuple(later))) not in self._divided:
+            parts = divide(graph, later) if later else None
+            self._divided[key] = None if parts is None else Divided(parts, self)
+        divided = self._divided[key]
         return None if divided is None else divided.run(args, later)
 
     def made(self, kind: str, gm: fx.GraphModule, planned: Plan | None = None) -> Call:
@@ -167,33 +188,47 @@ class Divided:
 
 @dataclass
 class Later:
-    """What is left of one backward."""
+    """What is left of one backward.
+
+    Raises:
+        RuntimeError: something that it needs was written into meanwhile. Autograd says the same of what it saves.
+    """
 
     divided: Divided
     given: list[Any]
     parameters: list[torch.nn.Parameter]
 
+    def __post_init__(self) -> None:
+        self._versions = _versions(self.given)
+
     def __call__(self) -> None:
         """Computes the gradients and hands them to the parameters, whose hooks run then."""
+        if _versions(self.given) != self._versions:
+            raise RuntimeError(
+                "moecompile: gradients of parameters that come later (BACKWARD_WEIGHT) need what has been written into "
+                "since their BACKWARD_INPUT. Update parameters and buffers between steps of the schedule, or give "
+                "copies of what the stage writes"
+            )
         given: Iterable[Any] = zip(self.parameters, self.divided.second(self.given), strict=True)
         gradients = [spread_like(each, part) if isinstance(each, DTensor) else part for each, part in given]
         torch.autograd.backward(self.parameters, gradients)
 
 
 class Pair:
-    """A forward graph and a backward graph as one, compiled.
+    """A forward graph and a backward graph as one, compiled for the sizes of a call.
 
     Args:
         forward: the graph with that forward.
         backward: with that backward.
+        sized: that backward and that forward, with numbers for their sizes.
     """
 
-    def __init__(self, forward: StageGraph, backward: StageGraph) -> None:
-        (output,) = backward.kept("backward").graph.find_nodes(op="output")
+    def __init__(self, forward: StageGraph, backward: StageGraph, sized: tuple[fx.GraphModule, fx.GraphModule]) -> None:
+        (output,) = sized[0].graph.find_nodes(op="output")
         self._gradients = len(output.args[0])
-        merged = pairs.paired(backward.kept("backward"), forward.kept("forward"))
+        merged = pairs.paired(*sized)
         trace_again(merged)
-        kind = f"pair {forward.compiled['pair'] + 1}"  # the same on all ranks
+        kind = f"pair {forward.number_of(backward)}"
         forward.record.notes.append(f"{kind}: with the backward of graph {backward.record.index}")
         planned = ordering.order(kind, merged, forward.record, forward.lowering == "inductor", parts=2)
         self._run = forward.made("pair", merged, planned)
@@ -207,44 +242,52 @@ class Pair:
         return found[: self._gradients], found[self._gradients :]
 
 
-def why_apart(forward: StageGraph, backward: StageGraph) -> str:
-    """Why these graphs are not run as one, if they are not; this rank's reason alone."""
+def write_into_each_other(
+    forward: StageGraph, of_forward: Sequence[Any], backward: StageGraph, of_backward: Sequence[Any]
+) -> bool:
+    """Whether one of the graphs would write, given this, into memory that the other is given."""
+    calls = (forward.written("forward"), of_forward), (backward.written("backward"), of_backward)
+    for (places, given), (_, others) in (calls, calls[::-1]):
+        extents = [_extent(each) for each in others] if places else []
+        for start, end in (_extent(given[place]) for place in places):
+            if any(start < other_end and other_start < end for other_start, other_end in extents):
+                return True
+    return False
+
+
+def _written(graph: fx.Graph) -> list[int]:
+    """Places of the inputs that a graph of AOTAutograd's writes into.
+
+    What it has functionalized writes nothing by itself: what comes of it is copied into the input.
+    """
+    aliases, inputs = Aliases(graph), graph.find_nodes(op="placeholder")
+    writing = [node for node in graph.nodes if writes(node) and node.target is not FUNCTIONALIZED]
+    written = [each for node in writing for each in aliases.written(node)]
+    return [place for place, node in enumerate(inputs) if any(aliases.share(node, each) for each in written)]
+
+
+def _versions(values: Iterable[Any]) -> list[int]:
+    """How often each has been written into."""
+    return [value._version if isinstance(value, Tensor) and not value.is_inference() else 0 for value in values]
+
+
+def _extent(value: Any) -> tuple[int, int]:
+    """Where a tensor begins in memory, and where it ends; nowhere if it is none."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+
+
+def why_apart(forward: StageGraph, backward: StageGraph, sized: Sequence[fx.GraphModule]) -> str:
+    """Why these graphs are not run as one, if they are not; this rank's reason alone. `sized` as of a `Pair`."""
     if forward.lowering != backward.lowering:
         return "they are lowered differently"
     if forward.lowering == "inductor" and not ordering.inductor_keeps_orders():
         return f"Inductor keeps no order in torch {torch.__version__}: {ordering.KEEPS_FROM} is needed"
     if forward.record.parts > 1 or backward.record.parts > 1:
         return "one of them has its batch in halves already (`microbatches`)"
-    found = pairs.obstacle([forward.kept("forward"), backward.kept("backward")])
-    if found:
-        return found
-    if any(_writes_inputs(graph) for graph in (forward.kept("forward"), backward.kept("backward"))):
-        return "one of them writes into what it is given"
-    return ""
-
-
-def trace_again(gm: fx.GraphModule) -> None:
-    """Gives all nodes example values of one trace. Sizes have to be numbers."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with mode, torch.no_grad():
-        inputs = [_like(fake_of(node)) for node in gm.graph.find_nodes(op="placeholder")]
-    with torch.no_grad():
-        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
-
-
-def _like(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-
-
-def _writes_inputs(gm: fx.GraphModule) -> bool:
-    given = {*gm.graph.find_nodes(op="placeholder")}
-    return any(writes(node) and not given.isdisjoint(node.all_input_nodes) for node in gm.graph.nodes)
+    return pairs.obstacle(sized)
 
 
 def _keep_strides(gm: fx.GraphModule) -> None:

@@ -67,9 +67,9 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
     outputs, given = list(output.args[0]), graph.find_nodes(op="placeholder")
     wanted = [each for place, each in enumerate(outputs) if place not in later and isinstance(each, fx.Node)]
     at_first = [*wanted, *filter(_acts, graph.nodes)]
-    if expert_gradients.apart(graph, ancestors(at_first)):
-        graph.lint()
     early = ancestors(at_first)
+    if expert_gradients.apart(graph, early):
+        early = ancestors(at_first)
     for node in graph.nodes:  # what is there is taken apart where it is
         if node.target is operator.getitem and node.args[0] in early:
             early.add(node)

@@ -48,6 +48,7 @@ def apart(graph: fx.Graph, early: Collection[fx.Node]) -> int:
         if read_early == {True} and not {*names} <= {*OF_TOKENS}:
             _divide(graph, node, names)
             done += 1
+    graph.lint()
     return done
 
 

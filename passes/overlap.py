@@ -4,8 +4,9 @@ Contract
 - On entry the graph is one of AOTAutograd's, forward, backward or both merged, with example values.
 - Communication is in two halves: moecompile's exchanges, and PyTorch's functional collectives with `wait_tensor`.
 - Nodes move and nothing else changes: each stays behind what it reads. What writes into something stays between those
-  that read it before and after; what draws random numbers, has an effect or is not known to be pure stays in its order,
-  and so do exchanges that have the same slot of the kernels' memory, with their waits.
+  that read it before and after; what writes, draws random numbers, has an effect or is not known to be pure stays in
+  its order, and so do exchanges that have the same slot of the kernels' memory, with their waits. The two graphs of a
+  pair (passes/pairs.py) write nothing in common: of each, writes and random numbers stay in their order.
 - The order is the given one unless another is predicted to be faster by GAIN (`moecompile.passes.list_schedule`), and
   to hold no more than MEMORY times what the given one does.
 - Communication may come in another order than before. All ranks have to run it in the same one: the caller sees to it.
@@ -46,6 +47,15 @@ WHOLE = (
 """What has two exchanges in it, there and back, of which the second has the slot after the first's."""
 GATHERS = (ops.gather_experts, ops.scatter_gradient)
 """What all ranks of a group run together, and awaits them at once."""
+PARTS = ("backward", "forward")
+"""Of a pair of two graphs: which of them a node is of, where it is of one."""
+PART = "moecompile_part"
+"""Under which nodes tell that."""
+DRAWS = tuple(
+    getattr(torch.ops.higher_order, name)
+    for name in ("run_and_save_rng_state", "run_with_rng_state", "graphsafe_run_with_rng_state")
+)
+"""What draws random numbers of a state, in a region that is computed again."""
 Sizes = Mapping[sympy.Symbol, int]
 
 
@@ -155,12 +165,14 @@ def kinds_of(node: fx.Node) -> list[str]:
         return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
     if packet in GATHERS:
         return [f"gathers of {argument(node, 'group')}"]
-    if packet in COLLECTIVES or packet is c10d.wait_tensor or packet is operator.getitem:
+    if packet in COLLECTIVES or packet in (c10d.wait_tensor, operator.getitem) or node.op == "get_attr":
         return []
     tags = getattr(operator_of(node), "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or writes(node) or node.is_impure():
-        return ["effects"]
-    return [] if isinstance(operator_of(node), torch._ops.OpOverload) or node.op == "get_attr" else ["effects"]
+    if torch.Tag.nondeterministic_seeded in tags or writes(node) or packet in DRAWS:
+        return [f"effects {node.meta.get(PART, '')}"]
+    if node.is_impure() or not isinstance(operator_of(node), torch._ops.OpOverload):
+        return [f"effects {part}" for part in ("", *PARTS)]
+    return []
 
 
 def _movable(graph: fx.Graph) -> list[fx.Node]:

@@ -24,17 +24,14 @@ from torch.utils._pytree import tree_leaves
 from moecompile.passes.costs import STARTS
 from moecompile.passes.joint_graph import argument, give, packet_of
 from moecompile.passes.microbatches import WAYS, slot_of_half
-from moecompile.passes.overlap import EXCHANGES, WHOLE
-
-HALVES = ("b", "f")
-"""Names; by place, of the slots."""
+from moecompile.passes.overlap import EXCHANGES, PART, PARTS, WHOLE
 
 
 def obstacle(graphs: Sequence[fx.GraphModule]) -> str:
     """Why these graphs are not made one, if they are not."""
     for gm in graphs:
         if any(isinstance(value, torch.SymInt) for value in _sizes(gm.graph)):
-            return "there are sizes that are no numbers"
+            return "there are sizes that are known only when the graph runs"
         if not _one_after_the_other(gm.graph):
             return "its own exchanges are under way at once, in slots that another graph needs"
     return ""
@@ -44,9 +41,9 @@ def paired(backward: fx.GraphModule, forward: fx.GraphModule) -> fx.GraphModule:
     """Both as one. Those nodes have no example values that are right together: they are of different traces."""
     new, root = fx.Graph(), torch.nn.Module()
     places: tuple[dict[fx.Node, fx.Node], ...] = ({}, {})
-    for half, gm, found in zip(HALVES, (backward, forward), places, strict=True):
+    for part, gm, found in zip(PARTS, (backward, forward), places, strict=True):
         for node in gm.graph.find_nodes(op="placeholder"):
-            found[node] = new.placeholder(f"{half}_{node.name}")
+            found[node] = new.placeholder(f"{part[0]}_{node.name}")
             found[node].meta = copy.copy(node.meta)
     outputs: list[Any] = []
     for number, (gm, found) in enumerate(zip((backward, forward), places, strict=True)):
@@ -62,9 +59,9 @@ def paired(backward: fx.GraphModule, forward: fx.GraphModule) -> fx.GraphModule:
 def _copied(
     node: fx.Node, gm: fx.GraphModule, new: fx.Graph, root: torch.nn.Module, number: int, found: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    half = HALVES[number]
+    letter = PARTS[number][0]
     if node.op == "get_attr":
-        name = f"{half}_{str(node.target).replace('.', '_')}"
+        name = f"{letter}_{str(node.target).replace('.', '_')}"
         setattr(root, name, operator.attrgetter(str(node.target))(gm))
         made = new.get_attr(name)
     else:
@@ -73,9 +70,9 @@ def _copied(
             node.target,
             fx.node.map_arg(node.args, found.__getitem__),
             fx.node.map_arg(node.kwargs, found.__getitem__),
-            f"{half}_{node.name}",
+            f"{letter}_{node.name}",
         )
-    made.meta = copy.copy(node.meta)
+    made.meta = copy.copy(node.meta) | {PART: PARTS[number]}
     if packet_of(made) in (*EXCHANGES, *WHOLE):
         give(made, "slot", slot_of_half(argument(made, "slot"), number))
     return made

@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 import moecompile
 from expert_parallel_models import EXPERTS, MANY, TOP_K, Block, Model, close, compiled, tokens_of
-from moecompile import pipelining, splitting
+from moecompile import splitting
 from moecompile.passes import hardware
 from moecompile.runtime import peer_memory
 from overlap_checks import SLOW, on
+from pipelines_on_one_rank import pipeline_of, step_by_itself
 from ranks_on_one_gpu import meet
 
 ops = torch.ops.moecompile
@@ -210,27 +209,19 @@ def check_pipeline(rank: int, ranks: int) -> None:
 def pipelined(rank: int, ranks: int, make: Any, **options: Any) -> None:
     torch._dynamo.reset()
     meet()
-    mesh, device = init_device_mesh("cuda", (1, ranks), mesh_dim_names=("stages", "experts")), torch.device("cuda")
+    mesh = init_device_mesh("cuda", (1, ranks), mesh_dim_names=("stages", "experts"))
     found, right = ([Layer(number).cuda() for number in range(2)] for _ in range(2))
     for each in (*found, *right):
         moecompile.shard_experts(each, mesh["experts"], src_data_rank=None)
         apart = {"disable": ("hide",)} if each in right else {}  # as in pipelines
         each.compile(backend="moecompile", fullgraph=True, options={"lowering": "eager", **options, **apart})
     tokens, microbatches = 512, 4  # a power of two: gradients are divided after FP8's rounding, those to compare before
-    like = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
-    stages = [
-        PipelineStage(each, number, 2, device, group=mesh.get_group("stages"), input_args=like, output_args=like)
-        for number, each in enumerate(found)
-    ]
-    for stage in stages:  # torch 2.11 would connect a rank with itself, which gloo refuses
-        vars(stage)["_get_init_p2p_neighbors_ops"] = list
-    schedule = make(stages, microbatches, loss_fn=mean_square)
-    pipeline = pipelining.attach(schedule)
+    like = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    schedule, pipeline = pipeline_of(make, found, microbatches, like, group=mesh.get_group("stages"))
     for step in range(3):
         x, target = (tokens_of(10 * step + rank + of, microbatches * tokens, hidden=HIDDEN).cuda() for of in (0, 5))
         schedule.step(x, target=target)
-        for part, wanted in zip(x.chunk(microbatches), target.chunk(microbatches), strict=True):
-            (mean_square(right[1](right[0](part)), wanted) / microbatches).backward()
+        step_by_itself(schedule, right, x, target, microbatches)
         close(gradients(found), gradients(right), 1e-3)
         for each in (*found, *right):
             each.zero_grad()
@@ -246,10 +237,6 @@ def gradients(stages: list[Layer]) -> list[Tensor]:
     """Of all parameters, of sharded ones this rank's part."""
     found: list[Any] = [parameter.grad for stage in stages for parameter in stage.parameters()]
     return [each.to_local() if isinstance(each, DTensor) else each for each in found]
-
-
-def mean_square(found: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(found.float(), target.float())
 
 
 def check_inductor(rank: int, ranks: int) -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moecompile
 from expert_parallel_models import HIDDEN, Block
-from moecompile import agreement, ordering, pipelining
+from moecompile import agreement, ordering, pipelining, stage_actions
 
 FEATURES, TOKENS = 16, 6
 KINDS = {"forward", "backward", "first part", "second part", "pair"}
@@ -240,7 +240,7 @@ def check_recomputed(rank: int, ranks: int) -> None:
 def check_one_rank_cannot(rank: int, ranks: int) -> None:
     found = pipelining.why_apart
     if rank == 1:
-        vars(pipelining)["why_apart"] = lambda forward, backward: "it has no room"
+        vars(pipelining)["why_apart"] = lambda *_: "it has no room"
     try:
         job = Job(ranks // 2, 2, ranks)
         trains(job, steps=2)
@@ -257,7 +257,7 @@ def check_one_rank_cannot(rank: int, ranks: int) -> None:
 def check_compiled_before(rank: int, ranks: int) -> None:
     job = Job(ranks, 1, 2 * ranks, warm=True)
     trains(job, steps=1)
-    assert job.pipeline.counts["apart"] == job.pipeline.apart[pipelining.NO_GRAPH] == overlapped(job), job.pipeline
+    assert job.pipeline.counts["apart"] == job.pipeline.apart[stage_actions.NO_GRAPH] == overlapped(job), job.pipeline
     assert "compiled before" in str(job.pipeline)
 
 

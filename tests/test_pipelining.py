@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import pipelining_checks
-from expert_parallel_models import HIDDEN, Block, close
+from expert_parallel_models import HIDDEN, close
 from moecompile import pipeline
 from moecompile.bodies import copy_tree
 from moecompile.lowering import eager
@@ -18,6 +18,7 @@ from moecompile.options import Options
 from moecompile.passes import pairs
 from moecompile.passes.backward_parts import divide
 from moecompile.report import GraphReport
+from pipelines_on_one_rank import Routed
 from ranks_in_processes import checks_of, run_on_ranks
 
 ON_TWO = ("check_pipeline", "check_zero_bubble", "check_compiled_before", "check_refusals")
@@ -111,24 +112,11 @@ def test_gradients_of_parameters_come_later() -> None:
     assert products == [2, 2]  # each gradient once
 
 
-class Routed(nn.Module):
-    """Experts behind a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.block = nn.Linear(HIDDEN, HIDDEN, dtype=torch.bfloat16), Block()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.block(self.up(x))
-        return result
-
-
 @pytest.mark.parametrize("options", [{}, {"precision": "fp8"}, {"recompute": True}], ids=str)
 def test_gradients_of_experts_come_later(options: dict[str, Any]) -> None:
     """Those of matrices, up to a rounding; but where each part would compute the hidden rows again."""
     x = torch.randn(40, HIDDEN).bfloat16().requires_grad_()
-    backward, given, right = graphs_of(Routed(), x, **options)["backward"]
+    backward, given, right = graphs_of(Routed(0), x, **options)["backward"]
     later = [place for place, each in enumerate(right) if each is not None and each.shape != x.shape]
     parts = divide(backward, later)
     again = "recompute" in options
@@ -161,8 +149,9 @@ def test_pairs_give_what_both_give() -> None:
     assert not pairs.obstacle([backward, forward])
 
 
-def test_sizes_that_are_no_numbers_make_no_pair() -> None:
+def test_symbols_of_two_traces_make_no_pair() -> None:
+    """Stages have numbers put in for them first (moecompile/sized_graphs.py)."""
     x = torch.randn(3, 4, requires_grad=True)
     torch._dynamo.mark_dynamic(x, 0)
     found = graphs_of(Two(), x)
-    assert "no numbers" in pairs.obstacle([found["backward"][0], found["forward"][0]])
+    assert "sizes that are known only" in pairs.obstacle([found["backward"][0], found["forward"][0]])
