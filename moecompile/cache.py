@@ -116,6 +116,18 @@ def graph_key(salt: str, graph: str, example_inputs: Sequence[Any], patches: Map
     )
 
 
+def measured_key(salt: str, kind: str, graph: str, device: str) -> str:
+    """What decides how long a graph's nodes take.
+
+    Args:
+        salt: see `salt`.
+        kind: "forward" or "backward".
+        graph: AOTAutograd's, as text, shapes and dtypes included.
+        device: its name.
+    """
+    return _digest(salt, kind, graph, device)
+
+
 def _config_facts(config: Mapping[str, Any]) -> str:
     return repr(sorted((name, _config_fact(value)) for name, value in config.items()))
 
@@ -142,7 +154,7 @@ class Sidecar:
         self.path = cache_directory() / "graphs" / key[:2] / f"{key}.json"
 
     def read(self) -> dict[str, str]:
-        """Kind ("forward", "backward", "kept" for a note) to text; empty if nothing usable is stored."""
+        """Kind ("forward", "backward", "kept" for a note, "seconds" of nodes) to text; empty if none is usable."""
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:

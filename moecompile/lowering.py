@@ -19,6 +19,7 @@ from torch import fx
 from moecompile import cache, ordering
 from moecompile.bodies import text_of
 from moecompile.exchange_order import keep_exchanges
+from moecompile.measuring import Finish, Seconds, is_measuring, measured
 from moecompile.options import Options
 from moecompile.passes.backward_only import keep_in_backward
 from moecompile.passes.decompose import decompose
@@ -28,11 +29,12 @@ from moecompile.passes.printer import input_names
 from moecompile.passes.quantized_travel import let_rows_travel_quantized
 from moecompile.passes.recast import Counts, recast
 from moecompile.report import GraphReport, discard
-from moecompile.stage_graphs import StageGraph
+from moecompile.stage_graphs import StageGraph, keep_strides
 
 Compiled = Callable[..., Any]
 Seen = Callable[[str, fx.GraphModule], None]
-Ordered = Callable[[str, fx.GraphModule], Plan | None]
+Ordered = Callable[[str, fx.GraphModule, Seconds | None], Plan | None]
+Measured = Callable[[str, fx.GraphModule, Finish], Compiled]
 
 # the region's name reaches compile_fx since this release
 _NAMED_REGIONS = Version(torch.__version__) >= Version("2.13")
@@ -78,14 +80,19 @@ def _lower(
         if options.ep_dispatch_again:
             kept.extend(_of_dispatches(dispatch_again(graph)))
 
-    def ordered(kind: str, graph_module: fx.GraphModule) -> Plan | None:
+    def ordered(kind: str, graph_module: fx.GraphModule, seconds: Seconds | None) -> Plan | None:
         fuses = options.lowering == "inductor"
-        return ordering.order(kind, graph_module, record, fuses, record.parts) if options.overlap else None
+        return ordering.order(kind, graph_module, record, fuses, record.parts, seconds) if options.overlap else None
+
+    def measure(kind: str, graph_module: fx.GraphModule, finish: Finish) -> Compiled:
+        if not options.profile:
+            return finish(None)
+        return measured(kind, graph_module, record, cache.salt(options), finish)
 
     changes = options.precision == "fp8" or options.fp8_recast_weights or options.ep_dispatch_again
     joint = change if changes else None
     if options.lowering == "eager":
-        compiled = eager(gm, example_inputs, seen=note, joint=joint, ordered=ordered, stage=stage)
+        compiled = eager(gm, example_inputs, seen=note, joint=joint, ordered=ordered, measured=measure, stage=stage)
         record.notes += kept
         return compiled
 
@@ -104,8 +111,9 @@ def _lower(
     if options.overlap:  # a rank that finds what it has compiled before would not meet the others
         patches["force_disable_caches"] = True
     compiled = inductor(
-        gm, example_inputs, patches=patches, seen=note_and_store, name=name, ordered=ordered, stage=stage
-    )
+        gm, example_inputs, patches=patches, seen=note_and_store, name=name, ordered=ordered, measured=measure,
+        stage=stage,
+    )  # fmt: skip
     record.cached = "miss" if record.forward else "hit"
     if kept:
         sidecar.write("kept", "; ".join(kept))
@@ -154,6 +162,7 @@ def inductor(
     seen: Seen,
     name: str | None = None,
     ordered: Ordered | None = None,
+    measured: Measured | None = None,
     stage: StageGraph | None = None,
 ) -> Compiled:
     """Compiles with Inductor.
@@ -166,6 +175,7 @@ def inductor(
         seen: called with each graph after Inductor's joint passes, before its post-grad passes.
         name: name of the compiled region, as in `torch.compile(name=...)`; used where torch supports it.
         ordered: orders each graph before that; the order is kept if it says what was planned.
+        measured: has each measured before it is ordered and compiled.
         stage: keeps them, and enters them when they are called.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -174,12 +184,19 @@ def inductor(
     def inner(graph_module: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Any:
         kind = "backward" if settings.get("is_backward") else "forward"
         kept = None if settings.get("is_inference") else stage
+        late = functools.partial(_late, patches, {**settings, "is_backward": False}, in_order)
         if kept is not None:
             kept.keep(kind, graph_module, inputs)
-            kept.late = functools.partial(_late, patches, {**settings, "is_backward": False}, in_order)
-        planned = None if ordered is None else ordered(kind, graph_module)
-        seen(kind, graph_module)
-        compiled = in_order(graph_module, inputs, planned, settings)
+            kept.late = late
+        begun = True
+
+        def finish(seconds: Seconds | None) -> Any:
+            planned = None if ordered is None else ordered(kind, graph_module, seconds)
+            seen(kind, graph_module)
+            return in_order(graph_module, inputs, planned, settings) if begun else late(graph_module, planned)
+
+        compiled = _measured(kind, graph_module, finish, seen, measured, kept)
+        begun = False
         return compiled if kept is None else kept.called(kind, compiled)
 
     def in_order(
@@ -197,6 +214,25 @@ def inductor(
     graphs = contextlib.nullcontext() if stage is None else torch._functorch.config.patch(enable_autograd_cache=False)
     with graphs:
         compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=dict(patches), **region)
+    return compiled
+
+
+def _measured(
+    kind: str, gm: fx.GraphModule, finish: Finish, seen: Seen, measured: Measured | None, stage: StageGraph | None
+) -> Any:
+    """The compiled graph, or what measures it before that."""
+
+    def finish_stage(seconds: Seconds | None) -> Any:
+        if stage is not None and seconds is not None:
+            stage.seconds[kind] = seconds
+        return finish(seconds)
+
+    if measured is None:
+        return finish(None)
+    compiled = measured(kind, gm, finish_stage)
+    if is_measuring(compiled):
+        keep_strides(gm)  # what it gives in its first calls has those of the trace
+        seen(kind, gm)
     return compiled
 
 
@@ -225,12 +261,14 @@ def eager(
     seen: Seen,
     joint: Callable[[fx.Graph], object] | None = None,
     ordered: Ordered | None = None,
+    measured: Measured | None = None,
     stage: StageGraph | None = None,
 ) -> Compiled:
     """Runs AOTAutograd's forward and backward graphs operator by operator with PyTorch: no decomposition, no Inductor.
 
     It tells our work from Inductor's when numbers differ, and keeps tests quick. `joint` is a pass over both graphs
-    before they are divided, `ordered` orders each of them afterwards; `stage` keeps them, and enters them when called.
+    before they are divided, `ordered` orders each of them afterwards, and `measured` has them measured before that;
+    `stage` keeps them, and enters them when called.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
@@ -241,10 +279,14 @@ def eager(
             if kept is not None:
                 kept.keep(kind, graph_module, inputs)
                 kept.late = lambda made, _: boxed_nop(made, [])
-            if ordered is not None:
-                ordered(kind, graph_module)
-            seen(kind, graph_module)
-            compiled: Compiled = boxed_nop(graph_module, list(inputs))
+
+            def finish(seconds: Seconds | None) -> Any:
+                if ordered is not None:
+                    ordered(kind, graph_module, seconds)
+                seen(kind, graph_module)
+                return boxed_nop(graph_module, list(inputs))
+
+            compiled = _measured(kind, graph_module, finish, seen, measured, kept)
             return compiled if kept is None else kept.called(kind, compiled)
 
         return compile_graph

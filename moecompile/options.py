@@ -7,13 +7,13 @@ documentation. One more environment variable is one more row in `ENVIRONMENT`. d
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moecompile.option_values import check, did_you_mean, names, pairs
 from moecompile.passes.exclusions import check_pattern
 from moecompile.runtime.peer_memory import MOST_PATIENCE, MOST_SMS, PATIENCE, ROWS, ROWS_AT_LEAST, SMS
 
@@ -56,6 +56,13 @@ ENVIRONMENT: dict[str, EnvironmentVariable] = {
 
 def _option(default: Any, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
+WITHOUT_CUDA_GRAPHS = {
+    "fp8_cache_weights": "which want their inputs to lie where they were captured",
+    "profile": "whose operators cannot be measured one by one",
+}
+"""Options, and why CUDA graphs do not go with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +182,12 @@ class Options:
         "has to be marked (`moecompile.mark_batch`), `ep_capacity` given, and it must be proven that elements are "
         "computed one by one: else the report says why the graph stays whole. Every rank has to give the same",
     )
+    profile: bool = _option(
+        False,
+        "`overlap`, which this implies, reckons with what operators take on this device: the first calls of each graph "
+        "run operator by operator and are measured; stored beside the compiled kernels, for later processes too. Every "
+        "rank has to give the same",
+    )
     disable: tuple[str, ...] = _option((), "passes to leave out, by exact name: " + ", ".join(PASSES))
     # Given as a mapping; kept as sorted pairs, which cannot be changed and compare whatever the order was.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = dataclasses.field(
@@ -195,15 +208,15 @@ class Options:
     def __post_init__(self) -> None:
         # Mappings, lists and generators are taken, and kept in the one form that compares and hashes by value.
         for name in ("disable", "fp8_exclude", "fp8_include"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
-        object.__setattr__(self, "inductor", _pairs("inductor", self.inductor))
+            object.__setattr__(self, name, names(name, getattr(self, name)))
+        object.__setattr__(self, "inductor", pairs("inductor", self.inductor))
         annotations = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check(field.name, annotations[field.name], getattr(self, field.name))
+            check(field.name, annotations[field.name], getattr(self, field.name))
         _check_passes(self.disable, "the option `disable`")
         self._check_fp8()
         self._check_exchange()
-        if self.microbatches == 2:
+        if self.microbatches == 2 or self.profile:
             object.__setattr__(self, "overlap", True)
         if self.lowering != "inductor" and self.inductor:
             raise ValueError(
@@ -263,8 +276,9 @@ class Options:
         chosen = options if isinstance(options, Options) else cls._from_mapping(options)
         inductor = {**_mode_options(mode), **_checked_inductor_options(dict(chosen.inductor))}
         disable = dict.fromkeys((*chosen.disable, *environment_disabled_passes()))
-        if chosen.fp8_cache_weights and chosen.lowering == "inductor":
-            _refuse_cuda_graphs(inductor)
+        for option, why in WITHOUT_CUDA_GRAPHS.items():
+            if getattr(chosen, option) and chosen.lowering == "inductor":
+                _refuse_cuda_graphs(option, why, inductor)
         return dataclasses.replace(chosen, inductor=tuple(inductor.items()), disable=tuple(disable))
 
     @classmethod
@@ -316,13 +330,6 @@ def environment_disabled_passes() -> tuple[str, ...]:
     return names
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name that is nearest, or nothing where none is near."""
-    lowered = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
-    return f" Did you mean {lowered[near[0]]!r}?" if near else ""
-
-
 def _unknown_option(name: str, value: Any) -> str:
     from torch._inductor import config
 
@@ -338,70 +345,6 @@ def _unknown_option(name: str, value: Any) -> str:
     return f"moecompile: unknown option {name!r}.{hint} Known: {', '.join(known)}."
 
 
-def _check(name: str, annotation: Any, value: Any) -> None:
-    """Checks a value against its field's annotation: literals, None, plain types, tuples, and unions of these."""
-    if not _matches(annotation, value):
-        choices = _spelled(annotation)
-        hint = did_you_mean(value, _literals(annotation)) if isinstance(value, str) else ""
-        raise ValueError(f"moecompile: option `{name}`: expected {choices}, got {value!r}.{hint}")
-
-
-def _matches(annotation: Any, value: Any) -> bool:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is None or annotation is type(None):
-        return value is None
-    if annotation is Any:
-        return True
-    if origin is Literal:
-        # `in` alone would take True for 1.
-        return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return isinstance(value, tuple) and all(_matches(arguments[0], item) for item in value)
-        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_matches, arguments, value))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping)
-    if origin is not None:
-        return any(_matches(choice, value) for choice in arguments)
-    if annotation is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
-
-
-def _literals(annotation: Any) -> list[str]:
-    if typing.get_origin(annotation) is Literal:
-        return [choice for choice in typing.get_args(annotation) if isinstance(choice, str)]
-    return [choice for part in typing.get_args(annotation) for choice in _literals(part)]
-
-
-def _spelled(annotation: Any) -> str:
-    if annotation is type(None):
-        return "None"
-    if typing.get_origin(annotation) is Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple and typing.get_args(annotation) == (str, ...):
-        return "a tuple of strings"
-    if typing.get_origin(annotation) is not None and typing.get_origin(annotation) is not tuple:
-        return " or ".join(_spelled(part) for part in typing.get_args(annotation))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
-
-
-def _names(option: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        hint = f" Write ({value!r},)." if isinstance(value, str) else ""
-        raise ValueError(f"moecompile: option `{option}`: expected a tuple of names, got {value!r}.{hint}")
-    return tuple(value)
-
-
-def _pairs(option: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    items = tuple(value.items()) if isinstance(value, Mapping) else value
-    if not isinstance(items, tuple) or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
-        raise ValueError(
-            f'moecompile: option `{option}`: expected a mapping such as {{"max_autotune": True}}, got {value!r}.'
-        )
-    return tuple(sorted(((str(name).replace("-", "_"), setting) for name, setting in items), key=lambda pair: pair[0]))
-
-
 def _check_passes(names: Iterable[str], where: str) -> None:
     for name in names:
         if name not in PASSES:
@@ -411,13 +354,13 @@ def _check_passes(names: Iterable[str], where: str) -> None:
             )
 
 
-def _refuse_cuda_graphs(inductor: Mapping[str, Any]) -> None:
+def _refuse_cuda_graphs(option: str, why: str, inductor: Mapping[str, Any]) -> None:
     from torch._inductor import config
 
     if inductor.get("triton.cudagraphs", config.triton.cudagraphs):
         raise ValueError(
-            "moecompile: option `fp8_cache_weights` does not go with Inductor's CUDA graphs (mode='reduce-overhead', "
-            "triton.cudagraphs), which want their inputs to lie where they were captured. Leave one of the two out."
+            f"moecompile: option `{option}` does not go with Inductor's CUDA graphs (mode='reduce-overhead', "
+            f"triton.cudagraphs), {why}. Leave one of the two out."
         )
 
 

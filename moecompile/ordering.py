@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
@@ -38,7 +38,10 @@ _agreed: dict[str, dict[str, tuple[int, ...] | None]] = {}
 several, and the graph stays as it is."""
 
 
-def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = False, parts: int = 1) -> Plan | None:
+def order(
+    kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = False, parts: int = 1,
+    measured: Mapping[str, float] | None = None,
+) -> Plan | None:  # fmt: skip
     """Orders a graph in place, and says so in its record; what was planned if there is anything to hide.
 
     Args:
@@ -47,6 +50,7 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
         record: of the graph that it belongs to.
         fuses: whether Inductor is to compile it.
         parts: of a batch, or micro-batches, that the graph runs one after the other.
+        measured: seconds that nodes take, by their names, in place of what is predicted of them.
 
     Raises:
         DisagreementError: not all ranks compile such a graph.
@@ -54,7 +58,7 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     groups = _groups(gm.graph)
     if not groups:
         return None
-    found = predicted(gm.graph, fuses, parts)
+    found = predicted(gm.graph, fuses, parts, measured)
     if found is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for there are sizes that nobody knows yet")
         return None
@@ -71,16 +75,27 @@ def order(kind: str, gm: fx.GraphModule, record: GraphReport, fuses: bool = Fals
     return agreed
 
 
-def predicted(graph: fx.Graph, fuses: bool, parts: int) -> Plan | None:
+def exchanges(graph: fx.Graph) -> bool:
+    """Whether it exchanges anything with other ranks."""
+    return bool(_groups(graph))
+
+
+def is_known(kind: str, graph: fx.Graph) -> bool:
+    """Whether ranks have an order of such a graph, of whatever sizes: who compiles it once more meets nobody."""
+    return _subject(graph) in _agreed.get(_meeting(kind, graph), {})
+
+
+def predicted(graph: fx.Graph, fuses: bool, parts: int, measured: Mapping[str, float] | None = None) -> Plan | None:
     """The better order of a graph, if there is one, on this device; None if there are sizes that nobody knows yet.
 
     Args:
         graph: with example values.
         fuses: whether Inductor is to compile it.
         parts: of the batch that it has.
+        measured: seconds that nodes take, by their names.
     """
     sizes = _sizes(graph)
-    return None if sizes is None else plan(graph, _device(), sizes, fuses=fuses, parts=parts)
+    return None if sizes is None else plan(graph, _device(), sizes, fuses=fuses, parts=parts, measured=measured)
 
 
 def device_title() -> str:
@@ -136,12 +151,11 @@ def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> Pl
     What communicates is the same on all of them; the rest may differ, as AOTAutograd divides forward and backward by
     the sizes that a rank has: then nobody's order is another's.
     """
-    sending = _sending(graph)
-    known = _agreed.setdefault(_digest([kind, *groups, *sending]), {})
-    subject = _digest([(node.name, str(node.target)) for node in graph.nodes])
+    known = _agreed.setdefault(_meeting(kind, graph), {})
+    subject = _subject(graph)
     if subject not in known:
         members = _members(groups)
-        meeting = f"order {_digest([kind, *groups, *sending, len(known)])}"
+        meeting = f"order {_meeting(kind, graph)} {len(known)}"
         heard = [json.loads(each) for each in _heard(json.dumps([subject, found.after.order]), meeting, members)]
         order = next((order for _, order in heard if order != sorted(order)), heard[0][1])
         alike = len({subject for subject, _ in heard}) == 1
@@ -169,6 +183,16 @@ def first_reason(what: str, graphs: Sequence[fx.Graph], reason: str) -> str:
         return reason
     subject = f"{what} {_digest([groups, [*map(_sending, graphs)]])}"
     return next(filter(None, _heard(reason, subject, _members(groups))), "")
+
+
+def _meeting(kind: str, graph: fx.Graph) -> str:
+    """Of which ranks have an order."""
+    return _digest([kind, *_groups(graph), *_sending(graph)])
+
+
+def _subject(graph: fx.Graph) -> str:
+    """The graph, of any sizes."""
+    return _digest([(node.name, str(node.target)) for node in graph.nodes])
 
 
 def _sending(graph: fx.Graph) -> list[str]:
@@ -225,11 +249,11 @@ def _device() -> hardware.Hardware:
 
 
 def _words(found: Plan) -> str:
-    """What is predicted."""
-    device = f"predicted of {device_title()}"
+    """What is predicted, or was measured."""
+    reckoned = "measured" if found.unmeasured else f"predicted of {device_title()}"
     if not found.moves:
-        return f"its order stays, {device}: {_times(found.before)}"
-    return f"ordered, {device}: {_times(found.after)}; as it was {_times(found.before)}"
+        return f"its order stays, {reckoned}: {_times(found.before)}"
+    return f"ordered, {reckoned}: {_times(found.after)}; as it was {_times(found.before)}"
 
 
 def _times(timeline: Timeline) -> str:

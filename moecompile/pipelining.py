@@ -132,7 +132,8 @@ class Pipeline:
 
     Attributes:
         counts: how often on this rank: "pair", "apart" (an OVERLAP_F_B whose graphs ran one after the other), "first
-            part", "second part" and "whole" (a BACKWARD_INPUT that could not be divided).
+            part", "second part", "whole" (a BACKWARD_INPUT that could not be divided), and "measured" (an OVERLAP_F_B
+            whose graphs are measured first, by themselves, with the option `profile`).
         apart: why graphs ran one after the other, with how often.
         graphs: of the stages.
     """

@@ -276,17 +276,35 @@ class Report:
     def trace(self, path: str | os.PathLike[str]) -> Path:
         """Writes what is predicted of ordered graphs (``overlap``) as a trace for Perfetto or Chrome; returns its path.
 
+        With what was measured beside it, where their operators were (``profile``).
+
         Raises:
             ValueError: no graph was to be ordered.
         """
         from moecompile import trace
 
-        if not any(graph.planned for graph in self.graphs):
-            words = "nothing that was compiled exchanges anything with other ranks, or `overlap` was not given"
-            raise ValueError(f"moecompile: there is no trace: {words}. Compile with options={{'overlap': True}}.")
+        self._refuse_without_orders("trace")
         target = Path(path)
         target.write_text(json.dumps(trace.trace_of(self.graphs)), encoding="utf-8")
         return target
+
+    def timeline(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the same as a picture, SVG; returns its path.
+
+        Raises:
+            ValueError: no graph was to be ordered.
+        """
+        from moecompile import overlap_picture
+
+        self._refuse_without_orders("timeline")
+        target = Path(path)
+        target.write_text(overlap_picture.render(self.graphs), encoding="utf-8")
+        return target
+
+    def _refuse_without_orders(self, what: str) -> None:
+        if not any(graph.planned for graph in self.graphs):
+            words = "nothing that was compiled exchanges anything with other ranks, or `overlap` was not given"
+            raise ValueError(f"moecompile: there is no {what}: {words}. Compile with options={{'overlap': True}}.")
 
     def as_dict(self) -> dict[str, Any]:
         """What `json` writes: plain dicts, lists, strings and numbers."""

@@ -76,8 +76,9 @@ class Meeting:
         if self._waits is None:
             return graph.run("forward", args)
         other, given = self._waits
-        pair = self._pipeline.pair_of(graph, args, other, given)
-        self._pipeline.counts["apart" if pair is None else "pair"] += 1
+        measures = graph.measures("forward") or other.measures("backward")
+        pair = None if measures else self._pipeline.pair_of(graph, args, other, given)
+        self._pipeline.counts["measured" if measures else "apart" if pair is None else "pair"] += 1
         if pair is None:
             self._finish()
             return graph.run("forward", args)

@@ -22,11 +22,12 @@ from torch.distributed.tensor import DTensor
 from moecompile import ordering
 from moecompile.bodies import copy_tree
 from moecompile.local_parameters import spread_like
+from moecompile.measuring import is_measuring
 from moecompile.passes import pairs
 from moecompile.passes.aliases import Aliases
 from moecompile.passes.backward_parts import Parts, divide
 from moecompile.passes.joint_graph import FUNCTIONALIZED
-from moecompile.passes.overlap import Plan, writes
+from moecompile.passes.overlap import PARTS, Plan, writes
 from moecompile.report import GraphReport
 from moecompile.sized_graphs import SizedGraph, trace_again
 
@@ -57,6 +58,7 @@ class StageGraph:
         lowering: "inductor" or "eager".
         late: compiles what is made of the graphs.
         compiled: how many times that was done, and AOTAutograd's graphs themselves, by kind.
+        seconds: that nodes took, by kind of graph and by name, where that was measured (the option `profile`).
         parameters: by stage, what of the captured graph's inputs are parameters that need gradients; None elsewhere.
     """
 
@@ -65,6 +67,7 @@ class StageGraph:
     late: Late | None = None
     compiled: Counter[str] = field(default_factory=Counter)
     parameters: dict[int, list[torch.nn.Parameter | None]] = field(default_factory=dict)
+    seconds: dict[str, Mapping[str, float]] = field(default_factory=dict)
     _kept: dict[str, SizedGraph] = field(default_factory=dict)
     _run: dict[str, Call] = field(default_factory=dict)
     _divided: dict[tuple[fx.GraphModule, tuple[int, ...]], Divided | None] = field(default_factory=dict)
@@ -76,7 +79,7 @@ class StageGraph:
 
         What it gives keeps the strides that it was traced with: what is compiled of it later gives the same.
         """
-        _keep_strides(gm)
+        keep_strides(gm)
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
             kept = copy_tree(gm)
         for node, value in zip(kept.graph.find_nodes(op="placeholder"), inputs, strict=True):
@@ -121,12 +124,18 @@ class StageGraph:
             self._written[kind] = _written(self.kept(kind).graph)
         return self._written[kind]
 
+    def measures(self, kind: str) -> bool:
+        """Whether its nodes are still to be measured, by calls of it alone."""
+        return is_measuring(self._run.get(kind))
+
     def first_part(self, stage: int, args: list[Any]) -> tuple[list[Any], Later] | None:
-        """Runs what of a stage's backward is not put off; None, with nothing run, if nothing can be.
+        """Runs what of a stage's backward is not put off; None, with nothing run, if nothing can be, or is yet.
 
         Returns:
             gradients in the backward's order, None for those that are put off; and what is left to do.
         """
+        if self.measures("backward"):
+            return None
         later, graph = self._gradients_of(stage), self.sized("backward", args)
         if (key := (graph, tuple(later))) not in self._divided:
             parts = divide(graph, later) if later else None
@@ -138,7 +147,7 @@ class StageGraph:
         """Compiles what was made of the graphs."""
         assert self.late is not None
         self.compiled[kind] += 1
-        _keep_strides(gm)
+        keep_strides(gm)
         return self.late(gm, planned)
 
     def _gradients_of(self, stage: int) -> dict[int, torch.nn.Parameter]:
@@ -230,7 +239,9 @@ class Pair:
         trace_again(merged)
         kind = f"pair {forward.number_of(backward)}"
         forward.record.notes.append(f"{kind}: with the backward of graph {backward.record.index}")
-        planned = ordering.order(kind, merged, forward.record, forward.lowering == "inductor", parts=2)
+        planned = ordering.order(
+            kind, merged, forward.record, forward.lowering == "inductor", 2, _seconds(forward, backward)
+        )
         self._run = forward.made("pair", merged, planned)
 
     def run(self, of_backward: list[Any], of_forward: list[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -290,7 +301,16 @@ def why_apart(forward: StageGraph, backward: StageGraph, sized: Sequence[fx.Grap
     return pairs.obstacle(sized)
 
 
-def _keep_strides(gm: fx.GraphModule) -> None:
+def _seconds(forward: StageGraph, backward: StageGraph) -> dict[str, float] | None:
+    """What the nodes of a pair took, where both graphs were measured."""
+    both = backward.seconds.get("backward"), forward.seconds.get("forward")
+    if None in both:
+        return None
+    parts = zip(PARTS, filter(None, both), strict=True)
+    return {pairs.name_in(part, name): each for part, seconds in parts for name, each in seconds.items()}
+
+
+def keep_strides(gm: fx.GraphModule) -> None:
     """Has Inductor give results the strides that they were traced with."""
     (output,) = gm.graph.find_nodes(op="output")
     places = [place for place, each in enumerate(output.args[0]) if isinstance(each, fx.Node)]

@@ -1,6 +1,7 @@
-"""What is predicted of graphs that were ordered (`overlap`), as a trace for Perfetto (ui.perfetto.dev) or Chrome.
+"""What is predicted, or was measured, of ordered graphs (`overlap`), as a trace for ui.perfetto.dev or Chrome.
 
-A graph has a process for each of its orders, as it came and as it is run, which begin together; in these a track for
+A graph has a process for each of its orders, as it came and as it is run, which begin together, and one more of what is
+predicted where its operators were measured; in these a track for
 what is computed, one for what the device waits for, and one for each link. An arrow leads from what begins
 communication to what awaits it.
 """
@@ -26,9 +27,9 @@ def trace_of(graphs: Sequence[GraphReport]) -> dict[str, Any]:
     events, numbers = Events(), itertools.count()
     for graph in graphs:
         for kind, plan in graph.planned.items():
-            for words, timeline in orders(plan).items():
-                name = f"graph {graph.index} {graph.name}, {kind}, predicted, {words}"
-                events += _process(next(numbers), name, plan.tasks, timeline)
+            for order in orders(plan):
+                name = f"graph {graph.index} {graph.name}, {kind}, {order.words}"
+                events += _process(next(numbers), name, plan.tasks, order.timeline)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 

@@ -69,6 +69,7 @@ class Plan:
         tasks: one for each node, by its name, as they come now.
         anchors: of these the ones that begin or await communication, or compute for a while.
         most: bytes that a better order may hold.
+        unmeasured: the tasks as they are predicted, where what nodes take was measured; none where nothing was.
     """
 
     before: Timeline
@@ -76,6 +77,12 @@ class Plan:
     tasks: tuple[Task, ...]
     anchors: frozenset[str]
     most: float = math.inf
+    unmeasured: tuple[Task, ...] = ()
+
+    @property
+    def predicted(self) -> Timeline | None:
+        """Of the better order, what is predicted of it, where what nodes take was measured."""
+        return simulate(self.unmeasured, self.after.order) if self.unmeasured else None
 
     @property
     def moves(self) -> bool:
@@ -101,7 +108,7 @@ class Plan:
 
 def plan(
     graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, fuses: bool = False, share: float = 0.0,
-    memory: float = MEMORY, parts: int = 1,
+    memory: float = MEMORY, parts: int = 1, measured: Mapping[str, float] | None = None,
 ) -> Plan:  # fmt: skip
     """The better order, if there is one, and what is predicted of both.
 
@@ -114,16 +121,18 @@ def plan(
         memory: how many times what the given order holds at once, with the graph's inputs, the better one may.
         parts: of a batch that the given order runs one after the other. It holds what one of them needs, and a better
             one may hold what all do.
+        measured: seconds that nodes took by themselves, by their names; what is missing is predicted.
     """
     nodes = _movable(graph)
-    tasks = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
+    known = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
+    tasks = known if measured is None else _as_measured(known, nodes, measured)
     before = simulate(tasks, range(len(tasks)))
     inputs = float(sum((held_by(node) for node in graph.find_nodes(op="placeholder")), sympy.Integer(0)).subs(sizes))
     most = memory * (inputs + parts * before.peak) - inputs
     after = better(tasks, before, GAIN, most)
     anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
     found = before if after.order == before.order else after
-    return Plan(before, found, tuple(tasks), frozenset(anchors), most)
+    return Plan(before, found, tuple(tasks), frozenset(anchors), most, () if measured is None else tuple(known))
 
 
 def move(graph: fx.Graph, order: Sequence[str]) -> None:
@@ -230,6 +239,27 @@ def _tasks(
         held = sympy.Integer(0) if node in fused else bytes_of(node)
         duration = 0.0 if sends is not None or node in fused else cost.computing(hardware, sizes)
         found.append(Task(node.name, duration, tuple(after), sends, tuple(begun), float(held.subs(sizes))))
+    return found
+
+
+def _as_measured(tasks: Sequence[Task], nodes: Sequence[fx.Node], measured: Mapping[str, float]) -> list[Task]:
+    """With what nodes took, node by node.
+
+    Of what is sent, all that a start and its wait took is on the link, but for what the wait is predicted to compute.
+    What is predicted to take no time, a view or what is fused with others, takes none.
+    """
+    link = {number: measured.get(task.name, 0.0) for number, task in enumerate(tasks) if task.sends is not None}
+    found = list[Task]()
+    for task, node in zip(tasks, nodes, strict=True):
+        duration = measured.get(task.name, task.duration) if task.duration else 0.0
+        if packet_of(node) in WAITS and task.receives:
+            duration = min(duration, task.duration)
+            link[task.receives[0]] += measured.get(task.name, duration) - duration
+        found.append(replace(task, duration=duration))
+    for number, seconds in link.items():
+        sends = tasks[number].sends
+        if sends is not None and tasks[number].name in measured:
+            found[number] = replace(found[number], sends=replace(sends, duration=seconds))
     return found
 
 

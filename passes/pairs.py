@@ -43,7 +43,7 @@ def paired(backward: fx.GraphModule, forward: fx.GraphModule) -> fx.GraphModule:
     places: tuple[dict[fx.Node, fx.Node], ...] = ({}, {})
     for part, gm, found in zip(PARTS, (backward, forward), places, strict=True):
         for node in gm.graph.find_nodes(op="placeholder"):
-            found[node] = new.placeholder(f"{part[0]}_{node.name}")
+            found[node] = new.placeholder(name_in(part, node.name))
             found[node].meta = copy.copy(node.meta)
     outputs: list[Any] = []
     for number, (gm, found) in enumerate(zip((backward, forward), places, strict=True)):
@@ -56,12 +56,16 @@ def paired(backward: fx.GraphModule, forward: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, new)
 
 
+def name_in(part: str, name: str) -> str:
+    """Of a pair, that of what has this name in its part."""
+    return f"{part[0]}_{name}"
+
+
 def _copied(
     node: fx.Node, gm: fx.GraphModule, new: fx.Graph, root: torch.nn.Module, number: int, found: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    letter = PARTS[number][0]
     if node.op == "get_attr":
-        name = f"{letter}_{str(node.target).replace('.', '_')}"
+        name = name_in(PARTS[number], str(node.target).replace(".", "_"))
         setattr(root, name, operator.attrgetter(str(node.target))(gm))
         made = new.get_attr(name)
     else:
@@ -70,7 +74,7 @@ def _copied(
             node.target,
             fx.node.map_arg(node.args, found.__getitem__),
             fx.node.map_arg(node.kwargs, found.__getitem__),
-            f"{letter}_{node.name}",
+            name_in(PARTS[number], node.name),
         )
     made.meta = copy.copy(node.meta) | {PART: PARTS[number]}
     if packet_of(made) in (*EXCHANGES, *WHOLE):

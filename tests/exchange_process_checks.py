@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,10 @@ from torch.distributed.tensor import DTensor
 
 import moecompile
 from expert_parallel_models import EXPERTS, MANY, TOP_K, Block, Model, close, compiled, tokens_of
-from moecompile import splitting
+from moecompile import measuring, splitting
 from moecompile.passes import hardware
 from moecompile.runtime import peer_memory
-from overlap_checks import SLOW, on
+from overlap_checks import SLOW, environment, on
 from pipelines_on_one_rank import pipeline_of, step_by_itself
 from ranks_on_one_gpu import meet
 
@@ -126,14 +127,30 @@ class Beside(nn.Module):
 
 def check_order(rank: int, ranks: int) -> None:
     """Same bits in another order, whose exchanges are sent on a stream of their own."""
+    in_another_order(rank, ranks, 3)
+
+
+def check_profile(rank: int, ranks: int) -> None:
+    """The same of an order that follows from what operators took, by CUDA events."""
+    with tempfile.TemporaryDirectory() as directory, environment("MOECOMPILE_CACHE_DIR", directory):
+        in_another_order(rank, ranks, measuring.CALLS // 2 + 2, profile=True)
+    for kind, plan in moecompile.last_report().graphs[-1].planned.items():
+        tasks = {task.name: task for task in plan.tasks}
+        sent = [task.sends.duration for task in tasks.values() if task.sends is not None]
+        experts = [task.duration for name, task in tasks.items() if "experts" in name]
+        assert plan.unmeasured and len(sent) == 2 and experts, (kind, [*tasks])
+        assert all(1e-6 < each < 1e-2 for each in (*sent, *experts)), (kind, sent, experts)
+
+
+def in_another_order(rank: int, ranks: int, turns: int, **options: Any) -> None:
     torch._dynamo.reset()
     model, mesh = Beside().cuda(), mesh_of(ranks)
     moecompile.shard_experts(model, mesh, src_data_rank=None)
     inputs = [tokens_of(10 * turn + rank, 512, hidden=HIDDEN).cuda() for turn in range(2)]
     steps = compiled(model, disable=("hide",))
     right = [[each.clone() for each in results(steps, model, x)] for x in inputs]
-    run = compiled(model, disable=("hide",), overlap=True)
-    for _ in range(3):
+    run = compiled(model, disable=("hide",), overlap=True, **options)
+    for _ in range(turns):
         for x, wanted in zip(inputs, right, strict=True):
             found = results(run, model, x)
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch.nn import functional as F
 
 import moecompile
 from expert_parallel_models import Block, close, mesh_of
-from moecompile import lowering, ordering, report
+from moecompile import lowering, measuring, ordering, report
 from moecompile.passes import hardware
 
 c10d = torch.ops._c10d_functional
@@ -121,6 +124,18 @@ def on(device: hardware.Hardware, run: Callable[[], Any]) -> Any:
         vars(ordering)["_device"] = known
 
 
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    known = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if known is not None:
+            os.environ[name] = known
+
+
 def check_eager(rank: int, ranks: int) -> None:
     model = Layer()
     right = stepped(model, model, rows_of(rank))
@@ -207,7 +222,7 @@ def check_a_rank_that_compiles_once_more(rank: int, ranks: int) -> None:
         record = report.GraphReport.of(gm)
         lowering.eager(
             gm, inputs, seen=lambda _, graph: seen.append([node.name for node in graph.graph.nodes]),
-            ordered=lambda kind, graph: ordering.order(kind, graph, record),
+            ordered=lambda kind, graph, _: ordering.order(kind, graph, record),
         )  # fmt: skip
         return lambda *args: (args[0],)  # others do not run it
 
@@ -217,6 +232,38 @@ def check_a_rank_that_compiles_once_more(rank: int, ranks: int) -> None:
         torch.compile(copy.deepcopy(model), backend=alone, fullgraph=True, dynamic=False)(x)
         kinds = [re.sub(r"_\d+$", "", name) for name in seen[0]]
         assert [KINDS[each] for each in kinds if each in KINDS] == agreed[0]
+
+
+def check_profile(rank: int, ranks: int) -> None:
+    """First calls are measured, and compute the same; then, and in later processes, graphs are ordered by that."""
+    model = Layer()
+    right = stepped(model, model, rows_of(rank))
+    with tempfile.TemporaryDirectory() as directory, environment("MOECOMPILE_CACHE_DIR", directory):
+        for way in ("eager", "inductor")[: 1 if OLD else 2]:
+            for known in (False, True):
+                ordering.forget()
+                run = compiled(model, lowering=way, profile=True)
+                for call in range(measuring.CALLS + 2):
+                    close(stepped(run, model, rows_of(rank)), right, 0.0 if way == "eager" else 1e-5)
+                    measures = not known and call < measuring.CALLS
+                    assert (", measured: " in notes()) != measures, f"call {call}: {notes()}"
+                words = "measured by an earlier process" if known else f"{measuring.CALLS} calls run node by node"
+                assert f"profile: forward: {words}" in notes() and f"profile: backward: {words}" in notes(), notes()
+                for plan in moecompile.last_report().graphs[-1].planned.values():
+                    times = [task.duration for task in plan.tasks if task.duration]
+                    assert plan.unmeasured and len({*times}) > 2, times  # no two products take exactly as long
+        files = [*Path(directory).rglob("*.json")]
+        if rank == 0:
+            for each in files:
+                each.unlink()
+        distributed.barrier()
+        ordering.forget()  # one rank has them, the other has not: both measure
+        read = measuring._read
+        vars(measuring)["_read"] = lambda stored: {"mm": 1.0} if rank else read(stored)
+        run = compiled(model, lowering="eager", profile=True)
+        close(stepped(run, model, rows_of(rank)), right, 0.0)
+        vars(measuring)["_read"] = read
+        assert f"profile: forward: {measuring.CALLS} calls run node by node" in notes(), notes()
 
 
 def check_shared_experts(rank: int, ranks: int) -> None:

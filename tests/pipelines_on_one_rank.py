@@ -46,6 +46,12 @@ def loss(found: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(found.float(), target.float())
 
 
+def connect_with_nobody(stages: Sequence[Any]) -> None:
+    """Torch 2.11 would connect a rank with itself, which gloo refuses."""
+    for stage in stages:
+        vars(stage)["_get_init_p2p_neighbors_ops"] = list
+
+
 def pipeline_of(
     make: Any, modules: Sequence[nn.Module], microbatches: int, like: Tensor, *, group: Any = None,
     loss_fn: Callable[..., Tensor] = loss, **settings: Any,
@@ -66,8 +72,7 @@ def pipeline_of(
         PipelineStage(each, number, count, like.device, group=group, input_args=like, output_args=like)
         for number, each in enumerate(modules)
     ]
-    for stage in stages:  # torch 2.11 would connect a rank with itself, which gloo refuses
-        vars(stage)["_get_init_p2p_neighbors_ops"] = list
+    connect_with_nobody(stages)
     schedule = make(stages, microbatches, loss_fn=loss_fn, **settings)
     return schedule, moecompile.pipelining.attach(schedule)
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import moecompile
 from expert_parallel_models import HIDDEN, Block
 from moecompile import agreement, ordering, pipelining, stage_actions
+from pipelines_on_one_rank import connect_with_nobody
 
 FEATURES, TOKENS = 16, 6
 KINDS = {"forward", "backward", "first part", "second part", "pair"}
@@ -117,6 +118,8 @@ class Job:
             PipelineStage(stage, number, count, torch.device("cpu"), group=mesh.get_group("pp"))
             for stage, number in zip(self.stages, self.numbers, strict=True)
         ]
+        if pipeline == 1:
+            connect_with_nobody(of_torch)
         self.schedule = schedule(of_torch, microbatches, loss_fn=loss)
         self.pipeline = pipelining.attach(self.schedule)
         self.rank_of_experts = mesh.get_local_rank("ep")
@@ -222,6 +225,17 @@ def check_experts(rank: int, ranks: int) -> None:
     for graph in job.pipeline.graphs:  # all parameters' gradients come later, those of experts too
         for divided in graph._divided.values():
             assert divided is not None and len(divided.parts.later) == 5, divided
+
+
+def check_measured(rank: int, ranks: int) -> None:
+    """What stages' nodes take is measured first, by graphs that run by themselves."""
+    job = Job(1, ranks, 4 * ranks, profile=True)
+    trains(job)
+    counts, words = job.pipeline.counts, str(job.pipeline)
+    assert counts["measured"] > 0 < counts["pair"] and not job.pipeline.apart, words
+    assert counts["measured"] + counts["pair"] == 3 * overlapped(job), words
+    planned = {kind: plan for graph in moecompile.last_report().graphs for kind, plan in graph.planned.items()}
+    assert planned["pair 1"].unmeasured and planned["pair 1"].tasks != planned["pair 1"].unmeasured
 
 
 def check_zero_bubble(rank: int, ranks: int) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import moecompile
+from moecompile import option_values, pipeline
 from moecompile import options as module
-from moecompile import pipeline
 from moecompile.options import ENVIRONMENT, PASSES, Options, unknown_variables
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "options.md"
@@ -209,8 +209,15 @@ def test_every_kind_of_annotation_is_checked():
         (tuple[int, str], ((1, "a"),), ((1,), ("a", 1), [1, "a"])),
         (tuple[str, ...], ((), ("a", "b")), (("a", 1), "ab")),
     ]:
-        assert all(module._matches(annotation, value) for value in good), annotation
-        assert not any(module._matches(annotation, value) for value in bad), annotation
+        assert all(option_values._matches(annotation, value) for value in good), annotation
+        assert not any(option_values._matches(annotation, value) for value in bad), annotation
+
+
+@pytest.mark.parametrize("option", [{"profile": True}, {"fp8_cache_weights": True, "precision": "fp8"}], ids=str)
+def test_what_does_not_go_with_cuda_graphs(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"option `{next(iter(option))}` does not go with Inductor's CUDA graphs"):
+        Options.parse("reduce-overhead", option)
+    Options.parse("reduce-overhead", {})
 
 
 def option_rows() -> list[str]:
@@ -223,7 +230,9 @@ def option_rows() -> list[str]:
 
 
 def _spelled(annotation: Any) -> str:
-    return {tuple[str, ...]: "tuple of names", dict[str, Any]: "mapping"}.get(annotation) or module._spelled(annotation)
+    return {tuple[str, ...]: "tuple of names", dict[str, Any]: "mapping"}.get(annotation) or option_values._spelled(
+        annotation
+    )
 
 
 @pytest.mark.parametrize(

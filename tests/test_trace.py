@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,9 +19,11 @@ from test_list_schedule import block
 TASKS = tuple([*block(0, "a"), *block(7, "b")])
 
 
-def planned() -> GraphReport:
+def planned(measured: bool = False) -> GraphReport:
     before, after = simulate(TASKS, range(14)), schedule(TASKS)
-    plans = {"forward": Plan(before, after, TASKS, frozenset()), "backward": Plan(before, before, TASKS, frozenset())}
+    slower = tuple(replace(task, duration=2 * task.duration) for task in TASKS) if measured else ()
+    forward = Plan(before, after, TASKS, frozenset(), unmeasured=slower)
+    plans = {"forward": forward, "backward": Plan(before, before, TASKS, frozenset())}
     return GraphReport(index=3, name="forward in model.py", planned=plans)
 
 
@@ -37,6 +41,41 @@ def test_processes_and_tracks() -> None:
     ]
     tracks = [each["args"]["name"] for each in of(events, name="thread_name", pid=0)]
     assert tracks == ["computation", "waiting for other ranks", "nvlink"]
+
+
+def test_what_was_measured_is_beside_what_is_predicted() -> None:
+    report = Report((planned(measured=True),))
+    events = trace_of(report.graphs)["traceEvents"]
+    names = [each["args"]["name"].partition(", ")[2] for each in of(events, name="process_name")]
+    assert names == [
+        "forward, measured, now",
+        "forward, predicted, now",
+        "forward, measured, as it came",
+        "backward, predicted, now",
+    ]
+    computed = [sum(each["dur"] for each in of(events, ph="X", pid=process, tid=0)) for process in (0, 1)]
+    assert computed[1] == 2 * computed[0]
+    text = report.text()
+    assert "forward, measured, as it came" in text and "forward, predicted, now" in text
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    """All spans of all orders, on tracks that lie below each other."""
+    report = Report((planned(measured=True),))
+    picture = ElementTree.fromstring(report.timeline(tmp_path / "timeline.svg").read_text(encoding="utf-8"))
+    svg = "{http://www.w3.org/2000/svg}"
+    titles = [title.text or "" for title in picture.iter(f"{svg}title")]
+    for process, what in ((0, "computes"), (1, "waits"), (2, "carries")):
+        spans = of(trace_of(report.graphs)["traceEvents"], ph="X", tid=process)
+        drawn = [title for title in titles if title.startswith(what)]
+        assert sorted(drawn) == sorted(f"{what} {e['name']}: {e['dur']:.1f} us from {e['ts']:.1f}" for e in spans)
+    bars = [each for each in picture.iter(f"{svg}rect") if len(each)]
+    assert len(bars) == len(titles) and all(
+        float(each.attrib["x"]) + float(each.attrib["width"]) <= float(picture.attrib["width"]) for each in bars
+    )
+    assert len({each.attrib["y"] for each in bars}) == 2 * 4
+    with pytest.raises(ValueError, match="there is no timeline"):
+        Report((GraphReport(),)).timeline(tmp_path / "none.svg")
 
 
 def test_times() -> None:
