@@ -129,6 +129,32 @@ def gather_together(group: str, names: Sequence[str]) -> None:
         )
 
 
+def hear(word: str, subject: str, groups: Sequence[str], cure: str) -> list[str]:
+    """What all ranks say that exchange something with each other, directly or through others.
+
+    Args:
+        word: this rank's.
+        subject: a text that is the same on all of them: groups have other names on other ranks.
+        groups: of this rank's that it is about.
+        cure: what each of them has to do.
+
+    Raises:
+        DisagreementError: not all of them come.
+    """
+    among = {tuple(distributed.get_process_group_ranks(process_group(name))) for name in groups}
+    every: Sequence[int] | None = sorted({rank for each in among for rank in each})
+    if len(among) > 1:
+        every = ranks.connected(subject, every or ())
+    words = None if every is None else ranks.words_of_all(word, subject, every)
+    if words is None:
+        known = sorted({rank for each in among for rank in each}) if every is None else [*every]
+        raise DisagreementError(
+            f"moecompile: not all of the ranks {known}, which exchange something in this graph, came within "
+            f"{ranks.PATIENCE} to say about it: {subject}. {cure}"
+        )
+    return words
+
+
 class Together:
     """The ranks that a graph exchanges something with while it runs: who runs it alone would wait for them for ever.
 
@@ -161,10 +187,10 @@ class Together:
         """
         if self.alone:
             return [word]
-        if self._subject(what) in _done:
+        if self._key(what) in _done:
             return None
-        _done[self._subject(what)] = False
-        return self._hear(self._subject(what), word)
+        _done[self._key(what)] = False
+        return self._hear(what, word)
 
     def object(self, what: str, objects: bool) -> bool:
         """Whether any rank objects, of all that have met to do this; they remember it.
@@ -173,30 +199,22 @@ class Together:
             DisagreementError: not all of them say.
         """
         if not self.alone:
-            objects = "True" in self._hear(f"outcome of {self._subject(what)}", str(objects))
-            _done[self._subject(what)] = objects
+            objects = "True" in self._hear(f"outcome of {what}", str(objects))
+            _done[self._key(what)] = objects
         return objects
 
     def objected(self, what: str) -> bool:
         """Whether any rank objected when they met."""
-        return _done.get(self._subject(what), False)
+        return _done.get(self._key(what), False)
 
-    def _subject(self, what: str) -> str:
+    def _key(self, what: str) -> str:
         graph = sorted((group.name, *words) for group, words in self._words.items())
         return f"{what} {graph}{' for inference' * self._inference}"
 
-    def _hear(self, subject: str, word: str) -> list[str]:
-        among = [members(group) for group in self._words]
-        # whose ranks share with several groups hear them all
-        every = among[0] if len(among) == 1 else [*range(distributed.get_world_size())]
-        words = ranks.words_of_all(word, subject, every)
-        if words is None:
-            raise DisagreementError(
-                f"moecompile: not all of the ranks {every}, which exchange tokens or experts in this graph, came "
-                f"within {ranks.PATIENCE} to do this together: {subject}. Each of them has to call the model, with the "
-                "same options"
-            )
-        return words
+    def _hear(self, what: str, word: str) -> list[str]:
+        subject = f"{what} {sorted(self._words.values())}{' for inference' * self._inference}"
+        cure = "Each of them has to call the model, with the same options"
+        return hear(word, subject, [group.name for group in self._words], cure)
 
 
 def forget() -> None:

@@ -106,7 +106,7 @@ def moecompile(
     compiled = loads.with_loads(local_parameters.with_parts(compiled, parts), counted)
     compiled = cached.with_copies(compiled, lifted)
     compiled = main_gradients.with_main_gradients(compiled, added)
-    compiled = pipelining.noting(compiled, stage, len(example_inputs))
+    compiled = pipelining.noting(compiled, stage)
 
     # 7. A model that was not rewritten at all is worth one warning, with the reason and the cure.
     return advice.warn_if_nothing_matched(compiled, record, obstacle)

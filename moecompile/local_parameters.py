@@ -33,6 +33,14 @@ class _Part(torch.autograd.Function):
         return None if gradient is None else spread_like(ctx.like, gradient)
 
 
+def parameter_at(edge: Any) -> nn.Parameter | None:
+    """The parameter that a gradient goes to at an edge of autograd's, by itself or as a part; None if to another."""
+    if edge is not None and edge.name() == f"{_Part.__name__}Backward":
+        ((edge, _),) = edge.next_functions
+    found = getattr(edge, "variable", None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
 def spread_like(parameter: Tensor, gradient: Tensor) -> DTensor:
     """This rank's part of a gradient as the parameter's whole gradient."""
     assert isinstance(parameter, DTensor)

@@ -29,6 +29,7 @@ CALLS = 4
 """The first of which is not counted: kernels are loaded in it."""
 AHEAD = 2_000_000
 """Cycles for which the device waits before each node, so that the host has sent all that the node runs."""
+AFTER = "not measured, since ranks have agreed on an order before"
 Seconds = Mapping[str, float]
 """By name of a node."""
 Call = Callable[[list[Any]], Sequence[Any]]
@@ -46,12 +47,13 @@ def measured(kind: str, gm: fx.GraphModule, record: GraphReport, salt: str, fini
         salt: what measurements depend on beside the graph (`moecompile.cache.salt`).
         finish: called when all is known.
     """
-    if not ordering.exchanges(gm.graph) or ordering.is_known(kind, gm.graph):
+    if not ordering.exchanges(gm.graph):
         return finish(None)
     stored = Sidecar(measured_key(salt, kind, text_of(gm), _device_name(gm)))
     known = _read(stored)
-    if not ordering.first_reason(f"profile {kind}", [gm.graph], "" if known else "it is not measured yet"):
-        record.notes.append(f"profile: {kind}: measured by an earlier process")
+    missing = "" if known else "it is not measured yet"
+    if ordering.is_known(kind, gm.graph) or not ordering.agreed_reason(f"profile {kind}", [gm.graph], missing):
+        record.notes.append(f"profile: {kind}: {'measured by an earlier process' if known else AFTER}")
         return finish(known)
     record.notes.append(f"profile: {kind}: {CALLS} calls run node by node, and are measured")
     return _Measuring(gm, stored, finish)

@@ -2,8 +2,13 @@
 
     for each graph, forward and backward, when it is compiled:
         plan an order (passes/overlap.py), with what it costs on this device
-        all ranks that it exchanges something with hear each other's; unless all have the same, the graph stays as it is
-        move nodes into that order, and have Inductor keep it
+        all ranks that it exchanges something with agree on the order of what communicates, when they first compile a
+            graph with this communication: the one that they have; or one of theirs, if that costs none of them
+            anything; or the given one
+        move nodes into the best order that has it, and have Inductor keep that
+
+What is agreed on holds for all graphs with the same communication, of whatever sizes: who compiles one once more, for
+other sizes, meets nobody.
 
 Inductor orders operators anew, by what memory they need. What begins or awaits communication, and what computes for a
 while, is chained to what comes before it, so that the order survives; the rest is free to be fused.
@@ -11,31 +16,36 @@ while, is chained to what comes before it, so that the order survives; the rest 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 import torch
 from packaging.version import Version
-from torch import distributed, fx
+from torch import fx
 
-from moecompile import ranks
-from moecompile.agreement import DisagreementError
+from moecompile.agreement import hear
 from moecompile.passes import hardware
-from moecompile.passes.costs import cost_of, expression
+from moecompile.passes.costs import expression
+from moecompile.passes.effects import group_of
 from moecompile.passes.list_schedule import Timeline
-from moecompile.passes.overlap import Plan, move, plan, send_aside
+from moecompile.passes.overlap import Plan, communication, move, plan, send_aside
 from moecompile.report import GraphReport
-from moecompile.runtime.sharded import process_group
 
 log = logging.getLogger("moecompile")
 KEEPS_FROM = "2.13"
 """The first torch whose Inductor takes control dependencies between operators that have gradients elsewhere."""
-_agreed: dict[str, dict[str, tuple[int, ...] | None]] = {}
-"""By what graphs communicate, and by graph: the order that all ranks have, of its tasks by number; None where they have
-several, and the graph stays as it is."""
+NOT_OURS = "what communicates comes in the order that all ranks have agreed on"
+GUESS = 128
+"""Of a size that nobody knows."""
+CURE = "Each of them has to call the model, with the same options; or leave out `overlap`"
+_agreed: dict[str, tuple[int, ...]] = {}
+"""By what graphs communicate: the order that all ranks have it in."""
+_reasons: dict[str, str] = {}
+"""By what ranks were to do together: why they do not."""
 
 
 def order(
@@ -45,7 +55,7 @@ def order(
     """Orders a graph in place, and says so in its record; what was planned if there is anything to hide.
 
     Args:
-        kind: "forward", "backward" or which pair.
+        kind: "forward", "backward", or "pair" and its number.
         gm: of AOTAutograd's.
         record: of the graph that it belongs to.
         fuses: whether Inductor is to compile it.
@@ -55,37 +65,36 @@ def order(
     Raises:
         DisagreementError: not all ranks compile such a graph.
     """
-    groups = _groups(gm.graph)
-    if not groups:
+    if not exchanges(gm.graph):
         return None
-    found = predicted(gm.graph, fuses, parts, measured)
+    again = functools.partial(predicted, gm.graph, fuses, parts, measured)
+    agreed, found = _agree(kind.partition(" ")[0], gm.graph, again)
     if found is None:
         record.notes.append(f"overlap: {kind}: nothing is ordered, for there are sizes that nobody knows yet")
         return None
-    agreed = _agree(kind, gm.graph, groups, found)
-    if agreed is None:
-        record.notes.append(f"overlap: {kind}: nothing is ordered, for ranks would have different orders")
-        return None
-    if agreed.moves:
-        move(gm.graph, agreed.order)
+    if found.moves:
+        move(gm.graph, found.order)
     send_aside(gm.graph)
     gm.recompile()
-    record.notes.append(f"overlap: {kind}: {_words(agreed)}")
-    record.planned[kind] = agreed
-    return agreed
+    record.notes.append(f"overlap: {kind}: {_words(found)}{'' if agreed else f'; {NOT_OURS}'}")
+    record.planned[kind] = found
+    return found
 
 
 def exchanges(graph: fx.Graph) -> bool:
     """Whether it exchanges anything with other ranks."""
-    return bool(_groups(graph))
+    return any(group_of(node) is not None for node in graph.nodes)
 
 
 def is_known(kind: str, graph: fx.Graph) -> bool:
-    """Whether ranks have an order of such a graph, of whatever sizes: who compiles it once more meets nobody."""
-    return _subject(graph) in _agreed.get(_meeting(kind, graph), {})
+    """Whether ranks have agreed on what communicates in such a graph, of whatever sizes."""
+    return _key(kind, graph) in _agreed
 
 
-def predicted(graph: fx.Graph, fuses: bool, parts: int, measured: Mapping[str, float] | None = None) -> Plan | None:
+def predicted(
+    graph: fx.Graph, fuses: bool, parts: int, measured: Mapping[str, float] | None = None,
+    permutation: Sequence[int] | None = None, guess: bool = False,
+) -> Plan | None:  # fmt: skip
     """The better order of a graph, if there is one, on this device; None if there are sizes that nobody knows yet.
 
     Args:
@@ -93,9 +102,13 @@ def predicted(graph: fx.Graph, fuses: bool, parts: int, measured: Mapping[str, f
         fuses: whether Inductor is to compile it.
         parts: of the batch that it has.
         measured: seconds that nodes take, by their names.
+        permutation: of what communicates, which the order is to have.
+        guess: sizes that nobody knows.
     """
-    sizes = _sizes(graph)
-    return None if sizes is None else plan(graph, _device(), sizes, fuses=fuses, parts=parts, measured=measured)
+    sizes = _sizes(graph, guess)
+    if sizes is None:
+        return None
+    return plan(graph, _device(), sizes, fuses=fuses, parts=parts, measured=measured, permutation=permutation)
 
 
 def device_title() -> str:
@@ -142,33 +155,13 @@ def keep(gm: fx.GraphModule, found: Plan) -> None:
 def forget() -> None:
     """Ranks agree anew; all of them have to forget."""
     _agreed.clear()
+    _reasons.clear()
 
 
-def _agree(kind: str, graph: fx.Graph, groups: Sequence[str], found: Plan) -> Plan | None:
-    """What is predicted in the order that all ranks of these groups have; None if each keeps the one that it was given.
-
-    They meet when they first compile such a graph. Who compiles it once more, for other sizes, may be the only one.
-    What communicates is the same on all of them; the rest may differ, as AOTAutograd divides forward and backward by
-    the sizes that a rank has: then nobody's order is another's.
-    """
-    known = _agreed.setdefault(_meeting(kind, graph), {})
-    subject = _subject(graph)
-    if subject not in known:
-        members = _members(groups)
-        meeting = f"order {_meeting(kind, graph)} {len(known)}"
-        heard = [json.loads(each) for each in _heard(json.dumps([subject, found.after.order]), meeting, members)]
-        order = next((order for _, order in heard if order != sorted(order)), heard[0][1])
-        alike = len({subject for subject, _ in heard}) == 1
-        if any(each != order for _, each in heard):  # of other sizes: it has to be no worse for anybody
-            fits = alike and found.in_order(order).fits
-            alike = {*_heard("yes" if fits else "no", f"{meeting}, of another rank", members)} == {"yes"}
-        known[subject] = tuple(order) if alike else None
-    agreed = known[subject]
-    return None if agreed is None else found.in_order(agreed)
-
-
-def first_reason(what: str, graphs: Sequence[fx.Graph], reason: str) -> str:
+def agreed_reason(what: str, graphs: Sequence[fx.Graph], reason: str) -> str:
     """Why one of the ranks cannot do this with the graphs, if one cannot: all that they exchange something with say.
+
+    Ranks meet when they first are to do it with graphs of this communication, and remember.
 
     Args:
         what: they are to do.
@@ -181,39 +174,58 @@ def first_reason(what: str, graphs: Sequence[fx.Graph], reason: str) -> str:
     groups = sorted({group for graph in graphs for group in _groups(graph)})
     if not groups:
         return reason
-    subject = f"{what} {_digest([groups, [*map(_sending, graphs)]])}"
-    return next(filter(None, _heard(reason, subject, _members(groups))), "")
+    key = " ".join([what, *(_key("", graph) for graph in graphs)])
+    if key not in _reasons:
+        subject = " ".join([what, *(_content("", graph) for graph in graphs)])
+        _reasons[key] = next(filter(None, hear(reason, subject, groups, CURE)), "")
+    return _reasons[key]
 
 
-def _meeting(kind: str, graph: fx.Graph) -> str:
-    """Of which ranks have an order."""
-    return _digest([kind, *_groups(graph), *_sending(graph)])
+def _agree(kind: str, graph: fx.Graph, again: Callable[..., Plan | None]) -> tuple[bool, Plan | None]:
+    """The best order in which what communicates comes as all ranks have it; and whether that is also the best of all.
+
+    Args:
+        kind: of graph.
+        graph: which communicates.
+        again: plans an order, maybe in a `permutation` of what communicates.
+    """
+    found, key = again(), _key(kind, graph)
+    if key not in _agreed:
+        _agreed[key] = _meet(_content(kind, graph), graph, found, again)
+    agreed = _agreed[key]
+    if found is not None and found.permutation == agreed:
+        return True, found
+    given = [*agreed] == sorted(agreed)
+    if found is None and given:
+        return True, None
+    return False, again(permutation=agreed, guess=True)
 
 
-def _subject(graph: fx.Graph) -> str:
-    """The graph, of any sizes."""
-    return _digest([(node.name, str(node.target)) for node in graph.nodes])
+def _meet(subject: str, graph: fx.Graph, found: Plan | None, again: Callable[..., Plan | None]) -> tuple[int, ...]:
+    """The order of what communicates that all ranks have, or that costs none of them anything; else the given one."""
+    groups, given = _groups(graph), tuple(range(len(communication(graph))))
+    mine = None if found is None else found.permutation
+    heard = [json.loads(each) for each in hear(json.dumps(mine), f"order {subject}", groups, CURE)]
+    known = [tuple(each) for each in heard if each is not None]
+    wanted = next((each for each in known if each != given), given)
+    if len(known) == len(heard) and {*known} == {wanted}:
+        return wanted
+    planned = again(permutation=wanted) if found is not None and wanted != given else None
+    fits = planned is not None and planned.fits
+    heard_again = hear("yes" if fits else "no", f"order {subject}, of another rank", groups, CURE)
+    return wanted if {*heard_again} == {"yes"} else given
 
 
-def _sending(graph: fx.Graph) -> list[str]:
-    """What communicates, in its order: the same on all ranks."""
-    return [str(node.target) for node in graph.nodes if cost_of(node).group is not None]
+def _key(kind: str, graph: fx.Graph) -> str:
+    """What graphs of this rank's communicate alike."""
+    return _digest([kind, *communication(graph)])
 
 
-def _members(groups: Sequence[str]) -> list[int]:
-    """Ranks of the job that are in any of these."""
-    return sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
-
-
-def _heard(word: str, meeting: str, members: Sequence[int]) -> list[str]:
-    """What all ranks say; raises DisagreementError if one does not come."""
-    heard = ranks.words_of_all(word, meeting, members)
-    if heard is None:
-        raise DisagreementError(
-            f"moecompile: not all of the ranks {members}, which exchange something in this graph, compiled it within "
-            f"{ranks.PATIENCE}. Each of them has to call the model, with the same options; or leave out `overlap`"
-        )
-    return heard
+def _content(kind: str, graph: fx.Graph) -> str:
+    """The same, as all ranks know it: groups have other names on other ranks."""
+    numbers: dict[str, int] = {}
+    found = [(target, numbers.setdefault(group, len(numbers)), after) for target, group, after in communication(graph)]
+    return _digest([kind, *found])
 
 
 def _digest(words: object) -> str:
@@ -222,12 +234,11 @@ def _digest(words: object) -> str:
 
 def _groups(graph: fx.Graph) -> list[str]:
     """Of ranks that the graph exchanges something with."""
-    found = {cost.group for node in graph.nodes if (cost := cost_of(node)).group is not None}
-    return sorted(filter(None, found))
+    return sorted({group for node in graph.nodes if (group := group_of(node)) is not None})
 
 
-def _sizes(graph: fx.Graph) -> dict[sympy.Symbol, int] | None:
-    """Numbers for the graph's symbols, of the call that is being compiled; None if one has none."""
+def _sizes(graph: fx.Graph, guess: bool = False) -> dict[sympy.Symbol, int] | None:
+    """Numbers for the graph's symbols, of the call that is being compiled; None if one has none, and is not guessed."""
     found, met = dict[sympy.Symbol, int](), set[sympy.Symbol]()
     for node in graph.nodes:
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
@@ -239,6 +250,8 @@ def _sizes(graph: fx.Graph) -> dict[sympy.Symbol, int] | None:
                 met |= written.free_symbols
                 if isinstance(written, sympy.Symbol) and size.node.hint is not None:
                     found[written] = int(size.node.hint)
+    if guess:
+        found = dict.fromkeys(met, GUESS) | found
     return found if met <= found.keys() else None
 
 

@@ -21,26 +21,33 @@ backward goes on to its end, and the forward after it. Only one of the two threa
 
 from __future__ import annotations
 
-import contextvars
+import contextlib
 import inspect
 import logging
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import fx, nn
 
 from moecompile import ordering
+from moecompile.agreement import DisagreementError
 from moecompile.report import GraphReport
-from moecompile.stage_actions import Meeting, PuttingOff, Weights, on_this_stream, running
+from moecompile.stage_actions import Meeting, PuttingOff, Weights, as_here, running
 from moecompile.stage_graphs import Pair, StageGraph, why_apart, write_into_each_other
 
 log = logging.getLogger("moecompile")
 _pipelines: weakref.WeakKeyDictionary[Any, Pipeline] = weakref.WeakKeyDictionary()
+_one_steps = threading.Lock()
 _stepping: Pipeline | None = None
 """That makes a step now."""
+CANNOT = (
+    "moecompile: ranks that exchange something in two graphs of stages have agreed to run them as one, and this one "
+    "cannot: {}. Have all of them run alike, or call `torch._dynamo.reset()` on all"
+)
 EACH_OTHER = "one of them writes into memory that the other is given"
 
 
@@ -74,7 +81,7 @@ def attach(schedule: Any) -> Pipeline:
 
 def graph_for(inputs: Sequence[Any], record: GraphReport, lowering: str) -> StageGraph | None:
     """For a captured graph with these inputs, if it is a stage's of a pipeline."""
-    return StageGraph(record, lowering) if _stage_of(inputs) is not None else None
+    return StageGraph(record, lowering) if _pipeline_of(inputs) is not None else None
 
 
 def refuse_scaling(inputs: Sequence[Any]) -> None:
@@ -83,48 +90,32 @@ def refuse_scaling(inputs: Sequence[Any]) -> None:
     Raises:
         ValueError: its stage's schedule does.
     """
-    found = _stage_of(inputs)
-    if found is not None and found[0].scales_gradients:
+    found = _pipeline_of(inputs)
+    if found is not None and found.scales_gradients:
         raise ValueError(
             "moecompile: the schedule divides gradients by the number of micro-batches after a step, but no main_grad. "
             "Give it scale_grads=False, and a loss_fn that divides, or leave out the option main_grad"
         )
 
 
-def noting(compiled: Any, graph: StageGraph | None, inputs: int) -> Any:
-    """The compiled graph, which notes the parameters of the stages that call it.
-
-    Args:
-        compiled: takes the captured graph's inputs.
-        graph: None if it is no stage's.
-        inputs: how many the graph has with those that were lifted.
-    """
+def noting(compiled: Any, graph: StageGraph | None) -> Any:
+    """The compiled graph; if it is a stage's, pipelines tell of it."""
     if graph is None:
         return compiled
 
     def call(*given: Any) -> Any:
-        found = _stage_of(given)
-        if found is not None:
-            parameters = [each if isinstance(each, nn.Parameter) and each.requires_grad else None for each in given]
-            graph.parameters[found[1]] = [*parameters, *[None] * (inputs - len(given))]
-            found[0].graphs.add(graph)
+        if _stepping is not None:
+            _stepping.graphs.add(graph)
         return compiled(*given)
 
     return call
 
 
-def _stage_of(inputs: Sequence[Any]) -> tuple[Pipeline, int] | None:
-    """The pipeline's stage that the first parameter belongs to which is one of a stage.
-
-    Modules may be in several pipelines: that counts which makes a step, otherwise the youngest.
-    """
+def _pipeline_of(inputs: Sequence[Any]) -> Pipeline | None:
+    """The one that makes a step, or the youngest, of those with a stage that one of these parameters belongs to."""
     known = [*_pipelines.values()][::-1] if _stepping is None else [_stepping]
-    for each in inputs:
-        if isinstance(each, nn.Parameter):
-            for pipeline in known:
-                if (stage := pipeline.owner.get(id(each))) is not None:
-                    return pipeline, stage
-    return None
+    given = {id(each) for each in inputs if isinstance(each, nn.Parameter)}
+    return next((each for each in known if not given.isdisjoint(each.parameters())), None)
 
 
 class Pipeline:
@@ -145,9 +136,8 @@ class Pipeline:
         self.counts: Counter[str] = Counter()
         self.apart: Counter[str] = Counter()
         self.graphs: set[StageGraph] = set()
-        self.owner = {id(each): stage.stage_index for stage in schedule._stages for each in stage.submod.parameters()}
         self._step: dict[str, Any] = {}
-        self._reasons: dict[tuple[StageGraph, StageGraph, bool], str] = {}
+        self._reasons: dict[tuple[fx.GraphModule, fx.GraphModule, bool], str] = {}
         self._pairs: dict[tuple[fx.GraphModule, fx.GraphModule], Pair] = {}
         self._thread = ThreadPoolExecutor(1, "moecompile backward")
         self._note_arguments(schedule)
@@ -166,27 +156,51 @@ class Pipeline:
         step, signature = schedule._step_microbatches, inspect.signature(schedule._step_microbatches)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            global _stepping
-            self._step, _stepping = dict(signature.bind(*args, **kwargs).arguments), self
-            try:
+            with self._steps(schedule):
+                self._step = dict(signature.bind(*args, **kwargs).arguments)
                 return step(*args, **kwargs)
-            finally:
-                self._step, _stepping = {}, None
 
         schedule._step_microbatches = noted
 
+    @contextlib.contextmanager
+    def _steps(self, schedule: Any) -> Iterator[None]:
+        """Whatever is left of a step that fails is no other's."""
+        global _stepping
+        if not _one_steps.acquire(blocking=False):
+            raise RuntimeError(
+                "moecompile.pipelining: one step of a pipeline at a time: another thread of this process makes one. "
+                "Let them take turns"
+            )
+        _stepping, failed = self, True
+        try:
+            yield
+            failed = False
+        finally:
+            self._step, _stepping = {}, None
+            for stage in schedule._stages:
+                stage.dw_builder.left.clear()
+                if failed:
+                    stage.dw_runner.clear()
+            _one_steps.release()
+
+    def parameters(self) -> set[int]:
+        """Ids of those that stages have now."""
+        schedule = self._schedule()
+        stages = () if schedule is None else schedule._stages
+        return {id(each) for stage in stages for each in stage.submod.parameters()}
+
     def _overlap(self, action: Any, context: Any) -> None:
         """OVERLAP_F_B."""
+        from torch.distributed.pipelining.schedules import FORWARD
+
         schedule = context.schedule_ref
         stages = {stage.stage_index: stage for stage in schedule._stages}
-        forward, backward = action.sub_actions
+        forward, backward = sorted(action.sub_actions, key=lambda each: each.computation_type is not FORWARD)
         _receive_forward(schedule, stages, forward)
         _receive_backward(schedule, stages, backward)
         meeting = Meeting(self)
         with running(meeting):
-            done = self._thread.submit(
-                contextvars.copy_context().run, on_this_stream(_backward), schedule, stages, backward, True
-            )
+            done = self._thread.submit(as_here(_backward), schedule, stages, backward, True)
             meeting.begin(done)
             if done.done():
                 done.result()  # an error, if it met one
@@ -218,18 +232,21 @@ class Pipeline:
         """Both as one, if they can be, given this, and all ranks that they exchange something with have it.
 
         Ranks meet once for two graphs. Of other sizes a rank may have a pair by itself.
+
+        Raises:
+            DisagreementError: others run pairs that this rank cannot.
         """
-        together = forward, backward, write_into_each_other(forward, of_forward, backward, of_backward)
         sized = backward.sized("backward", of_backward), forward.sized("forward", of_forward)
-        if together not in self._reasons:
-            reason = EACH_OTHER if together[-1] else why_apart(forward, backward, sized)
-            reason = ordering.first_reason(
-                "pair", [forward.kept("forward").graph, backward.kept("backward").graph], reason
-            )
-            self._reasons[together] = reason
+        key = *sized, write_into_each_other(forward, of_forward, backward, of_backward)
+        if key not in self._reasons:
+            own = EACH_OTHER if key[-1] else why_apart(forward, backward, sized)
+            reason = ordering.agreed_reason("pair", [each.graph for each in sized], own)
+            if own and not reason:
+                raise DisagreementError(CANNOT.format(own))
             if reason:
                 log.warning("moecompile: %s and a backward run one after the other: %s", forward.record.name, reason)
-        if reason := self._reasons[together]:
+            self._reasons[key] = reason
+        if reason := self._reasons[key]:
             self.apart[reason] += 1
             return None
         if sized not in self._pairs:
@@ -238,7 +255,8 @@ class Pipeline:
 
     def __str__(self) -> str:
         schedule = self._schedule()
-        lines = [f"{type(schedule).__name__}: stages {sorted({*self.owner.values()})} on this rank"]
+        numbers = [] if schedule is None else sorted(stage.stage_index for stage in schedule._stages)
+        lines = [f"{type(schedule).__name__}: stages {numbers} on this rank"]
         lines += [f"  {kind:<12} {count}" for kind, count in self.counts.items()]
         lines += [f"  apart: {count} times: {reason}" for reason, count in self.apart.items()]
         compiled: Counter[str] = sum((graph.compiled for graph in self.graphs), Counter())

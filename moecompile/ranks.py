@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,37 @@ def any_rank(verdict: bool, subject: str) -> bool:
         )
         return verdict
     return "1" in words
+
+
+def connected(subject: str, members: Sequence[int]) -> list[int] | None:
+    """All ranks that these are connected with, by what each of them says are its members.
+
+    A rank that is in several groups knows these, and not those of the others in them.
+
+    Args:
+        subject: a text that is the same on all of them.
+        members: of this rank's groups, itself among them.
+
+    Returns:
+        the ranks, in order; None if not all have said theirs in time.
+    """
+    topic = hashlib.sha256(f"members {subject}".encode()).hexdigest()
+    _meetings[topic] += 1
+    number, own = _meetings[topic], distributed.get_rank()
+    store = distributed.distributed_c10d._get_default_store()
+    store.set(f"moecompile/{topic}/{number}/{own}", json.dumps([*members]))
+    known, waiting = {own}, {*members} - {own}
+    while waiting:
+        rank = min(waiting)
+        try:
+            store.wait([f"moecompile/{topic}/{number}/{rank}"], PATIENCE)
+        except RuntimeError:
+            store.delete_key(f"moecompile/{topic}/{number}/{own}")
+            _meetings[topic] -= 1
+            return None
+        known.add(rank)
+        waiting = (waiting | {*json.loads(store.get(f"moecompile/{topic}/{number}/{rank}"))}) - known
+    return sorted(known)
 
 
 def words_of_all(word: str, subject: str, members: Sequence[int]) -> list[str] | None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from moecompile.bodies import copy_tree
 from moecompile.passes.aliases import fake_of
+from moecompile.passes.pairs import known_when_run
 
 log = logging.getLogger("moecompile")
 MANY = 8
@@ -27,7 +28,7 @@ SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.a
 
 
 class SizedGraph:
-    """A graph, for calls of one size after the other.
+    """A graph, for calls of one size after the other. It stays as it is where some are known only when it runs.
 
     Args:
         gm: of AOTAutograd's, with example values. It stays as it is.
@@ -39,7 +40,7 @@ class SizedGraph:
         self._found: dict[tuple[Any, ...], fx.GraphModule] = {}
         inputs = gm.graph.find_nodes(op="placeholder")
         self._places = [place for place, node in enumerate(inputs) if _has_symbols(fake_of(node))]
-        self._has_symbols = any(_has_symbols(fake_of(node)) for node in gm.graph.nodes)
+        self._changes = not known_when_run(gm.graph) and any(_has_symbols(fake_of(node)) for node in gm.graph.nodes)
 
     def of(self, given: Sequence[Any]) -> fx.GraphModule:
         """For this call; the same object for all of its sizes.
@@ -47,7 +48,7 @@ class SizedGraph:
         Args:
             given: what the graph would be called with.
         """
-        if not self._has_symbols:
+        if not self._changes:
             return self.whole
         key = tuple(tuple(_sizes(given[place])) for place in self._places)
         if key not in self._found:

@@ -15,12 +15,12 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, fx
+from torch import Tensor, fx
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from moecompile import ordering, pipeline, ranks
-from moecompile.agreement import DisagreementError
+from moecompile import ordering, pipeline
+from moecompile.agreement import hear
 from moecompile.bodies import text_of
 from moecompile.options import Options
 from moecompile.passes import hide, microbatches
@@ -28,11 +28,10 @@ from moecompile.passes.batch_meanings import NotProvenError
 from moecompile.passes.mirror import training_seconds
 from moecompile.passes.overlap import GAIN, Plan
 from moecompile.report import GraphReport
-from moecompile.runtime.sharded import process_group
 
 log = logging.getLogger("moecompile")
-_agreed: dict[str, bool] = {}
-"""By graph: whether all ranks have split it."""
+_agreed: dict[tuple[str, ...], bool] = {}
+"""By graph and groups: whether all ranks have split it."""
 
 
 def mark_batch(*inputs: Any) -> None:
@@ -144,20 +143,16 @@ def _agree(graph: fx.Graph, groups: list[str], why: str) -> bool:
     They meet when they first compile it, and when one that has been split is compiled once more and cannot be.
     """
     words = [(node.name, getattr(node.target, "__name__", str(node.target))) for node in graph.nodes]
-    subject = hashlib.sha256(json.dumps([*groups, *words]).encode()).hexdigest()
-    if subject not in _agreed or (why and _agreed[subject]):
-        members = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
-        heard = ranks.words_of_all("whole" if why else "halves", f"microbatches {subject}", members)
-        if heard is None:
-            raise DisagreementError(
-                f"moecompile: not all of the ranks {members}, which exchange something in this graph, compiled it "
-                f"within {ranks.PATIENCE}, and this one has to know whether they split it into micro-batches"
-                + (f"; it cannot: {why}" if why else "")
-                + ". Each of them has to call the model, with the same options and, if one has, with an odd batch; or "
-                "leave out `microbatches`"
-            )
-        _agreed[subject] = {*heard} == {"halves"}
-    return _agreed[subject]
+    subject = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    key = subject, *groups
+    if key not in _agreed or (why and _agreed[key]):
+        cure = (
+            f"This rank {f'keeps it whole: {why}' if why else 'splits it into micro-batches'}. Each of them has to "
+            "call the model, with the same options and, if one has, with an odd batch; or leave out `microbatches`"
+        )
+        heard = hear("whole" if why else "halves", f"microbatches {subject}", groups, cure)
+        _agreed[key] = {*heard} == {"halves"}
+    return _agreed[key]
 
 
 def _groups(graph: fx.Graph) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import threading
 from collections import Counter
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
@@ -40,7 +42,7 @@ class Meeting:
         self._failed: BaseException | None = None
         self._over = False
         self._stopped, self._goes_on = threading.Event(), threading.Event()
-        self._done: Future[Any] = Future()
+        self._done: Future[Any] | None = None
 
     def begin(self, done: Future[Any]) -> None:
         """Waits until the backward has come to its graph, or to its end."""
@@ -48,8 +50,10 @@ class Meeting:
         done.add_done_callback(lambda _: self._stopped.set())
         self._stopped.wait()
 
-    def end(self) -> None:
-        """The forward is at its end: a backward that still waits for its graph runs by itself."""
+    def end(self, failed: bool) -> None:
+        """The forward is at its end, or has failed: a backward that still waits for its graph runs by itself."""
+        if not self._over and failed:
+            self._finish()
         if not self._over:
             self._pipeline.apart[NO_GRAPH] += 1
             self._pipeline.counts["apart"] += 1
@@ -95,39 +99,31 @@ class Meeting:
         """Lets the backward go on to its end."""
         self._over = True
         self._goes_on.set()
-        wait([self._done])
+        if self._done is not None:
+            wait([self._done])
 
 
 class PuttingOff:
-    """A backward whose gradients of parameters come later.
-
-    Autograd calls the hooks of these parameters nevertheless, with no gradient. Meanwhile they have none.
-    """
+    """A backward whose gradients of parameters come later."""
 
     def __init__(self, pipeline: Pairs, stage: Any) -> None:
         self._pipeline, self._stage = pipeline, stage
-        self._hooks: list[tuple[MutableMapping[int, Any], dict[int, Any]]] = []
 
-    def end(self) -> None:
-        """Parameters have their hooks again."""
-        for hooks, taken in self._hooks:
-            hooks.update(taken)
+    def end(self, failed: bool) -> None:
+        """Of a backward that has failed nothing is left."""
+        if failed:
+            self._stage.dw_builder.left.clear()
 
     def enters(self, kind: str, graph: StageGraph, args: list[Any]) -> Sequence[Any]:
         """The stage comes to its backward graph."""
         if kind != "backward":
             return graph.run(kind, args)
-        found = graph.first_part(self._stage.stage_index, args)
+        found = graph.first_part(args)
         self._pipeline.counts["whole" if found is None else "first part"] += 1
         if found is None:
             return graph.run(kind, args)
         gradients, later = found
         self._stage.dw_builder.left.append(later)
-        for parameter in later.parameters:
-            for hooks in (parameter._backward_hooks, parameter._post_accumulate_grad_hooks):
-                if hooks:
-                    self._hooks.append((hooks, dict(hooks)))
-                    hooks.clear()
         return gradients
 
 
@@ -152,22 +148,30 @@ class Weights:
 @contextlib.contextmanager
 def running(what: Meeting | PuttingOff) -> Iterator[None]:
     """All graphs of stages enter it meanwhile."""
-    stage_graphs.running = what
+    stage_graphs.running, failed = what, True
     try:
         yield
+        failed = False
     finally:
         stage_graphs.running = None
-        what.end()
+        what.end(failed)
 
 
-def on_this_stream(function: Any) -> Any:
-    """The function, on another thread, on this one's device and stream."""
-    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
-        return function
-    device, stream = torch.cuda.current_device(), torch.cuda.current_stream()
+def as_here(function: Any) -> Any:
+    """The function, on another thread, with what is this one's own: device and stream, autocast, context variables."""
+    entered: list[Callable[[], Any]] = [
+        functools.partial(torch.autocast, device, torch.get_autocast_dtype(device), True)
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        entered.append(functools.partial(torch.cuda.device, torch.cuda.current_device()))
+        entered.append(functools.partial(torch.cuda.stream, torch.cuda.current_stream()))
 
     def run(*args: Any) -> Any:
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with contextlib.ExitStack() as stack:
+            for enter in entered:
+                stack.enter_context(enter())
             return function(*args)
 
-    return run
+    return functools.partial(contextvars.copy_context().run, run)

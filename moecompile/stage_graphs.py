@@ -16,18 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from moecompile import ordering
 from moecompile.bodies import copy_tree
-from moecompile.local_parameters import spread_like
+from moecompile.local_parameters import parameter_at, spread_like
 from moecompile.measuring import is_measuring
 from moecompile.passes import pairs
 from moecompile.passes.aliases import Aliases
 from moecompile.passes.backward_parts import Parts, divide
+from moecompile.passes.effects import PARTS, writes
 from moecompile.passes.joint_graph import FUNCTIONALIZED
-from moecompile.passes.overlap import PARTS, Plan, writes
+from moecompile.passes.overlap import Plan
 from moecompile.report import GraphReport
 from moecompile.sized_graphs import SizedGraph, trace_again
 
@@ -59,14 +60,12 @@ class StageGraph:
         late: compiles what is made of the graphs.
         compiled: how many times that was done, and AOTAutograd's graphs themselves, by kind.
         seconds: that nodes took, by kind of graph and by name, where that was measured (the option `profile`).
-        parameters: by stage, what of the captured graph's inputs are parameters that need gradients; None elsewhere.
     """
 
     record: GraphReport
     lowering: str
     late: Late | None = None
     compiled: Counter[str] = field(default_factory=Counter)
-    parameters: dict[int, list[torch.nn.Parameter | None]] = field(default_factory=dict)
     seconds: dict[str, Mapping[str, float]] = field(default_factory=dict)
     _kept: dict[str, SizedGraph] = field(default_factory=dict)
     _run: dict[str, Call] = field(default_factory=dict)
@@ -128,15 +127,17 @@ class StageGraph:
         """Whether its nodes are still to be measured, by calls of it alone."""
         return is_measuring(self._run.get(kind))
 
-    def first_part(self, stage: int, args: list[Any]) -> tuple[list[Any], Later] | None:
-        """Runs what of a stage's backward is not put off; None, with nothing run, if nothing can be, or is yet.
+    def first_part(self, args: list[Any]) -> tuple[list[Any], Later] | None:
+        """Runs what of a backward is not put off; None, with nothing run, if nothing can be, or is yet.
+
+        Autograd is at the node that calls the backward.
 
         Returns:
             gradients in the backward's order, None for those that are put off; and what is left to do.
         """
         if self.measures("backward"):
             return None
-        later, graph = self._gradients_of(stage), self.sized("backward", args)
+        later, graph = self._owners(), self.sized("backward", args)
         if (key := (graph, tuple(later))) not in self._divided:
             parts = divide(graph, later) if later else None
             self._divided[key] = None if parts is None else Divided(parts, self)
@@ -150,20 +151,26 @@ class StageGraph:
         keep_strides(gm)
         return self.late(gm, planned)
 
-    def _gradients_of(self, stage: int) -> dict[int, torch.nn.Parameter]:
-        """By place among the backward's outputs: of which of a stage's parameters it is the gradient.
+    def _owners(self) -> dict[int, nn.Parameter]:
+        """By place among the backward's outputs: whose gradient it is, of parameters that may get it later.
 
-        Of sharded parameters (DTensor) that the graph reads as such there are parts alone, which AOTAutograd puts
+        The backward gives one for each of the forward's inputs, and autograd's node has an edge for each that is a
+        tensor. Parameters with hooks are left out: autograd would call these now, with what there is of a gradient. Of
+        sharded parameters (DTensor) that the graph reads as such there are parts alone, which AOTAutograd puts
         together: they are not put off (`moecompile.local_parameters`).
         """
-        given = self.parameters.get(stage, [])
+        node = torch._C._current_autograd_node()
+        inputs = self.kept("forward").graph.find_nodes(op="placeholder")
+        tensors = [place for place, each in enumerate(inputs) if isinstance(each.meta.get("val"), Tensor)]
+        if node is None or len(node.next_functions) != len(tensors):
+            return {}
         (output,) = self.kept("backward").graph.find_nodes(op="output")
-        found = {}
-        for place, what in enumerate(output.meta.get("desc", ())):
-            number = getattr(getattr(what, "grad_of", None), "idx", None)
-            if number is not None and (parameter := given[number]) is not None:
-                found[place] = parameter
-        return found
+        plain = {n for n, what in enumerate(output.meta.get("desc", ())) if hasattr(what, "grad_of")}
+        plain = {n for n in plain if hasattr(output.meta["desc"][n].grad_of, "idx")}
+        found = {place: parameter_at(edge) for place, (edge, _) in zip(tensors, node.next_functions, strict=True)}
+        return {
+            place: each for place, each in found.items() if each is not None and place in plain and not _hooks(each)
+        }
 
 
 @dataclass
@@ -174,15 +181,18 @@ class Divided:
     of: StageGraph
     _run: dict[str, Call] = field(default_factory=dict)
 
-    def run(self, args: list[Any], owners: Mapping[int, torch.nn.Parameter]) -> tuple[list[Any], Later]:
+    def run(self, args: list[Any], owners: Mapping[int, nn.Parameter]) -> tuple[list[Any], Later]:
         """The first part. `owners` are parameters, by the places of their gradients among the backward's."""
         kept = [args[place] for place in self.parts.kept]
+        versions = _versions(kept)
         found = [*self._call("first part", self.parts.first, args)]
         count = len(self.parts.at_once)
         gradients: list[Any] = [None] * (count + len(self.parts.later))
         for place, gradient in zip(self.parts.at_once, found, strict=False):
             gradients[place] = gradient
-        return gradients, Later(self, kept + found[count:], [owners[place] for place in self.parts.later])
+        handed = found[count:]
+        parameters = [owners[place] for place in self.parts.later]
+        return gradients, Later(self, kept + handed, parameters, versions + _versions(handed))
 
     def second(self, args: list[Any]) -> Sequence[Any]:
         """The gradients that were put off."""
@@ -205,14 +215,12 @@ class Later:
 
     divided: Divided
     given: list[Any]
-    parameters: list[torch.nn.Parameter]
-
-    def __post_init__(self) -> None:
-        self._versions = _versions(self.given)
+    parameters: list[nn.Parameter]
+    versions: list[int]
 
     def __call__(self) -> None:
         """Computes the gradients and hands them to the parameters, whose hooks run then."""
-        if _versions(self.given) != self._versions:
+        if _versions(self.given) != self.versions:
             raise RuntimeError(
                 "moecompile: gradients of parameters that come later (BACKWARD_WEIGHT) need what has been written into "
                 "since their BACKWARD_INPUT. Update parameters and buffers between steps of the schedule, or give "
@@ -275,6 +283,10 @@ def _written(graph: fx.Graph) -> list[int]:
     writing = [node for node in graph.nodes if writes(node) and node.target is not FUNCTIONALIZED]
     written = [each for node in writing for each in aliases.written(node)]
     return [place for place, node in enumerate(inputs) if any(aliases.share(node, each) for each in written)]
+
+
+def _hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _versions(values: Iterable[Any]) -> list[int]:

@@ -24,15 +24,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.utils._pytree import tree_leaves
 
-from moecompile.passes import expert_gradients
 from moecompile.passes.costs import VIEWS
+from moecompile.passes.effects import WAITS, group_of, kept_in_order, kinds_of
+from moecompile.passes.expert_gradients import divide_expert_backwards
 from moecompile.passes.joint_graph import packet_of
-from moecompile.passes.overlap import kinds_of
 from moecompile.passes.purposes import ancestors
-
-COMMUNICATES = "_c10d_functional"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Parts:
 
 
 def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
-    """Both parts; None if nothing is computed for the gradients that are to be put off alone.
+    """Both parts; None if nothing is computed for the gradients that are to be put off alone, or not of known sizes.
 
     Args:
         backward: of AOTAutograd's.
@@ -67,9 +68,9 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
     outputs, given = list(output.args[0]), graph.find_nodes(op="placeholder")
     wanted = [each for place, each in enumerate(outputs) if place not in later and isinstance(each, fx.Node)]
     at_first = [*wanted, *filter(_acts, graph.nodes)]
-    early = ancestors(at_first)
-    if expert_gradients.apart(graph, early):
-        early = ancestors(at_first)
+    early = _with_what_comes_first(graph, at_first)
+    if divide_expert_backwards(graph, early):
+        early = _with_what_comes_first(graph, at_first)
     for node in graph.nodes:  # what is there is taken apart where it is
         if node.target is operator.getitem and node.args[0] in early:
             early.add(node)
@@ -80,14 +81,24 @@ def divide(backward: fx.GraphModule, later: Collection[int]) -> Parts | None:
     needed = ancestors(outputs[place] for place in put_off)
     again = _views_of_inputs(graph, given)
     second = [node for node in graph.nodes if node in needed and (node not in early or node in again)]
-    read = {each for node in second for each in node.all_input_nodes}
+    read = {each for node in second for each in node.all_input_nodes} | {outputs[place] for place in put_off}
     kept = [place for place, node in enumerate(given) if node in read]
     handed = [node for node in graph.nodes if node in read & early - again and node.op != "placeholder"]
-    return Parts(
+    both = (
         _extracted(backward, given, early, [*(outputs[place] for place in at_once), *handed]),
         _extracted(backward, [*(given[place] for place in kept), *handed], second, [outputs[n] for n in put_off]),
-        *map(tuple, (at_once, put_off, kept)),
     )
+    if not all(_is_told_its_sizes(part.graph) for part in both):
+        return None
+    return Parts(*both, *map(tuple, (at_once, put_off, kept)))
+
+
+def _with_what_comes_first(graph: fx.Graph, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """These, with what they read, and what has to have run before: what reads an input before it is written, say."""
+    found, kept = ancestors(nodes), kept_in_order(graph)
+    while more := {before for node in found for before in kept.get(node, ())} - found:
+        found |= ancestors(more)
+    return found
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
@@ -96,11 +107,23 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return new
 
 
+def _is_told_its_sizes(graph: fx.Graph) -> bool:
+    """Whether all symbols of sizes are those of something that the graph is given, or come up in it."""
+    known = set[sympy.Symbol]()
+    for node in graph.nodes:
+        symbols = {symbol for each in tree_leaves(node.meta.get("val")) for symbol in free_symbols(each)}
+        if node.op == "placeholder" or node.meta.get("unbacked_bindings"):
+            known |= symbols
+        elif not symbols <= known:
+            return False
+    return True
+
+
 def _acts(node: fx.Node) -> bool:
     """Whether it does more than compute."""
     if node.op != "call_function":
         return False
-    return getattr(packet_of(node), "_qualified_op_name", "").startswith(COMMUNICATES) or bool(kinds_of(node))
+    return group_of(node) is not None or packet_of(node) in WAITS or bool(kinds_of(node))
 
 
 def _views_of_inputs(graph: fx.Graph, given: Sequence[fx.Node]) -> set[fx.Node]:

@@ -32,7 +32,7 @@ BACKWARDS = (ops.experts_backward.default, ops.experts_fp8_backward.default)
 OF_TOKENS = ("x", "weights")
 
 
-def apart(graph: fx.Graph, early: Collection[fx.Node]) -> int:
+def divide_expert_backwards(graph: fx.Graph, early: Collection[fx.Node]) -> int:
     """Divides backwards of experts; how many.
 
     Args:

@@ -3,13 +3,12 @@
 Contract
 - On entry the graph is one of AOTAutograd's, forward, backward or both merged, with example values.
 - Communication is in two halves: moecompile's exchanges, and PyTorch's functional collectives with `wait_tensor`.
-- Nodes move and nothing else changes: each stays behind what it reads. What writes into something stays between those
-  that read it before and after; what writes, draws random numbers, has an effect or is not known to be pure stays in
-  its order, and so do exchanges that have the same slot of the kernels' memory, with their waits. The two graphs of a
-  pair (passes/pairs.py) write nothing in common: of each, writes and random numbers stay in their order.
+- Nodes move and nothing else changes: each stays behind what it reads, and behind what it has to stay behind for what
+  it does beside its results (passes/effects.py).
 - The order is the given one unless another is predicted to be faster by GAIN (`moecompile.passes.list_schedule`), and
   to hold no more than MEMORY times what the given one does.
-- Communication may come in another order than before. All ranks have to run it in the same one: the caller sees to it.
+- Communication may come in another order than before. All ranks have to run it in the same one: the caller sees to it,
+  and may ask for one, which is then kept even if it is no faster.
 
     tasks = one for each node, with the parts that are taken from it
     order = list schedule of the tasks, with what they cost on this hardware
@@ -18,8 +17,9 @@ Contract
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,35 +27,16 @@ import sympy
 import torch
 from torch import fx
 
-from moecompile.passes.aliases import Aliases
-from moecompile.passes.costs import COLLECTIVES, STARTS, bytes_of, cost_of, held_by
+from moecompile.passes.costs import STARTS, bytes_of, cost_of, held_by
+from moecompile.passes.effects import EXCHANGES, WAITS, group_of, is_part, kept_in_order, whole
 from moecompile.passes.hardware import Hardware
-from moecompile.passes.joint_graph import argument, operator_of, packet_of
-from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, better, simulate
+from moecompile.passes.joint_graph import argument, packet_of
+from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, better, schedule, simulate
 
-ops, c10d = torch.ops.moecompile, torch.ops._c10d_functional
 GAIN = 0.03
 """A prediction is no more exact than that: with less to gain, the order stays."""
 MEMORY = 1.1
 """How many times what the given order holds at once, with the graph's inputs."""
-WAITS = (*STARTS.values(), c10d.wait_tensor)
-EXCHANGES = (*STARTS.keys(), *STARTS.values())
-WHOLE = (
-    *(ops.exchanged_experts, ops.exchanged_experts_forward),
-    *(ops.exchanged_experts_backward, ops.exchanged_experts_backward_adding),
-)
-"""What has two exchanges in it, there and back, of which the second has the slot after the first's."""
-GATHERS = (ops.gather_experts, ops.scatter_gradient)
-"""What all ranks of a group run together, and awaits them at once."""
-PARTS = ("backward", "forward")
-"""Of a pair of two graphs: which of them a node is of, where it is of one."""
-PART = "moecompile_part"
-"""Under which nodes tell that."""
-DRAWS = tuple(
-    getattr(torch.ops.higher_order, name)
-    for name in ("run_and_save_rng_state", "run_with_rng_state", "graphsafe_run_with_rng_state")
-)
-"""What draws random numbers of a state, in a region that is computed again."""
 Sizes = Mapping[sympy.Symbol, int]
 
 
@@ -68,6 +49,7 @@ class Plan:
         after: in the better one; the same object if there is none.
         tasks: one for each node, by its name, as they come now.
         anchors: of these the ones that begin or await communication, or compute for a while.
+        communicating: numbers of the tasks that all ranks have to run in the same order.
         most: bytes that a better order may hold.
         unmeasured: the tasks as they are predicted, where what nodes take was measured; none where nothing was.
     """
@@ -76,6 +58,7 @@ class Plan:
     after: Timeline
     tasks: tuple[Task, ...]
     anchors: frozenset[str]
+    communicating: tuple[int, ...] = ()
     most: float = math.inf
     unmeasured: tuple[Task, ...] = ()
 
@@ -95,20 +78,22 @@ class Plan:
         return tuple(self.tasks[number].name for number in self.after.order)
 
     @property
+    def permutation(self) -> tuple[int, ...]:
+        """Of what communicates, as it was given and numbered from 0 on: the better order."""
+        places = {number: place for place, number in enumerate(self.communicating)}
+        return tuple(places[number] for number in self.after.order if number in places)
+
+    @property
     def fits(self) -> bool:
         """Whether it takes no longer than in the given order, and holds no more than it may."""
         longest, most = self.before.makespan, max(self.most, self.before.peak)
         return self.after.makespan <= longest and self.after.peak <= most
 
-    def in_order(self, order: Sequence[int]) -> Plan:
-        """The same of another rank's order."""
-        known = {self.after.order: self.after, self.before.order: self.before}
-        return replace(self, after=known.get(tuple(order)) or simulate(self.tasks, order))
-
 
 def plan(
     graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, fuses: bool = False, share: float = 0.0,
     memory: float = MEMORY, parts: int = 1, measured: Mapping[str, float] | None = None,
+    permutation: Sequence[int] | None = None,
 ) -> Plan:  # fmt: skip
     """The better order, if there is one, and what is predicted of both.
 
@@ -122,17 +107,42 @@ def plan(
         parts: of a batch that the given order runs one after the other. It holds what one of them needs, and a better
             one may hold what all do.
         measured: seconds that nodes took by themselves, by their names; what is missing is predicted.
+        permutation: of what communicates, which the order is to have.
+
+    Raises:
+        ScheduleError: what communicates cannot come so.
     """
     nodes = _movable(graph)
     known = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
     tasks = known if measured is None else _as_measured(known, nodes, measured)
+    communicating = tuple(number for number, node in enumerate(nodes) if group_of(node) is not None)
     before = simulate(tasks, range(len(tasks)))
     inputs = float(sum((held_by(node) for node in graph.find_nodes(op="placeholder")), sympy.Integer(0)).subs(sizes))
     most = memory * (inputs + parts * before.peak) - inputs
-    after = better(tasks, before, GAIN, most)
+    after = _in_permutation(tasks, before, communicating, permutation, most)
     anchors = {task.name for task in tasks if task.sends or task.receives or task.duration > 2 * hardware.launch}
+    anchors |= {nodes[number].name for number in communicating}
     found = before if after.order == before.order else after
-    return Plan(before, found, tuple(tasks), frozenset(anchors), most, () if measured is None else tuple(known))
+    unmeasured = () if measured is None else tuple(known)
+    return Plan(before, found, tuple(tasks), frozenset(anchors), communicating, most, unmeasured)
+
+
+def communication(graph: fx.Graph) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What communicates, in its order: its operator, its group, and what of that before it comes first in any order.
+
+    It is the same for whatever sizes, and on all ranks, but for the groups' names.
+    """
+    nodes = _movable(graph)
+    behind = list[int]()  # of each node, a bit for each of what communicates that it comes after
+    found = list[tuple[str, str, tuple[int, ...]]]()
+    for node, after in zip(nodes, _after(graph, nodes), strict=True):
+        bits = functools.reduce(int.__or__, (behind[each] for each in after), 0)
+        group = group_of(node)
+        if group is not None:
+            found.append((str(node.target), group, tuple(place for place in range(len(found)) if bits >> place & 1)))
+            bits |= 1 << len(found) - 1
+        behind.append(bits)
+    return found
 
 
 def move(graph: fx.Graph, order: Sequence[str]) -> None:
@@ -166,43 +176,14 @@ def send_aside(graph: fx.Graph) -> int:
     return found
 
 
-def kinds_of(node: fx.Node) -> list[str]:
-    """Why a node stays in its order, if it does: for a slot, or for what it does beside its results."""
-    packet = packet_of(node)
-    if packet in EXCHANGES or packet in WHOLE:
-        slots = range(argument(node, "slot"), argument(node, "slot") + (2 if packet in WHOLE else 1))
-        return [f"slot {slot} of {argument(node, 'group')}" for slot in slots]
-    if packet in GATHERS:
-        return [f"gathers of {argument(node, 'group')}"]
-    if packet in COLLECTIVES or packet in (c10d.wait_tensor, operator.getitem) or node.op == "get_attr":
-        return []
-    tags = getattr(operator_of(node), "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or writes(node) or packet in DRAWS:
-        return [f"effects {node.meta.get(PART, '')}"]
-    if node.is_impure() or not isinstance(operator_of(node), torch._ops.OpOverload):
-        return [f"effects {part}" for part in ("", *PARTS)]
-    return []
-
-
 def _movable(graph: fx.Graph) -> list[fx.Node]:
     """All nodes but inputs and output, and but the parts that go with what they are taken from."""
-    return [node for node in graph.nodes if node.op not in ("placeholder", "output") and not _is_part(node)]
-
-
-def _is_part(node: fx.Node) -> bool:
-    return node.target is operator.getitem and _whole(node).op != "placeholder"
-
-
-def _whole(node: fx.Node) -> fx.Node:
-    """What a part is taken from."""
-    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output") and not is_part(node)]
 
 
 def _parts(node: fx.Node) -> Iterator[fx.Node]:
     for user in node.users:
-        if _is_part(user):
+        if is_part(user):
             yield user
             yield from _parts(user)
 
@@ -226,11 +207,8 @@ def _tasks(
     graph: fx.Graph, nodes: Sequence[fx.Node], hardware: Hardware, sizes: Sizes, share: float,
     fused: frozenset[fx.Node],
 ) -> list[Task]:  # fmt: skip
-    numbers, kept = {node: number for number, node in enumerate(nodes)}, _kept_in_order(graph)
     found = list[Task]()
-    for node in nodes:
-        read = {_whole(given) for given in node.all_input_nodes} | kept.get(node, set())
-        after = sorted({numbers[each] for each in read if each in numbers})
+    for node, after in zip(nodes, _after(graph, nodes), strict=True):
         cost = cost_of(node)
         sends = None
         if cost.link is not None:
@@ -240,6 +218,30 @@ def _tasks(
         duration = 0.0 if sends is not None or node in fused else cost.computing(hardware, sizes)
         found.append(Task(node.name, duration, tuple(after), sends, tuple(begun), float(held.subs(sizes))))
     return found
+
+
+def _after(graph: fx.Graph, nodes: Sequence[fx.Node]) -> Iterator[list[int]]:
+    """Of each of the nodes, by their numbers, those that it comes after."""
+    numbers, kept = {node: number for number, node in enumerate(nodes)}, kept_in_order(graph)
+    for node in nodes:
+        read = {whole(given) for given in node.all_input_nodes} | kept.get(node, set())
+        yield sorted({numbers[each] for each in read if each in numbers})
+
+
+def _in_permutation(
+    tasks: Sequence[Task], before: Timeline, communicating: Sequence[int], permutation: Sequence[int] | None,
+    most: float,
+) -> Timeline:  # fmt: skip
+    """The better order; or the best that has what communicates in this one."""
+    if permutation is None:
+        return better(tasks, before, GAIN, most)
+    chained = [*tasks]
+    for one, other in itertools.pairwise(permutation):
+        first, second = communicating[one], communicating[other]
+        chained[second] = replace(chained[second], after=tuple(sorted({*chained[second].after, first})))
+    if [*permutation] == sorted(permutation):
+        return better(chained, before, GAIN, most)
+    return simulate(tasks, schedule(chained, most).order)
 
 
 def _as_measured(tasks: Sequence[Task], nodes: Sequence[fx.Node], measured: Mapping[str, float]) -> list[Task]:
@@ -261,34 +263,3 @@ def _as_measured(tasks: Sequence[Task], nodes: Sequence[fx.Node], measured: Mapp
         if sends is not None and tasks[number].name in measured:
             found[number] = replace(found[number], sends=replace(sends, duration=seconds))
     return found
-
-
-def _kept_in_order(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
-    """Of nodes, those that they stay behind although they do not read them."""
-    found, aliases = dict[fx.Node, set[fx.Node]](), Aliases(graph)
-    last = dict[str, fx.Node]()  # of what stays in its order, by kind
-    users: dict[fx.Node, list[fx.Node]] = {}  # of memory, by the first node that has it
-    wrote: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output") or _is_part(node):
-            continue
-        behind = found.setdefault(node, set())
-        for kind in kinds_of(node):
-            if kind in last:
-                behind.add(last[kind])
-            last[kind] = node
-        memory = {aliases.of(given)[0] for given in node.all_input_nodes}
-        behind |= {wrote[each] for each in memory & wrote.keys()}
-        if writes(node):
-            behind |= {_whole(user) for each in memory for user in users.get(each, ())}
-            wrote |= dict.fromkeys(memory, node)
-        for each in memory:
-            users.setdefault(each, []).append(node)
-        behind.discard(node)
-    return found
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether it writes into something that it is given."""
-    schema = getattr(operator_of(node), "_schema", None)
-    return schema is not None and schema.is_mutable

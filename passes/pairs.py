@@ -19,22 +19,31 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from moecompile.passes.costs import STARTS
+from moecompile.passes.effects import EXCHANGES, PART, PARTS, WHOLE
 from moecompile.passes.joint_graph import argument, give, packet_of
 from moecompile.passes.microbatches import WAYS, slot_of_half
-from moecompile.passes.overlap import EXCHANGES, PART, PARTS, WHOLE
 
 
 def obstacle(graphs: Sequence[fx.GraphModule]) -> str:
     """Why these graphs are not made one, if they are not."""
     for gm in graphs:
-        if any(isinstance(value, torch.SymInt) for value in _sizes(gm.graph)):
+        if known_when_run(gm.graph) or any(isinstance(value, torch.SymInt) for value in _sizes(gm.graph)):
             return "there are sizes that are known only when the graph runs"
         if not _one_after_the_other(gm.graph):
             return "its own exchanges are under way at once, in slots that another graph needs"
     return ""
+
+
+def known_when_run(graph: fx.Graph) -> bool:
+    """Whether there are sizes that nobody knows before: of what is not zero, say."""
+    return any(
+        node.meta.get("unbacked_bindings") or any(map(free_unbacked_symbols, tree_leaves(node.meta.get("val"))))
+        for node in graph.nodes
+    )
 
 
 def paired(backward: fx.GraphModule, forward: fx.GraphModule) -> fx.GraphModule:

@@ -113,6 +113,17 @@ def in_orders() -> list[list[str]]:
     return [[KINDS[each] for each in order if each in KINDS] for order in names]
 
 
+def permutations(every: bool = False) -> list[tuple[int, ...]]:
+    """Of what communicates in the graphs that the newest one became; or all of them."""
+    graphs = moecompile.last_report().graphs
+    return [plan.permutation for graph in graphs[0 if every else -1 :] for plan in graph.planned.values()]
+
+
+def given(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The order that it came in."""
+    return tuple(range(len(order)))
+
+
 def on(device: hardware.Hardware, run: Callable[[], Any]) -> Any:
     """Planned for that device, and agreed on anew."""
     known = ordering._device
@@ -179,18 +190,23 @@ def check_a_rank_that_would_gain_nothing(rank: int, ranks: int) -> None:
     device = SLOW if rank else replace(SLOW, memory=1.0)  # a second a byte: there is nothing to gain
     found = on(device, lambda: stepped(compiled(model, lowering="eager"), model, rows_of(rank)))
     assert all(torch.equal(*both) for both in zip(found, right, strict=True))
-    assert all(each[:3] == ["compute", "begin", "compute"] for each in in_orders()[:1]), in_orders()
+    assert all(each != given(each) for each in permutations()) and len(permutations()) == 2, permutations()
     assert notes().count("ordered, predicted of Slow") == 2, notes()
+    assert (ordering.NOT_OURS in notes()) == (rank == 0), notes()
 
 
 def check_a_rank_that_would_lose(rank: int, ranks: int) -> None:
-    """In the backward it would hold more than it may: there all keep the order that they were given."""
-    model, known = Layer(), ordering.predicted
+    """It would hold more than it may: there all have what communicates in the order that they were given."""
+    model, known = Layer(), vars(ordering)["predicted"]
     right = stepped(model, model, rows_of(rank))
 
-    def stays(*args: Any) -> Any:
-        plan = known(*args)
-        return plan if rank or plan is None else replace(plan, after=plan.before, most=0.0)
+    def stays(*args: Any, permutation: Any = None, guess: bool = False) -> Any:
+        plan = known(*args, permutation=permutation, guess=guess)
+        if rank or plan is None:
+            return plan
+        if permutation is None:
+            return replace(plan, after=plan.before)
+        return replace(plan, before=replace(plan.before, peak=0.0), most=0.0)
 
     vars(ordering)["predicted"] = stays
     try:
@@ -198,17 +214,55 @@ def check_a_rank_that_would_lose(rank: int, ranks: int) -> None:
     finally:
         vars(ordering)["predicted"] = known
     assert all(torch.equal(*both) for both in zip(found, right, strict=True))
-    assert "backward: nothing is ordered, for ranks would have different orders" in notes(), notes()
+    assert all(each == given(each) for each in permutations()) and len(permutations()) == 2, permutations()
+    assert (ordering.NOT_OURS in notes()) == bool(rank), notes()
 
 
 def check_ranks_with_other_graphs(rank: int, ranks: int) -> None:
-    """What communicates is the same, what is computed is not: all keep their orders."""
+    """What communicates is the same, what is computed is not: each has the best order of its own."""
     model = Layer()
     other = (lambda x: model(x).cos().cos()) if rank else (lambda x: model(x).sin())
     right = stepped(other, model, rows_of(rank))
     found = on(SLOW, lambda: stepped(compiled(other, lowering="eager"), model, rows_of(rank)))
     assert all(torch.equal(*both) for both in zip(found, right, strict=True))
-    assert "forward: nothing is ordered, for ranks would have different orders" in notes(), notes()
+    assert all(each != given(each) for each in permutations()) and len(permutations()) == 2, permutations()
+
+
+class Summed(nn.Module):
+    """Statistics of any number of rows, summed over ranks, and others over this rank alone: groups have other names."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.world: Any = distributed.group.WORLD
+        self.own, self.weight = own, nn.Parameter(torch.randn(FEATURES, FEATURES) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x
+        for number in range(2):
+            mean = (x @ self.weight).sin().mean(0) * (number + 1)
+            every = functional.all_reduce(mean, "sum", self.world)
+            alone = functional.all_reduce(mean.cos(), "sum", self.own)
+            found = found + every.sin() @ self.weight + alone
+        return found
+
+
+def check_groups_that_ranks_share_in_part(rank: int, ranks: int) -> None:
+    """And other sizes on one rank alone, from the second call on: what communicates comes as it was agreed."""
+    groups = [distributed.new_group([each]) for each in range(ranks)]
+    model = Summed(groups[rank])
+    report.reset()
+    ordering.forget()
+    with torch.no_grad():
+        run = compiled(model, lowering="eager")
+        for call in range(3):
+            x = torch.cat([rows_of(rank)] * (1 + call * (rank == 0)))
+            assert torch.equal(on(SLOW, lambda: run(x)) if not call else run(x), model(x))  # noqa: B023
+    assert len(moecompile.last_report().graphs) == (1 if rank else 2)
+    assert len({*permutations(every=True)}) == 1, permutations(every=True)
+    words: list[Any] = [None] * ranks
+    distributed.all_gather_object(words, permutations())
+    assert words[0] == words[1], words
 
 
 def check_a_rank_that_compiles_once_more(rank: int, ranks: int) -> None:
@@ -226,12 +280,14 @@ def check_a_rank_that_compiles_once_more(rank: int, ranks: int) -> None:
         )  # fmt: skip
         return lambda *args: (args[0],)  # others do not run it
 
-    if rank == 0:
+    for dynamic in (False, True) if rank == 0 else ():
         torch._dynamo.reset()
+        seen.clear()
         x = torch.cat([rows_of(rank)] * 2).requires_grad_()
-        torch.compile(copy.deepcopy(model), backend=alone, fullgraph=True, dynamic=False)(x)
+        torch.compile(copy.deepcopy(model), backend=alone, fullgraph=True, dynamic=dynamic)(x)
         kinds = [re.sub(r"_\d+$", "", name) for name in seen[0]]
-        assert [KINDS[each] for each in kinds if each in KINDS] == agreed[0]
+        found = [KINDS[each] for each in kinds if each in KINDS]
+        assert found == agreed[0] or dynamic, found  # with symbols something else may be computed first
 
 
 def check_profile(rank: int, ranks: int) -> None:

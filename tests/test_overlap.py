@@ -15,9 +15,10 @@ from torch.distributed import _functional_collectives as functional
 
 from moecompile.lowering import eager
 from moecompile.passes import costs
+from moecompile.passes.effects import kept_in_order
 from moecompile.passes.hardware import Hardware, Link
 from moecompile.passes.list_schedule import ScheduleError
-from moecompile.passes.overlap import Plan, _kept_in_order, move, plan, send_aside
+from moecompile.passes.overlap import Plan, move, plan, send_aside
 from test_exchanges_as_on_gpus import by_kernels, traced
 
 c10d, aten, ops = torch.ops._c10d_functional, torch.ops.aten, torch.ops.moecompile
@@ -258,5 +259,5 @@ def test_exchanges_that_share_a_slot_stay_in_order() -> None:
         for slot in (0, 2)
     )
     graph.output((wait, whole, apart))
-    kept = _kept_in_order(graph)
+    kept = kept_in_order(graph)
     assert kept[whole] == {wait} and kept[wait] == {start} and not kept[apart]
