@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import fx
+from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.costs import VIEWS
+from moecompile.passes.costs import VIEWS, expression
 from moecompile.passes.effects import WAITS, group_of, kept_in_order, kinds_of
 from moecompile.passes.expert_gradients import divide_expert_backwards
 from moecompile.passes.joint_graph import packet_of
@@ -108,15 +108,20 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 
 def _is_told_its_sizes(graph: fx.Graph) -> bool:
-    """Whether all symbols of sizes are those of something that the graph is given, or come up in it."""
-    known = set[sympy.Symbol]()
+    """Whether each symbol of its sizes is a size that the graph is given, or comes up in it: Inductor finds it so."""
+    known, met = set[sympy.Symbol](), set[sympy.Symbol]()
     for node in graph.nodes:
         symbols = {symbol for each in tree_leaves(node.meta.get("val")) for symbol in free_symbols(each)}
-        if node.op == "placeholder" or node.meta.get("unbacked_bindings"):
+        met |= symbols
+        if node.op == "placeholder":
+            known |= symbols & {*map(expression, _sizes(node.meta.get("val")))}
+        elif node.meta.get("unbacked_bindings"):
             known |= symbols
-        elif not symbols <= known:
-            return False
-    return True
+    return met <= known
+
+
+def _sizes(value: Any) -> list[Any]:
+    return [*value.shape, *value.stride()] if isinstance(value, Tensor) else [value] * isinstance(value, SymInt)
 
 
 def _acts(node: fx.Node) -> bool:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import FORWARD
+from torch.distributed.pipelining.schedules import FORWARD, ScheduleDualPipeV
 from torch.nn import functional as F
 
 import moecompile
 from expert_parallel_models import HIDDEN, Block
+
+MICROBATCHES, TOKENS, FEATURES = 4, 24, 16
 
 
 class Routed(nn.Module):
@@ -87,13 +89,16 @@ def forwards_of(schedule: Any) -> list[tuple[int, int]]:
     return found
 
 
-def step_by_itself(schedule: Any, modules: Sequence[nn.Module], x: Tensor, target: Tensor, microbatches: int) -> None:
+def step_by_itself(
+    schedule: Any, modules: Sequence[nn.Module], x: Tensor, target: Tensor, microbatches: int,
+    loss_fn: Callable[..., Tensor] = loss,
+) -> None:  # fmt: skip
     """What a step of the schedule computes, without a pipeline: forwards in its order, and then all backwards."""
     found: list[Any] = [*x.chunk(microbatches)]
     for stage, number in forwards_of(schedule):
         found[number] = modules[stage](found[number])
     for one, wanted in zip(found, target.chunk(microbatches), strict=True):
-        (loss(one, wanted) / microbatches).backward()
+        (loss_fn(one, wanted) / microbatches).backward()
 
 
 def furthest(found: Sequence[nn.Module], right: Sequence[nn.Module]) -> tuple[float, str]:
@@ -108,3 +113,81 @@ def furthest(found: Sequence[nn.Module], right: Sequence[nn.Module]) -> tuple[fl
             error = float((mine.double() - his.double()).norm() / his.double().norm().clamp(min=1e-12))
             worst = max(worst, (float("inf") if math.isnan(error) else error, name))
     return worst
+
+
+class Plain(nn.Module):
+    """Two layers."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        torch.manual_seed(number)
+        self.one, self.other = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.other(F.silu(self.one(x)))
+        return result
+
+
+class Job:
+    """A pipeline of two stages, and the same stages by themselves.
+
+    Args:
+        make: a stage of this number.
+        schedule: its class.
+        more: `options` of the backend, other arguments of `compile` (`compiled`), which `parts` of a stage are compiled
+            if not all of it, and arguments of `pipeline_of`.
+    """
+
+    def __init__(
+        self, make: Callable[[int], nn.Module] = Plain, schedule: Any = ScheduleDualPipeV, **more: Any
+    ) -> None:
+        torch._dynamo.reset()
+        options = {"lowering": "eager", **more.pop("options", {})}
+        compiled = {"fullgraph": True, **more.pop("compiled", {})}
+        parts = more.pop("parts", lambda stage: [stage])
+        self.loss = more.pop("loss_fn", loss)
+        if more.get("scale_grads", True):
+            more["loss_fn"] = self.loss
+        else:
+            more["loss_fn"] = lambda y, target: self.loss(y, target) / MICROBATCHES
+        routed = make is Routed
+        self.found: list[Any] = [make(number) for number in range(2)]
+        self.right: list[Any] = [make(number) for number in range(2)]
+        for part in (each for stage in (*self.found, *(self.right if routed else ())) for each in parts(stage)):
+            part.compile(backend="moecompile", options=options, **compiled)
+        self.dtype, self.features = (torch.bfloat16, HIDDEN) if routed else (torch.float32, FEATURES)
+        like = torch.empty(TOKENS, self.features, dtype=self.dtype, requires_grad=True)
+        self.schedule, self.pipeline = pipeline_of(schedule, self.found, MICROBATCHES, like, **more)
+
+    def data(self, number: int = 0) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(100 + number)
+        x, target = (torch.randn(MICROBATCHES * TOKENS, self.features).to(self.dtype) for _ in range(2))
+        return x, target
+
+    def step(self, number: int) -> tuple[float, str]:
+        """Of both, with the same random numbers; how far they are apart."""
+        x, target = self.data(number)
+        torch.manual_seed(number)
+        self.schedule.step(x, target=target)
+        torch.manual_seed(number)
+        step_by_itself(self.schedule, self.right, x, target, MICROBATCHES, self.loss)
+        worst = furthest(self.found, self.right)
+        for stage in (*self.found, *self.right):
+            stage.zero_grad()
+        return worst
+
+    def trains(self, bound: float = 1e-5) -> None:
+        for number in range(3):
+            worst = self.step(number)
+            assert worst[0] < bound, worst
+
+
+def words_of(error: BaseException | None) -> str:
+    """Of an error and of those that it came from."""
+    return "" if error is None else f"{error}\n{words_of(error.__cause__ or error.__context__)}"
+
+
+def pairs(job: Job) -> int:
+    counts = job.pipeline.counts
+    assert not job.pipeline.apart and not counts["apart"] and not counts["whole"], str(job.pipeline)
+    return counts["pair"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch import Tensor
 from torch.distributed.pipelining.schedules import (
     ScheduleDualPipeV,
     ScheduleInterleavedZeroBubble,
@@ -20,11 +18,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import moecompile
-from expert_parallel_models import HIDDEN
 from moecompile import pipelining, stage_graphs
-from pipelines_on_one_rank import Routed, alone, furthest, loss, pipeline_of, step_by_itself
+from pipelines_on_one_rank import (
+    FEATURES,
+    MICROBATCHES,
+    TOKENS,
+    Job,
+    Plain,
+    Routed,
+    alone,
+    furthest,
+    loss,
+    pairs,
+    pipeline_of,
+    step_by_itself,
+    words_of,
+)
 
-MICROBATCHES, TOKENS, FEATURES = 4, 24, 16
 SCHEDULES = (ScheduleDualPipeV, ScheduleZBVZeroBubble, ScheduleInterleavedZeroBubble)
 
 
@@ -32,19 +42,6 @@ SCHEDULES = (ScheduleDualPipeV, ScheduleZBVZeroBubble, ScheduleInterleavedZeroBu
 def group(tmp_path: Path) -> Iterator[None]:
     with alone(tmp_path):
         yield
-
-
-class Plain(nn.Module):
-    """Two layers."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        torch.manual_seed(number)
-        self.one, self.other = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.other(F.silu(self.one(x)))
-        return result
 
 
 class Counting(Plain):
@@ -85,58 +82,6 @@ class Broken(Plain):
         found = super().forward(x)
         torch._dynamo.graph_break()
         return super().forward(found)
-
-
-class Job:
-    """A pipeline of two stages, and the same stages by themselves."""
-
-    def __init__(
-        self, make: Callable[[int], nn.Module] = Plain, schedule: Any = ScheduleDualPipeV, **more: Any
-    ) -> None:
-        torch._dynamo.reset()
-        options = {"lowering": "eager", **more.pop("options", {})}
-        compiled = {"fullgraph": True, **more.pop("compiled", {})}
-        routed = make is Routed
-        self.found: list[Any] = [make(number) for number in range(2)]
-        self.right: list[Any] = [make(number) for number in range(2)]
-        for stage in (*self.found, *(self.right if routed else ())):
-            stage.compile(backend="moecompile", options=options, **compiled)
-        self.dtype, self.features = (torch.bfloat16, HIDDEN) if routed else (torch.float32, FEATURES)
-        like = torch.empty(TOKENS, self.features, dtype=self.dtype, requires_grad=True)
-        self.schedule, self.pipeline = pipeline_of(schedule, self.found, MICROBATCHES, like, **more)
-
-    def data(self, number: int = 0) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(100 + number)
-        x, target = (torch.randn(MICROBATCHES * TOKENS, self.features).to(self.dtype) for _ in range(2))
-        return x, target
-
-    def step(self, number: int) -> tuple[float, str]:
-        """Of both, with the same random numbers; how far they are apart."""
-        x, target = self.data(number)
-        torch.manual_seed(number)
-        self.schedule.step(x, target=target)
-        torch.manual_seed(number)
-        step_by_itself(self.schedule, self.right, x, target, MICROBATCHES)
-        worst = furthest(self.found, self.right)
-        for stage in (*self.found, *self.right):
-            stage.zero_grad()
-        return worst
-
-    def trains(self, bound: float = 1e-5) -> None:
-        for number in range(3):
-            worst = self.step(number)
-            assert worst[0] < bound, worst
-
-
-def words_of(error: BaseException | None) -> str:
-    """Of an error and of those that it came from."""
-    return "" if error is None else f"{error}\n{words_of(error.__cause__ or error.__context__)}"
-
-
-def pairs(job: Job) -> int:
-    counts = job.pipeline.counts
-    assert not job.pipeline.apart and not counts["apart"] and not counts["whole"], str(job.pipeline)
-    return counts["pair"]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -198,8 +143,7 @@ def test_modules_of_two_pipelines() -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["of each stage", "of both stages"])
 def test_loads_are_counted_and_main_gradients_added(shared: bool) -> None:
     """Where both stages add to the same memory, in the order that the schedule has."""
-    settings = {"scale_grads": False, "loss_fn": lambda found, target: loss(found, target) / MICROBATCHES}
-    job = Job(Routed, options={"expert_load": True, "main_grad": True}, **settings)
+    job = Job(Routed, options={"expert_load": True, "main_grad": True}, scale_grads=False)
     for first, second in (job.found, job.right):
         for one, other in zip(first.block.experts.parameters(), second.block.experts.parameters(), strict=True):
             one.main_grad = torch.zeros_like(one, dtype=torch.float32)
@@ -256,83 +200,3 @@ def test_arguments_of_a_step() -> None:
             each.grad.mul_(3)
     assert result is None and len(losses) == MICROBATCHES and pairs(job) > 0
     assert furthest(job.found, job.right)[0] < 1e-5
-
-
-@pytest.mark.parametrize("where", ["forward", "backward", "pair"])
-def test_errors_come_to_the_caller(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of either half: nothing waits for the other, and nothing of it is left."""
-    job = Job()
-    job.step(0)
-    calls = 0
-
-    def fails(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == MICROBATCHES:
-            raise ArithmeticError("on purpose")
-
-    if where == "forward":
-        vars(job.schedule._stages[1])["submod"] = Failing(fails)
-    elif where == "backward":
-        next(job.found[0].parameters()).register_hook(fails)
-    else:
-        monkeypatch.setattr(stage_graphs.Pair, "run", lambda *_: [*map(fails, range(MICROBATCHES))])
-    x, target = job.data()
-    with pytest.raises((ArithmeticError, RuntimeError)) as caught:
-        job.schedule.step(x, target=target)
-    assert "on purpose" in words_of(caught.value)
-    assert stage_graphs.running is None
-    assert job.pipeline._thread.submit(lambda: "free").result(timeout=10) == "free"
-
-
-class Failing(nn.Module):
-    """A stage that fails once."""
-
-    def __init__(self, fails: Callable[..., None]) -> None:
-        super().__init__()
-        self.fails, self.inner = fails, Plain(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.fails()
-        result: Tensor = self.inner(x)
-        return result
-
-
-def test_hooks_of_parameters_run_when_their_gradients_come() -> None:
-    job = Job(schedule=ScheduleZBVZeroBubble)
-    met: list[tuple[str, float]] = []
-    for stages in (job.found, job.right):
-        for parameter in stages[0].parameters():
-            parameter.register_hook(lambda gradient: met.append(("before", float(gradient.sum()))))
-            parameter.register_post_accumulate_grad_hook(lambda p: met.append(("after", float(p.grad.sum()))))
-    job.step(0)
-    half = len(met) // 2
-    assert half == 2 * 4 * MICROBATCHES
-    found, right = sorted(met[:half]), sorted(met[half:])
-    assert [kind for kind, _ in found] == [kind for kind, _ in right]
-    for one, other in zip(found[half // 2 :], right[half // 2 :], strict=True):  # not yet divided, and divided
-        assert one[1] == pytest.approx(MICROBATCHES * other[1], rel=1e-4, abs=1e-6)
-
-
-def test_what_is_left_of_a_backward_is_not_written_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(schedule=ScheduleZBVZeroBubble)
-    job.step(0)
-    second = stage_graphs.Later.__call__
-
-    def written(later: stage_graphs.Later) -> None:
-        with torch.no_grad():
-            later.given[-1].mul_(2)
-        second(later)
-
-    monkeypatch.setattr(stage_graphs.Later, "__call__", written)
-    x, target = job.data()
-    with pytest.raises(RuntimeError, match="Update parameters and buffers between steps"):
-        job.schedule.step(x, target=target)
-
-
-def test_fully_sharded_stages_are_refused() -> None:
-    modules = [Plain(0), Plain(1)]
-    fully_shard(modules[0], mesh=init_device_mesh("cpu", (1,)))
-    like = torch.empty(TOKENS, FEATURES)
-    with pytest.raises(ValueError, match="stage 0: FSDPPlain: parameters under FSDP or DDP are not supported"):
-        pipeline_of(ScheduleDualPipeV, modules, MICROBATCHES, like)
