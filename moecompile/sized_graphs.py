@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
 
 from moecompile.bodies import copy_tree
 from moecompile.passes.aliases import fake_of
+from moecompile.passes.costs import sizes_of
 from moecompile.passes.pairs import known_when_run
 
 log = logging.getLogger("moecompile")
@@ -50,7 +50,7 @@ class SizedGraph:
         """
         if not self._changes:
             return self.whole
-        key = tuple(tuple(_sizes(given[place])) for place in self._places)
+        key = tuple(tuple(sizes_of(given[place])) for place in self._places)
         if key not in self._found:
             self._found[key] = self._made(given)
             if len(self._found) == MANY + 1:
@@ -93,15 +93,8 @@ def trace_again(gm: fx.GraphModule) -> None:
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
 
 
-def _sizes(value: Any) -> Iterator[Any]:
-    if isinstance(value, Tensor):
-        yield from (*value.shape, *value.stride())
-    else:
-        yield value
-
-
 def _has_symbols(value: Any) -> bool:
-    return any(isinstance(size, SymInt) for each in tree_leaves(value) for size in _sizes(each))
+    return any(isinstance(size, SymInt) for size in sizes_of(value))
 
 
 def _like(value: Any) -> Any:

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import SymInt, Tensor, fx
+from torch import SymInt, fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.costs import VIEWS, expression
+from moecompile.passes.costs import VIEWS, expression, sizes_of
 from moecompile.passes.effects import WAITS, group_of, kept_in_order, kinds_of
 from moecompile.passes.expert_gradients import divide_expert_backwards
 from moecompile.passes.joint_graph import packet_of
@@ -114,14 +114,10 @@ def _is_told_its_sizes(graph: fx.Graph) -> bool:
         symbols = {symbol for each in tree_leaves(node.meta.get("val")) for symbol in free_symbols(each)}
         met |= symbols
         if node.op == "placeholder":
-            known |= symbols & {*map(expression, _sizes(node.meta.get("val")))}
+            known |= symbols & {expression(size) for size in sizes_of(node.meta.get("val")) if isinstance(size, SymInt)}
         elif node.meta.get("unbacked_bindings"):
             known |= symbols
     return met <= known
-
-
-def _sizes(value: Any) -> list[Any]:
-    return [*value.shape, *value.stride()] if isinstance(value, Tensor) else [value] * isinstance(value, SymInt)
 
 
 def _acts(node: fx.Node) -> bool:

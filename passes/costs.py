@@ -11,18 +11,20 @@ Experts are taken to be met evenly, so that of R ranks each has one R-th of all 
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, distributed, fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from moecompile.passes.hardware import Hardware
 from moecompile.passes.joint_graph import argument, operator_of, packet_of
+from moecompile.runtime.contract import DIFFERENTIABLE
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.exchanged import hides
 from moecompile.runtime.sharded import process_group
@@ -58,8 +60,6 @@ WITHIN = "nvlink"
 QUANTIZED = ("scaled_mm", "linear_fp8", "experts_fp8", "experts_fp8_forward")
 TILE = 128
 """Rows of a tile of a grouped GEMM: each expert's last one is half full, on average."""
-PARTS = ("x", "w_in", "w_out", "w_up")
-"""Gradients, by name, each of which is a product."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Cost:
         sent: bytes that a rank sends to others.
         link: which carries them; None if nothing is sent.
         group: the ranks that exchange something.
+        sms: multiprocessors that send it.
         within: bytes that a rank sends to others before the node is done.
         hides: whether they are sent while it computes.
     """
@@ -83,6 +84,7 @@ class Cost:
     sent: sympy.Expr = ZERO
     link: str | None = None
     group: str | None = None
+    sms: int = 0
     within: sympy.Expr = ZERO
     hides: bool = False
 
@@ -106,20 +108,20 @@ class Cost:
         return float(self.sent.subs(sizes)) / link.rate + link.latency
 
 
-def cost_of(node: fx.Node, link: str = "nvlink") -> Cost:
+def cost_of(node: fx.Node) -> Cost:
     """What a node costs that calls something; nothing of any other.
 
     Args:
         node: of AOTAutograd's graph, with example values.
-        link: what lies between ranks.
     """
     if node.op != "call_function":
         return Cost()
     packet = packet_of(node)
     if packet in STARTS:
-        return Cost(sent=_exchanged(node), link=link, group=str(argument(node, "group")))
+        group = str(argument(node, "group"))
+        return Cost(sent=_exchanged(node), link=link_between(group), group=group, sms=int(argument(node, "sms")))
     if packet in COLLECTIVES:
-        return _collective(node, packet, link)
+        return _collective(node, packet)
     if packet in VIEWS or packet is c10d.wait_tensor:
         return Cost()
     name = packet.__name__ if getattr(operator_of(node), "namespace", None) == "moecompile" else ""
@@ -156,7 +158,7 @@ def _of_experts(node: fx.Node, name: str) -> sympy.Expr:
     tiled = rows + experts * TILE / 2
     if "backward" not in name:
         return 2 * tiled * (in_ + out + up)
-    needs = dict(zip(("x", "weights", "w_in", "w_out", "w_up"), argument(node, "needs"), strict=False))
+    needs = dict(zip(DIFFERENTIABLE, argument(node, "needs"), strict=True))
     through = out + (in_ + up if needs["x"] else 0)  # of rows: through GEMM2 always
     of_matrices = (in_ if needs["w_in"] else 0) + (out if needs["w_out"] else 0) + (up if needs["w_up"] else 0)
     again = in_ + up if argument(node, "recompute") else 0
@@ -222,11 +224,23 @@ def _hides(node: fx.Node, name: str) -> bool:
     return name == "exchanged_experts" and hides(ranks, capacity, int(_top_k(node)), num_experts)
 
 
-def _collective(node: fx.Node, packet: Any, link: str) -> Cost:
+def _collective(node: fx.Node, packet: Any) -> Cost:
     group = next(str(each) for each in reversed(node.args) if isinstance(each, str))
     sent, of = COLLECTIVES[packet](process_group(group).size())
     given = _value(node.all_input_nodes[0])
-    return Cost(sent=_bytes(given) * sent / of, link=link, group=group)
+    return Cost(sent=_bytes(given) * sent / of, link=link_between(group), group=group)
+
+
+def link_between(group: str) -> str:
+    """What carries most of what ranks of a group send: the network if some are on other hosts.
+
+    torchrun says how many ranks a host has (LOCAL_WORLD_SIZE); where nobody does, all are taken to be on one.
+    """
+    of_a_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if not of_a_host:
+        return "nvlink"
+    hosts = {rank // of_a_host for rank in distributed.get_process_group_ranks(process_group(group))}
+    return "nvlink" if len(hosts) == 1 else "network"
 
 
 def _precision(node: fx.Node, name: str) -> str:
@@ -261,6 +275,14 @@ def held_by(node: fx.Node) -> sympy.Expr:
 def expression(size: Any) -> sympy.Expr:
     """A size, which may be symbolic."""
     found: sympy.Expr = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
+    return found
+
+
+def sizes_of(value: Any) -> list[Any]:
+    """Sizes and strides of the tensors in an example value, and what else is in it: sizes that are handed on, say."""
+    found: list[Any] = []
+    for each in tree_leaves(value):
+        found += (*each.shape, *each.stride()) if isinstance(each, Tensor) else (each,)
     return found
 
 

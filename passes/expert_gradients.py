@@ -21,14 +21,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import fx
 
-from moecompile.passes.joint_graph import argument, give, operator_of
+from moecompile.passes.joint_graph import BACKWARDS, BACKWARDS_FP8, argument, give, operator_of
 from moecompile.runtime.contract import DIFFERENTIABLE
 
-ops = torch.ops.moecompile
-BACKWARDS = (ops.experts_backward.default, ops.experts_fp8_backward.default)
+DIVIDED = (BACKWARDS[0], BACKWARDS_FP8[0])
+"""Those that add to nothing."""
 OF_TOKENS = ("x", "weights")
 
 
@@ -41,7 +40,7 @@ def divide_expert_backwards(graph: fx.Graph, early: Collection[fx.Node]) -> int:
     """
     done = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or operator_of(node) not in BACKWARDS or argument(node, "recompute"):
+        if node.op != "call_function" or operator_of(node) not in DIVIDED or argument(node, "recompute"):
             continue
         names = [name for name, needed in zip(DIFFERENTIABLE, argument(node, "needs"), strict=True) if needed]
         read_early = {_name(user, names) in OF_TOKENS for user in node.users if user in early}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+OTHER_FORMS = frozenset(("pcie", "nvl"))
+"""Words in the names of GPUs with the rows' names and other rates."""
 DEFAULT = "h200"
 """What is reckoned for where no GPU is known: of a CPU, say, on which graphs are made for one."""
 
@@ -73,8 +75,10 @@ def named(name: str) -> Hardware:
 
 
 def like(device: str) -> Hardware | None:
-    """The row of a GPU that calls itself so ("NVIDIA H100 80GB HBM3"); None if there is none."""
+    """The row of a GPU that calls itself so ("NVIDIA H100 80GB HBM3"); None if there is none, as of those for PCIe."""
     words = device.lower().split()
+    if not OTHER_FORMS.isdisjoint(words):
+        return None
     return next((row for name, row in known().items() if name in words), None)
 
 

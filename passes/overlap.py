@@ -91,8 +91,8 @@ class Plan:
 
 
 def plan(
-    graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, fuses: bool = False, share: float = 0.0,
-    memory: float = MEMORY, parts: int = 1, measured: Mapping[str, float] | None = None,
+    graph: fx.Graph, hardware: Hardware, sizes: Sizes, *, fuses: bool = False, memory: float = MEMORY,
+    parts: int = 1, measured: Mapping[str, float] | None = None,
     permutation: Sequence[int] | None = None,
 ) -> Plan:  # fmt: skip
     """The better order, if there is one, and what is predicted of both.
@@ -102,7 +102,6 @@ def plan(
         hardware: that it is to run on.
         sizes: numbers for its symbols.
         fuses: whether what is computed by element is fused with those that alone read it, and so costs nothing.
-        share: of the multiprocessors that communication takes.
         memory: how many times what the given order holds at once, with the graph's inputs, the better one may.
         parts: of a batch that the given order runs one after the other. It holds what one of them needs, and a better
             one may hold what all do.
@@ -113,7 +112,7 @@ def plan(
         ScheduleError: what communicates cannot come so.
     """
     nodes = _movable(graph)
-    known = _tasks(graph, nodes, hardware, sizes, share, _fused(graph) if fuses else frozenset())
+    known = _tasks(graph, nodes, hardware, sizes, _fused(graph) if fuses else frozenset())
     tasks = known if measured is None else _as_measured(known, nodes, measured)
     communicating = tuple(number for number, node in enumerate(nodes) if group_of(node) is not None)
     before = simulate(tasks, range(len(tasks)))
@@ -204,14 +203,14 @@ def _fused(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def _tasks(
-    graph: fx.Graph, nodes: Sequence[fx.Node], hardware: Hardware, sizes: Sizes, share: float,
-    fused: frozenset[fx.Node],
+    graph: fx.Graph, nodes: Sequence[fx.Node], hardware: Hardware, sizes: Sizes, fused: frozenset[fx.Node]
 ) -> list[Task]:  # fmt: skip
     found = list[Task]()
     for node, after in zip(nodes, _after(graph, nodes), strict=True):
         cost = cost_of(node)
         sends = None
         if cost.link is not None:
+            share = min(cost.sms, hardware.multiprocessors - 1) / hardware.multiprocessors
             sends = Sending(cost.sending(hardware, sizes), f"{cost.link} {cost.group}", share)
         begun = [each for each in after if packet_of(node) in WAITS and found[each].sends is not None]
         held = sympy.Integer(0) if node in fused else bytes_of(node)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.costs import STARTS
+from moecompile.passes.costs import STARTS, sizes_of
 from moecompile.passes.effects import EXCHANGES, PART, PARTS, WHOLE
 from moecompile.passes.joint_graph import argument, give, packet_of
 from moecompile.passes.microbatches import WAYS, slot_of_half
@@ -31,7 +31,7 @@ from moecompile.passes.microbatches import WAYS, slot_of_half
 def obstacle(graphs: Sequence[fx.GraphModule]) -> str:
     """Why these graphs are not made one, if they are not."""
     for gm in graphs:
-        if known_when_run(gm.graph) or any(isinstance(value, torch.SymInt) for value in _sizes(gm.graph)):
+        if known_when_run(gm.graph) or any(map(_has_symbols, gm.graph.nodes)):
             return "there are sizes that are known only when the graph runs"
         if not _one_after_the_other(gm.graph):
             return "its own exchanges are under way at once, in slots that another graph needs"
@@ -91,10 +91,8 @@ def _copied(
     return made
 
 
-def _sizes(graph: fx.Graph) -> Iterator[object]:
-    for node in graph.nodes:
-        for value in tree_leaves(node.meta.get("val")):
-            yield from (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+def _has_symbols(node: fx.Node) -> bool:
+    return any(isinstance(size, torch.SymInt) for size in sizes_of(node.meta.get("val")))
 
 
 def _one_after_the_other(graph: fx.Graph) -> bool:

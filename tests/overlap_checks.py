@@ -23,6 +23,7 @@ import moecompile
 from expert_parallel_models import Block, close, mesh_of
 from moecompile import lowering, measuring, ordering, report
 from moecompile.passes import hardware
+from moecompile.passes.list_schedule import links_of
 
 c10d = torch.ops._c10d_functional
 TOKENS, FEATURES = 64, 64
@@ -181,6 +182,18 @@ def check_inductor_keeps_the_order(rank: int, ranks: int) -> None:
     assert len(code) == len(orders) == 2 and [in_code(each) for each in code] == orders
     assert all(each.count("begin") == 4 for each in orders), orders
     assert all(each[each.index("begin") + 1] == "compute" for each in orders), orders
+
+
+def check_hosts(rank: int, ranks: int) -> None:
+    """The network lies between ranks of several hosts, as torchrun tells them."""
+    model = Layer()
+    for of_a_host, link in (("1", "network"), (str(ranks), "nvlink")):
+        ordering.forget()
+        with environment("LOCAL_WORLD_SIZE", of_a_host):
+            stepped(compiled(model, lowering="eager"), model, rows_of(rank))
+        plans = moecompile.last_report().graphs[-1].planned.values()
+        links = {name.partition(" ")[0] for plan in plans for name in links_of(plan.tasks)}
+        assert links == {link}, links
 
 
 def check_a_rank_that_would_gain_nothing(rank: int, ranks: int) -> None:

@@ -107,6 +107,7 @@ def test_devices() -> None:
     h800 = hardware.named("h800")
     assert (h800.links["nvlink"].rate, h800.links["network"].rate) == (160e9, 50e9)
     assert hardware.like("NVIDIA H100 80GB HBM3") is hardware.named("h100") and hardware.like("NVIDIA A100") is None
+    assert hardware.like("NVIDIA H100 PCIe") is None and hardware.like("NVIDIA H100 NVL") is None
     with pytest.raises(ValueError, match="no hardware is called 'h20'; there are h200, h100, h800"):
         hardware.named("h20")
     for device in hardware.known().values():

@@ -51,6 +51,7 @@ def test_defaults():
         "ep_patience": 300.0,
         "overlap": False,
         "microbatches": 1,
+        "profile": False,
         "disable": (),
         "inductor": {},
     }

@@ -15,10 +15,10 @@ from torch.distributed import _functional_collectives as functional
 
 from moecompile.lowering import eager
 from moecompile.passes import costs
-from moecompile.passes.effects import kept_in_order
+from moecompile.passes.effects import kept_in_order, kinds_of
 from moecompile.passes.hardware import Hardware, Link
 from moecompile.passes.list_schedule import ScheduleError
-from moecompile.passes.overlap import Plan, move, plan, send_aside
+from moecompile.passes.overlap import Plan, communication, move, plan, send_aside
 from test_exchanges_as_on_gpus import by_kernels, traced
 
 c10d, aten, ops = torch.ops._c10d_functional, torch.ops.aten, torch.ops.moecompile
@@ -261,3 +261,24 @@ def test_exchanges_that_share_a_slot_stay_in_order() -> None:
     graph.output((wait, whole, apart))
     kept = kept_in_order(graph)
     assert kept[whole] == {wait} and kept[wait] == {start} and not kept[apart]
+
+
+def test_collectives_that_nobody_knows_the_time_of_stay_in_their_order() -> None:
+    """They communicate all the same: all ranks have them in one order, beside those that are known."""
+    graph, c10d = fx.Graph(), torch.ops._c10d_functional
+    x = graph.placeholder("x")
+    sent = [graph.call_function(c10d.broadcast.default, (x, 0, "a")) for _ in range(2)]
+    sent.append(graph.call_function(c10d.all_reduce.default, (x, "sum", "b")))
+    awaited = graph.call_function(c10d.wait_tensor.default, (sent[0],))
+    sent.append(graph.call_function(c10d.all_reduce.default, (awaited, "sum", "b")))
+    graph.output(tuple(sent))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(4)
+    assert [kinds_of(node) != [] for node in sent] == [True, True, False, False]
+    assert kept_in_order(graph)[sent[1]] == {sent[0]}
+    assert [(group, after) for _, group, after in communication(graph)] == [
+        ("a", ()),
+        ("a", (0,)),
+        ("b", ()),
+        ("b", (0,)),
+    ]
