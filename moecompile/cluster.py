@@ -3,7 +3,8 @@
 The layers of a stage are tasks of `list_schedule`. The five parts of a layer compute; in the forward route and experts
 send what they made, in the backward join and experts do; nobody waits for weight parts of the backward. A forward and
 a backward of different micro-batches share nothing, and run as one program: DualPipe's pair. It takes the fastest of
-three orders: one after the other, the list schedule of both, and the one that DeepSeek publishes.
+three orders: one after the other, the one that is found for both (moecompile/passes/order_search.py), and the one that
+DeepSeek publishes.
 
     forward    attention, route -> dispatch -> experts -> combine -> join; the shared expert beside them
     backward   join -> combine's backward -> experts -> dispatch's backward -> route, attention
@@ -17,7 +18,8 @@ from dataclasses import dataclass, replace
 from moecompile.cluster_costs import Batch, Part, parts
 from moecompile.cluster_exchange import Cluster, Exchange, exchange
 from moecompile.cluster_shapes import Model
-from moecompile.passes.list_schedule import Sending, Task, Timeline, schedule, simulate
+from moecompile.passes.list_schedule import Sending, Task, Timeline, simulate
+from moecompile.passes.order_search import best
 
 EXCHANGES = "exchanges"
 """The link of list_schedule: one exchange after the other, each on the network and NVLink at once."""
@@ -39,7 +41,7 @@ class Outcome:
     computing: float
     communicating: float
     exposed: float
-    order: str = "list schedule"
+    order: str = "moecompile's order"
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,11 @@ class Run:
         """A forward and a backward together, no slower than one after the other."""
         forward, backward = self._forward(), self._backward()
         tasks = [*forward, *(_moved(task, len(forward)) for task in backward)]
-        first, second = schedule(forward).order, schedule(backward).order
+        first, second = best(forward).order, best(backward).order
         apart = simulate(tasks, [*first, *(number + len(forward) for number in second)])
         found = {
             "DeepSeek-V3's figure 4": simulate(tasks, _published(tasks, self.layers)),
-            "list schedule": schedule(tasks),
+            "moecompile's order": best(tasks),
             "one after the other": apart,
         }
         # in nanoseconds: what is as fast but for rounding is the first of them
@@ -213,9 +215,9 @@ def _published_names(layers: int) -> Iterator[str]:
 
 
 def _outcome(tasks: list[Task]) -> Outcome:
-    return _of(tasks, schedule(tasks))
+    return _of(tasks, best(tasks))
 
 
-def _of(tasks: list[Task], timeline: Timeline, order: str = "list schedule") -> Outcome:
+def _of(tasks: list[Task], timeline: Timeline, order: str = "moecompile's order") -> Outcome:
     sent = sum(task.sends.duration for task in tasks if task.sends)
     return Outcome(timeline.makespan, timeline.busy, sent, timeline.exposed, order)

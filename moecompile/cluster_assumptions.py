@@ -39,8 +39,8 @@ def assumptions(run: Run) -> list[str]:
         f"the {run.layers} layers are alike, all with experts; embedding, head and other layers are left out",
         "no tensor parallelism; gradients are not reduced, there is no optimizer, memory is not checked, hosts launch "
         "kernels in time",
-        "a forward or a backward by itself runs in the order of the list schedule; the pair in the fastest of that, "
-        "DeepSeek-V3's figure 4, and one after the other",
+        "a forward or a backward by itself runs in the order that the option `overlap` would find; the pair in the "
+        "fastest of that, DeepSeek-V3's figure 4, and one after the other",
     ]
     if model.shared:
         found.append("the shared expert is computed by every GPU for its own tokens")

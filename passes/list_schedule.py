@@ -143,31 +143,21 @@ def schedule(tasks: Sequence[Task], budget: float | None = None) -> Timeline:
     Raises:
         ScheduleError: tasks wait for each other in a circle.
     """
-    ways, sendings = _ways(tasks), _sendings(tasks)
+    ways, sendings = ways_of(tasks), _sendings(tasks)
     longest = [(-way, number) for number, way in enumerate(ways)]
     soonest = [(sending, *rest) for sending, rest in zip(sendings, longest, strict=True)]
-    found = [_in_turn(tasks, first, budget) for first in (longest, soonest)]
+    found = [in_turn(tasks, first, budget) for first in (longest, soonest)]
     return min(found, key=lambda each: each.makespan)
 
 
-def _in_turn(tasks: Sequence[Task], first: Sequence[tuple[float, ...]], budget: float | None) -> Timeline:
-    """Of ready tasks the one whose entry in `first` is the least."""
+def in_turn(tasks: Sequence[Task], first: Sequence[tuple[float, ...]], budget: float | None) -> Timeline:
+    """The order in which of ready tasks the one goes first whose entry in `first` is the least."""
     machine, ready = _Machine(tasks), _Ready(tasks)
     while len(machine.order) < len(tasks):
         number = _next(tasks, machine, first, ready, budget)
         machine.run(number)
         ready.done(number)
     return machine.timeline()
-
-
-def better(tasks: Sequence[Task], before: Timeline, gain: float, budget: float | None = None) -> Timeline:
-    """The scheduled order, or the one before where that is not slower by `gain` of the time it takes, or holds less.
-
-    An order that holds more than both the budget and the one before does is not taken.
-    """
-    after = schedule(tasks, budget)
-    fits = budget is None or after.peak <= max(budget, before.peak)
-    return after if fits and after.makespan <= (1 - gain) * before.makespan else before
 
 
 def _next(
@@ -208,7 +198,7 @@ def _sendings(tasks: Sequence[Task]) -> list[float]:
     return found
 
 
-def _ways(tasks: Sequence[Task]) -> list[float]:
+def ways_of(tasks: Sequence[Task]) -> list[float]:
     """Of each task the seconds from its beginning to the program's end, if nothing but what depends on it took time."""
     ways = [0.0] * len(tasks)
     for number, users in _from_the_end(tasks):

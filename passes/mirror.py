@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moecompile.passes.list_schedule import Task, better, simulate, users_of
+from moecompile.passes.list_schedule import Task, simulate, users_of
+from moecompile.passes.order_search import better
 from moecompile.passes.overlap import GAIN, Plan
 
 

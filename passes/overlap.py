@@ -5,13 +5,13 @@ Contract
 - Communication is in two halves: moecompile's exchanges, and PyTorch's functional collectives with `wait_tensor`.
 - Nodes move and nothing else changes: each stays behind what it reads, and behind what it has to stay behind for what
   it does beside its results (passes/effects.py).
-- The order is the given one unless another is predicted to be faster by GAIN (`moecompile.passes.list_schedule`), and
-  to hold no more than MEMORY times what the given one does.
+- The order is the given one unless another (`moecompile.passes.order_search`) is predicted to be faster by GAIN, and to
+  hold no more than MEMORY times what the given one does.
 - Communication may come in another order than before. All ranks have to run it in the same one: the caller sees to it,
   and may ask for one, which is then kept even if it is no faster.
 
     tasks = one for each node, with the parts that are taken from it
-    order = list schedule of the tasks, with what they cost on this hardware
+    order = the best that is found for the tasks, with what they cost on this hardware
     move nodes into that order, if it is better and all ranks have it
 """
 
@@ -31,7 +31,8 @@ from moecompile.passes.costs import STARTS, bytes_of, cost_of, held_by
 from moecompile.passes.effects import EXCHANGES, WAITS, group_of, is_part, kept_in_order, whole
 from moecompile.passes.hardware import Hardware
 from moecompile.passes.joint_graph import argument, packet_of
-from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, better, schedule, simulate
+from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, simulate
+from moecompile.passes.order_search import best, better
 
 GAIN = 0.03
 """A prediction is no more exact than that: with less to gain, the order stays."""
@@ -240,7 +241,7 @@ def _in_permutation(
         chained[second] = replace(chained[second], after=tuple(sorted({*chained[second].after, first})))
     if [*permutation] == sorted(permutation):
         return better(chained, before, GAIN, most)
-    return simulate(tasks, schedule(chained, most).order)
+    return simulate(tasks, best(chained, most).order)
 
 
 def _as_measured(tasks: Sequence[Task], nodes: Sequence[fx.Node], measured: Mapping[str, float]) -> list[Task]:

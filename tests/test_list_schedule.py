@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, better, schedule, simulate
+from moecompile.passes.list_schedule import ScheduleError, Sending, Task, Timeline, schedule, simulate
+from moecompile.passes.order_search import better
 
 
 def compute(name: str, seconds: float, *after: int, makes: float = 0.0) -> Task:
