@@ -72,7 +72,7 @@ def moecompile(
     # 3. The passes, over the graph and the bodies of its higher-order operators: detect, then fuse. On request, the
     #    rewritten blocks are compared with the original ones, and the original graph is used where they differ; and
     #    layers in FP8 with what they were, to see what that costs. A stage of a pipeline hides exchanges in pairs.
-    stage = pipelining.graph_for(example_inputs, record, chosen.lowering)
+    stage = pipelining.graph_for(example_inputs, record, chosen)
     with pipeline.out_of_reach_of_hooks():
         passed = pipeline.run_passes(gm, chosen, record, paired=stage is not None)
         if verify.verify(passed, example_inputs, record):

@@ -276,10 +276,11 @@ class Options:
         chosen = options if isinstance(options, Options) else cls._from_mapping(options)
         inductor = {**_mode_options(mode), **_checked_inductor_options(dict(chosen.inductor))}
         disable = dict.fromkeys((*chosen.disable, *environment_disabled_passes()))
+        parsed = dataclasses.replace(chosen, inductor=tuple(inductor.items()), disable=tuple(disable))
         for option, why in WITHOUT_CUDA_GRAPHS.items():
-            if getattr(chosen, option) and chosen.lowering == "inductor":
-                _refuse_cuda_graphs(option, why, inductor)
-        return dataclasses.replace(chosen, inductor=tuple(inductor.items()), disable=tuple(disable))
+            if getattr(parsed, option):
+                parsed.refuse_cuda_graphs(f"option `{option}` does not go", why)
+        return parsed
 
     @classmethod
     def _from_mapping(cls, options: Mapping[str, Any] | None) -> Options:
@@ -289,6 +290,17 @@ class Options:
                 'Write options={"lowering": "inductor"}, say.'
             )
         return cls(**{str(name): value for name, value in (options or {}).items()})
+
+    def refuse_cuda_graphs(self, what: str, why: str) -> None:
+        """Raises ValueError if Inductor is to make CUDA graphs, which do not go with something, for this reason."""
+        from torch._inductor import config
+
+        asked = dict(self.inductor).get("triton.cudagraphs", config.triton.cudagraphs)
+        if asked and self.lowering == "inductor":
+            raise ValueError(
+                f"moecompile: {what} with Inductor's CUDA graphs (mode='reduce-overhead', triton.cudagraphs), {why}. "
+                "Leave one of the two out."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Every field in a plain dict, which `torch.compile(options=...)` and `Options.parse(None, ...)` take."""
@@ -352,16 +364,6 @@ def _check_passes(names: Iterable[str], where: str) -> None:
                 f"moecompile: {where} names the pass {name!r}, which does not exist.{did_you_mean(name, PASSES)} "
                 f"Passes: {', '.join(PASSES)}."
             )
-
-
-def _refuse_cuda_graphs(option: str, why: str, inductor: Mapping[str, Any]) -> None:
-    from torch._inductor import config
-
-    if inductor.get("triton.cudagraphs", config.triton.cudagraphs):
-        raise ValueError(
-            f"moecompile: option `{option}` does not go with Inductor's CUDA graphs (mode='reduce-overhead', "
-            f"triton.cudagraphs), {why}. Leave one of the two out."
-        )
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

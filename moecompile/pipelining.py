@@ -35,6 +35,7 @@ from torch import fx, nn
 
 from moecompile import ordering
 from moecompile.agreement import DisagreementError
+from moecompile.options import Options
 from moecompile.report import GraphReport
 from moecompile.stage_actions import Meeting, PuttingOff, Weights, as_here, running
 from moecompile.stage_graphs import Pair, StageGraph, why_apart, write_into_each_other
@@ -79,9 +80,16 @@ def attach(schedule: Any) -> Pipeline:
     return _pipelines[schedule]
 
 
-def graph_for(inputs: Sequence[Any], record: GraphReport, lowering: str) -> StageGraph | None:
-    """For a captured graph with these inputs, if it is a stage's of a pipeline."""
-    return StageGraph(record, lowering) if _pipeline_of(inputs) is not None else None
+def graph_for(inputs: Sequence[Any], record: GraphReport, chosen: Options) -> StageGraph | None:
+    """For a captured graph with these inputs, if it is a stage's of a pipeline.
+
+    Raises:
+        ValueError: Inductor is to make CUDA graphs of it.
+    """
+    if _pipeline_of(inputs) is None:
+        return None
+    chosen.refuse_cuda_graphs("a stage of a pipeline does not go", "of which one micro-batch would overwrite another's")
+    return StageGraph(record, chosen.lowering)
 
 
 def refuse_scaling(inputs: Sequence[Any]) -> None:

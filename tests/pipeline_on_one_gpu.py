@@ -32,7 +32,7 @@ SCHEDULES = {
     "DualPipeV, apart": ScheduleDualPipeV,
     "ZBV": ScheduleZBVZeroBubble,
 }
-HIDDEN, INNER, TOKENS, MICROBATCHES, LAYERS, TURNS = 4096, 1536, 8192, 8, 2, 7
+HIDDEN, INNER, TOKENS, MICROBATCHES, LAYERS, TURNS = 4096, 1536, 16384, 8, 2, 9
 
 
 class Layer(nn.Module):

@@ -355,6 +355,14 @@ def test_nothing_is_kept_of_a_pipeline() -> None:
     assert [each() for each in alive] == [None] * len(alive)
 
 
+def test_cuda_graphs_are_refused() -> None:
+    job = Job(options={"lowering": "inductor", "inductor": {"triton.cudagraphs": True}})
+    x, target = job.data()
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        job.schedule.step(x, target=target)
+    assert "a stage of a pipeline does not go with Inductor's CUDA graphs" in words_of(caught.value)
+
+
 def test_fully_sharded_stages_are_refused() -> None:
     modules = [Plain(0), Plain(1)]
     fully_shard(modules[0], mesh=init_device_mesh("cpu", (1,)))
