@@ -34,7 +34,6 @@ from typing import Any
 from torch import fx, nn
 
 from moecompile import ordering
-from moecompile.agreement import DisagreementError
 from moecompile.options import Options
 from moecompile.report import GraphReport
 from moecompile.stage_actions import Meeting, PuttingOff, Weights, as_here, running
@@ -45,10 +44,6 @@ _pipelines: weakref.WeakKeyDictionary[Any, Pipeline] = weakref.WeakKeyDictionary
 _one_steps = threading.Lock()
 _stepping: Pipeline | None = None
 """That makes a step now."""
-CANNOT = (
-    "moecompile: ranks that exchange something in two graphs of stages have agreed to run them as one, and this one "
-    "cannot: {}. Have all of them run alike, or call `torch._dynamo.reset()` on all"
-)
 EACH_OTHER = "one of them writes into memory that the other is given"
 
 
@@ -239,18 +234,19 @@ class Pipeline:
     ) -> Pair | None:
         """Both as one, if they can be, given this, and all ranks that they exchange something with have it.
 
-        Ranks meet once for two graphs. Of other sizes a rank may have a pair by itself.
+        Ranks meet once for graphs that communicate so. Of other sizes a rank may have a pair by itself.
 
         Raises:
-            DisagreementError: others run pairs that this rank cannot.
+            DisagreementError: others run a pair that this rank cannot.
         """
         sized = backward.sized("backward", of_backward), forward.sized("forward", of_forward)
         key = *sized, write_into_each_other(forward, of_forward, backward, of_backward)
         if key not in self._reasons:
             own = EACH_OTHER if key[-1] else why_apart(forward, backward, sized)
-            reason = ordering.agreed_reason("pair", [each.graph for each in sized], own)
-            if own and not reason:
-                raise DisagreementError(CANNOT.format(own))
+            graphs = [each.graph for each in sized]
+            reason = ordering.agreed_reason("pair", graphs, own)
+            if own and not reason:  # of graphs that communicate as others do, which are pairs
+                reason = ordering.agreed_reason("pair that is none", graphs, own)
             if reason:
                 log.warning("moecompile: %s and a backward run one after the other: %s", forward.record.name, reason)
             self._reasons[key] = reason

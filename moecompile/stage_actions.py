@@ -16,7 +16,7 @@ import torch
 from moecompile import stage_graphs
 from moecompile.stage_graphs import Later, Pair, StageGraph
 
-NO_GRAPH = "no graph of moecompile's ran, or only one that was compiled before `attach`"
+NO_GRAPH = "no graph of moecompile's ran, or only one that was compiled before `attach`, or first for what is no stage"
 
 
 class Pairs(Protocol):

@@ -63,6 +63,18 @@ class Stage(nn.Module):
         return result
 
 
+class Different(Stage):
+    """Of each number another graph, that communicates alike."""
+
+    def __init__(self, number: int, group: Any) -> None:
+        super().__init__(number, group)
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        return torch.sin(found) if self.number else torch.cos(found)
+
+
 class Recomputed(Stage):
     """Layers of which nothing is held but what comes in."""
 
@@ -266,6 +278,25 @@ def check_one_rank_cannot(rank: int, ranks: int) -> None:
         assert not job.pipeline.counts["pair"]
     else:
         assert job.pipeline.counts["pair"] == apart, job.pipeline
+
+
+def check_some_cannot(rank: int, ranks: int) -> None:
+    """Two stages' graphs communicate alike; one of the two pairs is none, on all ranks."""
+    found, calls = pipelining.why_apart, list[int]()
+
+    def second_cannot(*_: Any) -> str:
+        calls.append(1)
+        return "it has no room" if len(calls) == 2 else ""
+
+    vars(pipelining)["why_apart"] = second_cannot
+    try:
+        job = Job(1, ranks, 4 * ranks, make=Different)
+        trains(job, steps=2)
+    finally:
+        vars(pipelining)["why_apart"] = found
+    counts = job.pipeline.counts
+    assert counts["apart"] == job.pipeline.apart["it has no room"] > 0 < counts["pair"], job.pipeline
+    assert counts["apart"] + counts["pair"] == 2 * overlapped(job), job.pipeline
 
 
 def check_compiled_before(rank: int, ranks: int) -> None:

@@ -21,7 +21,14 @@ from moecompile.report import GraphReport
 from pipelines_on_one_rank import Routed
 from ranks_in_processes import checks_of, run_on_ranks
 
-ON_TWO = ("check_pipeline", "check_zero_bubble", "check_measured", "check_compiled_before", "check_refusals")
+ON_TWO = (
+    "check_pipeline",
+    "check_zero_bubble",
+    "check_measured",
+    "check_some_cannot",
+    "check_compiled_before",
+    "check_refusals",
+)
 ON_FOUR = (
     "check_pipeline",
     "check_pipeline_of_experts",
