@@ -57,7 +57,7 @@ def orders(plan: Plan) -> list[Order]:
 
 
 def render(planned: Mapping[str, Plan], width: int) -> list[str]:
-    """Lines for the graphs of one captured graph, by "forward" and "backward"."""
+    """Lines for the graphs of one captured graph, by "forward", "backward" and "pair" with its number."""
     if not planned:
         return []
     found = {kind: orders(plan) for kind, plan in planned.items()}

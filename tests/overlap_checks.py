@@ -38,6 +38,7 @@ SLOW = hardware.Hardware(
 )
 """On which products take as long as sending rows."""
 OLD = not ordering.inductor_keeps_orders()
+NO_ORDER = f"Inductor keeps no order before torch {ordering.KEEPS_FROM}"
 
 
 class Layer(nn.Module):

@@ -3,8 +3,9 @@
     results = run_on_ranks(2, "expert_parallel_checks", ["check_a", "check_b"], directory)
     results["check_a"]      what each rank that failed says
 
-A check is a function of (rank, ranks). Each has a process group of its own, and begins when all ranks are done with the
-one before: what fails on a rank, and leaves the others waiting until `PATIENCE` is over, does not spoil the next.
+A check that cannot run here raises `unittest.SkipTest`. A check is a function of (rank, ranks). Each has a process
+group of its own, and begins when all ranks are done with the one before: what fails on a rank, and leaves the others
+waiting until `PATIENCE` is over, does not spoil the next.
 """
 
 from __future__ import annotations
@@ -13,22 +14,32 @@ import faulthandler
 import importlib
 import time
 import traceback
+import unittest
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 from torch import distributed
 
 from moecompile import ranks as moecompile_ranks
 
 PATIENCE = timedelta(seconds=60)
+SKIPPED = "skipped: "
 
 
 def checks_of(module: ModuleType, but: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of the checks of a module, in its order, without those that run apart (`but`)."""
     return tuple(name for name in vars(module) if name.startswith("check_") and name not in but)
+
+
+def judge(said: str) -> None:
+    """Of what ranks say of a check: fails or skips the test."""
+    if said and all(line.startswith(SKIPPED) for line in said.splitlines()):
+        pytest.skip(said.splitlines()[0].removeprefix(SKIPPED))
+    assert not said, said
 
 
 def run_on_ranks(
@@ -53,6 +64,8 @@ def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directo
             torch.manual_seed(0)
             getattr(checks, name)(rank, ranks)
             distributed.barrier()
+        except unittest.SkipTest as reason:
+            said = f"{SKIPPED}{reason}\n"
         except Exception:
             said = f"rank {rank}: {traceback.format_exc()}\n"
         distributed.destroy_process_group()

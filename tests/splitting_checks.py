@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import unittest
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import moecompile
 from expert_parallel_models import Block, close, mesh_of
 from moecompile import splitting
 from moecompile.passes import hardware
-from overlap_checks import OLD, SLOW, notes, on
+from overlap_checks import NO_ORDER, OLD, SLOW, notes, on
 
 BATCH, LENGTH, FEATURES = 8, 6, 64
 SLOWER = replace(SLOW, links={"nvlink": hardware.Link(5e5, 0.0)})
@@ -104,8 +105,9 @@ def check_halves_give_what_the_whole_does(rank: int, ranks: int) -> None:
 
 
 def check_halves_by_inductor(rank: int, ranks: int) -> None:
-    if not OLD:
-        trains(rank, ranks, 1, lowering="inductor")
+    if OLD:
+        raise unittest.SkipTest(NO_ORDER)
+    trains(rank, ranks, 1, lowering="inductor")
 
 
 def check_halves_are_in_flight_together(rank: int, ranks: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ranks_in_processes import checks_of, run_on_ranks
+from ranks_in_processes import checks_of, judge, run_on_ranks
 
 
 def together(module: str, names: Sequence[str] | None = None) -> tuple[Any, Callable[..., None]]:
@@ -30,6 +30,6 @@ def together(module: str, names: Sequence[str] | None = None) -> tuple[Any, Call
 
     @pytest.mark.parametrize("name", chosen)
     def test_together(results: dict[str, str], name: str) -> None:
-        assert not results[name], results[name]
+        judge(results[name])
 
     return results, test_together
