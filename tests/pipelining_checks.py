@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import unittest
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import moecompile
 from expert_parallel_models import HIDDEN, Block
 from moecompile import agreement, ordering, pipelining, stage_actions
-from overlap_checks import NO_ORDER, OLD
+from overlap_checks import NO_ORDER, OLD, environment
 from pipelines_on_one_rank import connect_with_nobody
 
 FEATURES, TOKENS = 16, 6
@@ -225,7 +226,7 @@ def check_pipeline_of_experts(rank: int, ranks: int) -> None:
 def check_inductor(rank: int, ranks: int) -> None:
     if OLD:
         raise unittest.SkipTest(NO_ORDER)
-    job = Job(ranks // 2, 2, ranks, lowering="inductor")
+    job = Job(1, ranks, 4, lowering="inductor")
     trains(job)
     runs_as_one(job)
 
@@ -242,8 +243,9 @@ def check_experts(rank: int, ranks: int) -> None:
 
 def check_measured(rank: int, ranks: int) -> None:
     """What stages' nodes take is measured first, by graphs that run by themselves."""
-    job = Job(1, ranks, 4 * ranks, profile=True)
-    trains(job)
+    with tempfile.TemporaryDirectory() as directory, environment("MOECOMPILE_CACHE_DIR", directory):
+        job = Job(1, ranks, 4 * ranks, profile=True)
+        trains(job)
     counts, words = job.pipeline.counts, str(job.pipeline)
     assert counts["measured"] > 0 < counts["pair"] and not job.pipeline.apart, words
     assert counts["measured"] + counts["pair"] == 3 * overlapped(job), words
@@ -259,7 +261,7 @@ def check_zero_bubble(rank: int, ranks: int) -> None:
 
 
 def check_recomputed(rank: int, ranks: int) -> None:
-    job = Job(ranks // 2, 2, ranks, make=Recomputed)
+    job = Job(1, ranks, 4, make=Recomputed)
     trains(job)
     runs_as_one(job)
 

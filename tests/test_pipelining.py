@@ -26,6 +26,8 @@ ON_TWO = (
     "check_zero_bubble",
     "check_measured",
     "check_some_cannot",
+    "check_recomputed",
+    "check_inductor",
     "check_compiled_before",
     "check_refusals",
 )
@@ -33,9 +35,7 @@ ON_FOUR = (
     "check_pipeline",
     "check_pipeline_of_experts",
     "check_experts",
-    "check_recomputed",
     "check_one_rank_cannot",
-    "check_inductor",
 )
 
 
