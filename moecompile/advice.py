@@ -204,6 +204,7 @@ def warn_if_nothing_matched(
     - no warning for a model of which another graph was rewritten before, or for which a warning went out;
     - none for a graph of which layers were cast to FP8;
     - none with the pass `detect` disabled: nothing was looked for;
+    - none for a graph that was ordered so that its communication overlaps;
     - none that repeats another in all but the model: the same function, the same obstacle;
     - a graph that shows an obstacle is warned about at once, and so is a whole model without any block. A part of a
       model (a layer compiled apart, a graph around which or at whose end capturing broke off) proves nothing yet: it is
@@ -217,7 +218,7 @@ def warn_if_nothing_matched(
     Returns:
         `compiled`, or a callable that does the same.
     """
-    if record.sites or any(row.cast for row in record.casts):
+    if record.sites or record.planned or any(row.cast for row in record.casts):
         return compiled
     if not any(each.name == "detect" for each in record.passes):
         return compiled

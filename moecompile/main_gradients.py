@@ -147,7 +147,8 @@ def _watch_backward(results: Iterable[Any], pairs: Sequence[tuple[nn.Parameter, 
                 raise RuntimeError(
                     "moecompile: this backward asks for gradients of other tensors alone (torch.autograd.grad, or "
                     "backward(inputs=...)), and would add to main gradients all the same. Call backward() without "
-                    "inputs, or compile the model for this without main_grad"
+                    "inputs, or compile the model for this without main_grad. (PyTorch does so to learn the sizes of a "
+                    "pipeline's stages: give PipelineStage input_args and output_args)"
                 )
 
     node.register_prehook(check)

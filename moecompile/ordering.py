@@ -264,9 +264,10 @@ def _device() -> hardware.Hardware:
 def _words(found: Plan) -> str:
     """What is predicted, or was measured."""
     reckoned = "measured" if found.unmeasured else f"predicted of {device_title()}"
+    also = "" if found.predicted is None else f"; predicted of {device_title()}: {_times(found.predicted)}"
     if not found.moves:
-        return f"its order stays, {reckoned}: {_times(found.before)}"
-    return f"ordered, {reckoned}: {_times(found.after)}; as it was {_times(found.before)}"
+        return f"its order stays, {reckoned}: {_times(found.before)}{also}"
+    return f"ordered, {reckoned}: {_times(found.after)}; as it came {_times(found.before)}{also}"
 
 
 def _times(timeline: Timeline) -> str:

@@ -44,6 +44,10 @@ _pipelines: weakref.WeakKeyDictionary[Any, Pipeline] = weakref.WeakKeyDictionary
 _one_steps = threading.Lock()
 _stepping: Pipeline | None = None
 """That makes a step now."""
+NONE_OF_OURS = (
+    "in a step no stage has run a graph of moecompile's that knows of the schedule: all ran as PyTorch has it. Call "
+    'stage.submod.compile(backend="moecompile"), and `attach` before anything is compiled, or `torch._dynamo.reset()`'
+)
 EACH_OTHER = "one of them writes into memory that the other is given"
 
 
@@ -66,8 +70,9 @@ def attach(schedule: Any) -> Pipeline:
 
     if not isinstance(schedule, _PipelineScheduleRuntime):
         raise TypeError(
-            "moecompile.pipelining.attach: expected a schedule of torch.distributed.pipelining that runs actions, such "
-            f"as ScheduleDualPipeV, got {type(schedule).__name__}"
+            "moecompile.pipelining.attach: expected ScheduleDualPipeV, ScheduleZBVZeroBubble, "
+            "ScheduleInterleavedZeroBubble or another one of torch.distributed.pipelining that runs their actions, "
+            f"got {type(schedule).__name__}"
         )
     if schedule not in _pipelines:
         _refuse(schedule)
@@ -140,6 +145,7 @@ class Pipeline:
         self.apart: Counter[str] = Counter()
         self.graphs: set[StageGraph] = set()
         self._step: dict[str, Any] = {}
+        self._told = False
         self._reasons: dict[tuple[fx.GraphModule, fx.GraphModule, bool], str] = {}
         self._pairs: dict[tuple[fx.GraphModule, fx.GraphModule], Pair] = {}
         self._thread = ThreadPoolExecutor(1, "moecompile backward")
@@ -185,6 +191,9 @@ class Pipeline:
                 if failed:
                     stage.dw_runner.clear()
             _one_steps.release()
+        if not self.graphs and not self._told:
+            self._told = True
+            log.warning("moecompile: %s: %s", type(schedule).__name__, NONE_OF_OURS)
 
     def parameters(self) -> set[int]:
         """Ids of those that stages have now."""
@@ -265,8 +274,10 @@ class Pipeline:
         lines += [f"  apart: {count} times: {reason}" for reason, count in self.apart.items()]
         compiled: Counter[str] = sum((graph.compiled for graph in self.graphs), Counter())
         kinds = ", ".join(f"{count} {kind}" for kind, count in compiled.items())
-        lines.append(f"  compiled {compiled.total()} graphs of {len(self.graphs)} captured: {kinds}")
+        lines.append(f"  compiled {compiled.total()} graphs of {len(self.graphs)} captured: {kinds or 'none'}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def _refuse(schedule: Any) -> None:

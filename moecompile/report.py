@@ -304,7 +304,7 @@ class Report:
     def _refuse_without_orders(self, what: str) -> None:
         if not any(graph.planned for graph in self.graphs):
             words = "nothing that was compiled exchanges anything with other ranks, or `overlap` was not given"
-            raise ValueError(f"moecompile: there is no {what}: {words}. Compile with options={{'overlap': True}}.")
+            raise ValueError(f"moecompile: there is no {what}: {words}: options={{'overlap': True}}.")
 
     def as_dict(self) -> dict[str, Any]:
         """What `json` writes: plain dicts, lists, strings and numbers."""

@@ -355,6 +355,15 @@ def test_nothing_is_kept_of_a_pipeline() -> None:
     assert [each() for each in alive] == [None] * len(alive)
 
 
+def test_stages_that_nobody_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    """A word after the first step, with the cure."""
+    job = Job(schedule=ScheduleZBVZeroBubble, parts=lambda _: [])
+    job.trains()
+    said = [each.getMessage() for each in caplog.records if "no stage has run a graph" in each.getMessage()]
+    assert len(said) == 1 and 'stage.submod.compile(backend="moecompile")' in said[0]
+    assert "compiled 0 graphs of 0 captured: none" in repr(job.pipeline)
+
+
 def test_cuda_graphs_are_refused() -> None:
     job = Job(options={"lowering": "inductor", "inductor": {"triton.cudagraphs": True}})
     x, target = job.data()
