@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 
 from moecompile.passes.list_schedule import Task, Timeline, in_turn, schedule, simulate, users_of, ways_of
 
-WORK = 120_000
-"""Tasks that are run in all tries: about a second."""
-TRIES = 1000
+WORK = 40_000
+"""Tasks that are run in all tries: some tenths of a second."""
+TRIES = 300
 """At most, from each beginning."""
 BEGINNINGS = 2
 """How often it is begun again: a search may end where no single step is an improvement."""
@@ -30,7 +30,7 @@ SHARE = 0.2
 """Of these tries, those with changed priorities."""
 CHANGES = (0.02, 0.05, 0.1, 0.2, 0.4)
 """By how much priorities are changed: the deviation, as a share of the longest way to the end."""
-IN_VAIN = 300
+IN_VAIN = 150
 """Tries without a gain after which a search ends."""
 LEAST = 1e-3
 """Of the time that an order takes: with less to gain nothing is tried."""
