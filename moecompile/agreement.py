@@ -142,14 +142,12 @@ def hear(word: str, subject: str, groups: Sequence[str], cure: str) -> list[str]
         DisagreementError: not all of them come.
     """
     among = {tuple(distributed.get_process_group_ranks(process_group(name))) for name in groups}
-    every: Sequence[int] | None = sorted({rank for each in among for rank in each})
-    if len(among) > 1:
-        every = ranks.connected(subject, every or ())
+    own = sorted({rank for each in among for rank in each})
+    every = own if len(among) == 1 else ranks.connected(subject, own)
     words = None if every is None else ranks.words_of_all(word, subject, every)
     if words is None:
-        known = sorted({rank for each in among for rank in each}) if every is None else [*every]
         raise DisagreementError(
-            f"moecompile: not all of the ranks {known}, which exchange something in this graph, came within "
+            f"moecompile: not all of the ranks {every or own}, which exchange something in this graph, came within "
             f"{ranks.PATIENCE} to say about it: {subject}. {cure}"
         )
     return words

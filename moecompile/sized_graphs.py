@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from moecompile.bodies import copy_tree
 from moecompile.passes.aliases import fake_of
-from moecompile.passes.costs import sizes_of
+from moecompile.passes.costs import has_symbols, sizes_of
 from moecompile.passes.pairs import known_when_run
 
 log = logging.getLogger("moecompile")
@@ -39,8 +39,8 @@ class SizedGraph:
         self.whole, self._name = gm, name
         self._found: dict[tuple[Any, ...], fx.GraphModule] = {}
         inputs = gm.graph.find_nodes(op="placeholder")
-        self._places = [place for place, node in enumerate(inputs) if _has_symbols(fake_of(node))]
-        self._changes = not known_when_run(gm.graph) and any(_has_symbols(fake_of(node)) for node in gm.graph.nodes)
+        self._places = [place for place, node in enumerate(inputs) if has_symbols(fake_of(node))]
+        self._changes = not known_when_run(gm.graph) and any(has_symbols(fake_of(node)) for node in gm.graph.nodes)
 
     def of(self, given: Sequence[Any]) -> fx.GraphModule:
         """For this call; the same object for all of its sizes.
@@ -91,10 +91,6 @@ def trace_again(gm: fx.GraphModule) -> None:
         inputs = [_like(fake_of(node)) for node in gm.graph.find_nodes(op="placeholder")]
     with torch.no_grad():
         FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
-
-
-def _has_symbols(value: Any) -> bool:
-    return any(isinstance(size, SymInt) for size in sizes_of(value))
 
 
 def _like(value: Any) -> Any:

@@ -286,6 +286,11 @@ def sizes_of(value: Any) -> list[Any]:
     return found
 
 
+def has_symbols(value: Any) -> bool:
+    """Whether a size in an example value is no number."""
+    return any(isinstance(size, torch.SymInt) for size in sizes_of(value))
+
+
 def _numel(tensor: Tensor) -> sympy.Expr:
     return sympy.Mul(*map(expression, tensor.shape))
 

@@ -5,8 +5,8 @@
     what draws random numbers,  in their order; of a pair (moecompile/passes/pairs.py) each of the two graphs in its
     or writes                   own, since these write nothing in common
     what has other effects,     in their order, whatever it is of
-or communicates, and
-nobody knows for how long
+    or communicates for as long
+    as nobody knows
     halves of exchanges         in their order, of those that have the same slot of the kernels' memory
     gathers of experts          in their order, as all ranks of a group run them together
 

@@ -22,7 +22,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
-from moecompile.passes.costs import STARTS, sizes_of
+from moecompile.passes.costs import STARTS, has_symbols
 from moecompile.passes.effects import EXCHANGES, PART, PARTS, WHOLE
 from moecompile.passes.joint_graph import argument, give, packet_of
 from moecompile.passes.microbatches import WAYS, slot_of_half
@@ -31,7 +31,7 @@ from moecompile.passes.microbatches import WAYS, slot_of_half
 def obstacle(graphs: Sequence[fx.GraphModule]) -> str:
     """Why these graphs are not made one, if they are not."""
     for gm in graphs:
-        if known_when_run(gm.graph) or any(map(_has_symbols, gm.graph.nodes)):
+        if known_when_run(gm.graph) or any(has_symbols(node.meta.get("val")) for node in gm.graph.nodes):
             return "there are sizes that are known only when the graph runs"
         if not _one_after_the_other(gm.graph):
             return "its own exchanges are under way at once, in slots that another graph needs"
@@ -89,10 +89,6 @@ def _copied(
     if packet_of(made) in (*EXCHANGES, *WHOLE):
         give(made, "slot", slot_of_half(argument(made, "slot"), number))
     return made
-
-
-def _has_symbols(node: fx.Node) -> bool:
-    return any(isinstance(size, torch.SymInt) for size in sizes_of(node.meta.get("val")))
 
 
 def _one_after_the_other(graph: fx.Graph) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import random
 import re
 import tempfile
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,7 +25,7 @@ from expert_parallel_models import EXPERTS, MANY, TOP_K, Block, Model, close, co
 from moecompile import measuring, ordering, splitting
 from moecompile.passes import hardware
 from moecompile.runtime import peer_memory
-from overlap_checks import SLOW, environment, on
+from overlap_checks import SLOW, on
 from pipelines_on_one_rank import pipeline_of, step_by_itself
 from ranks_on_one_gpu import meet
 
@@ -133,7 +135,7 @@ def check_order(rank: int, ranks: int) -> None:
 def check_profile(rank: int, ranks: int) -> None:
     """The same of an order that follows from what operators took, by CUDA events."""
     ordering.forget()  # what is known of another check is not measured
-    with tempfile.TemporaryDirectory() as directory, environment("MOECOMPILE_CACHE_DIR", directory):
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, {"MOECOMPILE_CACHE_DIR": directory}):
         in_another_order(rank, ranks, measuring.CALLS // 2 + 2, profile=True)
     for kind, plan in moecompile.last_report().graphs[-1].planned.items():
         tasks = {task.name: task for task in plan.tasks}

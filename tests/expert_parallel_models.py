@@ -185,7 +185,6 @@ def with_mean_of_others(found: list[Tensor], model: nn.Module) -> list[Tensor]:
 def close(found: list[Tensor], right: list[Tensor], bound: float) -> None:
     """Relative, in the norm."""
     for number, (one, other) in enumerate(zip(found, right, strict=True)):
-        error = float(
-            (one.detach().double() - other.detach().double()).norm() / other.detach().double().norm().clamp(min=1e-30)
-        )
+        mine, his = one.detach().double(), other.detach().double()
+        error = float((mine - his).norm() / his.norm().clamp(min=1e-30))
         assert one.shape == other.shape and error <= bound, f"result {number} is off by {error}"

@@ -7,12 +7,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, fx, nn
@@ -137,18 +137,6 @@ def on(device: hardware.Hardware, run: Callable[[], Any]) -> Any:
         vars(ordering)["_device"] = known
 
 
-@contextmanager
-def environment(name: str, value: str) -> Iterator[None]:
-    known = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if known is not None:
-            os.environ[name] = known
-
-
 def check_eager(rank: int, ranks: int) -> None:
     model = Layer()
     right = stepped(model, model, rows_of(rank))
@@ -190,7 +178,7 @@ def check_hosts(rank: int, ranks: int) -> None:
     model = Layer()
     for of_a_host, link in (("1", "network"), (str(ranks), "nvlink")):
         ordering.forget()
-        with environment("LOCAL_WORLD_SIZE", of_a_host):
+        with mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": of_a_host}):
             stepped(compiled(model, lowering="eager"), model, rows_of(rank))
         plans = moecompile.last_report().graphs[-1].planned.values()
         links = {name.partition(" ")[0] for plan in plans for name in links_of(plan.tasks)}
@@ -308,7 +296,7 @@ def check_profile(rank: int, ranks: int) -> None:
     """First calls are measured, and compute the same; then, and in later processes, graphs are ordered by that."""
     model = Layer()
     right = stepped(model, model, rows_of(rank))
-    with tempfile.TemporaryDirectory() as directory, environment("MOECOMPILE_CACHE_DIR", directory):
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, {"MOECOMPILE_CACHE_DIR": directory}):
         for way in ("eager", "inductor")[: 1 if OLD else 2]:
             for known in (False, True):
                 ordering.forget()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 import unittest
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import moecompile
 from expert_parallel_models import HIDDEN, Block
 from moecompile import agreement, ordering, pipelining, stage_actions
-from overlap_checks import NO_ORDER, OLD, environment
+from overlap_checks import NO_ORDER, OLD
 from pipelines_on_one_rank import connect_with_nobody
 
 FEATURES, TOKENS = 16, 6
@@ -243,7 +245,7 @@ def check_experts(rank: int, ranks: int) -> None:
 
 def check_measured(rank: int, ranks: int) -> None:
     """What stages' nodes take is measured first, by graphs that run by themselves."""
-    with tempfile.TemporaryDirectory() as directory, environment("MOECOMPILE_CACHE_DIR", directory):
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ, {"MOECOMPILE_CACHE_DIR": directory}):
         job = Job(1, ranks, 4 * ranks, profile=True)
         trains(job)
     counts, words = job.pipeline.counts, str(job.pipeline)
