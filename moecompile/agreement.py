@@ -141,16 +141,14 @@ def hear(word: str, subject: str, groups: Sequence[str], cure: str) -> list[str]
     Raises:
         DisagreementError: not all of them come.
     """
-    among = {tuple(distributed.get_process_group_ranks(process_group(name))) for name in groups}
-    own = sorted({rank for each in among for rank in each})
-    every = own if len(among) == 1 else ranks.connected(subject, own)
-    words = None if every is None else ranks.words_of_all(word, subject, every)
+    own = sorted({rank for name in groups for rank in distributed.get_process_group_ranks(process_group(name))})
+    words = ranks.words_of_connected(word, subject, own)
     if words is None:
         raise DisagreementError(
-            f"moecompile: not all of the ranks {every or own}, which exchange something in this graph, came within "
-            f"{ranks.PATIENCE} to say about it: {subject}. {cure}"
+            f"moecompile: not all of the ranks {own} and those connected with them, which exchange something in this "
+            f"graph, came within {ranks.PATIENCE} to say about it: {subject}. {cure}"
         )
-    return words
+    return list(words.values())
 
 
 class Together:

@@ -35,39 +35,20 @@ def any_rank(verdict: bool, subject: str) -> bool:
     return "1" in words
 
 
-def connected(subject: str, members: Sequence[int]) -> list[int] | None:
-    """All ranks that these are connected with, by what each of them says are its members.
-
-    A rank that is in several groups knows these, and not those of the others in them.
-
-    Args:
-        subject: a text that is the same on all of them.
-        members: of this rank's groups, itself among them.
-
-    Returns:
-        the ranks, in order; None if not all have said theirs in time.
-    """
-    topic = hashlib.sha256(f"members {subject}".encode()).hexdigest()
-    _meetings[topic] += 1
-    number, own = _meetings[topic], distributed.get_rank()
-    store = distributed.distributed_c10d._get_default_store()
-    store.set(f"moecompile/{topic}/{number}/{own}", json.dumps([*members]))
-    known, waiting = {own}, {*members} - {own}
-    while waiting:
-        rank = min(waiting)
-        try:
-            store.wait([f"moecompile/{topic}/{number}/{rank}"], PATIENCE)
-        except RuntimeError:
-            store.delete_key(f"moecompile/{topic}/{number}/{own}")
-            _meetings[topic] -= 1
-            return None
-        known.add(rank)
-        waiting = (waiting | {*json.loads(store.get(f"moecompile/{topic}/{number}/{rank}"))}) - known
-    return sorted(known)
-
-
 def words_of_all(word: str, subject: str, members: Sequence[int]) -> list[str] | None:
     """What each of these ranks says about the same subject, in their order; None if not all have said it in time.
+
+    Args:
+        word: this rank's.
+        subject: a text that is the same on all of them.
+        members: ranks of the job, this one among them, in the same order on all of them.
+    """
+    words = words_of_connected(word, f"{subject} {list(members)}", members)
+    return None if words is None else [words[rank] for rank in members]
+
+
+def words_of_connected(word: str, subject: str, members: Sequence[int]) -> dict[int, str] | None:
+    """What all ranks say that are connected, by rank in order: each of them knows those that it shares a group with.
 
     Ranks meet through the job's key-value store, not through a collective: a rank that does not compile this graph (a
     pipeline's other stage) then costs `PATIENCE`, and not a hang.
@@ -75,21 +56,30 @@ def words_of_all(word: str, subject: str, members: Sequence[int]) -> list[str] |
     Args:
         word: this rank's.
         subject: a text that is the same on all of them.
-        members: ranks of the job, this one among them, in the same order on all of them.
+        members: of this rank's groups, itself among them.
+
+    Returns:
+        their words; None if not all have said theirs in time.
     """
-    topic = hashlib.sha256(f"{subject} {list(members)}".encode()).hexdigest()
+    topic = hashlib.sha256(subject.encode()).hexdigest()
     _meetings[topic] += 1
     number, own = _meetings[topic], distributed.get_rank()
-    keys = [f"moecompile/{topic}/{number}/{rank}" for rank in members]
     store = distributed.distributed_c10d._get_default_store()
-    store.set(f"moecompile/{topic}/{number}/{own}", word)
-    try:
-        store.wait(keys, PATIENCE)
-    except RuntimeError:  # what a store raises when the time is up differs between stores
-        store.delete_key(f"moecompile/{topic}/{number}/{own}")  # who has given up was not there
-        _meetings[topic] -= 1
-        return None
-    words = [store.get(key).decode() for key in keys]
+    store.set(f"moecompile/{topic}/{number}/{own}", json.dumps([[*members], word]))
+    words: dict[int, str] = {}
+    missing = {*members}
+    while missing:
+        keys = {rank: f"moecompile/{topic}/{number}/{rank}" for rank in missing}
+        try:
+            store.wait([*keys.values()], PATIENCE)
+        except RuntimeError:  # what a store raises when the time is up differs between stores
+            store.delete_key(f"moecompile/{topic}/{number}/{own}")  # who has given up was not there
+            _meetings[topic] -= 1
+            return None
+        known_by = {}
+        for rank, key in keys.items():
+            known_by[rank], words[rank] = json.loads(store.get(key))
+        missing = {rank for known in known_by.values() for rank in known} - words.keys()
     if number > 1:  # who comes to this meeting has heard all of the one before, and the store would grow
         store.delete_key(f"moecompile/{topic}/{number - 1}/{own}")
-    return words
+    return dict(sorted(words.items()))

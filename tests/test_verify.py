@@ -158,15 +158,21 @@ def rank_main(rank: int, file: str, verdicts: list[bool]) -> None:
     for _ in range(2):  # the same graph may be compiled again
         assert ranks.any_rank(verdicts[rank], "graph") == any(verdicts)
     assert not ranks.any_rank(False, "graph")
+    every, neighbours = range(len(verdicts)), [other for other in range(len(verdicts)) if abs(other - rank) <= 1]
+    for time in "first", "again":
+        words = ranks.words_of_connected(f"{time} {rank}", "groups of two", neighbours)
+        assert words == {other: f"{time} {other}" for other in every}, words
     ranks.PATIENCE = timedelta(seconds=1)
+    if rank == 0:
+        assert ranks.words_of_connected("", "what nobody else does", neighbours) is None
     assert ranks.any_rank(True, f"a graph of rank {rank} only")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("verdicts", [[False, True], [False, False]])
+@pytest.mark.parametrize("verdicts", [[False, True, False], [False, False]])
 def test_all_ranks_decide_alike(verdicts: list[bool], tmp_path: Path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path / "store"), verdicts), nprocs=2)
+    torch.multiprocessing.spawn(rank_main, (str(tmp_path / "store"), verdicts), nprocs=len(verdicts))
 
 
 def test_one_rank_decides_alone():
