@@ -225,7 +225,7 @@ def _hides(node: fx.Node, name: str) -> bool:
 
 
 def _collective(node: fx.Node, packet: Any) -> Cost:
-    group = next(str(each) for each in reversed(node.args) if isinstance(each, str))
+    group = str(argument(node, "group_name"))
     sent, of = COLLECTIVES[packet](process_group(group).size())
     given = _value(node.all_input_nodes[0])
     return Cost(sent=_bytes(given) * sent / of, link=link_between(group), group=group)
