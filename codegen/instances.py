@@ -28,7 +28,10 @@ SCALES = {"power_of_two": "fp8::PowerOfTwo", "float32": "fp8::Float32"}
 class Instance(Protocol):
     """One kernel."""
 
-    header: ClassVar[str]
+    @property
+    def header(self) -> str:
+        """The file of `kernels/` that holds the template."""
+        ...
 
     @property
     def name(self) -> str:
@@ -374,6 +377,136 @@ class ExchangeHomeOfExperts:
         rows = RESULTS[self.rows]
         own = instantiation("OwnSums", INPUTS[self.input], rows, "Output", IDS[self.ids])
         return instantiation("ExchangeHome", rows, rows, own)
+
+
+TRANSPORTS = {"peer": "nodes::PeerTransport", "faulty": "nodes::FaultyTransport"}
+"""What ranks exchange through: memory that a device writes by itself; that, late and in any order that is allowed."""
+
+
+@dataclass(frozen=True)
+class NodeDispatch:
+    """Rows to ranks on several nodes.
+
+    Attributes:
+        ids: dtype of the expert ids that travel with them, one of IDS.
+        near: how ranks of one node exchange, one of TRANSPORTS.
+        far: how ranks of different nodes do.
+    """
+
+    ids: str
+    near: str = "peer"
+    far: str = "peer"
+
+    header: ClassVar[str] = "node_dispatch.cuh"
+    name: ClassVar[str] = "moecompile_node_dispatch"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("nodes::Dispatch", IDS[self.ids], TRANSPORTS[self.near], TRANSPORTS[self.far])
+
+
+@dataclass(frozen=True)
+class NodeReceive:
+    """Rows that came from ranks of all nodes, and a rank's own.
+
+    Attributes:
+        ids: dtype of the expert ids of the latter, one of IDS.
+    """
+
+    ids: str
+
+    header: ClassVar[str] = "node_receive.cuh"
+    name: ClassVar[str] = "moecompile_node_receive"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("ExchangeReceive", IDS[self.ids], False, "nodes::Exchange")
+
+
+@dataclass(frozen=True)
+class NodeCombine:
+    """Rows back to ranks on several nodes, summed on each of them.
+
+    Attributes:
+        rows: their dtype, one of RESULTS.
+        weights: that of what travels with them, one of RESULTS.
+        near: how ranks of one node exchange, one of TRANSPORTS.
+        far: how ranks of different nodes do.
+    """
+
+    rows: str
+    weights: str
+    near: str = "peer"
+    far: str = "peer"
+
+    header: ClassVar[str] = "node_combine.cuh"
+    name: ClassVar[str] = "moecompile_node_combine"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        through = TRANSPORTS[self.near], TRANSPORTS[self.far]
+        return instantiation("nodes::Combine", RESULTS[self.rows], RESULTS[self.weights], *through)
+
+
+@dataclass(frozen=True)
+class NodeHome:
+    """Rows and sums that came back from all nodes, summed into tokens.
+
+    Attributes:
+        rows: their dtype, one of RESULTS.
+        weights: that of what travelled with them, one of RESULTS.
+    """
+
+    rows: str
+    weights: str
+
+    header: ClassVar[str] = "node_home.cuh"
+    name: ClassVar[str] = "moecompile_node_home"
+    definitions: ClassVar[str] = ""
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("nodes::Home", RESULTS[self.rows], RESULTS[self.weights])
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """A kernel of several ranks in one launch, on one device.
+
+    Attributes:
+        kernel: of each.
+        ranks: how many.
+    """
+
+    kernel: NodeDispatch | NodeReceive | NodeCombine | NodeHome
+    ranks: int
+
+    @property
+    def header(self) -> str:
+        """That of the kernel."""
+        return self.kernel.header
+
+    @property
+    def name(self) -> str:
+        """What profilers call it."""
+        return f"{self.kernel.name}_of_{self.ranks}"
+
+    @property
+    def definitions(self) -> str:
+        """What the kernel needs, and several."""
+        return f'{self.kernel.definitions}#include "virtual.cuh"\n'
+
+    @property
+    def template(self) -> str:
+        """The C++ type."""
+        return instantiation("Virtual", self.kernel.template, self.ranks)
 
 
 def instantiation(name: str, *arguments: str | int | bool) -> str:

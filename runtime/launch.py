@@ -133,6 +133,16 @@ class Kernel:
         numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in packed]
         return self.layout_of(packed).pack(*numbers)
 
+    def pack_part(self, parts: int, *values: Value) -> bytes:
+        """One of so many structs alike that are its arguments."""
+        described = [value.described() if isinstance(value, Mapped) else value for value in values]
+        numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in described]
+        size = self.argument_bytes // parts
+        packed = _layout(described).pack(*numbers)
+        if not 0 <= size - len(packed) < 64:
+            raise ValueError(f"{self.instance} takes {size} bytes of arguments of each part, got {len(packed)}")
+        return packed.ljust(size, b"\0")
+
     def layout_of(self, values: Sequence[bytes | Tensor | int | float | None]) -> struct.Struct:
         """How its arguments, of which `values` are some, lie in its struct, padding included."""
         if self.layout is None:
@@ -149,6 +159,19 @@ class Kernel:
             with torch.cuda.device(self.device):
                 return self.launch(blocks, arguments, early)
         return self.launch_on(torch._C._cuda_getCurrentRawStream(self.device), blocks, arguments, early)
+
+    def launch_together(self, blocks: int, arguments: bytes) -> None:
+        """Launches blocks that wait for each other on the current stream: all of them run at once.
+
+        Raises:
+            DriverError: the device has no room for all.
+        """
+        storage = _Storage(self, early=False)
+        storage.bytes[:] = arguments
+        storage.how.gridDimX, storage.how.hStream = blocks, torch._C._cuda_getCurrentRawStream(self.device)
+        storage.how.attrs, storage.how.numAttrs = [_runs_together(_driver())], 1
+        about = f"{self.instance}, {blocks} blocks of {self.threads} threads at once"
+        driver_call("cuLaunchKernelEx", storage.how, self.function, storage.address, 0, about=about)
 
     def launch_on(self, stream: int, blocks: int, arguments: bytes, early: bool = True) -> None:
         """Launches on that stream of the kernel's device, which is the current one."""
@@ -199,6 +222,15 @@ def _begins_early(driver: Any) -> Any:
     attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    return attribute
+
+
+def _runs_together(driver: Any) -> Any:
+    """The attribute of a launch all of whose blocks run at once."""
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    value.cooperative = 1
     attribute.value = value
     return attribute
 

@@ -4,36 +4,11 @@
 // Where the exchange was aborted, sums are NaN. The grid begins and ends as exchange_receive.cuh does, but where it sums its own
 // part: that is what grids before it have computed.
 #pragma once
+#include "came.cuh"
 #include "combine.cuh"
 #include "parts.cuh"
 #include "peer.cuh"
 #include "result.cuh"
-
-// Eight neighbouring numbers of a row, or one, that another device may have written: loads go past L1.
-template <typename Result>
-struct Came;
-template <>
-struct Came<Float> {
-    static __device__ __forceinline__ float one(const u8* row, i32 column) { return __ldcg(reinterpret_cast<const float*>(row) + column); }
-    static __device__ __forceinline__ void eight(const u8* row, i32 column, float (&v)[8]) {
-        const float4* from = reinterpret_cast<const float4*>(row) + column / 4;
-        float4 low = __ldcg(from), high = __ldcg(from + 1);
-        v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-    }
-};
-template <typename Input>
-struct Came<Half<Input>> {
-    static __device__ __forceinline__ float one(const u8* row, i32 column) {
-        float low, high;
-        Input::unpack(__ldcg(reinterpret_cast<const u16*>(row) + column), low, high);
-        return low;
-    }
-    static __device__ __forceinline__ void eight(const u8* row, i32 column, float (&v)[8]) {
-        uint4 packed = __ldcg(reinterpret_cast<const uint4*>(row) + column / 8);
-        Input::unpack(packed.x, v[0], v[1]), Input::unpack(packed.y, v[2], v[3]);
-        Input::unpack(packed.z, v[4], v[5]), Input::unpack(packed.w, v[6], v[7]);
-    }
-};
 
 // This rank's own part of a token. What a warp holds of it:
 //     Own(arguments, peers, token, place)     place: among those that this rank has of its own; -1 for a token without a part
@@ -128,7 +103,7 @@ struct ExchangeHome {
                 sum(arguments, Own(arguments.own, peers, token, -1), rows, token, -1, __int_as_float(0x7fffffff));
         }
         __syncthreads();
-        if (threadIdx.x == 0) peers.done_reading();
+        if (threadIdx.x == 0) peers.done_reading(Grid::whole());
         if (Own::EARLY) ptx::take_turn();  // whoever waits for this grid waits for those before it, too
     }
 

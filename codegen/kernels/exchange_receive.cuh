@@ -11,12 +11,12 @@
 #include "parts.cuh"
 #include "peer.cuh"
 
-template <typename Id, bool STAY>
+template <typename Id, bool STAY, typename Exchange = Peers>
 struct ExchangeReceive {
     static constexpr i32 THREADS = 256, BLOCKS = 1, WARPS = THREADS / 32, HELD = 7;  // pieces of a row in a lane's hands
     static constexpr i32 NOT_A_NUMBER = 0x7fff7fff;                                  // in bf16, fp16 and float32
     struct Arguments {
-        Peers peers;
+        Exchange peers;
         const u8* x;               // (tokens, H), lines of `line` bytes: what this rank sends
         const i32* sent;           // (ranks, capacity): the line for each place, -1 behind the last
         const Id* own_ids;         // (tokens, top_k), or null
@@ -35,12 +35,13 @@ struct ExchangeReceive {
     struct Shared {
         i32 unused;
     };
-    using Row = Peers::Row;
+    using Row = typename Exchange::Row;
+    using Step = typename Exchange::Steps;
 
-    static __device__ __forceinline__ void run(const Arguments& arguments) {
-        const Peers& peers = arguments.peers;
+    static __device__ __forceinline__ void run(const Arguments& arguments, const Grid& grid = Grid::whole()) {
+        const Exchange& peers = arguments.peers;
         u32 exchange = exchange_of(peers.words(peers.rank).ended[peers.slot]);
-        i32 warps = gridDim.x * WARPS, first = blockIdx.x * WARPS + threadIdx.x / 32;
+        i32 warps = grid.blocks * WARPS, first = grid.block * WARPS + threadIdx.x / 32;
         if constexpr (STAY) {
             i32 each = (peers.capacity + 31) / 32;
             for (i32 batch = first; batch < peers.ranks * each; batch += warps)
@@ -52,18 +53,18 @@ struct ExchangeReceive {
         }
         for (i32 from = first; from < peers.ranks; from += warps) count(arguments, from, exchange);
         __syncthreads();
-        if (threadIdx.x == 0 && !STAY) peers.done_reading();
+        if (threadIdx.x == 0 && !STAY) peers.done_reading(grid);
         ptx::take_turn();  // whoever waits for this grid waits for those before it, too
     }
 
     // The ranks, this one first, then in the order in which they send to this one.
-    static __device__ __forceinline__ i32 sender(const Peers& peers, i32 turn) {
+    static __device__ __forceinline__ i32 sender(const Exchange& peers, i32 turn) {
         return (peers.rank + peers.ranks - turn) % peers.ranks;
     }
 
     // By a warp, as are all that follow: of 32 places what belongs to their experts.
     static __device__ __forceinline__ void take_words(const Arguments& arguments, i32 from, i32 first, u32 exchange) {
-        const Peers& peers = arguments.peers;
+        const Exchange& peers = arguments.peers;
         i32 lane = threadIdx.x % 32, place = first + lane, token = -1;  // of this rank's own
         bool own = from == peers.rank, here = false;
         if (place < peers.capacity && own)
@@ -89,7 +90,7 @@ struct ExchangeReceive {
     }
 
     static __device__ __forceinline__ void take_own(const Arguments& arguments, i32 place) {
-        const Peers& peers = arguments.peers;
+        const Exchange& peers = arguments.peers;
         i32 token = __ldcg(arguments.sent + i64(peers.rank) * peers.capacity + place), lane = threadIdx.x % 32;
         i64 row = i64(peers.rank) * peers.capacity + place, at = i64(token) * arguments.top_k + lane;
         put_row(arguments, row, arguments.x + i64(token) * arguments.line, token >= 0 ? Row::HERE : Row::NONE);
@@ -105,7 +106,7 @@ struct ExchangeReceive {
     }
 
     static __device__ __forceinline__ void take(const Arguments& arguments, i32 from, i32 place, u32 exchange) {
-        const Peers& peers = arguments.peers;
+        const Exchange& peers = arguments.peers;
         i32 lane = threadIdx.x % 32;
         i64 row = i64(from) * peers.capacity + place;
         const u8* record = peers.record(peers.rank, from, place);
@@ -122,17 +123,15 @@ struct ExchangeReceive {
 
     // How many rows a rank has sent.
     static __device__ __forceinline__ void count(const Arguments& arguments, i32 from, u32 exchange) {
-        const Peers& peers = arguments.peers;
+        const Exchange& peers = arguments.peers;
         i32 lane = threadIdx.x % 32, rows = 0, lost = 0;
         if (from == peers.rank) {
             for (i32 place = lane; place < peers.capacity; place += 32)
                 rows += __ldcg(arguments.sent + i64(from) * peers.capacity + place) >= 0;
         } else {
-            for (i32 channel = lane; channel < peers.channels; channel += 32) {
-                i32 found = peers.wait_for_all(from, channel, exchange, Step::RECEIVE);
-                lost |= found < 0;
-                rows += found;
-            }
+            rows = peers.wait_for_all(from, exchange, Step::RECEIVE);
+            lost = rows < 0;
+            if (lane) rows = 0;  // all lanes know it
         }
         lost |= peers.is_aborted();
         rows = __reduce_add_sync(~0u, rows), lost = __any_sync(~0u, lost);

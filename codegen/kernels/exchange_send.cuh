@@ -125,7 +125,7 @@ struct ExchangeSend {
         if (arguments.done >= 0 && blockIdx.x == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
         send(shared.warps[warp], shared.rows[warp], arguments, exchange, blockIdx.x * WARPS + warp);
         __syncthreads();
-        if (threadIdx.x == 0 && is_last_block(begun)) begun[0] = exchange;
+        if (threadIdx.x == 0 && Grid::whole().is_last_block(begun[1])) begun[0] = exchange;
     }
 
     // Rows that experts have left out are nobody's to guess.

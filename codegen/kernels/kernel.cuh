@@ -9,6 +9,20 @@ struct KernelFacts {
     i32 shared_bytes, argument_bytes, threads, blocks_of_a_cluster;
 };
 
+// The blocks that run a kernel together, and which of them this is: all of the launch, unless several ranks share it.
+struct Grid {
+    i32 block, blocks;
+    static __device__ __forceinline__ Grid whole() { return {i32(blockIdx.x), i32(gridDim.x)}; }
+
+    // By one thread of each block, when the block is done: true in the last of them. The counter is zero before and after.
+    __device__ __forceinline__ bool is_last_block(u32& counter) const {
+        __threadfence();
+        bool last = atomicInc(&counter, blocks - 1) == u32(blocks) - 1;
+        __threadfence();
+        return last;
+    }
+};
+
 // Blocks that a multiprocessor is to hold at once, so many at least: RESIDENT, where an instantiation says it.
 template <typename Instance, typename = void>
 struct Resident {

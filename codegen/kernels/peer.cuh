@@ -12,7 +12,7 @@
 // and a launch may be captured and repeated. An exchange writes a rank's rows when that rank has read the ones before. A rank's
 // own rows do not travel: who reads the others' reads them where they are.
 #pragma once
-#include "kernel.cuh"
+#include "counters.cuh"
 
 constexpr i32 RANKS = 16, SLOTS = 8, CHANNELS = 256;  // at most
 constexpr u32 ALL = 1u << 31;                          // in a word of `arrived`, above the number of rows
@@ -42,6 +42,7 @@ struct Peers {
     u64* told;         // a word of the host's, which a failure is written to
     i32 rank, ranks, slot, room, capacity, pitch, channels;
     i32 patience;      // milliseconds that a wait may take
+    using Steps = Step;
 
     __device__ __forceinline__ PeerWords& words(i32 of) const { return *reinterpret_cast<PeerWords*>(__ldg(bases + of)); }
     // The record at that rank which has that place among those of `from`.
@@ -86,6 +87,18 @@ struct Peers {
         return found ? i32(u32(found) & ALL - 1) : -1;
     }
 
+    // By a warp: how many rows another has sent, once all are here; less than none if that will not be.
+    __device__ __forceinline__ i32 wait_for_all(i32 from, u32 exchange, Step step) const {
+        i32 rows = 0, lost = 0;
+        for (i32 channel = threadIdx.x % 32; channel < channels; channel += 32) {
+            i32 found = wait_for_all(from, channel, exchange, step);
+            lost |= found < 0;
+            rows += found;
+        }
+        rows = __reduce_add_sync(~0u, rows);
+        return __any_sync(~0u, lost) ? -1 : rows;
+    }
+
     // Until the row at that place of another rank's is here, or will not come.
     enum class Row { HERE, NONE, LOST };
     __device__ __forceinline__ Row wait_for_row(i32 from, i32 place, u32 exchange, Step step) const {
@@ -96,26 +109,13 @@ struct Peers {
     }
 
     // By one thread of each block of a kernel that reads rows, when the block is done.
-    __device__ __forceinline__ void done_reading() const;
+    __device__ __forceinline__ void done_reading(const Grid& grid) const;
     // By one thread alone, when kernels that were before its own have read all of the next exchange in that slot.
     __device__ __forceinline__ void tell_all_read(i32 of) const;
 };
 
-// The number of the exchange that a kernel takes part in, counted by `counter`.
-__device__ __forceinline__ u32 exchange_of(const u32 (&counter)[2]) {
-    return *reinterpret_cast<const volatile u32*>(counter) + 1;
-}
-
-// By one thread of each block, when the block is done: true in the last of them.
-__device__ __forceinline__ bool is_last_block(u32 (&counter)[2]) {
-    __threadfence();
-    bool last = atomicInc(counter + 1, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
-    return last;
-}
-
-__device__ __forceinline__ void Peers::done_reading() const {
-    if (is_last_block(words(rank).ended[slot])) tell_all_read(slot);
+__device__ __forceinline__ void Peers::done_reading(const Grid& grid) const {
+    if (grid.is_last_block(words(rank).ended[slot][1])) tell_all_read(slot);
 }
 
 __device__ __forceinline__ void Peers::tell_all_read(i32 of) const {

@@ -1,0 +1,254 @@
+// What became of rows back to where they came from: within a node to the rank of the home's rail, which sums what its node has of
+// a row, in float32 in the order of ranks, rounds that once and sends it on, between nodes; or to the home itself, on its node.
+//
+//     HAND   rows to ranks of this node
+//     PASS   sums to the ranks of this rail on other nodes
+//
+// Every rank says to those that it writes to when it is done, and a rank says so to other nodes when all of its node are: whoever
+// has heard all of that knows whether any rank has given up.
+#pragma once
+#include "node_roles.cuh"
+
+namespace nodes {
+
+template <typename Result, typename Weight, typename Near, typename Far>
+struct Combine {
+    static constexpr i32 THREADS = 32 * WARPS, BLOCKS = 1, CHUNK = 32;
+    struct Arguments {
+        Exchange exchange;
+        const u8* rows;     // (ranks * capacity, columns), contiguous: of each rank's
+        const i32* came;    // (ranks,): so many of them go back; or less than none, and then how many there was no room for
+        const i32* passed;  // of the dispatch: (nodes, capacity, locals)
+        const i32* records; // of it: (nodes,)
+        const u8* weights;  // (ranks * capacity, top_k), or null
+        u8* scratch;        // of the transports; or null
+        i32 columns, top_k;
+    };
+    static constexpr i32 ELEMENT = sizeof(typename Result::Element), ALONG = sizeof(typename Weight::Element);
+    struct Warp {
+        u64 full[PARTS];
+        const u8* parts[LOCALS];
+        typename Near::Shared near;
+        typename Far::Shared far;
+    };
+    struct Shared {
+        u8 rows[WARPS][BYTES];
+        Warp warps[WARPS];
+        i32 rows_of_all, most_rows, most_records, last;
+    };
+
+    struct Worker {
+        const Arguments& arguments;
+        const Exchange& exchange;
+        const Shared& shared;
+        Warp& warp;
+        Words& words;
+        Near near;
+        Far far;
+        Pipe pipe;
+        u32 number;
+        i32 channel;
+        bool lost = false, may_land = false, may_go_home = false;
+        __device__ __forceinline__ Worker(const Arguments& arguments, Shared& shared, const Grid& grid, i32 index)
+            : arguments(arguments), exchange(arguments.exchange), shared(shared), warp(shared.warps[index]),
+              words(arguments.exchange.words(arguments.exchange.rank)),
+              near(arguments.exchange, warp.near, scratch_of<Near, Far>(arguments.scratch, grid, index, 0)),
+              far(arguments.exchange, warp.far, scratch_of<Near, Far>(arguments.scratch, grid, index, 1)),
+              pipe(shared.rows[index], warp.full, arguments.exchange.pitch),
+              number(exchange_of(words.begun[arguments.exchange.slot])), channel(grid.block / 2) {}
+        __device__ __forceinline__ i32 lane() const { return threadIdx.x % 32; }
+        __device__ __forceinline__ i32 groups(i32 rows) const {
+            return share((rows + exchange.chunk - 1) / exchange.chunk, channel, exchange.channels);
+        }
+        __device__ __forceinline__ i32 first(i32 group) const { return (group * exchange.channels + channel) * exchange.chunk; }
+
+        // The next piece of work of a role, for this warp.
+        __device__ __forceinline__ i32 claim(Role role) {
+            u32 claimed = 0;
+            if (lane() == 0) claimed = atomicAdd(&words.claimed[exchange.slot][i32(role)][0][channel], 1);
+            return __shfl_sync(~0u, claimed, 0);
+        }
+
+        // Rows of all ranks but those of this rail.
+        __device__ __forceinline__ void hand() {
+            i32 others = exchange.locals() - 1, from = exchange.nodes * others;
+            for (i32 piece; !lost && (piece = claim(Role::HAND)) < groups(shared.most_rows) * from;) {
+                i32 number = piece % from, node = number / others;
+                i32 rail = (exchange.rail() + 1 + number % others) % exchange.locals();
+                hand_group(node, rail, first(piece / from));
+            }
+        }
+
+        __device__ __forceinline__ void hand_group(i32 node, i32 rail, i32 begin) {
+            i32 of = node * exchange.locals() + rail, to = exchange.neighbour(rail), pitch = exchange.pitch;
+            i32 count = min(exchange.chunk, __ldg(arguments.came + of) - begin), part = exchange.on_rail(node);
+            if (count <= 0) return;
+            i32 most = min(32, pipe.bytes / pitch), bytes = arguments.columns * ELEMENT;
+            wait_until_read(may_land, lane() < exchange.locals(), exchange.neighbour(min(lane(), exchange.locals() - 1)));
+            if (lost) return;
+            pipe.run(
+                (count + most - 1) / most, near,
+                [&](i32 batch, u8* rows, u64* full) {
+                    i32 held = min(most, count - batch * most);
+                    i64 line = i64(of) * exchange.capacity + begin + batch * most;
+                    if (lane() == 0) ptx::barrier_expect(full, held * bytes);
+                    __syncwarp();
+                    if (lane() < held) ptx::load_bytes(rows + lane() * pitch, arguments.rows + (line + lane()) * bytes, bytes, full);
+                    for (i32 i = lane(); arguments.weights && i < held * arguments.top_k; i += 32) {
+                        i32 row = i / arguments.top_k, k = i % arguments.top_k;
+                        const typename Weight::Element* weights = reinterpret_cast<const typename Weight::Element*>(arguments.weights);
+                        reinterpret_cast<typename Weight::Element*>(rows + row * pitch + bytes)[k] =
+                            __ldg(weights + (line + row) * arguments.top_k + k);
+                    }
+                },
+                [&](i32 batch, u8* rows) {
+                    ptx::fence_async_proxy();
+                    __syncwarp();
+                    near.put(lane() == 0, {to, exchange.record(part, begin + batch * most)}, rows, min(most, count - batch * most) * pitch);
+                });
+            near.template fence<0>();
+            near.signal(lane() < count, {to, exchange.landed(part, begin + lane())}, number);
+        }
+
+        __device__ __forceinline__ void pass() {
+            i32 others = exchange.nodes - 1;
+            for (i32 piece; !lost && (piece = claim(Role::PASS)) < groups(shared.most_records) * others;)
+                pass_group((exchange.node() + 1 + piece % others) % exchange.nodes, first(piece / others));
+        }
+
+        __device__ __forceinline__ void pass_group(i32 node, i32 begin) {
+            i32 count = min(exchange.chunk, __ldg(arguments.records + node) - begin), to = exchange.on_rail(node);
+            if (count <= 0) return;
+            wait_until_read(may_go_home, lane() < exchange.nodes && lane() != exchange.node(),
+                            exchange.on_rail(min(lane(), exchange.nodes - 1)));
+            for (i32 i = 0; i < count && !lost; i++) {
+                u8* row = pipe.part(pipe.at);
+                pipe.at = pipe.at + 1 == pipe.parts ? 0 : pipe.at + 1;
+                find(node, begin + i);
+                far.template sources_free<1>();
+                if (lost) break;
+                sum(row);
+                ptx::fence_async_proxy();
+                __syncwarp();
+                far.put(lane() == 0, {to, exchange.home_record(exchange.node(), begin + i)}, row, exchange.pitch);
+                far.commit();
+            }
+            far.template fence<0>();
+            far.signal(lane() < count && !lost, {to, exchange.homed(exchange.node(), begin + lane())}, number);
+        }
+
+        // Where the parts of a record are, a lane for each rank of this node, once they are there.
+        __device__ __forceinline__ void find(i32 node, i32 record) {
+            i32 locals = exchange.locals(), rail = min(lane(), locals - 1), part = node * locals + rail;
+            i32 place = __ldg(arguments.passed + (i64(node) * exchange.capacity + record) * locals + rail);
+            bool has = lane() < locals && place >= 0, own = rail == exchange.rail();
+            const u64* word = reinterpret_cast<const u64*>(exchange.base(exchange.rank) + exchange.landed(part, max(place, 0)));
+            lost |= !wait_together(exchange, has && !own, word, number, exchange.neighbour(rail), Step::SUM, near, far);
+            const u8* at = exchange.record(exchange.rank, part, place);
+            if (own) at = arguments.rows + (i64(part) * exchange.capacity + place) * arguments.columns * ELEMENT;
+            if (lane() < locals) warp.parts[lane()] = has ? at : nullptr;
+            __syncwarp();
+        }
+
+        // Lanes stay together: who has no columns in the end writes the last ones, too.
+        __device__ __forceinline__ void sum(u8* row) {
+            i32 locals = exchange.locals(), bytes = arguments.columns * ELEMENT;
+#pragma unroll 4
+            for (i32 begin = 0; begin < arguments.columns; begin += 256) {
+                i32 column = min(begin + 8 * lane(), arguments.columns - 8);
+                float total[8] = {};
+                reduce<Result>(warp.parts, locals, column, total);
+                Result::store(reinterpret_cast<typename Result::Element*>(row) + column, total);
+            }
+            if (!arguments.weights || lane() >= arguments.top_k) return;
+            float total = 0;
+            for (i32 rail = 0; rail < locals; rail++)
+                if (warp.parts[rail]) total += Came<Weight>::one(behind(rail, bytes), lane());
+            Weight::store(reinterpret_cast<typename Weight::Element*>(row + bytes) + lane(), total);
+        }
+
+        // What belongs to a part's experts: behind it, if it has travelled.
+        __device__ __forceinline__ const u8* behind(i32 rail, i32 bytes) const {
+            const u8* part = warp.parts[rail];
+            if (rail != exchange.rail()) return part + bytes;
+            return arguments.weights + (part - arguments.rows) / bytes * arguments.top_k * ALONG;
+        }
+
+        // Until those that this rank writes to, a lane for each, have read what the exchange before wrote.
+        __device__ __forceinline__ void wait_until_read(bool& read, bool active, i32 other) {
+            if (read || number == 1) return;
+            read = wait_together(exchange, active, &words.taken[exchange.slot][other], number - 1, other, Step::LAND, near, far);
+            lost |= !read;
+        }
+
+        __device__ __forceinline__ void run(const Grid& grid) {
+            i32 work[ROLES] = {};
+            work[i32(Role::HAND)] = exchange.locals() > 1 ? shared.rows_of_all : 0;
+            for (i32 node = 0; node < exchange.nodes; node++)  // as many are read as come from the ranks of this node
+                if (node != exchange.node()) work[i32(Role::PASS)] += 2 * __ldg(arguments.records + node);
+            Role role = first_role(work, grid, threadIdx.x / 32);
+            if (role == Role::PASS && exchange.nodes > 1) pass();
+            if (exchange.locals() > 1) hand();
+            if (exchange.nodes > 1) pass();
+            near.drain(), far.drain();
+        }
+
+        // By a warp of the last block, when all is sent.
+        __device__ __forceinline__ void say_over() {
+            i32 rail = min(lane(), exchange.locals() - 1), node = min(lane(), exchange.nodes - 1), slot = exchange.slot;
+            i64 word = exchange.offset_of(words.over[slot][exchange.rank]);
+            ptx::fence_system();
+            near.signal(lane() < exchange.locals(), {exchange.neighbour(rail), word}, number);
+            near.drain();
+            i32 other = exchange.neighbour(rail);
+            if (wait_together(exchange, lane() < exchange.locals(), &words.over[slot][other], number, other, Step::OVER, near, far))
+                far.signal(lane() < exchange.nodes && lane() != exchange.node(), {exchange.on_rail(node), word}, number);
+            far.drain();
+        }
+    };
+
+    static __device__ __forceinline__ void run(const Arguments& arguments, const Grid& grid = Grid::whole()) {
+        ptx::take_turn();
+        extern __shared__ __align__(128) u8 raw[];
+        Shared& shared = *reinterpret_cast<Shared*>(raw);
+        const Exchange& exchange = arguments.exchange;
+        Words& words = exchange.words(exchange.rank);
+        u32 number = exchange_of(words.begun[exchange.slot]);
+        if (grid.block == 0 && threadIdx.x == 0) give_up_if_due(arguments, number);
+        if (threadIdx.x == 0) shared.rows_of_all = shared.most_rows = shared.most_records = 0;
+        __syncthreads();
+        count(shared, arguments);
+        __syncthreads();
+        Worker worker(arguments, shared, grid, threadIdx.x / 32);
+        worker.run(grid);
+        __syncthreads();
+        if (threadIdx.x == 0) shared.last = grid.is_last_block(words.begun[exchange.slot][1]);
+        __syncthreads();
+        if (!shared.last) return;
+        if (threadIdx.x < 32) worker.say_over();
+        for (i32 i = threadIdx.x; i < ROLES * CHANNELS; i += THREADS)
+            words.claimed[exchange.slot][i / CHANNELS][0][i % CHANNELS] = 0;
+        if (threadIdx.x == 0) words.begun[exchange.slot][0] = number;
+    }
+
+    // Rows that experts have left out are nobody's to guess; and whoever has not read the exchange before would read it now.
+    static __device__ __forceinline__ void give_up_if_due(const Arguments& arguments, u32 number) {
+        const Exchange& exchange = arguments.exchange;
+        i32 met = -__ldg(arguments.came), slot = exchange.slot;
+        if (met > 0) exchange.give_up(failure_of(exchange.rank, exchange.rank, Step::ROWS, (met + ROUGHLY - 1) / ROUGHLY));
+        if (exchange_of(exchange.words(exchange.rank).ended[slot]) != number)
+            exchange.give_up(failure_of(exchange.rank, exchange.rank, Step::LEFT, slot));
+    }
+
+    static __device__ __forceinline__ void count(Shared& shared, const Arguments& arguments) {
+        const Exchange& exchange = arguments.exchange;
+        i32 i = threadIdx.x;
+        if (i < exchange.ranks && i % exchange.locals() != exchange.rail()) {
+            i32 rows = max(0, __ldg(arguments.came + i));
+            atomicAdd(&shared.rows_of_all, rows), atomicMax(&shared.most_rows, rows);
+        }
+        if (i < exchange.nodes && i != exchange.node()) atomicMax(&shared.most_records, __ldg(arguments.records + i));
+    }
+};
+
+}  // namespace nodes

@@ -1,0 +1,168 @@
+// Memory that ranks of several nodes write into each other's, and how they say what they have written.
+// moecompile/runtime/node_memory.py lays it out alike:
+//
+//     words           NodeWords: of whom an exchange was aborted, counters, and of each slot what ranks tell each other
+//     landed          (SLOTS, ranks, flags) 64 bits each: the exchange whose row of that rank lies at that place
+//     homed           (SLOTS, nodes, flags) likewise, of rows that were summed on that node
+//     rows            of each slot `room` times 16 bytes. In these (ranks, capacity) records of `pitch` bytes, by the rank that
+//                     they come from; and behind them, of a combine (nodes, capacity) records, by the node that they come from,
+//                     of a dispatch rings of (nodes, channels, ring, chunk) records of `ring_pitch` bytes
+//
+// A rank is `node * locals + rail`. Ranks of one rail, one on each node, are connected by the network, those of one node by
+// NVLink. What goes to another node goes to the rank of its own rail there, once, and from there to the ranks that are to have it.
+//
+// Exchanges of a slot are counted from 1 on each rank, and chunks that a ring takes from 0, on both its ends: nothing is cleared,
+// and a launch may be captured and repeated. Every place is known before a byte moves, so rows may come in any order.
+#pragma once
+#include "counters.cuh"
+
+namespace nodes {
+
+constexpr i32 RANKS = 64, NODES = 16, LOCALS = 8, SLOTS = 4, CHANNELS = 32, RING = 8;  // at most
+
+enum class Role { SEND, PASS, HAND };  // to other nodes; what came from them to this node; within this node
+constexpr i32 ROLES = 3;
+
+struct Words {
+    u64 aborted;  // a failure, of whoever gave up
+    u64 reserved[15];
+    u32 begun[SLOTS][2];                  // exchanges that this rank has sent its part of; blocks that are done with that
+    u32 ended[SLOTS][2];                  // exchanges that it has read its part of; likewise
+    u32 claimed[SLOTS][ROLES][NODES][CHANNELS];  // pieces of work of this exchange that warps of this rank have taken
+    u32 chunks[SLOTS][2][NODES][CHANNELS];       // chunks of rings before this exchange: sent there, passed on from there
+    u64 taken[SLOTS][RANKS];              // the last exchange whose rows that rank has read, written by that rank
+    u64 over[SLOTS][RANKS];               // the last combine that has ended there
+    u64 coming[SLOTS][RANKS];             // an exchange, and how many rows that rank sends in it
+    u64 announced[SLOTS][NODES][1 + LOCALS];    // likewise: records that come by the ring, and rows for each rank of this node
+    u64 filled[SLOTS][NODES][CHANNELS][RING];   // chunks that have come by that place of the ring, all before it included
+    u64 freed[SLOTS][NODES][CHANNELS][RING];    // chunks sent there by that place that have been passed on: its credits
+};
+
+// What a rank was doing when it gave up, as moecompile/runtime/node_memory.py says it.
+enum class Step { CREDIT, LAND, PASS, RECEIVE, SUM, HOME, OVER, ROWS, LEFT };
+constexpr i32 ROUGHLY = 128;  // what rows that it has no room for are counted in
+
+// As one word that is never zero: who waited for whom, in which step of the exchange in which slot.
+__device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 slot) {
+    return u64(rank + 1) | u64(other + 1) << 16 | u64(step) << 32 | u64(slot) << 40;
+}
+
+__device__ __forceinline__ u64 tagged(u32 exchange, u32 count) { return u64(exchange) << 32 | count; }
+
+// How much of a word is of that exchange: -1 if it is none of it.
+__device__ __forceinline__ i32 untagged(u64 word, u32 exchange) { return u32(word >> 32) == exchange ? i32(u32(word)) : -1; }
+
+// One exchange, as this rank sees it: the first argument of its kernels.
+struct Exchange {
+    const u64* bases;  // (ranks,): where each rank's memory begins, for this device
+    u64* told;         // a word of the host's, which a failure is written to
+    i32 rank, ranks, nodes, slot, room, capacity, pitch, channels, ring, chunk, flags;
+    i32 patience;      // milliseconds that a wait may take
+    using Steps = Step;
+
+    __device__ __forceinline__ i32 locals() const { return ranks / nodes; }
+    __device__ __forceinline__ i32 node() const { return rank / locals(); }
+    __device__ __forceinline__ i32 rail() const { return rank % locals(); }
+    __device__ __forceinline__ i32 on_rail(i32 of_node) const { return of_node * locals() + rail(); }
+    __device__ __forceinline__ i32 neighbour(i32 of_rail) const { return node() * locals() + of_rail; }
+    __device__ __forceinline__ i32 ring_pitch() const { return pitch + (4 * locals() + 15) / 16 * 16; }
+    __device__ __forceinline__ u8* base(i32 of) const { return reinterpret_cast<u8*>(__ldg(bases + of)); }
+    __device__ __forceinline__ Words& words(i32 of) const { return *reinterpret_cast<Words*>(base(of)); }
+
+    // Bytes from the beginning of a rank's memory: what it says of a row, and the row.
+    __device__ __forceinline__ i64 landed(i32 from, i32 place) const {
+        return i64(sizeof(Words)) + 8 * ((i64(slot) * ranks + from) * flags + place);
+    }
+    __device__ __forceinline__ i64 homed(i32 from_node, i32 place) const {
+        return i64(sizeof(Words)) + 8 * ((i64(SLOTS) * ranks + slot * nodes + from_node) * flags + place);
+    }
+    __device__ __forceinline__ i64 rows() const {
+        return (i64(sizeof(Words)) + i64(8) * SLOTS * (ranks + nodes) * flags + 127) / 128 * 128 + i64(16) * slot * room;
+    }
+    __device__ __forceinline__ i64 record(i32 from, i32 place) const { return rows() + (i64(from) * capacity + place) * pitch; }
+    __device__ __forceinline__ i64 home_record(i32 from_node, i32 place) const { return record(ranks + from_node, place); }
+    __device__ __forceinline__ i64 ring_record(i32 node, i32 channel, i32 place, i32 number) const {
+        return record(ranks, 0) + (((i64(node) * channels + channel) * ring + place) * chunk + number) * ring_pitch();
+    }
+    // Where that record of this rank's own memory is.
+    __device__ __forceinline__ u8* record(i32 at, i32 from, i32 place) const { return base(at) + record(from, place); }
+    template <typename Word>
+    __device__ __forceinline__ i64 offset_of(const Word& word) const {  // of this rank's words: the same on all ranks
+        return reinterpret_cast<const u8*>(&word) - base(rank);
+    }
+
+    // Whether somebody has given up an exchange, this one or any before. Then the host is told.
+    __device__ __forceinline__ bool is_aborted() const {
+        u64 failure = ptx::load_relaxed_system(&words(rank).aborted);
+        if (failure) ptx::store_release_system(told, failure);
+        return failure;
+    }
+
+    // Tells everybody.
+    __device__ __forceinline__ void give_up(u64 failure) const {
+        for (i32 each = 0; each < ranks; each++) ptx::store_release_system(&words(each).aborted, failure);
+        ptx::store_release_system(told, failure);
+    }
+
+    // Until the word, of this rank's own memory, which another writes, is at least that; what it then is. Zero if it will not be.
+    // Before what the word speaks of is touched, a fence is due.
+    __device__ __forceinline__ u64 wait(const u64* word, u64 at_least, i32 other, Step step) const {
+        u64 deadline = 0, found;
+        for (u32 turn = 0; (found = ptx::load_relaxed_system(word)) < at_least; turn++)
+            if (turn % 64 == 0 && is_hopeless(deadline, other, step)) return 0;
+        return found;
+    }
+
+    // Every so often, by who waits: whether there is nothing to wait for any more. Whoever has waited too long gives up.
+    __device__ __forceinline__ bool is_hopeless(u64& deadline, i32 other, Step step) const {
+        if (is_aborted()) return true;
+        u64 now = ptx::nanoseconds();
+        if (!deadline) deadline = now + u64(patience) * 1000000;
+        if (now < deadline) return false;
+        give_up(failure_of(rank, other, step, slot));
+        return true;
+    }
+
+    // How many rows a rank sends; less than none if that will not be known.
+    __device__ __forceinline__ i32 wait_for_count(i32 from, u32 exchange, Step step) const {
+        u64 found = wait(&words(rank).coming[slot][from], tagged(exchange, 0), from, step);
+        return found ? i32(u32(found)) : -1;
+    }
+
+    // Until the row at that place of another rank's is here, or will not come.
+    enum class Row { HERE, NONE, LOST };
+    __device__ __forceinline__ Row wait_for_row(i32 from, i32 place, u32 exchange, Step step) const {
+        const u64* flag = reinterpret_cast<const u64*>(base(rank) + landed(from, place));
+        if (ptx::load_relaxed_system(flag) < exchange) {  // a row that is here was counted
+            i32 count = wait_for_count(from, exchange, step);
+            if (count >= 0 && place >= count) return Row::NONE;
+            if (count < 0 || !wait(flag, exchange, from, step)) return Row::LOST;
+        }
+        ptx::fence_system();
+        return Row::HERE;
+    }
+
+    // By a warp: how many rows another has sent, once all are here; less than none if that will not be.
+    __device__ __forceinline__ i32 wait_for_all(i32 from, u32 exchange, Step step) const {
+        i32 count = wait_for_count(from, exchange, step), lost = count < 0;
+        for (i32 place = threadIdx.x % 32; place < count; place += 32) lost |= wait_for_row(from, place, exchange, step) == Row::LOST;
+        return __any_sync(~0u, lost) ? -1 : count;
+    }
+
+    // By one thread of each block of a kernel that reads rows, when the block is done: those who write here may write again.
+    __device__ __forceinline__ void done_reading(const Grid& grid) const;
+};
+
+__device__ __forceinline__ void Exchange::done_reading(const Grid& grid) const {
+    u32(&ended)[2] = words(rank).ended[slot];
+    if (!grid.is_last_block(ended[1])) return;
+    u32 exchange = exchange_of(ended);
+    ended[0] = exchange;
+    ptx::fence_system();
+    for (i32 of_rail = 0; of_rail < locals(); of_rail++)
+        ptx::store_release_system(&words(neighbour(of_rail)).taken[slot][rank], exchange);
+    for (i32 of_node = 0; of_node < nodes; of_node++)
+        ptx::store_release_system(&words(on_rail(of_node)).taken[slot][rank], exchange);
+}
+
+}  // namespace nodes

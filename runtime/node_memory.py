@@ -1,0 +1,183 @@
+"""Memory that ranks of several nodes write into each other's, as codegen/kernels/nodes.cuh reads it.
+
+Every rank has the same: words that are zeros at first, and SLOTS slots for rows. A rank is `node * locals + rail`; what
+goes to another node goes to the rank of its own rail there, once, and from there to the ranks that are to have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moecompile.runtime.peer_memory import too_many
+
+RANKS, NODES, LOCALS, SLOTS, CHANNELS, RING, CHUNK = 64, 16, 8, 4, 32, 8, 32
+"""At most; of nodes.cuh, and records of a chunk of node_dispatch.cuh."""
+ROLES = 3
+WORDS = (
+    128  # who gave up
+    + 2 * SLOTS * 2 * 4  # begun, ended
+    + SLOTS * (ROLES + 2) * NODES * CHANNELS * 4  # claimed, chunks
+    + 3 * SLOTS * RANKS * 8  # taken, over, coming
+    + SLOTS * NODES * (1 + LOCALS) * 8  # announced
+    + 2 * SLOTS * NODES * CHANNELS * RING * 8  # filled, freed
+)
+"""Bytes of what ranks tell each other."""
+SMS_OF_A_CHANNEL, SMS = 2, 20
+"""Multiprocessors; those that exchange, if nobody says otherwise (DeepSeek-V3, section 3.2.2)."""
+ROUGHLY = 128
+"""What rows that a rank has no room for are counted in."""
+STEPS = (
+    "until that rank has passed on what its ring holds",
+    "until that rank has read the rows of the exchange before",
+    "until that rank's tokens have come to be passed on",
+    "until that rank's tokens have come",
+    "until that rank's results have come to be summed",
+    "until that rank's results have come",
+    "until that rank has ended",
+)
+"""What a rank may wait for, as nodes.cuh numbers it. Behind these: it has no room; it has left an exchange."""
+
+
+@dataclass(frozen=True)
+class Rings:
+    """How records travel between nodes.
+
+    Attributes:
+        channels: of two multiprocessors each, which share the records among them.
+        ring: chunks that a rank has room for, of each channel of each node.
+        chunk: records of each at most.
+    """
+
+    channels: int = SMS // SMS_OF_A_CHANNEL
+    ring: int = 4
+    chunk: int = 8
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the kernels have no room for that."""
+        for name, most in (("channels", CHANNELS), ("ring", RING), ("chunk", CHUNK)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"moecompile: {name} of an exchange: expected 1 to {most}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks, as many on each node.
+
+    Attributes:
+        nodes: N.
+        locals: ranks of each, which see each other's memory.
+    """
+
+    nodes: int
+    locals: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the kernels have no room for that."""
+        if not 1 <= self.nodes <= NODES or not 1 <= self.locals <= LOCALS or self.ranks > RANKS:
+            raise ValueError(
+                f"moecompile: an exchange among {self.nodes} nodes of {self.locals} ranks: expected at most {NODES} "
+                f"nodes, {LOCALS} ranks of each, and {RANKS} in all"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.locals
+
+    def ring_pitch(self, pitch: int) -> int:
+        """Bytes of a record on its way between nodes: behind it are its places on that node's ranks."""
+        return pitch + -(-4 * self.locals // 16) * 16
+
+    def room(self, rings: Rings, capacity: int, pitch: int) -> int:
+        """Bytes of a slot for rows of `pitch` bytes, `capacity` of each rank.
+
+        Raises:
+            ValueError: the kernels have no room for so much.
+        """
+        landing, summed = self.ranks * capacity * pitch, self.nodes * capacity * pitch
+        ring = self.nodes * rings.channels * rings.ring * rings.chunk * self.ring_pitch(pitch)
+        room = -(-(landing + max(summed, ring)) // 128) * 128
+        if pitch % 16 or capacity < 1 or room // 16 >= 1 << 31:
+            raise ValueError(
+                f"moecompile: an exchange among {self.ranks} ranks of {capacity} rows each, of {pitch} bytes: expected "
+                "a multiple of 16 bytes, and less than 32 GiB"
+            )
+        return room
+
+    def flags(self, capacity: int) -> int:
+        """Bytes of words of rows, all slots: a multiple of 8, behind the others."""
+        return 8 * SLOTS * (self.ranks + self.nodes) * capacity
+
+
+@dataclass(frozen=True, eq=False)
+class NodeMemory:
+    """What one rank knows of the memory.
+
+    Attributes:
+        own: this rank's, bytes.
+        bases: (ranks,) int64 on the device: the address of each rank's, for this device.
+        rank: among them.
+        topology: of the ranks.
+        rings: that it has room for.
+        capacity: rows of each rank, at most.
+        room: bytes of a slot.
+        told: a word of the host's memory that the kernels write a failure to.
+        held: what keeps the mapping of the others' memory alive.
+    """
+
+    own: Tensor
+    bases: Tensor
+    rank: int
+    topology: Topology
+    rings: Rings
+    capacity: int
+    room: int
+    told: Tensor
+    held: object = field(default=None, repr=False)
+
+    def failure(self) -> str:
+        """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
+        word = int(self.told[0]) & 0xFFFF_FFFF_FFFF_FFFF
+        if not word:
+            return ""
+        rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
+        if step == len(STEPS):
+            return too_many(rank, ROUGHLY * slot)
+        which = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}"
+        if step > len(STEPS):
+            return f"{self._named(rank)} has left {which} in its middle: something failed on it; start the job anew"
+        return f"{self._named(rank)} has waited too long for {self._named(other)} ({which}, {STEPS[step]})"
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} (node {rank // self.topology.locals})"
+
+
+def bytes_of(topology: Topology, capacity: int, room: int) -> int:
+    """Of a rank's memory."""
+    return -(-(WORDS + topology.flags(capacity)) // 128) * 128 + SLOTS * room
+
+
+def on_one_device(topology: Topology, rings: Rings, capacity: int, pitch: int, device: int) -> list[NodeMemory]:
+    """Memory of ranks that are all on one device, and run in one launch: virtual nodes.
+
+    Args:
+        topology: of these.
+        rings: between them.
+        capacity: rows of each rank at most.
+        pitch: bytes of the longest row.
+        device: its index.
+    """
+    place, room = torch.device("cuda", device), topology.room(rings, capacity, pitch)
+    every = [
+        torch.zeros(bytes_of(topology, capacity, room), dtype=torch.uint8, device=place) for _ in range(topology.ranks)
+    ]
+    bases = torch.tensor([each.data_ptr() for each in every], dtype=torch.int64, device=place)
+    return [
+        NodeMemory(
+            own, bases, rank, topology, rings, capacity, room, torch.zeros(1, dtype=torch.int64, pin_memory=True), every
+        )
+        for rank, own in enumerate(every)
+    ]
