@@ -18,6 +18,7 @@ from moecompile import ranks
 from moecompile.passes.expert_parallel import NOT_FOUND, Group
 from moecompile.passes.near_misses import UNKNOWN_TOKENS
 from moecompile.runtime.sharded import process_group
+from moecompile.runtime.topology import nodes_of
 
 
 class DisagreementError(RuntimeError):
@@ -243,14 +244,22 @@ def _meet(group: Group, key: tuple[str, str], tokens: Mapping[str, Any], asked: 
 
 
 def _words_of_all(group: Group, key: tuple[str, str], word: str) -> list[str]:
-    words = ranks.words_of_all(word, f"exchange {key}", members(group))
+    every = members(group)
+    words = ranks.words_of_all(json.dumps([word, nodes_of(every)]), f"exchange {key}", every)
     if words is None:
         raise DisagreementError(
             f"moecompile: not all of the ranks {members(group)}, which share experts, compiled the same graph within "
             f"{ranks.PATIENCE}; this rank's is known by {key[1]}. Each of them has to call the model, and to be given "
             "the same parameters in the same order, those that need gradients on one of them on all"
         )
-    return words
+    said, nodes = zip(*map(json.loads, words), strict=True)
+    if any(each != nodes[0] for each in nodes):
+        told = "; ".join(f"rank {rank} takes them to be {each}" for rank, each in zip(every, nodes, strict=True))
+        raise DisagreementError(
+            f"moecompile: the ranks {every}, which share experts, have to know alike which nodes they are on: {told}. "
+            "It follows from LOCAL_WORLD_SIZE, which torchrun sets: start as many ranks on each node"
+        )
+    return list(said)
 
 
 def _lost(group: Group, name: str, why: str) -> DisagreementError:

@@ -11,7 +11,6 @@ Experts are taken to be met evenly, so that of R ranks each has one R-th of all 
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,7 @@ from moecompile.runtime.contract import DIFFERENTIABLE
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.exchanged import hides
 from moecompile.runtime.sharded import process_group
+from moecompile.runtime.topology import nodes_of
 
 ops, aten, c10d = torch.ops.moecompile, torch.ops.aten, torch.ops._c10d_functional
 ZERO = sympy.Integer(0)
@@ -232,15 +232,9 @@ def _collective(node: fx.Node, packet: Any) -> Cost:
 
 
 def link_between(group: str) -> str:
-    """What carries most of what ranks of a group send: the network if some are on other hosts.
-
-    torchrun says how many ranks a host has (LOCAL_WORLD_SIZE); where nobody does, all are taken to be on one.
-    """
-    of_a_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if not of_a_host:
-        return "nvlink"
-    hosts = {rank // of_a_host for rank in distributed.get_process_group_ranks(process_group(group))}
-    return "nvlink" if len(hosts) == 1 else "network"
+    """What carries most of what ranks of a group send: the network if some are on other nodes."""
+    nodes = nodes_of(distributed.get_process_group_ranks(process_group(group)))
+    return "nvlink" if len(set(nodes)) == 1 else "network"
 
 
 def _precision(node: fx.Node, name: str) -> str:

@@ -20,7 +20,7 @@ combine, that of a combine a dispatch: of a wait the reverse's start, of a start
                             less than none where this rank's experts have no room for them all
 
 On Hopper GPUs with access to each other's memory moecompile's kernels do it (`moecompile.runtime.hopper_exchange`).
-Elsewhere each rank sends C rows to each, over torch's functional collectives: slow, and right. A start gives handles:
+Elsewhere it goes over torch's functional collectives (`moecompile.runtime.collective_exchange`). A start gives handles:
 with collectives what is in flight, and with the kernels nothing that has memory. A wait is given what its start was,
 too: a rank's own rows do not travel, and what travels has to be there until it has arrived. Collectives send copies: in
 a derivative their wait knows the handles alone, and Inductor writes into memory that no later operator reads.
@@ -28,19 +28,17 @@ a derivative their wait knows the handles alone, and Inductor writes into memory
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from moecompile.runtime import hopper_exchange
+from moecompile.runtime import collective_exchange, hopper_exchange
 from moecompile.runtime.contract import INTEGERS
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.launch import wait_for
 from moecompile.runtime.peer_memory import PeerMemory, give_up, memory_of, reaches_peers, room_for, too_many
 from moecompile.runtime.reference import check_range
-from moecompile.runtime.sharded import process_group
 
 Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -131,13 +129,7 @@ def dispatch_start(
         started = _send(Exchange(memory, slot, capacity, sms, patience), rows, sent, None, aside)
         memory.begun[slot] = started, rows, into, came
         return _handles(x, expert_ids, weights, sent.shape[0])
-    ids = None if expert_ids is None else expert_ids.to(torch.int32)
-    token = sent.long()
-    found, of_ids, of_weights = (
-        x.new_empty(0) if each is None else _all_to_all(_taken(each, token, fill), ranks, group)
-        for each, fill in ((x, 0), (ids, -1), (weights, 0))
-    )
-    return found, of_ids if ids is not None else of_ids.to(torch.int32), of_weights, x.new_empty(0)
+    return collective_exchange.dispatch_start(x, expert_ids, weights, sent, home, group, capacity)
 
 
 def fake_dispatch_start(
@@ -148,7 +140,8 @@ def fake_dispatch_start(
     _check_rows(x, sent, "dispatch_start")
     if by_kernels(x, expert_ids, weights, ranks, group):
         return _handles(x, expert_ids, weights, sent.shape[0])
-    return _in_flight(x, expert_ids, weights, sent.shape[0])
+    *parts, _ = _in_flight(x, expert_ids, weights, sent.shape[0])
+    return (*parts, collective_exchange.token_like(x, group, capacity))  # type: ignore[return-value]
 
 
 def dispatch_wait(
@@ -168,10 +161,7 @@ def dispatch_wait(
         own, into, came = _begun(memory, slot, "dispatch_start")
         hopper_exchange.receive(Exchange(memory, slot, capacity, sms, patience), own, sent, into, came, here)
         return (*_results(x, into), came)
-    came = torch.full((ranks,), capacity, dtype=torch.int32, device=rows.device)
-    rows, ids, weights = (_wait(each) if each.dim() == 2 else each.clone() for each in (rows, ids, weights))
-    first = here * distributed.get_rank(process_group(group))
-    return rows, torch.where((ids >= first) & (ids < first + here), ids - first, -1), weights, came
+    return collective_exchange.dispatch_wait(rows, ids, weights, token, here, group, capacity)
 
 
 def fake_dispatch_wait(
@@ -181,7 +171,16 @@ def fake_dispatch_wait(
 ) -> Four:  # fmt: skip
     """The shapes of `dispatch_wait`."""
     experts_here(num_experts, ranks, "dispatch_wait")
-    return (*_in_flight(x, expert_ids, given, ranks * capacity)[:3], sent.new_empty(ranks))
+    came = came_like(x, expert_ids, given, sent, ranks=ranks, group=group, capacity=capacity)
+    return (*_in_flight(x, expert_ids, given, ranks * capacity)[:3], came)
+
+
+def came_like(
+    x: Tensor, expert_ids: Tensor | None, weights: Tensor | None, sent: Tensor, *, ranks: int, group: str, capacity: int
+) -> Tensor:  # fmt: skip
+    """The shape of `came`."""
+    kernels = by_kernels(x, expert_ids, weights, ranks, group)
+    return sent.new_empty(ranks if kernels else collective_exchange.numbers_of_came(group, capacity))
 
 
 def came_within(came: Tensor, counts: Tensor, *, room: int) -> Tensor:
@@ -243,12 +242,7 @@ def combine_start(
         memory.begun[slot] = started, rows, into
         back, _, along, token = _handles(y, None, weights, home.shape[0])
         return back, along, token
-    y = torch.where((came < 0).any(), torch.nan, y) if came.is_cuda or bool((came < 0).any()) else y
-    return (
-        _all_to_all(_kept(y), ranks, group),
-        y.new_empty(0) if weights is None else _all_to_all(_kept(weights), ranks, group),
-        y.new_empty(0),
-    )
+    return collective_exchange.combine_start(y, weights, came, group)
 
 
 def fake_combine_start(
@@ -259,7 +253,8 @@ def fake_combine_start(
     if by_kernels(y, None, weights, ranks, group):
         back, _, along, token = _handles(y, None, weights, home.shape[0])
     else:
-        back, _, along, token = _in_flight(y, None, weights, y.shape[0])
+        back, _, along, _ = _in_flight(y, None, weights, y.shape[0])
+        token = collective_exchange.token_like(y, group, capacity)
     return back, along, token
 
 
@@ -279,10 +274,7 @@ def combine_wait(
         hopper_exchange.home(Exchange(memory, slot, capacity, sms, patience), home, own, into)
         sums, _, along = _results(y, into)
         return sums, along
-    return (
-        _summed(_wait(back), home, ranks),
-        _summed(_wait(of_weights), home, ranks) if of_weights.dim() == 2 else of_weights.clone(),
-    )
+    return collective_exchange.combine_wait(back, of_weights, token, home, group)
 
 
 def fake_combine_wait(
@@ -390,38 +382,3 @@ def _check_rows(x: Tensor, sent: Tensor, operator: str) -> None:
     if x.dim() != 2 or sent.dim() != 1:
         shapes = f"{tuple(x.shape)} and {tuple(sent.shape)}"
         raise ValueError(f"moecompile::{operator}: expected x (T, H) and sent (ranks * capacity,), got {shapes}")
-
-
-def _taken(each: Tensor, token: Tensor, fill: int) -> Tensor:
-    """Rows of these tokens, and of that value where there is none."""
-    if not each.shape[0]:
-        return each.new_full((token.shape[0], each.shape[1]), fill)
-    return torch.where(token.unsqueeze(1) < 0, fill, each.index_select(0, token.clamp(min=0)))
-
-
-def _summed(rows: Tensor, home: Tensor, ranks: int) -> Tensor:
-    """Of each token, what came from all ranks."""
-    parts, tokens = rows.view(ranks, -1, rows.shape[1]), home.shape[0]
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    total = torch.zeros((tokens, rows.shape[1]), dtype=wide, device=rows.device)
-    for part, place in zip(parts, home.long().unbind(1), strict=True):
-        if part.shape[0]:
-            total += torch.where(place.unsqueeze(1) < 0, 0, part.index_select(0, place.clamp(min=0)))
-    return total.to(rows.dtype)
-
-
-def _kept(rows: Tensor) -> Tensor:
-    """A copy, which is there until the collective that sends it ends."""
-    return rows.clone(memory_format=torch.contiguous_format)
-
-
-def _all_to_all(rows: Tensor, ranks: int, group: str) -> Tensor:
-    """The parts that all ranks have for this one, in flight."""
-    parts: Sequence[int] = [rows.shape[0] // ranks] * ranks
-    found: Tensor = torch.ops._c10d_functional.all_to_all_single(rows, parts, parts, group)
-    return found
-
-
-def _wait(rows: Tensor) -> Tensor:
-    """What has come, in memory of its own: operators return nothing of their arguments."""
-    return torch.ops._c10d_functional.wait_tensor(rows).clone()

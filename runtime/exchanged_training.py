@@ -141,7 +141,8 @@ def fake_exchanged_experts_forward(
     else:
         args.check()
         of_experts = [rows, x.new_empty((args.saved_rows, args.width), dtype=args.dtypes.hidden)]
-    came, nothing = sent.new_empty(experts.travel["ranks"]), x.new_empty(0)
+    among = {name: experts.travel[name] for name in ("ranks", "group", "capacity")}
+    came, nothing = exchange.came_like(x, expert_ids, weights, sent, **among), x.new_empty(0)
     saved = Saved(nothing if along is None else along, came, tuple(plan), tuple(of_experts))  # type: ignore[arg-type]
     result = x.new_empty((x.shape[0], args.out_features), dtype=args.dtypes.result)
     return result, (saved.without_rows() if again else saved).every

@@ -21,7 +21,7 @@ from moecompile.runtime import hopper_exchange
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.launch import Launch, Value, load
-from moecompile.runtime.node_memory import CHUNK, SMS_OF_A_CHANNEL, NodeMemory
+from moecompile.runtime.node_memory import CHUNK, SMS_OF_A_CHANNEL, NodeMemory, ring_pitch, room_for
 from moecompile.runtime.peer_memory import PATIENCE
 
 Call = tuple[NodeDispatch | NodeReceive | NodeCombine | NodeHome, tuple[Value, ...]]
@@ -109,8 +109,8 @@ class NodeExchange:
             ValueError: the memory has no room for these.
         """
         memory, rings = self.memory, self.memory.rings
-        longest = memory.topology.ring_pitch(pitch)
-        if self.capacity > memory.capacity or memory.topology.room(rings, self.capacity, pitch) > memory.room:
+        longest = ring_pitch(memory.topology, pitch)
+        if self.capacity > memory.capacity or room_for(memory.topology, rings, self.capacity, pitch) > memory.room:
             raise ValueError(
                 f"moecompile: an exchange of {self.capacity} rows a rank, of {pitch} bytes, where there is room for "
                 f"{memory.capacity} rows and {memory.room} bytes"

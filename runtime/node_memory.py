@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moecompile.runtime.peer_memory import too_many
+from moecompile.runtime.topology import Topology
 
 RANKS, NODES, LOCALS, SLOTS, CHANNELS, RING, CHUNK = 64, 16, 8, 4, 32, 8, 32
 """At most; of nodes.cuh, and records of a chunk of node_dispatch.cuh."""
@@ -62,54 +63,36 @@ class Rings:
                 raise ValueError(f"moecompile: {name} of an exchange: expected 1 to {most}, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True)
-class Topology:
-    """Ranks, as many on each node.
+def check(topology: Topology) -> None:
+    """Raises ValueError where the kernels have no room for so many ranks."""
+    if not 1 <= topology.nodes <= NODES or not 1 <= topology.locals <= LOCALS or topology.ranks > RANKS:
+        raise ValueError(
+            f"moecompile: an exchange among {topology.nodes} nodes of {topology.locals} ranks: expected at most "
+            f"{NODES} nodes, {LOCALS} ranks of each, and {RANKS} in all"
+        )
 
-    Attributes:
-        nodes: N.
-        locals: ranks of each, which see each other's memory.
+
+def ring_pitch(topology: Topology, pitch: int) -> int:
+    """Bytes of a record on its way between nodes: behind it are its places on that node's ranks."""
+    return pitch + -(-4 * topology.locals // 16) * 16
+
+
+def room_for(topology: Topology, rings: Rings, capacity: int, pitch: int) -> int:
+    """Bytes of a slot for rows of `pitch` bytes, `capacity` of each rank.
+
+    Raises:
+        ValueError: the kernels have no room for so much.
     """
-
-    nodes: int
-    locals: int
-
-    def __post_init__(self) -> None:
-        """Raises ValueError where the kernels have no room for that."""
-        if not 1 <= self.nodes <= NODES or not 1 <= self.locals <= LOCALS or self.ranks > RANKS:
-            raise ValueError(
-                f"moecompile: an exchange among {self.nodes} nodes of {self.locals} ranks: expected at most {NODES} "
-                f"nodes, {LOCALS} ranks of each, and {RANKS} in all"
-            )
-
-    @property
-    def ranks(self) -> int:
-        """Of all nodes."""
-        return self.nodes * self.locals
-
-    def ring_pitch(self, pitch: int) -> int:
-        """Bytes of a record on its way between nodes: behind it are its places on that node's ranks."""
-        return pitch + -(-4 * self.locals // 16) * 16
-
-    def room(self, rings: Rings, capacity: int, pitch: int) -> int:
-        """Bytes of a slot for rows of `pitch` bytes, `capacity` of each rank.
-
-        Raises:
-            ValueError: the kernels have no room for so much.
-        """
-        landing, summed = self.ranks * capacity * pitch, self.nodes * capacity * pitch
-        ring = self.nodes * rings.channels * rings.ring * rings.chunk * self.ring_pitch(pitch)
-        room = -(-(landing + max(summed, ring)) // 128) * 128
-        if pitch % 16 or capacity < 1 or room // 16 >= 1 << 31:
-            raise ValueError(
-                f"moecompile: an exchange among {self.ranks} ranks of {capacity} rows each, of {pitch} bytes: expected "
-                "a multiple of 16 bytes, and less than 32 GiB"
-            )
-        return room
-
-    def flags(self, capacity: int) -> int:
-        """Bytes of words of rows, all slots: a multiple of 8, behind the others."""
-        return 8 * SLOTS * (self.ranks + self.nodes) * capacity
+    check(topology)
+    landing, summed = topology.ranks * capacity * pitch, topology.nodes * capacity * pitch
+    ring = topology.nodes * rings.channels * rings.ring * rings.chunk * ring_pitch(topology, pitch)
+    room = -(-(landing + max(summed, ring)) // 128) * 128
+    if pitch % 16 or capacity < 1 or room // 16 >= 1 << 31:
+        raise ValueError(
+            f"moecompile: an exchange among {topology.ranks} ranks of {capacity} rows each, of {pitch} bytes: expected "
+            "a multiple of 16 bytes, and less than 32 GiB"
+        )
+    return room
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +140,8 @@ class NodeMemory:
 
 def bytes_of(topology: Topology, capacity: int, room: int) -> int:
     """Of a rank's memory."""
-    return -(-(WORDS + topology.flags(capacity)) // 128) * 128 + SLOTS * room
+    flags = 8 * SLOTS * (topology.ranks + topology.nodes) * capacity
+    return -(-(WORDS + flags) // 128) * 128 + SLOTS * room
 
 
 def on_one_device(topology: Topology, rings: Rings, capacity: int, pitch: int, device: int) -> list[NodeMemory]:
@@ -170,7 +154,7 @@ def on_one_device(topology: Topology, rings: Rings, capacity: int, pitch: int, d
         pitch: bytes of the longest row.
         device: its index.
     """
-    place, room = torch.device("cuda", device), topology.room(rings, capacity, pitch)
+    place, room = torch.device("cuda", device), room_for(topology, rings, capacity, pitch)
     every = [
         torch.zeros(bytes_of(topology, capacity, room), dtype=torch.uint8, device=place) for _ in range(topology.ranks)
     ]

@@ -12,7 +12,8 @@ from moecompile.runtime import hopper_nodes
 from moecompile.runtime.exchange import exchange_plan
 from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.hopper_nodes import NodeExchange, NodePlan, Passed
-from moecompile.runtime.node_memory import RANKS, SMS_OF_A_CHANNEL, Rings, Topology, on_one_device
+from moecompile.runtime.node_memory import RANKS, SMS_OF_A_CHANNEL, Rings, on_one_device, ring_pitch
+from moecompile.runtime.topology import Topology
 from moecompile.runtime.virtual_nodes import launch_all
 
 MULTIPROCESSORS = 132
@@ -208,7 +209,7 @@ def expected_bytes(ranks: Ranks, plan: NodePlan, passed: Sequence[Tensor], rank:
     for other in range(topology.nodes):
         if other != node:
             records = int((plan.node_home[:, other] >= 0).sum())
-            far[other * topology.locals + rail] = records * topology.ring_pitch(pitch)
+            far[other * topology.locals + rail] = records * ring_pitch(topology, pitch)
     for neighbour in range(node * topology.locals, (node + 1) * topology.locals):
         rows = sum(int((home[:, neighbour] >= 0).sum()) for home in passed)
         rows += int((plan.home[:, neighbour] >= 0).sum()) if neighbour != rank else 0

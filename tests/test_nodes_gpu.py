@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moecompile.runtime.hopper_exchange import Rows
-from moecompile.runtime.node_memory import Rings, Topology
+from moecompile.runtime.node_memory import Rings
+from moecompile.runtime.topology import Topology
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
