@@ -485,7 +485,7 @@ class Virtual:
         ranks: how many.
     """
 
-    kernel: NodeDispatch | NodeReceive | NodeCombine | NodeHome
+    kernel: Instance
     ranks: int
 
     @property

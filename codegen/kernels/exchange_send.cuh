@@ -111,7 +111,7 @@ struct ExchangeSend {
         return (arguments.peers.rank + turn) % arguments.peers.ranks;
     }
 
-    static __device__ __forceinline__ void run(const Arguments& arguments) {
+    static __device__ __forceinline__ void run(const Arguments& arguments, const Grid& grid = Grid::whole()) {
         ptx::take_turn();
         extern __shared__ __align__(128) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
@@ -120,26 +120,26 @@ struct ExchangeSend {
         i32 warp = threadIdx.x / 32;
         u32 exchange = exchange_of(begun);
         if (arguments.started && threadIdx.x == 0) atomicAdd(arguments.started, 1);
-        give_up_without_room(arguments);
-        give_up_behind(arguments, exchange);
-        if (arguments.done >= 0 && blockIdx.x == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
-        send(shared.warps[warp], shared.rows[warp], arguments, exchange, blockIdx.x * WARPS + warp);
+        give_up_without_room(arguments, grid.block);
+        give_up_behind(arguments, exchange, grid.block);
+        if (arguments.done >= 0 && grid.block == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
+        send(shared.warps[warp], shared.rows[warp], arguments, exchange, grid.block * WARPS + warp);
         __syncthreads();
-        if (threadIdx.x == 0 && Grid::whole().is_last_block(begun[1])) begun[0] = exchange;
+        if (threadIdx.x == 0 && grid.is_last_block(begun[1])) begun[0] = exchange;
     }
 
     // Rows that experts have left out are nobody's to guess.
-    static __device__ __forceinline__ void give_up_without_room(const Arguments& arguments) {
+    static __device__ __forceinline__ void give_up_without_room(const Arguments& arguments, i32 block) {
         const Peers& peers = arguments.peers;
-        if (arguments.sent || blockIdx.x || threadIdx.x) return;
+        if (arguments.sent || block || threadIdx.x) return;
         i32 met = -__ldg(arguments.came);
         if (met > 0) peers.give_up(failure_of(peers.rank, peers.rank, Step::ROWS, (met + ROUGHLY - 1) / ROUGHLY));
     }
 
     // Whoever has not read the exchange before would read it now, for this one.
-    static __device__ __forceinline__ void give_up_behind(const Arguments& arguments, u32 exchange) {
+    static __device__ __forceinline__ void give_up_behind(const Arguments& arguments, u32 exchange, i32 block) {
         const Peers& peers = arguments.peers;
-        if (blockIdx.x || threadIdx.x || exchange_of(peers.words(peers.rank).ended[peers.slot]) == exchange) return;
+        if (block || threadIdx.x || exchange_of(peers.words(peers.rank).ended[peers.slot]) == exchange) return;
         peers.give_up(failure_of(peers.rank, peers.rank, Step::LEFT, peers.slot));
     }
 
