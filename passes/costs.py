@@ -17,7 +17,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, distributed, fx
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -27,7 +27,7 @@ from moecompile.runtime.contract import DIFFERENTIABLE
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.exchanged import hides
 from moecompile.runtime.sharded import process_group
-from moecompile.runtime.topology import nodes_of
+from moecompile.runtime.topology import is_on_one_node
 
 ops, aten, c10d = torch.ops.moecompile, torch.ops.aten, torch.ops._c10d_functional
 ZERO = sympy.Integer(0)
@@ -233,8 +233,7 @@ def _collective(node: fx.Node, packet: Any) -> Cost:
 
 def link_between(group: str) -> str:
     """What carries most of what ranks of a group send: the network if some are on other nodes."""
-    nodes = nodes_of(distributed.get_process_group_ranks(process_group(group)))
-    return "nvlink" if len(set(nodes)) == 1 else "network"
+    return "nvlink" if is_on_one_node(group) else "network"
 
 
 def _precision(node: fx.Node, name: str) -> str:

@@ -18,25 +18,32 @@ Three = tuple[Tensor, Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def numbers_of_came(group: str, capacity: int) -> int:
+def numbers_of_came(ranks: int, group: str, capacity: int) -> int:
     """Numbers of `came`: one for each rank of the group, and what ranks of several nodes have to know."""
-    topology = topology_of(group)
+    topology = topology_of(group, ranks)
     return topology.ranks + (node_exchange.known(topology, capacity) if topology.is_hierarchical else 0)
 
 
-def token_like(x: Tensor, group: str, capacity: int) -> Tensor:
+def token_like(x: Tensor, ranks: int, group: str, capacity: int) -> Tensor:
     """The shape of an exchange's token: nothing, or what ranks of several nodes have to know until its end."""
-    topology = topology_of(group)
+    topology = topology_of(group, ranks)
     if not topology.is_hierarchical:
         return x.new_empty(0)
     return x.new_empty(node_exchange.known(topology, capacity), dtype=torch.float32)
 
 
 def dispatch_start(
-    x: Tensor, ids: Tensor | None, weights: Tensor | None, sent: Tensor, home: Tensor, group: str, capacity: int
+    x: Tensor,
+    ids: Tensor | None,
+    weights: Tensor | None,
+    sent: Tensor,
+    home: Tensor,
+    ranks: int,
+    group: str,
+    capacity: int,
 ) -> Four:
     """Begins to send tokens, their experts, in 32 bits, and weights."""
-    topology, ids = topology_of(group), None if ids is None else ids.to(torch.int32)
+    topology, ids = topology_of(group, ranks), None if ids is None else ids.to(torch.int32)
     if topology.is_hierarchical:
         found = node_exchange.dispatch_start(x, ids, weights, home, topology, group, capacity)
     else:
@@ -50,10 +57,10 @@ def dispatch_start(
 
 
 def dispatch_wait(
-    rows: Tensor, ids: Tensor, weights: Tensor, token: Tensor, experts: int, group: str, capacity: int
+    rows: Tensor, ids: Tensor, weights: Tensor, token: Tensor, experts: int, ranks: int, group: str, capacity: int
 ) -> Four:
     """What came; ids from this rank's first on, of so many."""
-    topology = topology_of(group)
+    topology = topology_of(group, ranks)
     came = torch.full((topology.ranks,), capacity, dtype=torch.int32, device=rows.device)
     if topology.is_hierarchical:
         came = torch.cat([came, token.to(torch.int32)])
@@ -68,9 +75,9 @@ def dispatch_wait(
     return rows, torch.where((ids >= first) & (ids < first + experts), ids - first, -1), weights, came
 
 
-def combine_start(y: Tensor, weights: Tensor | None, came: Tensor, group: str) -> Three:
+def combine_start(y: Tensor, weights: Tensor | None, came: Tensor, ranks: int, group: str) -> Three:
     """Begins to send back rows, NaN where there was no room for them, and weights."""
-    topology = topology_of(group)
+    topology = topology_of(group, ranks)
     given_up = (came[: topology.ranks] < 0).any()
     y = torch.where(given_up, torch.nan, y) if came.is_cuda or bool(given_up) else y
 
@@ -84,9 +91,11 @@ def combine_start(y: Tensor, weights: Tensor | None, came: Tensor, group: str) -
     return sent(y), sent(weights), came[topology.ranks :].float() if topology.is_hierarchical else y.new_empty(0)
 
 
-def combine_wait(back: Tensor, weights: Tensor, token: Tensor, home: Tensor, group: str) -> tuple[Tensor, Tensor]:
+def combine_wait(
+    back: Tensor, weights: Tensor, token: Tensor, home: Tensor, ranks: int, group: str
+) -> tuple[Tensor, Tensor]:
     """Sums what came back."""
-    topology = topology_of(group)
+    topology = topology_of(group, ranks)
 
     def summed(each: Tensor) -> Tensor:
         if each.dim() != 2:

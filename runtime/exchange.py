@@ -129,7 +129,7 @@ def dispatch_start(
         started = _send(Exchange(memory, slot, capacity, sms, patience), rows, sent, None, aside)
         memory.begun[slot] = started, rows, into, came
         return _handles(x, expert_ids, weights, sent.shape[0])
-    return collective_exchange.dispatch_start(x, expert_ids, weights, sent, home, group, capacity)
+    return collective_exchange.dispatch_start(x, expert_ids, weights, sent, home, ranks, group, capacity)
 
 
 def fake_dispatch_start(
@@ -141,7 +141,7 @@ def fake_dispatch_start(
     if by_kernels(x, expert_ids, weights, ranks, group):
         return _handles(x, expert_ids, weights, sent.shape[0])
     *parts, _ = _in_flight(x, expert_ids, weights, sent.shape[0])
-    return (*parts, collective_exchange.token_like(x, group, capacity))  # type: ignore[return-value]
+    return (*parts, collective_exchange.token_like(x, ranks, group, capacity))  # type: ignore[return-value]
 
 
 def dispatch_wait(
@@ -161,7 +161,7 @@ def dispatch_wait(
         own, into, came = _begun(memory, slot, "dispatch_start")
         hopper_exchange.receive(Exchange(memory, slot, capacity, sms, patience), own, sent, into, came, here)
         return (*_results(x, into), came)
-    return collective_exchange.dispatch_wait(rows, ids, weights, token, here, group, capacity)
+    return collective_exchange.dispatch_wait(rows, ids, weights, token, here, ranks, group, capacity)
 
 
 def fake_dispatch_wait(
@@ -180,7 +180,7 @@ def came_like(
 ) -> Tensor:  # fmt: skip
     """The shape of `came`."""
     kernels = by_kernels(x, expert_ids, weights, ranks, group)
-    return sent.new_empty(ranks if kernels else collective_exchange.numbers_of_came(group, capacity))
+    return sent.new_empty(ranks if kernels else collective_exchange.numbers_of_came(ranks, group, capacity))
 
 
 def came_within(came: Tensor, counts: Tensor, *, room: int) -> Tensor:
@@ -242,7 +242,7 @@ def combine_start(
         memory.begun[slot] = started, rows, into
         back, _, along, token = _handles(y, None, weights, home.shape[0])
         return back, along, token
-    return collective_exchange.combine_start(y, weights, came, group)
+    return collective_exchange.combine_start(y, weights, came, ranks, group)
 
 
 def fake_combine_start(
@@ -254,7 +254,7 @@ def fake_combine_start(
         back, _, along, token = _handles(y, None, weights, home.shape[0])
     else:
         back, _, along, _ = _in_flight(y, None, weights, y.shape[0])
-        token = collective_exchange.token_like(y, group, capacity)
+        token = collective_exchange.token_like(y, ranks, group, capacity)
     return back, along, token
 
 
@@ -274,7 +274,7 @@ def combine_wait(
         hopper_exchange.home(Exchange(memory, slot, capacity, sms, patience), home, own, into)
         sums, _, along = _results(y, into)
         return sums, along
-    return collective_exchange.combine_wait(back, of_weights, token, home, group)
+    return collective_exchange.combine_wait(back, of_weights, token, home, ranks, group)
 
 
 def fake_combine_wait(

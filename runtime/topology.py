@@ -43,10 +43,21 @@ class Topology:
         return list(range(first, first + self.locals))
 
 
-def topology_of(group: str) -> Topology:
-    """Of the group of that name: one node if its ranks do not lie on nodes in order, as many on each."""
-    members = distributed.get_process_group_ranks(process_group(group))
-    return topology_among(nodes_of(members))
+def topology_of(group: str, ranks: int) -> Topology:
+    """Of the group of that name and size: one node if its ranks do not lie on nodes in order, as many on each.
+
+    Where nobody says how many ranks a node has, the group is not looked at: it need not be there, of example values.
+    """
+    if not _ranks_of_a_node():
+        return Topology(1, ranks)
+    return topology_among(nodes_of(distributed.get_process_group_ranks(process_group(group))))
+
+
+def is_on_one_node(group: str) -> bool:
+    """Whether all ranks of the group are; likewise."""
+    if not _ranks_of_a_node():
+        return True
+    return len(set(nodes_of(distributed.get_process_group_ranks(process_group(group))))) == 1
 
 
 def topology_among(nodes: Sequence[int]) -> Topology:
@@ -62,5 +73,9 @@ def nodes_of(ranks: Sequence[int]) -> list[int]:
 
     torchrun says how many ranks a node has (LOCAL_WORLD_SIZE); where nobody does, all are taken to be on one.
     """
-    of_each = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    of_each = _ranks_of_a_node()
     return [rank // of_each if of_each else 0 for rank in ranks]
+
+
+def _ranks_of_a_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

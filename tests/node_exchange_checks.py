@@ -55,7 +55,7 @@ def check_every_row(rank: int, ranks: int) -> None:
         mine = _brought(rank, turn, experts, dtype)
         direct = _there(rank, ranks, mine, experts)
         with mock.patch.dict(os.environ, ON_TWO_NODES):
-            topology = topology_of(str(_where(ranks, 0)["group"]))
+            topology = topology_of(str(_where(ranks, 0)["group"]), ranks)
             assert topology.is_hierarchical and topology.nodes == ranks // 2
             sent, home, rows, ids, weights, came = _there(rank, ranks, mine, experts)
             assert all(torch.equal(a, b) for a, b in zip(direct[:5], (sent, home, rows, ids, weights), strict=True))
