@@ -28,6 +28,7 @@ from torch import fx
 import moecompile
 from moecompile.codegen.cubins import cache_directory
 from moecompile.options import Options
+from moecompile.runtime.topology import topology_of
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,30 @@ def source_digest(root: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def salt(options: Options) -> str:
+def salt(options: Options, topologies: Sequence[str] = ()) -> str:
     """What the caches must tell apart beside the graph: our source, torch's and our version, and the options.
 
     Inductor's own options are left out; Inductor puts its whole config into its keys.
+
+    Args:
+        options: that the graph is compiled with.
+        topologies: `topologies_of` it.
     """
     ours = {name: value for name, value in options.as_dict().items() if name != "inductor"}
-    return _digest(source_digest(), moecompile.__version__, torch.__version__, repr(sorted(ours.items())))
+    return _digest(source_digest(), moecompile.__version__, torch.__version__, repr(sorted(ours.items())), *topologies)
+
+
+def topologies_of(gm: fx.GraphModule) -> list[str]:
+    """Where the ranks of each group are that a graph exchanges tokens among.
+
+    The sizes of what they tell each other follow from that, and are nowhere in the graph.
+    """
+    bodies = [each for each in gm.modules() if isinstance(each, fx.GraphModule)]
+    exchanges = [
+        node.kwargs for body in bodies for node in body.graph.nodes if {"group", "ranks"} <= node.kwargs.keys()
+    ]
+    groups = {(str(each["group"]), int(each["ranks"])) for each in exchanges}
+    return [f"{group} {topology_of(group, ranks)}" for group, ranks in sorted(groups)]
 
 
 def salted(patches: Mapping[str, Any], text: str, own: Callable[[fx.Graph], object] | None = None) -> dict[str, Any]:

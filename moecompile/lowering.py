@@ -84,10 +84,12 @@ def _lower(
         fuses = options.lowering == "inductor"
         return ordering.order(kind, graph_module, record, fuses, record.parts, seconds) if options.overlap else None
 
+    salt = cache.salt(options, cache.topologies_of(gm))
+
     def measure(kind: str, graph_module: fx.GraphModule, finish: Finish) -> Compiled:
         if not options.profile:
             return finish(None)
-        return measured(kind, graph_module, record, cache.salt(options), finish)
+        return measured(kind, graph_module, record, salt, finish)
 
     changes = options.precision == "fp8" or options.fp8_recast_weights or options.ep_dispatch_again
     joint = change if changes else None
@@ -100,7 +102,6 @@ def _lower(
     _refuse_ahead_of_time(patches)
     if options.overlap:
         ordering.refuse_what_inductor_would_undo()
-    salt = cache.salt(options)
     sidecar = cache.Sidecar(cache.graph_key(salt, record.after or text_of(gm), example_inputs, patches))
 
     def note_and_store(kind: str, graph_module: fx.GraphModule) -> None:

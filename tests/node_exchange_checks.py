@@ -110,6 +110,9 @@ def check_a_rank_without_tokens(rank: int, ranks: int) -> None:
 
 
 def check_under_inductor(rank: int, ranks: int) -> None:
+    """What was compiled for one node, of the same graph, is not taken for two."""
+    expert_parallel_checks.check_under_inductor(rank, ranks)
+    torch._dynamo.reset()
     _on_two_nodes(expert_parallel_checks, "check_under_inductor", rank, ranks)
 
 
