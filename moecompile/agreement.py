@@ -248,7 +248,7 @@ def _words_of_all(group: Group, key: tuple[str, str], word: str) -> list[str]:
     words = ranks.words_of_all(json.dumps([word, nodes_of(every)]), f"exchange {key}", every)
     if words is None:
         raise DisagreementError(
-            f"moecompile: not all of the ranks {members(group)}, which share experts, compiled the same graph within "
+            f"moecompile: not all of the ranks {every}, which share experts, compiled the same graph within "
             f"{ranks.PATIENCE}; this rank's is known by {key[1]}. Each of them has to call the model, and to be given "
             "the same parameters in the same order, those that need gradients on one of them on all"
         )

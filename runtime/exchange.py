@@ -140,8 +140,8 @@ def fake_dispatch_start(
     _check_rows(x, sent, "dispatch_start")
     if by_kernels(x, expert_ids, weights, ranks, group):
         return _handles(x, expert_ids, weights, sent.shape[0])
-    *parts, _ = _in_flight(x, expert_ids, weights, sent.shape[0])
-    return (*parts, collective_exchange.token_like(x, ranks, group, capacity))  # type: ignore[return-value]
+    parts = _in_flight(x, expert_ids, weights, sent.shape[0])
+    return (*parts, collective_exchange.token_like(x, ranks, group, capacity))
 
 
 def dispatch_wait(
@@ -172,7 +172,7 @@ def fake_dispatch_wait(
     """The shapes of `dispatch_wait`."""
     experts_here(num_experts, ranks, "dispatch_wait")
     came = came_like(x, expert_ids, given, sent, ranks=ranks, group=group, capacity=capacity)
-    return (*_in_flight(x, expert_ids, given, ranks * capacity)[:3], came)
+    return (*_in_flight(x, expert_ids, given, ranks * capacity), came)
 
 
 def came_like(
@@ -253,7 +253,7 @@ def fake_combine_start(
     if by_kernels(y, None, weights, ranks, group):
         back, _, along, token = _handles(y, None, weights, home.shape[0])
     else:
-        back, _, along, _ = _in_flight(y, None, weights, y.shape[0])
+        back, _, along = _in_flight(y, None, weights, y.shape[0])
         token = collective_exchange.token_like(y, ranks, group, capacity)
     return back, along, token
 
@@ -282,7 +282,7 @@ def fake_combine_wait(
     ranks: int, group: str, capacity: int, slot: int, sms: int, patience: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The shapes of `combine_wait`."""
-    sums, _, along, _ = _in_flight(y, None, weights, home.shape[0])
+    sums, _, along = _in_flight(y, None, weights, home.shape[0])
     return sums, along
 
 
@@ -348,13 +348,12 @@ def _handles(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -
     )
 
 
-def _in_flight(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Four:
+def _in_flight(x: Tensor, ids: Tensor | None, weights: Tensor | None, rows: int) -> Three:
     """Of so many rows that other ranks send."""
     return (
         x.new_empty((rows, x.shape[1])),
         x.new_empty(0, dtype=torch.int32) if ids is None else ids.new_empty((rows, ids.shape[1]), dtype=torch.int32),
         x.new_empty(0) if weights is None else weights.new_empty((rows, weights.shape[1])),
-        x.new_empty(0),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import (
+from moecompile.codegen.exchanges import (
     ExchangeGate,
     ExchangeHome,
     ExchangeHomeOfExperts,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moecompile.codegen.instances import NodeCombine, NodeDispatch, NodeHome, NodeReceive
+from moecompile.codegen.exchanges import NodeCombine, NodeDispatch, NodeHome, NodeReceive
 from moecompile.runtime import hopper_exchange
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper_exchange import Rows

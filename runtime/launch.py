@@ -25,6 +25,11 @@ from moecompile.codegen.instances import Instance
 
 FACTS = ("shared_bytes", "argument_bytes", "threads", "blocks_of_a_cluster")  # `KernelFacts` of kernels/kernel.cuh
 
+BEGINS_EARLY = "PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed"
+"""A launch that may begin while the one before it still runs."""
+RUNS_TOGETHER = "COOPERATIVE", "cooperative"
+"""A launch all of whose blocks run at once."""
+
 
 class DriverError(RuntimeError):
     """The CUDA driver refused a call; the message names the call, the kernel and its arguments."""
@@ -133,16 +138,6 @@ class Kernel:
         numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in packed]
         return self.layout_of(packed).pack(*numbers)
 
-    def pack_part(self, parts: int, *values: Value) -> bytes:
-        """One of so many structs alike that are its arguments."""
-        described = [value.described() if isinstance(value, Mapped) else value for value in values]
-        numbers = [value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in described]
-        size = self.argument_bytes // parts
-        packed = _layout(described).pack(*numbers)
-        if not 0 <= size - len(packed) < 64:
-            raise ValueError(f"{self.instance} takes {size} bytes of arguments of each part, got {len(packed)}")
-        return packed.ljust(size, b"\0")
-
     def layout_of(self, values: Sequence[bytes | Tensor | int | float | None]) -> struct.Struct:
         """How its arguments, of which `values` are some, lie in its struct, padding included."""
         if self.layout is None:
@@ -169,7 +164,7 @@ class Kernel:
         storage = _Storage(self, early=False)
         storage.bytes[:] = arguments
         storage.how.gridDimX, storage.how.hStream = blocks, torch._C._cuda_getCurrentRawStream(self.device)
-        storage.how.attrs, storage.how.numAttrs = [_runs_together(_driver())], 1
+        storage.how.attrs, storage.how.numAttrs = [_attribute(*RUNS_TOGETHER)], 1
         about = f"{self.instance}, {blocks} blocks of {self.threads} threads at once"
         driver_call("cuLaunchKernelEx", storage.how, self.function, storage.address, 0, about=about)
 
@@ -214,23 +209,15 @@ class _Storage:
         self.how = driver.CUlaunchConfig()
         self.how.gridDimY = self.how.gridDimZ = self.how.blockDimY = self.how.blockDimZ = 1
         self.how.blockDimX, self.how.sharedMemBytes = kernel.threads, kernel.shared_bytes
-        self.how.attrs, self.how.numAttrs = [_begins_early(driver)], int(early)
+        self.how.attrs, self.how.numAttrs = [_attribute(*BEGINS_EARLY)], int(early)
 
 
-def _begins_early(driver: Any) -> Any:
-    """The attribute of a launch that may begin while the one before it still runs."""
+def _attribute(name: str, member: str) -> Any:
+    """An attribute of a launch that is on, and the member of its value that says so."""
+    driver = _driver()
     attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    value.programmaticStreamSerializationAllowed = 1
-    attribute.value = value
-    return attribute
-
-
-def _runs_together(driver: Any) -> Any:
-    """The attribute of a launch all of whose blocks run at once."""
-    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-    value.cooperative = 1
+    attribute.id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+    setattr(value, member, 1)
     attribute.value = value
     return attribute
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moecompile.runtime.peer_memory import too_many
+from moecompile.runtime.peer_memory import addresses_of, failure_of, word_of_host
 from moecompile.runtime.topology import Topology
 
 RANKS, NODES, LOCALS, SLOTS, CHANNELS, RING, CHUNK = 64, 16, 8, 4, 32, 8, 32
@@ -28,8 +28,6 @@ WORDS = (
 """Bytes of what ranks tell each other."""
 SMS_OF_A_CHANNEL, SMS = 2, 20
 """Multiprocessors; those that exchange, if nobody says otherwise (DeepSeek-V3, section 3.2.2)."""
-ROUGHLY = 128
-"""What rows that a rank has no room for are counted in."""
 STEPS = (
     "until that rank has passed on what its ring holds",
     "until that rank has read the rows of the exchange before",
@@ -123,19 +121,7 @@ class NodeMemory:
 
     def failure(self) -> str:
         """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
-        word = int(self.told[0]) & 0xFFFF_FFFF_FFFF_FFFF
-        if not word:
-            return ""
-        rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
-        if step == len(STEPS):
-            return too_many(rank, ROUGHLY * slot)
-        which = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}"
-        if step > len(STEPS):
-            return f"{self._named(rank)} has left {which} in its middle: something failed on it; start the job anew"
-        return f"{self._named(rank)} has waited too long for {self._named(other)} ({which}, {STEPS[step]})"
-
-    def _named(self, rank: int) -> str:
-        return f"rank {rank} (node {rank // self.topology.locals})"
+        return failure_of(int(self.told[0]), STEPS, self.topology.ranks)
 
 
 def bytes_of(topology: Topology, capacity: int, room: int) -> int:
@@ -158,10 +144,8 @@ def on_one_device(topology: Topology, rings: Rings, capacity: int, pitch: int, d
     every = [
         torch.zeros(bytes_of(topology, capacity, room), dtype=torch.uint8, device=place) for _ in range(topology.ranks)
     ]
-    bases = torch.tensor([each.data_ptr() for each in every], dtype=torch.int64, device=place)
+    bases = addresses_of([each.data_ptr() for each in every], place)
     return [
-        NodeMemory(
-            own, bases, rank, topology, rings, capacity, room, torch.zeros(1, dtype=torch.int64, pin_memory=True), every
-        )
+        NodeMemory(own, bases, rank, topology, rings, capacity, room, word_of_host(), every)
         for rank, own in enumerate(every)
     ]

@@ -92,18 +92,7 @@ class PeerMemory:
 
     def failure(self) -> str:
         """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
-        word = int(self.told[0]) & 0xFFFF_FFFF_FFFF_FFFF
-        if not word:
-            return ""
-        rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
-        if step == len(STEPS):
-            return too_many(rank, ROUGHLY * slot)
-        which = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}"
-        if step > len(STEPS):
-            words = "something failed on it meanwhile, memory that was not there say; start the job anew"
-            return f"rank {rank} of {self.ranks} has left {which} in its middle: {words}"
-        what = f"{which}, {STEPS[step]}"
-        return f"rank {rank} of {self.ranks} has waited too long for rank {other} ({what})"
+        return failure_of(int(self.told[0]), STEPS, self.ranks)
 
 
 STEPS = (
@@ -114,6 +103,27 @@ STEPS = (
 """What a rank may wait for, as codegen/kernels/peer.cuh numbers it. Behind these: it has no room; it has left one."""
 ROUGHLY = 128
 """What rows that it has no room for are counted in."""
+
+
+def failure_of(told: int, steps: Sequence[str], ranks: int) -> str:
+    """What a word says that kernels have written a failure to; empty if there is none.
+
+    Args:
+        told: as `failure_of` of codegen/kernels/waits.cuh makes it.
+        steps: what a rank may wait for, as these kernels number it.
+        ranks: of the group.
+    """
+    word = told & 0xFFFF_FFFF_FFFF_FFFF
+    if not word:
+        return ""
+    rank, other, step, slot = (word & 0xFFFF) - 1, (word >> 16 & 0xFFFF) - 1, word >> 32 & 0xFF, word >> 40
+    if step == len(steps):
+        return too_many(rank, ROUGHLY * slot)
+    which = f"{'combine' if slot % 2 else 'dispatch'} {slot // 2}"
+    if step > len(steps):
+        words = "something failed on it meanwhile, memory that was not there say; start the job anew"
+        return f"rank {rank} of {ranks} has left {which} in its middle: {words}"
+    return f"rank {rank} of {ranks} has waited too long for rank {other} ({which}, {steps[step]})"
 
 
 def too_many(rank: int, met: int, rows: int | None = None) -> str:
@@ -144,8 +154,8 @@ def among_streams(ranks: int, room: int, device: int, readers: int = 0) -> list[
     """
     place = torch.device("cuda", device)
     every = [torch.zeros(WORDS + SLOTS_USED * room, dtype=torch.uint8, device=place) for _ in range(ranks)]
-    bases = _addresses([each.data_ptr() for each in every], place)
-    return [PeerMemory(own, bases, rank, room, _word(), readers, every) for rank, own in enumerate(every)]
+    bases = addresses_of([each.data_ptr() for each in every], place)
+    return [PeerMemory(own, bases, rank, room, word_of_host(), readers, every) for rank, own in enumerate(every)]
 
 
 def among_devices(group: str, room: int) -> PeerMemory:
@@ -163,8 +173,8 @@ def among_devices(group: str, room: int) -> PeerMemory:
     handle = symmetric.rendezvous(own, found)
     torch.cuda.synchronize(device)
     distributed.barrier(found)  # nobody writes before all have cleared theirs
-    bases = _addresses([int(address) for address in handle.buffer_ptrs], device)
-    return PeerMemory(own, bases, found.rank(), room, _word(), held=handle)
+    bases = addresses_of([int(address) for address in handle.buffer_ptrs], device)
+    return PeerMemory(own, bases, found.rank(), room, word_of_host(), held=handle)
 
 
 def reaches_peers(group: str, device: torch.device) -> bool:
@@ -255,10 +265,11 @@ def _refuse(*_: Any) -> None:
             raise GivenUpError(failure)
 
 
-def _word() -> Tensor:
+def word_of_host() -> Tensor:
     """Zero, of the host's memory, which devices write to."""
     return torch.zeros(1, dtype=torch.int64, pin_memory=True)
 
 
-def _addresses(addresses: Sequence[int], device: torch.device) -> Tensor:
+def addresses_of(addresses: Sequence[int], device: torch.device) -> Tensor:
+    """Addresses, (.,) int64 on that device."""
     return torch.tensor(addresses, dtype=torch.int64, device=device)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moecompile.codegen.instances import NodeCombine, NodeDispatch, Virtual
+from moecompile.codegen.exchanges import ExchangeSend, NodeCombine, NodeDispatch, NodeHome, NodeReceive, Virtual
 from moecompile.runtime.hopper_nodes import Call, NodeExchange
-from moecompile.runtime.launch import load
+from moecompile.runtime.launch import Value, load
 
 
 def launch_all(exchanges: Sequence[NodeExchange], calls: Sequence[Call], blocks: int) -> None:
@@ -32,6 +32,17 @@ def launch_all(exchanges: Sequence[NodeExchange], calls: Sequence[Call], blocks:
         )
     if isinstance(instance, NodeDispatch | NodeCombine) and any(blocks != each.blocks for each in exchanges):
         raise ValueError(f"moecompile: {instance}: expected {exchanges[0].blocks} blocks of each rank, got {blocks}")
-    kernel = load(Virtual(instance, len(calls)), exchanges[0].memory.own.device.index)
-    arguments = b"".join(kernel.pack_part(len(calls), *values) for _, values in calls)
-    kernel.launch_together(blocks * len(calls), arguments)
+    device = exchanges[0].memory.own.device.index
+    launch_ranks(instance, [values for _, values in calls], blocks, device)
+
+
+def launch_ranks(
+    instance: ExchangeSend | NodeDispatch | NodeReceive | NodeCombine | NodeHome,
+    values: Sequence[tuple[Value, ...]],
+    blocks: int,
+    device: int,
+) -> None:
+    """One kernel of as many ranks as there are arguments of it, so many blocks each."""
+    each = load(instance, device)
+    arguments = b"".join(each.pack(*of_rank) for of_rank in values)
+    load(Virtual(instance, len(values)), device).launch_together(blocks * len(values), arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moecompile.runtime import hopper_nodes
 from moecompile.runtime.exchange import exchange_plan
 from moecompile.runtime.hopper_exchange import Rows
-from moecompile.runtime.hopper_nodes import NodeExchange, NodePlan, Passed
+from moecompile.runtime.hopper_nodes import Call, NodeExchange, NodePlan, Passed
 from moecompile.runtime.node_memory import RANKS, SMS_OF_A_CHANNEL, Rings, on_one_device, ring_pitch
 from moecompile.runtime.topology import Topology
 from moecompile.runtime.virtual_nodes import launch_all
@@ -66,7 +66,12 @@ class Ranks:
         capacity: tokens of each at most.
         like: what they bring, for its shape.
         through: how they exchange, one of TRANSPORTS.
+
+    Attributes:
+        beside: whether what reads runs beside what sends, and not behind it; kernels have to be loaded by then.
     """
+
+    beside = False
 
     def __init__(
         self, topology: Topology, rings: Rings, experts: int, capacity: int, like: Brought, through: str = "peer"
@@ -99,10 +104,20 @@ class Ranks:
             rows.append(given)
             found.append(Found(plan, into, came, Passed.room(memory, self.capacity), into))
         each = list(zip(exchanges, rows, found, strict=True))
-        launch_all(exchanges, [hopper_nodes.dispatch(e, r, f.plan, f.passed) for e, r, f in each], self.blocks)
-        calls = [hopper_nodes.receive(e, r, f.plan.sent, f.rows, f.came, self.here) for e, r, f in each]
-        launch_all(exchanges, calls, self.blocks)
+        sends = [hopper_nodes.dispatch(e, r, f.plan, f.passed) for e, r, f in each]
+        reads = [hopper_nodes.receive(e, r, f.plan.sent, f.rows, f.came, self.here) for e, r, f in each]
+        self._launch(exchanges, sends, reads)
         return found
+
+    def _launch(self, exchanges: Sequence[NodeExchange], sends: Sequence[Call], reads: Sequence[Call]) -> None:
+        """Two kernels of all ranks."""
+        main = torch.cuda.current_stream()
+        other = torch.cuda.Stream() if self.beside else main
+        other.wait_stream(main)
+        launch_all(exchanges, sends, self.blocks)
+        with torch.cuda.stream(other):
+            launch_all(exchanges, reads, self.blocks)
+        main.wait_stream(other)
 
     def back(self, found: Sequence[Found], rows: Sequence[Rows]) -> list[Found]:
         """A combine of these rows of each rank."""
@@ -111,11 +126,10 @@ class Ranks:
         for each in sums:
             each.values.view(torch.uint8).fill_(255)
         sent = [hopper_nodes.combine(e, r, f.came, f.passed) for e, r, f in zip(exchanges, rows, found, strict=True)]
-        launch_all(exchanges, sent, self.blocks)
         home = [
             hopper_nodes.sum_at_home(e, f.plan, r, s) for e, f, r, s in zip(exchanges, found, rows, sums, strict=True)
         ]
-        launch_all(exchanges, home, self.blocks)
+        self._launch(exchanges, sent, home)
         return [replace(f, sums=s) for f, s in zip(found, sums, strict=True)]
 
     def exchange(self, brings: Sequence[Brought]) -> list[Found]:

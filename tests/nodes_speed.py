@@ -10,19 +10,17 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
 
 import torch
 
-from moecompile.codegen.instances import ExchangeSend, Virtual
+from moecompile.codegen.exchanges import ExchangeSend
 from moecompile.runtime import hopper_exchange, hopper_nodes
 from moecompile.runtime.hopper_exchange import Exchange, Rows
 from moecompile.runtime.hopper_nodes import NodePlan
-from moecompile.runtime.launch import load
 from moecompile.runtime.node_memory import Rings, ring_pitch
 from moecompile.runtime.peer_memory import among_streams, room_for
 from moecompile.runtime.topology import Topology
-from moecompile.runtime.virtual_nodes import launch_all
+from moecompile.runtime.virtual_nodes import launch_all, launch_ranks
 from nodes_on_one_gpu import Brought, Found, Ranks, became, brought, routed
 
 TOKENS, COLUMNS, EXPERTS, TOP_K, SMS = 4096, 7168, 64, 8, 20
@@ -53,17 +51,17 @@ class Flat:
         self.exchanges = [Exchange(memory, 0, TOKENS, SMS, 20.0) for memory in memories]
         self.plans = [hopper_exchange.plan(each.ids, EXPERTS, ranks, TOKENS) for each in brings]
         self.room = [(r.room(ranks * TOKENS), torch.empty(ranks, dtype=torch.int32, device="cuda")) for r in self.rows]
-        self.kernel = load(Virtual(ExchangeSend(self.rows[0].id_type), ranks), 0)
 
     def send(self) -> None:
-        arguments = b""
+        arguments = []
         for exchange, rows, (sent, _) in zip(self.exchanges, self.rows, self.plans, strict=True):
-            values: tuple[Any, ...] = (
-                *exchange.peers(rows.pitch), rows.values, sent, None, rows.ids, rows.weights, rows.row_bytes,
-                rows.line_bytes, rows.top_k, rows.weight_bytes, -1, None,
+            arguments.append(
+                (
+                    *exchange.peers(rows.pitch), rows.values, sent, None, rows.ids, rows.weights, rows.row_bytes,
+                    rows.line_bytes, rows.top_k, rows.weight_bytes, -1, None,
+                )
             )  # fmt: skip
-            arguments += self.kernel.pack_part(len(self.rows), *values)
-        self.kernel.launch_together(SMS * len(self.rows), arguments)
+        launch_ranks(ExchangeSend(self.rows[0].id_type), arguments, SMS, 0)
 
     def receive(self) -> None:
         for exchange, rows, (sent, _), (into, came) in zip(

@@ -63,7 +63,7 @@ def meet() -> None:
         distributed.all_gather_object(every, pickle.dumps(reduce_tensor(own)), found)
         held = [own if other == rank else _rebuilt(note) for other, note in enumerate(every)]
         bases = torch.tensor([each.data_ptr() for each in held], dtype=torch.int64, device="cuda")
-        return PeerMemory(own, bases, rank, room, peer_memory._word(), held=held)
+        return PeerMemory(own, bases, rank, room, peer_memory.word_of_host(), held=held)
 
     peer_memory.among_devices = among_processes
     sharded.gather_experts = _gathered_by_the_host

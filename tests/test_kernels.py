@@ -9,6 +9,18 @@ import pytest
 
 import sass
 from moecompile.codegen import instances, nvrtc
+from moecompile.codegen.exchanges import (
+    ExchangeGate,
+    ExchangeHome,
+    ExchangeHomeOfExperts,
+    ExchangePlan,
+    ExchangeReceive,
+    ExchangeSend,
+    NodeCombine,
+    NodeDispatch,
+    NodeHome,
+    NodeReceive,
+)
 from moecompile.codegen.gemms import Activated, ActivationBackward, Added, GroupedGemm, Plain, Turned
 from moecompile.codegen.instances import (
     IDS,
@@ -17,17 +29,7 @@ from moecompile.codegen.instances import (
     Collect,
     Combine,
     Dispatch,
-    ExchangeGate,
-    ExchangeHome,
-    ExchangeHomeOfExperts,
-    ExchangePlan,
-    ExchangeReceive,
-    ExchangeSend,
     Instance,
-    NodeCombine,
-    NodeDispatch,
-    NodeHome,
-    NodeReceive,
     PadOffsets,
     Plan,
     QuantizeGradient,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         return nvrtc.compile_source(source(instance), headers, repr(instance)).cubin
 
     monkeypatch.setattr(cubins, "cubin", compiled)  # of no cache
-    monkeypatch.setattr(virtual_nodes, "load", load.__wrapped__)
+    monkeypatch.setattr(virtual_nodes, "load", functools.cache(load.__wrapped__))
 
 
 @pytest.mark.parametrize("patched", LACKING, indirect=True, ids=[each[-1] for each in LACKING])
@@ -63,4 +65,5 @@ def test_it_is_found_out(patched: None) -> None:
             ranks.check(brings, ranks.exchange(brings))
         except AssertionError:
             return
+        ranks.beside = True
     raise AssertionError("nobody has noticed")

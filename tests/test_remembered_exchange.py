@@ -13,15 +13,15 @@ from torch import Tensor
 
 import fake_gpu
 from fake_gpu import STREAM, FakeGpu, Launched
-from moecompile.codegen.gemms import GroupedGemm
-from moecompile.codegen.instances import (
+from moecompile.codegen.exchanges import (
     ExchangeGate,
     ExchangeHome,
     ExchangeHomeOfExperts,
     ExchangeReceive,
     ExchangeSend,
-    QuantizeRows,
 )
+from moecompile.codegen.gemms import GroupedGemm
+from moecompile.codegen.instances import QuantizeRows
 from moecompile.runtime import exchange, exchanged, linear_fp8
 from moecompile.runtime.peer_memory import SLOTS_USED, WORDS, PeerMemory, room_for
 from moecompile.runtime.recording import _Waited

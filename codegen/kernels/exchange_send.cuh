@@ -120,27 +120,14 @@ struct ExchangeSend {
         i32 warp = threadIdx.x / 32;
         u32 exchange = exchange_of(begun);
         if (arguments.started && threadIdx.x == 0) atomicAdd(arguments.started, 1);
-        give_up_without_room(arguments, grid.block);
-        give_up_behind(arguments, exchange, grid.block);
+        if (grid.block == 0 && threadIdx.x == 0) {
+            if (!arguments.sent) peers.give_up_without_room(arguments.came);
+            peers.give_up_behind(exchange);
+        }
         if (arguments.done >= 0 && grid.block == 0 && threadIdx.x == 0) peers.tell_all_read(arguments.done);
         send(shared.warps[warp], shared.rows[warp], arguments, exchange, grid.block * WARPS + warp);
         __syncthreads();
         if (threadIdx.x == 0 && grid.is_last_block(begun[1])) begun[0] = exchange;
-    }
-
-    // Rows that experts have left out are nobody's to guess.
-    static __device__ __forceinline__ void give_up_without_room(const Arguments& arguments, i32 block) {
-        const Peers& peers = arguments.peers;
-        if (arguments.sent || block || threadIdx.x) return;
-        i32 met = -__ldg(arguments.came);
-        if (met > 0) peers.give_up(failure_of(peers.rank, peers.rank, Step::ROWS, (met + ROUGHLY - 1) / ROUGHLY));
-    }
-
-    // Whoever has not read the exchange before would read it now, for this one.
-    static __device__ __forceinline__ void give_up_behind(const Arguments& arguments, u32 exchange, i32 block) {
-        const Peers& peers = arguments.peers;
-        if (block || threadIdx.x || exchange_of(peers.words(peers.rank).ended[peers.slot]) == exchange) return;
-        peers.give_up(failure_of(peers.rank, peers.rank, Step::LEFT, peers.slot));
     }
 
     // By a warp. The ring has parts, a batch each: one that leaves, and others on their way to it.

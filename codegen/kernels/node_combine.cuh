@@ -13,7 +13,7 @@ namespace nodes {
 
 template <typename Result, typename Weight, typename Near, typename Far>
 struct Combine {
-    static constexpr i32 THREADS = 32 * WARPS, BLOCKS = 1, CHUNK = 32;
+    static constexpr i32 THREADS = 32 * WARPS, BLOCKS = 1;
     struct Arguments {
         Exchange exchange;
         const u8* rows;     // (ranks * capacity, columns), contiguous: of each rank's
@@ -25,11 +25,8 @@ struct Combine {
         i32 columns, top_k;
     };
     static constexpr i32 ELEMENT = sizeof(typename Result::Element), ALONG = sizeof(typename Weight::Element);
-    struct Warp {
-        u64 full[PARTS];
+    struct Warp : WarpMemory<Near, Far> {
         const u8* parts[LOCALS];
-        typename Near::Shared near;
-        typename Far::Shared far;
     };
     struct Shared {
         u8 rows[WARPS][BYTES];
@@ -37,42 +34,24 @@ struct Combine {
         i32 rows_of_all, most_rows, most_records, last;
     };
 
-    struct Worker {
+    struct Worker : Sender<Near, Far> {
+        using Sender<Near, Far>::exchange, Sender<Near, Far>::words, Sender<Near, Far>::near, Sender<Near, Far>::far;
+        using Sender<Near, Far>::pipe, Sender<Near, Far>::number, Sender<Near, Far>::lost, Sender<Near, Far>::lane;
+        using Sender<Near, Far>::chunks, Sender<Near, Far>::first, Sender<Near, Far>::claim_next;
+        using Sender<Near, Far>::wait_to_land, Sender<Near, Far>::wait_until_read;
         const Arguments& arguments;
-        const Exchange& exchange;
         const Shared& shared;
         Warp& warp;
-        Words& words;
-        Near near;
-        Far far;
-        Pipe pipe;
-        u32 number;
-        i32 channel;
-        bool lost = false, may_land = false, may_go_home = false;
+        bool may_go_home = false;
         __device__ __forceinline__ Worker(const Arguments& arguments, Shared& shared, const Grid& grid, i32 index)
-            : arguments(arguments), exchange(arguments.exchange), shared(shared), warp(shared.warps[index]),
-              words(arguments.exchange.words(arguments.exchange.rank)),
-              near(arguments.exchange, warp.near, scratch_of<Near, Far>(arguments.scratch, grid, index, 0)),
-              far(arguments.exchange, warp.far, scratch_of<Near, Far>(arguments.scratch, grid, index, 1)),
-              pipe(shared.rows[index], warp.full, arguments.exchange.pitch),
-              number(exchange_of(words.begun[arguments.exchange.slot])), channel(grid.block / 2) {}
-        __device__ __forceinline__ i32 lane() const { return threadIdx.x % 32; }
-        __device__ __forceinline__ i32 groups(i32 rows) const {
-            return share((rows + exchange.chunk - 1) / exchange.chunk, channel, exchange.channels);
-        }
-        __device__ __forceinline__ i32 first(i32 group) const { return (group * exchange.channels + channel) * exchange.chunk; }
-
-        // The next piece of work of a role, for this warp.
-        __device__ __forceinline__ i32 claim(Role role) {
-            u32 claimed = 0;
-            if (lane() == 0) claimed = atomicAdd(&words.claimed[exchange.slot][i32(role)][0][channel], 1);
-            return __shfl_sync(~0u, claimed, 0);
-        }
+            : Sender<Near, Far>(arguments.exchange, shared.warps[index], shared.rows[index], arguments.exchange.pitch,
+                                arguments.scratch, grid, index),
+              arguments(arguments), shared(shared), warp(shared.warps[index]) {}
 
         // Rows of all ranks but those of this rail.
         __device__ __forceinline__ void hand() {
             i32 others = exchange.locals() - 1, from = exchange.nodes * others;
-            for (i32 piece; !lost && (piece = claim(Role::HAND)) < groups(shared.most_rows) * from;) {
+            for (i32 piece; !lost && (piece = claim_next(Role::HAND)) < chunks(shared.most_rows) * from;) {
                 i32 number = piece % from, node = number / others;
                 i32 rail = (exchange.rail() + 1 + number % others) % exchange.locals();
                 hand_group(node, rail, first(piece / from));
@@ -84,7 +63,7 @@ struct Combine {
             i32 count = min(exchange.chunk, __ldg(arguments.came + of) - begin), part = exchange.on_rail(node);
             if (count <= 0) return;
             i32 most = min(32, pipe.bytes / pitch), bytes = arguments.columns * ELEMENT;
-            wait_until_read(may_land, lane() < exchange.locals(), exchange.neighbour(min(lane(), exchange.locals() - 1)));
+            wait_to_land();
             if (lost) return;
             pipe.run(
                 (count + most - 1) / most, near,
@@ -112,7 +91,7 @@ struct Combine {
 
         __device__ __forceinline__ void pass() {
             i32 others = exchange.nodes - 1;
-            for (i32 piece; !lost && (piece = claim(Role::PASS)) < groups(shared.most_records) * others;)
+            for (i32 piece; !lost && (piece = claim_next(Role::PASS)) < chunks(shared.most_records) * others;)
                 pass_group((exchange.node() + 1 + piece % others) % exchange.nodes, first(piece / others));
         }
 
@@ -174,13 +153,6 @@ struct Combine {
             return arguments.weights + (part - arguments.rows) / bytes * arguments.top_k * ALONG;
         }
 
-        // Until those that this rank writes to, a lane for each, have read what the exchange before wrote.
-        __device__ __forceinline__ void wait_until_read(bool& read, bool active, i32 other) {
-            if (read || number == 1) return;
-            read = wait_together(exchange, active, &words.taken[exchange.slot][other], number - 1, other, Step::LAND, near, far);
-            lost |= !read;
-        }
-
         __device__ __forceinline__ void run(const Grid& grid) {
             i32 work[ROLES] = {};
             work[i32(Role::HAND)] = exchange.locals() > 1 ? shared.rows_of_all : 0;
@@ -214,7 +186,10 @@ struct Combine {
         const Exchange& exchange = arguments.exchange;
         Words& words = exchange.words(exchange.rank);
         u32 number = exchange_of(words.begun[exchange.slot]);
-        if (grid.block == 0 && threadIdx.x == 0) give_up_if_due(arguments, number);
+        if (grid.block == 0 && threadIdx.x == 0) {
+            exchange.give_up_without_room(arguments.came);
+            exchange.give_up_behind(number);
+        }
         if (threadIdx.x == 0) shared.rows_of_all = shared.most_rows = shared.most_records = 0;
         __syncthreads();
         count(shared, arguments);
@@ -229,15 +204,6 @@ struct Combine {
         for (i32 i = threadIdx.x; i < ROLES * CHANNELS; i += THREADS)
             words.claimed[exchange.slot][i / CHANNELS][0][i % CHANNELS] = 0;
         if (threadIdx.x == 0) words.begun[exchange.slot][0] = number;
-    }
-
-    // Rows that experts have left out are nobody's to guess; and whoever has not read the exchange before would read it now.
-    static __device__ __forceinline__ void give_up_if_due(const Arguments& arguments, u32 number) {
-        const Exchange& exchange = arguments.exchange;
-        i32 met = -__ldg(arguments.came), slot = exchange.slot;
-        if (met > 0) exchange.give_up(failure_of(exchange.rank, exchange.rank, Step::ROWS, (met + ROUGHLY - 1) / ROUGHLY));
-        if (exchange_of(exchange.words(exchange.rank).ended[slot]) != number)
-            exchange.give_up(failure_of(exchange.rank, exchange.rank, Step::LEFT, slot));
     }
 
     static __device__ __forceinline__ void count(Shared& shared, const Arguments& arguments) {

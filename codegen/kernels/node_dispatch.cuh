@@ -27,12 +27,9 @@ struct Dispatch {
         u8* scratch;           // of the transports; or null
         i32 bytes, line, top_k, weight;
     };
-    struct Warp {
-        u64 full[PARTS];
+    struct Warp : WarpMemory<Near, Far> {
         i32 lines[32];
         i32 places[CHUNK * LOCALS];
-        typename Near::Shared near;
-        typename Far::Shared far;
     };
     struct Shared {
         u8 rows[WARPS][BYTES];
@@ -42,36 +39,18 @@ struct Dispatch {
     };
 
     // What a warp knows.
-    struct Worker {
+    struct Worker : Sender<Near, Far> {
+        using Sender<Near, Far>::exchange, Sender<Near, Far>::words, Sender<Near, Far>::near, Sender<Near, Far>::far;
+        using Sender<Near, Far>::pipe, Sender<Near, Far>::number, Sender<Near, Far>::channel, Sender<Near, Far>::lost;
+        using Sender<Near, Far>::lane, Sender<Near, Far>::chunks, Sender<Near, Far>::first, Sender<Near, Far>::claimed;
+        using Sender<Near, Far>::claim_next, Sender<Near, Far>::wait_to_land;
         const Arguments& arguments;
-        const Exchange& exchange;
         const Shared& shared;
         Warp& warp;
-        Words& words;
-        Near near;
-        Far far;
-        Pipe pipe;
-        u32 number;  // of the exchange
-        i32 channel;
-        bool lost = false, may_land = false;
         __device__ __forceinline__ Worker(const Arguments& arguments, Shared& shared, const Grid& grid, i32 index)
-            : arguments(arguments), exchange(arguments.exchange), shared(shared), warp(shared.warps[index]),
-              words(arguments.exchange.words(arguments.exchange.rank)),
-              near(arguments.exchange, warp.near, scratch_of<Near, Far>(arguments.scratch, grid, index, 0)),
-              far(arguments.exchange, warp.far, scratch_of<Near, Far>(arguments.scratch, grid, index, 1)),
-              pipe(shared.rows[index], warp.full, arguments.exchange.ring_pitch()),
-              number(exchange_of(words.begun[arguments.exchange.slot])), channel(grid.block / 2) {}
-        __device__ __forceinline__ i32 lane() const { return threadIdx.x % 32; }
-
-        // Chunks of this channel, of so many records.
-        __device__ __forceinline__ i32 chunks(i32 records) const {
-            return share((records + exchange.chunk - 1) / exchange.chunk, channel, exchange.channels);
-        }
-        // The first record of one of them.
-        __device__ __forceinline__ i32 first(i32 chunk) const { return (chunk * exchange.channels + channel) * exchange.chunk; }
-        __device__ __forceinline__ u32& claimed(Role role, i32 of) const {
-            return words.claimed[exchange.slot][i32(role)][of][channel];
-        }
+            : Sender<Near, Far>(arguments.exchange, shared.warps[index], shared.rows[index], arguments.exchange.ring_pitch(),
+                                arguments.scratch, grid, index),
+              arguments(arguments), shared(shared), warp(shared.warps[index]) {}
 
         // How many records come from a node: by the lane of its number; -1 where it is not known yet.
         __device__ __forceinline__ i32 announced(i32 node) const {
@@ -247,9 +226,7 @@ struct Dispatch {
             for (i32 rail = 0; rail <= others; rail++)
                 if (rail != exchange.rail()) groups = max(groups, chunks(shared.to_rank[exchange.neighbour(rail)]));
             while (!lost) {
-                u32 claim = 0;
-                if (lane() == 0) claim = atomicAdd(&claimed(Role::HAND, 0), 1);
-                i32 piece = __shfl_sync(~0u, claim, 0);
+                i32 piece = claim_next(Role::HAND);
                 if (piece >= groups * others) return;
                 hand_group(exchange.neighbour((exchange.rail() + 1 + piece % others) % (others + 1)), piece / others);
             }
@@ -275,15 +252,6 @@ struct Dispatch {
                 });
             near.template fence<0>();
             near.signal(lane() < count, {to, exchange.landed(exchange.rank, begin + lane())}, number);
-        }
-
-        // Until the ranks of this node have read what the exchange before wrote there.
-        __device__ __forceinline__ void wait_to_land() {
-            if (may_land || number == 1) return;
-            i32 other = exchange.neighbour(min(lane(), exchange.locals() - 1));
-            const u64* word = &words.taken[exchange.slot][other];
-            may_land = wait_together(exchange, lane() < exchange.locals(), word, number - 1, other, Step::LAND, near, far);
-            lost |= !may_land;
         }
 
         // What others have to know: how many rows come to the ranks of this node, how many records to other nodes, and how many
@@ -334,7 +302,7 @@ struct Dispatch {
         const Exchange& exchange = arguments.exchange;
         Words& words = exchange.words(exchange.rank);
         u32 number = exchange_of(words.begun[exchange.slot]);
-        give_up_behind(exchange, grid, number);
+        if (grid.block == 0 && threadIdx.x == 0) exchange.give_up_behind(number);
         count(shared, arguments);
         __syncthreads();
         Worker worker(arguments, shared, grid, threadIdx.x / 32);
@@ -344,12 +312,6 @@ struct Dispatch {
         if (threadIdx.x == 0) shared.last = grid.is_last_block(words.begun[exchange.slot][1]);
         __syncthreads();
         if (shared.last) finish(exchange, words, number);
-    }
-
-    // Whoever has not read the exchange before would read it now, for this one.
-    static __device__ __forceinline__ void give_up_behind(const Exchange& exchange, const Grid& grid, u32 number) {
-        if (grid.block || threadIdx.x || exchange_of(exchange.words(exchange.rank).ended[exchange.slot]) == number) return;
-        exchange.give_up(failure_of(exchange.rank, exchange.rank, Step::LEFT, exchange.slot));
     }
 
     // How many rows this rank has for each rank, and records for each node: places are taken without a gap.

@@ -29,13 +29,6 @@ __device__ __forceinline__ Role first_role(const i32 (&work)[ROLES], const Grid&
     return Role::SEND;
 }
 
-// Memory of a warp's transport; `far`: 1 for that between nodes, 0 for the other.
-template <typename Near, typename Far>
-__device__ __forceinline__ u8* scratch_of(u8* scratch, const Grid& grid, i32 warp, i32 far) {
-    constexpr i64 EACH = Near::SCRATCH > Far::SCRATCH ? Near::SCRATCH : Far::SCRATCH;
-    return scratch + (2 * (grid.block * WARPS + warp) + far) * EACH;
-}
-
 // Parts of a warp's shared memory, which rows come to in bulk and leave from.
 struct Pipe {
     u8* rows;
@@ -75,6 +68,69 @@ struct Pipe {
             transport.commit();
         }
         at = next;
+    }
+};
+
+// A warp's shared memory, beside its rows.
+template <typename Near, typename Far>
+struct WarpMemory {
+    u64 full[PARTS];
+    typename Near::Shared near;
+    typename Far::Shared far;
+};
+
+// What every warp that sends knows.
+template <typename Near, typename Far>
+struct Sender {
+    const Exchange& exchange;
+    Words& words;
+    Near near;
+    Far far;
+    Pipe pipe;
+    u32 number;  // of the exchange
+    i32 channel;
+    bool lost = false, may_land = false;  // lost: the exchange was aborted, and nothing is written any more
+    __device__ __forceinline__ Sender(const Exchange& exchange, WarpMemory<Near, Far>& memory, u8* rows, i32 pitch, u8* scratch,
+                                      const Grid& grid, i32 warp)
+        : exchange(exchange), words(exchange.words(exchange.rank)), near(exchange, memory.near, scratch_of(scratch, grid, warp, 0)),
+          far(exchange, memory.far, scratch_of(scratch, grid, warp, 1)), pipe(rows, memory.full, pitch),
+          number(exchange_of(words.begun[exchange.slot])), channel(grid.block / 2) {}
+    __device__ __forceinline__ i32 lane() const { return threadIdx.x % 32; }
+
+    // Memory of a transport, of which a warp has two.
+    static __device__ __forceinline__ u8* scratch_of(u8* scratch, const Grid& grid, i32 warp, i32 transport) {
+        constexpr i64 EACH = Near::SCRATCH > Far::SCRATCH ? Near::SCRATCH : Far::SCRATCH;
+        return scratch + (2 * (grid.block * WARPS + warp) + transport) * EACH;
+    }
+
+    // Chunks of this channel, of so many rows.
+    __device__ __forceinline__ i32 chunks(i32 rows) const {
+        return share((rows + exchange.chunk - 1) / exchange.chunk, channel, exchange.channels);
+    }
+    // The first row of one of them.
+    __device__ __forceinline__ i32 first(i32 chunk) const { return (chunk * exchange.channels + channel) * exchange.chunk; }
+
+    // Pieces of work of a role that warps of this channel have taken.
+    __device__ __forceinline__ u32& claimed(Role role, i32 of = 0) const {
+        return words.claimed[exchange.slot][i32(role)][of][channel];
+    }
+    // The next one, for this warp.
+    __device__ __forceinline__ i32 claim_next(Role role) const {
+        u32 number = 0;
+        if (lane() == 0) number = atomicAdd(&claimed(role), 1);
+        return __shfl_sync(~0u, number, 0);
+    }
+
+    // Until those that this warp is to write to, a lane for each, have read what the exchange before wrote. `read`: whether that
+    // is known.
+    __device__ __forceinline__ void wait_until_read(bool& read, bool active, i32 other) {
+        if (read || number == 1) return;
+        read = wait_together(exchange, active, &words.taken[exchange.slot][other], number - 1, other, Step::LAND, near, far);
+        lost |= !read;
+    }
+    // The same of all ranks of this node.
+    __device__ __forceinline__ void wait_to_land() {
+        wait_until_read(may_land, lane() < exchange.locals(), exchange.neighbour(min(lane(), exchange.locals() - 1)));
     }
 };
 

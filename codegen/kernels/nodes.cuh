@@ -14,7 +14,7 @@
 // Exchanges of a slot are counted from 1 on each rank, and chunks that a ring takes from 0, on both its ends: nothing is cleared,
 // and a launch may be captured and repeated. Every place is known before a byte moves, so rows may come in any order.
 #pragma once
-#include "counters.cuh"
+#include "waits.cuh"
 
 namespace nodes {
 
@@ -40,25 +40,17 @@ struct Words {
 
 // What a rank was doing when it gave up, as moecompile/runtime/node_memory.py says it.
 enum class Step { CREDIT, LAND, PASS, RECEIVE, SUM, HOME, OVER, ROWS, LEFT };
-constexpr i32 ROUGHLY = 128;  // what rows that it has no room for are counted in
-
-// As one word that is never zero: who waited for whom, in which step of the exchange in which slot.
-__device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 slot) {
-    return u64(rank + 1) | u64(other + 1) << 16 | u64(step) << 32 | u64(slot) << 40;
-}
-
 __device__ __forceinline__ u64 tagged(u32 exchange, u32 count) { return u64(exchange) << 32 | count; }
 
 // How much of a word is of that exchange: -1 if it is none of it.
 __device__ __forceinline__ i32 untagged(u64 word, u32 exchange) { return u32(word >> 32) == exchange ? i32(u32(word)) : -1; }
 
 // One exchange, as this rank sees it: the first argument of its kernels.
-struct Exchange {
+struct Exchange : Waits<Exchange, Step> {
     const u64* bases;  // (ranks,): where each rank's memory begins, for this device
     u64* told;         // a word of the host's, which a failure is written to
     i32 rank, ranks, nodes, slot, room, capacity, pitch, channels, ring, chunk, flags;
     i32 patience;      // milliseconds that a wait may take
-    using Steps = Step;
 
     __device__ __forceinline__ i32 locals() const { return ranks / nodes; }
     __device__ __forceinline__ i32 node() const { return rank / locals(); }
@@ -89,38 +81,6 @@ struct Exchange {
     template <typename Word>
     __device__ __forceinline__ i64 offset_of(const Word& word) const {  // of this rank's words: the same on all ranks
         return reinterpret_cast<const u8*>(&word) - base(rank);
-    }
-
-    // Whether somebody has given up an exchange, this one or any before. Then the host is told.
-    __device__ __forceinline__ bool is_aborted() const {
-        u64 failure = ptx::load_relaxed_system(&words(rank).aborted);
-        if (failure) ptx::store_release_system(told, failure);
-        return failure;
-    }
-
-    // Tells everybody.
-    __device__ __forceinline__ void give_up(u64 failure) const {
-        for (i32 each = 0; each < ranks; each++) ptx::store_release_system(&words(each).aborted, failure);
-        ptx::store_release_system(told, failure);
-    }
-
-    // Until the word, of this rank's own memory, which another writes, is at least that; what it then is. Zero if it will not be.
-    // Before what the word speaks of is touched, a fence is due.
-    __device__ __forceinline__ u64 wait(const u64* word, u64 at_least, i32 other, Step step) const {
-        u64 deadline = 0, found;
-        for (u32 turn = 0; (found = ptx::load_relaxed_system(word)) < at_least; turn++)
-            if (turn % 64 == 0 && is_hopeless(deadline, other, step)) return 0;
-        return found;
-    }
-
-    // Every so often, by who waits: whether there is nothing to wait for any more. Whoever has waited too long gives up.
-    __device__ __forceinline__ bool is_hopeless(u64& deadline, i32 other, Step step) const {
-        if (is_aborted()) return true;
-        u64 now = ptx::nanoseconds();
-        if (!deadline) deadline = now + u64(patience) * 1000000;
-        if (now < deadline) return false;
-        give_up(failure_of(rank, other, step, slot));
-        return true;
     }
 
     // How many rows a rank sends; less than none if that will not be known.

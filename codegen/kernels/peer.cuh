@@ -12,7 +12,7 @@
 // and a launch may be captured and repeated. An exchange writes a rank's rows when that rank has read the ones before. A rank's
 // own rows do not travel: who reads the others' reads them where they are.
 #pragma once
-#include "counters.cuh"
+#include "waits.cuh"
 
 constexpr i32 RANKS = 16, SLOTS = 8, CHANNELS = 256;  // at most
 constexpr u32 ALL = 1u << 31;                          // in a word of `arrived`, above the number of rows
@@ -29,56 +29,18 @@ struct PeerWords {
 // What a rank was doing when it gave up. For the last two it was not waiting for anybody: it had no room for rows of experts; or
 // it has never read all of the exchange before, in that slot, since something failed on its host.
 enum class Step { SEND, RECEIVE, HOME, ROWS, LEFT };
-constexpr i32 ROUGHLY = 128;  // what these are counted in
-
-// As one word that is never zero: who waited for whom, in which step of the exchange in which slot.
-__device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 slot) {
-    return u64(rank + 1) | u64(other + 1) << 16 | u64(step) << 32 | u64(slot) << 40;
-}
-
 // One exchange, as this rank sees it: the first argument of its kernels.
-struct Peers {
+struct Peers : Waits<Peers, Step> {
     const u64* bases;  // (ranks,): where each rank's memory begins, for this device
     u64* told;         // a word of the host's, which a failure is written to
     i32 rank, ranks, slot, room, capacity, pitch, channels;
     i32 patience;      // milliseconds that a wait may take
-    using Steps = Step;
 
     __device__ __forceinline__ PeerWords& words(i32 of) const { return *reinterpret_cast<PeerWords*>(__ldg(bases + of)); }
     // The record at that rank which has that place among those of `from`.
     __device__ __forceinline__ u8* record(i32 at, i32 from, i32 place) const {
         u8* rows = reinterpret_cast<u8*>(__ldg(bases + at)) + sizeof(PeerWords);
         return rows + 16 * i64(slot) * room + (i64(from) * capacity + place) * pitch;
-    }
-
-    // Whether somebody has given up an exchange, this one or any before. Then the host is told.
-    __device__ __forceinline__ bool is_aborted() const {
-        u64 failure = ptx::load_relaxed_system(&words(rank).aborted);
-        if (failure) ptx::store_release_system(told, failure);
-        return failure;
-    }
-
-    // Tells everybody.
-    __device__ __forceinline__ void give_up(u64 failure) const {
-        for (i32 each = 0; each < ranks; each++) ptx::store_release_system(&words(each).aborted, failure);
-        ptx::store_release_system(told, failure);
-    }
-
-    // Until the word, of this rank's own memory, which another writes, is at least that; what it then is. Zero if it will not
-    // be: somebody has given up, or nothing has come in time, and everybody is told so. Before what the word speaks of is
-    // touched, a fence is due.
-    __device__ __forceinline__ u64 wait(const u64* word, u64 at_least, i32 other, Step step) const {
-        u64 deadline = 0, found;
-        for (u32 turn = 0; (found = ptx::load_relaxed_system(word)) < at_least; turn++) {
-            if (turn % 64) continue;
-            if (is_aborted()) return 0;
-            u64 now = ptx::nanoseconds();
-            if (!deadline) deadline = now + u64(patience) * 1000000;
-            if (now < deadline) continue;
-            give_up(failure_of(rank, other, step, slot));
-            return 0;
-        }
-        return found;
     }
 
     // Until all of a channel's rows are here: how many; less than none if that will not be.

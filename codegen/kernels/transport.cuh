@@ -3,7 +3,7 @@
 //     put       bytes of shared memory into a rank's memory, by each lane that has any; of no order with anything
 //     signal    a word into a rank's memory, by each lane that has one; what was put and signalled before the last `fence` that it
 //               is covered by comes before it
-//     wait      until a word of this rank's own memory is at least something (`wait_together`, nodes.cuh)
+//     wait      until a word of this rank's own memory is at least something (`wait_together`)
 //     reduce    a row's parts that came from several ranks, summed in float32 in their order
 //
 // A kernel is compiled for a transport: to choose one costs nothing while it runs. A warp has one of its own, and all its lanes
@@ -109,10 +109,9 @@ struct FaultyTransport {
         __syncwarp();
     }
     __device__ __noinline__ void deliver_until(u32 last) {
-        for (bool some = true; some;) {
+        for (;;) {
             u32 due = __ballot_sync(~0u, i32(threadIdx.x % 32) < held && shared.entries[threadIdx.x % 32].group <= last);
-            some = due;
-            if (!some) break;
+            if (!due) break;
             u32 which = random(__popc(due));
             for (u32 i = 0; i < which; i++) due &= due - 1;
             deliver(__ffs(due) - 1);
