@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from statistics import median
 
 import torch
 
+from changed_kernels import changed
 from moecompile.codegen.exchanges import ExchangeSend
 from moecompile.runtime import hopper_exchange, hopper_nodes
 from moecompile.runtime.hopper_exchange import Exchange, Rows
@@ -24,13 +26,16 @@ from moecompile.runtime.virtual_nodes import launch_all, launch_ranks
 from nodes_on_one_gpu import Brought, Found, Ranks, became, brought, routed
 
 TOKENS, COLUMNS, EXPERTS, TOP_K, SMS = 4096, 7168, 64, 8, 20
+READERS = 33
+"""Blocks of each rank that read: together all multiprocessors."""
 ROUNDS = 12
 
 
-def timed(run: Callable[[], None], after: Callable[[], None]) -> float:
+def timed(run: Callable[[], None], after: Callable[[], None], before: Callable[[], None] = lambda: None) -> float:
     """Median microseconds of `run`."""
     times = []
     for _ in range(ROUNDS):
+        before()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
@@ -77,35 +82,74 @@ class Flat:
         return rows * self.rows[0].pitch
 
 
-def nodes(topology: Topology, rings: Rings, brings: Sequence[Brought]) -> dict[str, tuple[float, int]]:
-    """Microseconds, and bytes that are put, of a dispatch and a combine."""
-    ranks = Ranks(topology, rings, EXPERTS, TOKENS, brings[0])
-    found = ranks.exchange(brings)
-    ranks.check(brings, found)
-    there, back = ranks.exchanges(0), ranks.exchanges(1)
-    rows = [Rows.of(each.x, each.ids, each.weights) for each in brings]
-    y = [replace(became(rank, each.rows), weights=None) for rank, each in enumerate(found)]
-    sums = [r.room(TOKENS) for r in y]
-    each = list(zip(there, rows, found, strict=True))
-    dispatch = [hopper_nodes.dispatch(e, r, f.plan, f.passed) for e, r, f in each]
-    receive = [hopper_nodes.receive(e, r, f.plan.sent, f.rows, f.came, EXPERTS // topology.ranks) for e, r, f in each]
-    combine = [hopper_nodes.combine(e, r, f.came, f.passed) for e, r, f in zip(back, y, found, strict=True)]
-    home = [hopper_nodes.sum_at_home(e, f.plan, r, s) for e, f, r, s in zip(back, found, y, sums, strict=True)]
-    plans, pitch = [f.plan for f in found], rows[0].pitch
-    far, near = records(topology, plans), handed(topology, plans)
-    passed, of_own = passed_on(topology, found)
-    return {
-        "dispatch": (
-            timed(
-                lambda: launch_all(there, dispatch, ranks.blocks), lambda: launch_all(there, receive, ranks.blocks)
-            ),
-            far * ring_pitch(topology, pitch) + (near + passed) * pitch,
-        ),
-        "combine": (
-            timed(lambda: launch_all(back, combine, ranks.blocks), lambda: launch_all(back, home, ranks.blocks)),
-            (far + near + passed - of_own) * y[0].pitch,
-        ),
-    }  # fmt: skip
+class Exchanged:
+    """Kernels of nodes, whose ranks have exchanged tokens once."""
+
+    def __init__(self, topology: Topology, rings: Rings, brings: Sequence[Brought]) -> None:
+        self.ranks = ranks = Ranks(topology, rings, EXPERTS, TOKENS, brings[0])
+        self.found = found = ranks.exchange(brings)
+        ranks.check(brings, found)
+        self.there, self.back = ranks.exchanges(0), ranks.exchanges(1)
+        self.rows = [Rows.of(each.x, each.ids, each.weights) for each in brings]
+        self.y = [replace(became(rank, each.rows), weights=None) for rank, each in enumerate(found)]
+        sums = [r.room(TOKENS) for r in self.y]
+        each = list(zip(self.there, self.rows, found, strict=True))
+        here = EXPERTS // topology.ranks
+        back = list(zip(self.back, found, self.y, sums, strict=True))
+        self.calls = {
+            "dispatch": [hopper_nodes.dispatch(e, r, f.plan, f.passed) for e, r, f in each],
+            "receive": [hopper_nodes.receive(e, r, f.plan.sent, f.rows, f.came, here) for e, r, f in each],
+            "combine": [hopper_nodes.combine(e, y, f.came, f.passed) for e, f, y, _ in back],
+            "home": [hopper_nodes.sum_at_home(e, f.plan, y, s) for e, f, y, s in back],
+        }
+
+    def run(self, name: str) -> None:
+        """One kernel, of all ranks."""
+        exchanges = self.there if name in ("dispatch", "receive") else self.back
+        launch_all(exchanges, self.calls[name], self.ranks.blocks if name in ("dispatch", "combine") else READERS)
+
+    def times(self) -> dict[str, float]:
+        """Microseconds of each kernel."""
+        found = {}
+        for sends, reads in (("dispatch", "receive"), ("combine", "home")):
+            found[sends] = timed(lambda: self.run(sends), lambda: self.run(reads))  # noqa: B023
+            found[reads] = timed(lambda: self.run(reads), lambda: None, lambda: self.run(sends))  # noqa: B023
+        return found
+
+    def put(self) -> dict[str, int]:
+        """Bytes, by kernels that put any."""
+        topology, plans, pitch = self.ranks.topology, [f.plan for f in self.found], self.rows[0].pitch
+        far, near = records(topology, plans), handed(topology, plans)
+        passed, of_own = passed_on(topology, self.found)
+        return {
+            "dispatch": far * ring_pitch(topology, pitch) + (near + passed) * pitch,
+            "combine": (far + near + passed - of_own) * self.y[0].pitch,
+        }
+
+
+def beside(exchanged: Exchanged) -> dict[str, float]:
+    """Microseconds of a product of matrices, by the kernel that runs beside it."""
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for n in (6144, 6144))
+    other, found = torch.cuda.Stream(), {}
+    for name, reads in (("", ""), ("dispatch", "receive"), ("combine", "home")):
+        times = []
+        for _ in range(ROUNDS):
+            torch.cuda.synchronize()
+            if name:
+                exchanged.run(name)
+            torch.cuda._sleep(20000)
+            with torch.cuda.stream(other):
+                torch.cuda._sleep(100000)
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                a @ b
+                end.record()
+            if name:
+                exchanged.run(reads)
+            torch.cuda.synchronize()
+            times.append(1000 * begin.elapsed_time(end))
+        found[name] = median(times[2:])
+    return found
 
 
 def records(topology: Topology, plans: Sequence[NodePlan]) -> int:
@@ -137,25 +181,39 @@ def passed_on(topology: Topology, found: Sequence[Found]) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rings", nargs="*", default=["4,8", "4,4", "4,16", "2,8", "8,8", "8,16", "2,32"])
+    parser.add_argument("--beside", action="store_true", help="a product of matrices beside 3 channels a rank")
     arguments = parser.parse_args()
     topology = Topology(2, 2)
     brings = [
         brought(rank, routed(rank, TOKENS, topology, EXPERTS, TOP_K, "random"), COLUMNS, torch.bfloat16)
         for rank in range(topology.ranks)
     ]
+    if arguments.beside:
+        for hints in (True, False, True, False):
+            with nullcontext() if hints else changed("ptx.cuh", "L2::evict_first", "L2::evict_normal"):
+                for name, took in beside(Exchanged(topology, Rings(3, 4, 8), brings)).items():
+                    said = f"product of matrices beside {name or 'nothing':9} {took:8.0f} us"
+                    print(f"{said}  {'with' if hints else 'without'} hints", flush=True)
+        return
     flat = Flat(brings)
     flat.send()
     flat.receive()
     torch.cuda.synchronize()
     assert not any(each.memory.failure() for each in flat.exchanges)
     time, size = timed(flat.send, flat.receive), flat.put()
+    received = timed(flat.receive, lambda: None, flat.send)
     print(f"one level   dispatch {time:8.0f} us {size / 1e6:8.0f} MB put  {time * 1e6 / size:6.3f} us/MB  1.00")
-    each = time / size
+    print(f"one level   receive  {received:8.0f} us, ranks one after the other")
     for text in arguments.rings:
         ring, chunk = map(int, text.split(","))
-        for name, (took, put) in nodes(topology, Rings(SMS // 2, ring, chunk), brings).items():
-            rate = f"{took * 1e6 / put:6.3f} us/MB  {took / put / each:4.2f}"
-            print(f"ring {ring} x {chunk:2}  {name:8} {took:8.0f} us {put / 1e6:8.0f} MB put  {rate}", flush=True)
+        exchanged = Exchanged(topology, Rings(SMS // 2, ring, chunk), brings)
+        put = exchanged.put()
+        for name, took in exchanged.times().items():
+            rate = ""
+            if name in put:
+                rate = f" {put[name] / 1e6:8.0f} MB put  {took * 1e6 / put[name]:6.3f} us/MB"
+                rate += f"  {took / put[name] * size / time:4.2f}"
+            print(f"ring {ring} x {chunk:2}  {name:8} {took:8.0f} us{rate}", flush=True)
 
 
 if __name__ == "__main__":

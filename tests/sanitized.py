@@ -5,6 +5,7 @@
     compute-sanitizer --tool racecheck python tests/sanitized.py fp8
     compute-sanitizer --tool racecheck python tests/sanitized.py linear
     compute-sanitizer --tool racecheck python tests/sanitized.py exchange
+    compute-sanitizer --tool racecheck python tests/sanitized.py nodes
 
 (PyTorch's allocator puts tensors side by side into large pieces of memory, of which memcheck sees the ends alone.)
 """
@@ -16,11 +17,14 @@ import sys
 
 import torch
 
+import nodes_on_one_gpu
 from gpu_blocks import GPT_OSS, Block, main_of, run
 from moecompile import bench_proof
 from moecompile.runtime import hopper_experts, hopper_fp8, hopper_linear, hopper_quantize, hopper_routing
+from moecompile.runtime.node_memory import Rings
 from moecompile.runtime.peer_memory import among_streams, room_for
 from moecompile.runtime.quantize import E4M3, FLOAT32, SCALE_FORMATS
+from moecompile.runtime.topology import Topology
 from one_side import Side
 from special_tiles import TILES, tile_of
 from test_exchange_gpu import Ranks, brought, pitch_of
@@ -95,6 +99,25 @@ def exchanges() -> None:
         group.check([brought(rank, count, 256, 8, 2, torch.bfloat16, "random") for rank, count in enumerate(counts)])
 
 
+def nodes() -> None:
+    """Between nodes: rows of a row of pieces and of many, more parts than pieces fit beside, rings of one chunk."""
+    for topology, columns, dtype, rings in (
+        (Topology(2, 2), 512, torch.bfloat16, Rings(2, 1, 1)),
+        (Topology(2, 4), 7168, torch.bfloat16, Rings(1, 2, 4)),
+        (Topology(2, 2), 6144, torch.float32, Rings(1, 2, 4)),
+    ):
+        experts, most = 4 * topology.ranks, 40
+        brings = [
+            nodes_on_one_gpu.brought(
+                rank, nodes_on_one_gpu.routed(rank, most, topology, experts, 6, "random"), columns, dtype
+            )
+            for rank in range(topology.ranks)
+        ]
+        ranks = nodes_on_one_gpu.Ranks(topology, rings, experts, most, brings[0])
+        for _ in range(2):
+            ranks.check(brings, ranks.exchange(brings))
+
+
 def training(side: Side) -> None:
     """A forward that saves and its backward."""
     for _ in range(2):
@@ -117,6 +140,9 @@ def main(precisions: list[str]) -> None:
             if precision == "exchange":
                 exchanges()
                 continue
+            if precision == "nodes":
+                nodes()
+                continue
             for block in BLOCKS:
                 tensors = block.tensors()
                 record, fp8 = block.record(tensors), precision == "fp8"
@@ -134,4 +160,4 @@ def main(precisions: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["bf16", "fp8", "linear", "exchange"])
+    main(sys.argv[1:] or ["bf16", "fp8", "linear", "exchange", "nodes"])

@@ -55,19 +55,40 @@ def test_rings_of_any_size(rings: Rings) -> None:
         ranks.check(brings, ranks.exchange(brings))
 
 
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(8, torch.bfloat16), (1024, torch.float16), (1032, torch.bfloat16), (5120, torch.bfloat16), (6144, torch.float32)],
+    ids=str,
+)
+def test_rows_of_any_length(columns: int, dtype: torch.dtype) -> None:
+    """Shorter than a piece that is summed at once, as long as one, a little longer; so long that one fits beside."""
+    topology, experts, most = Topology(2, 4), 32, 90
+    brings = [
+        brought(rank, routed(rank, most, topology, experts, 6, "random"), columns, dtype)
+        for rank in range(topology.ranks)
+    ]
+    ranks = Ranks(topology, Rings(channels_for(topology), 2, 4), experts, most, brings[0])
+    for _ in range(2):
+        ranks.check(brings, ranks.exchange(brings))
+
+
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2), (4, 4)], ids=["2x4", "4x2", "4x4"])
 def test_what_is_held_back_and_reordered(shape: tuple[int, int]) -> None:
     """The results are the same, and what travels is what the plan says: between nodes a token once."""
     topology = Topology(*shape)
     experts, most = 4 * topology.ranks, 60
-    brings = [
-        brought(rank, routed(rank, tokens, topology, experts, 6, "limited"), 512, torch.bfloat16)
-        for rank, tokens in enumerate(tokens_of(topology, most))
+    two = [
+        [
+            brought(rank + 100 * turn, routed(rank, tokens, topology, experts, 6, "limited"), 512, torch.bfloat16)
+            for rank, tokens in enumerate(tokens_of(topology, most))
+        ]
+        for turn in range(2)
     ]
-    ranks = Ranks(topology, Rings(channels_for(topology), 2, 4), experts, most, brings[0], "faulty")
-    pitch = Rows.of(brings[0].x, brings[0].ids, brings[0].weights).pitch
-    for _ in range(100):
-        found = ranks.there(brings)
+    ranks = Ranks(topology, Rings(channels_for(topology), 2, 4), experts, most, two[0][0], "faulty")
+    pitch = Rows.of(two[0][0].x, two[0][0].ids, two[0][0].weights).pitch
+    for turn in range(100):  # rows at a place are not those that were there before
+        brings = two[turn % 2]
+        found = ranks.there(two[1 - turn % 2])
         sent = ranks.bytes_sent()
         for rank, each in enumerate(found):
             node, rail = divmod(rank, topology.locals)

@@ -22,8 +22,6 @@ struct Came<Half<Input>> {
         return low;
     }
     static __device__ __forceinline__ void eight(const u8* row, i32 column, float (&v)[8]) {
-        uint4 packed = __ldcg(reinterpret_cast<const uint4*>(row) + column / 8);
-        Input::unpack(packed.x, v[0], v[1]), Input::unpack(packed.y, v[2], v[3]);
-        Input::unpack(packed.z, v[4], v[5]), Input::unpack(packed.w, v[6], v[7]);
+        Half<Input>::unpack(__ldcg(reinterpret_cast<const uint4*>(row) + column / 8), v);
     }
 };

@@ -8,12 +8,14 @@
 // has heard all of that knows whether any rank has given up.
 #pragma once
 #include "node_roles.cuh"
+#include "pieces.cuh"
 
 namespace nodes {
 
 template <typename Result, typename Weight, typename Near, typename Far>
 struct Combine {
     static constexpr i32 THREADS = 32 * WARPS, BLOCKS = 1;
+    static constexpr i32 MUCH = 8 * Pieces::BYTES;  // a piece of a row of each rank, at least
     struct Arguments {
         Exchange exchange;
         const u8* rows;     // (ranks * capacity, columns), contiguous: of each rank's
@@ -26,7 +28,8 @@ struct Combine {
     };
     static constexpr i32 ELEMENT = sizeof(typename Result::Element), ALONG = sizeof(typename Weight::Element);
     struct Warp : WarpMemory<Near, Far> {
-        const u8* parts[LOCALS];
+        u64 read[Pieces::MOST];
+        i32 places[CHUNK * LOCALS];
     };
     struct Shared {
         u8 rows[WARPS][BYTES];
@@ -42,11 +45,14 @@ struct Combine {
         const Arguments& arguments;
         const Shared& shared;
         Warp& warp;
+        i32 sums, apart;  // rows that are put from shared memory, beside the pieces that they are sums of; bytes from one to the next
+        Pieces pieces;
         bool may_go_home = false;
         __device__ __forceinline__ Worker(const Arguments& arguments, Shared& shared, const Grid& grid, i32 index)
             : Sender<Near, Far>(arguments.exchange, shared.warps[index], shared.rows[index], arguments.exchange.pitch,
                                 arguments.scratch, grid, index),
-              arguments(arguments), shared(shared), warp(shared.warps[index]) {}
+              arguments(arguments), shared(shared), warp(shared.warps[index]), sums(2 * exchange.pitch > BYTES - MUCH ? 1 : 2),
+              apart((exchange.pitch + 127) / 128 * 128), pieces(pipe.rows + sums * apart, BYTES - sums * apart, warp.read) {}
 
         // Rows of all ranks but those of this rail.
         __device__ __forceinline__ void hand() {
@@ -72,7 +78,7 @@ struct Combine {
                     i64 line = i64(of) * exchange.capacity + begin + batch * most;
                     if (lane() == 0) ptx::barrier_expect(full, held * bytes);
                     __syncwarp();
-                    if (lane() < held) ptx::load_bytes(rows + lane() * pitch, arguments.rows + (line + lane()) * bytes, bytes, full);
+                    if (lane() < held) ptx::load_bytes_once(rows + lane() * pitch, arguments.rows + (line + lane()) * bytes, bytes, full);
                     for (i32 i = lane(); arguments.weights && i < held * arguments.top_k; i += 32) {
                         i32 row = i / arguments.top_k, k = i % arguments.top_k;
                         const typename Weight::Element* weights = reinterpret_cast<const typename Weight::Element*>(arguments.weights);
@@ -100,57 +106,91 @@ struct Combine {
             if (count <= 0) return;
             wait_until_read(may_go_home, lane() < exchange.nodes && lane() != exchange.node(),
                             exchange.on_rail(min(lane(), exchange.nodes - 1)));
-            for (i32 i = 0; i < count && !lost; i++) {
-                u8* row = pipe.part(pipe.at);
-                pipe.at = pipe.at + 1 == pipe.parts ? 0 : pipe.at + 1;
-                find(node, begin + i);
-                far.template sources_free<1>();
-                if (lost) break;
-                sum(row);
+            if (!lost) find(node, begin, count);
+            if (lost) return;
+            Next next = {node, count};
+            read_ahead(next);
+            for (i32 i = 0; i < count; i++) {
+                u8* row = pipe.rows + (i % sums) * apart;
+                if (sums == 1)
+                    far.template sources_free<0>();
+                else
+                    far.template sources_free<1>();
+                sum(node, i, row, next);
                 ptx::fence_async_proxy();
                 __syncwarp();
                 far.put(lane() == 0, {to, exchange.home_record(exchange.node(), begin + i)}, row, exchange.pitch);
                 far.commit();
             }
             far.template fence<0>();
-            far.signal(lane() < count && !lost, {to, exchange.homed(exchange.node(), begin + lane())}, number);
+            far.signal(lane() < count, {to, exchange.homed(exchange.node(), begin + lane())}, number);
         }
 
-        // Where the parts of a record are, a lane for each rank of this node, once they are there.
-        __device__ __forceinline__ void find(i32 node, i32 record) {
-            i32 locals = exchange.locals(), rail = min(lane(), locals - 1), part = node * locals + rail;
-            i32 place = __ldg(arguments.passed + (i64(node) * exchange.capacity + record) * locals + rail);
-            bool has = lane() < locals && place >= 0, own = rail == exchange.rail();
-            const u64* word = reinterpret_cast<const u64*>(exchange.base(exchange.rank) + exchange.landed(part, max(place, 0)));
-            lost |= !wait_together(exchange, has && !own, word, number, exchange.neighbour(rail), Step::SUM, near, far);
-            const u8* at = exchange.record(exchange.rank, part, place);
-            if (own) at = arguments.rows + (i64(part) * exchange.capacity + place) * arguments.columns * ELEMENT;
-            if (lane() < locals) warp.parts[lane()] = has ? at : nullptr;
+        // The places of the parts of records, once all are there.
+        __device__ __forceinline__ void find(i32 node, i32 begin, i32 count) {
+            i32 locals = exchange.locals();
+            const i32* passed = arguments.passed + (i64(node) * exchange.capacity + begin) * locals;
+            for (i32 first = 0; first < count * locals && !lost; first += 32) {
+                i32 i = min(first + lane(), count * locals - 1), place = __ldg(passed + i), rail = i % locals;
+                const u8* flag = exchange.base(exchange.rank) + exchange.landed(node * locals + rail, max(place, 0));
+                lost = !wait_together(exchange, place >= 0 && rail != exchange.rail(), reinterpret_cast<const u64*>(flag), number,
+                                      exchange.neighbour(rail), Step::SUM, near, far);
+                warp.places[i] = place;
+            }
+            ptx::fence_async_all();  // they are read by another proxy than flags
             __syncwarp();
         }
 
-        // Lanes stay together: who has no columns in the end writes the last ones, too.
-        __device__ __forceinline__ void sum(u8* row) {
-            i32 locals = exchange.locals(), bytes = arguments.columns * ELEMENT;
-#pragma unroll 4
-            for (i32 begin = 0; begin < arguments.columns; begin += 256) {
-                i32 column = min(begin + 8 * lane(), arguments.columns - 8);
-                float total[8] = {};
-                reduce<Result>(warp.parts, locals, column, total);
-                Result::store(reinterpret_cast<typename Result::Element*>(row) + column, total);
+        // The part of a record that a rank of this node has.
+        __device__ __forceinline__ const u8* part(i32 node, i32 rail, i32 place) const {
+            i32 from = node * exchange.locals() + rail;
+            if (rail != exchange.rail()) return exchange.record(exchange.rank, from, place);
+            return arguments.rows + (i64(from) * exchange.capacity + place) * arguments.columns * ELEMENT;
+        }
+        // The place of the lane's part of a record; less than none if it has none.
+        __device__ __forceinline__ i32 place(i32 record) const {
+            return lane() < exchange.locals() ? warp.places[record * exchange.locals() + lane()] : -1;
+        }
+
+        // The pieces that are read next: those of all parts of a record, so many bytes behind their beginning.
+        struct Next {
+            i32 node, records, record = 0, at = 0;
+        };
+        __device__ __forceinline__ void read_ahead(Next& next) {
+            i32 bytes = arguments.columns * ELEMENT;
+            while (next.record < next.records) {
+                i32 found = place(next.record);
+                if (!pieces.has_room(__popc(__ballot_sync(~0u, found >= 0)))) return;
+                pieces.read(found >= 0, part(next.node, lane(), found) + next.at, min(Pieces::BYTES, bytes - next.at));
+                next.at += Pieces::BYTES;
+                if (next.at >= bytes) next.at = 0, next.record++;
             }
-            if (!arguments.weights || lane() >= arguments.top_k) return;
-            float total = 0;
-            for (i32 rail = 0; rail < locals; rail++)
-                if (warp.parts[rail]) total += Came<Weight>::one(behind(rail, bytes), lane());
-            Weight::store(reinterpret_cast<typename Weight::Element*>(row + bytes) + lane(), total);
+        }
+
+        // A record's parts, and what belongs to their experts.
+        __device__ __forceinline__ void sum(i32 node, i32 record, u8* row, Next& next) {
+            i32 bytes = arguments.columns * ELEMENT, parts = __popc(__ballot_sync(~0u, place(record) >= 0));
+            bool weighs = arguments.weights && lane() < arguments.top_k;
+            float weights[LOCALS], total = 0;
+#pragma unroll
+            for (i32 rail = 0; rail < LOCALS; rail++) {  // on their way while rows are summed
+                i32 of = rail < exchange.locals() ? warp.places[record * exchange.locals() + rail] : -1;
+                weights[rail] = weighs && of >= 0 ? Came<Weight>::one(behind(node, rail, of), lane()) : 0;
+            }
+            for (i32 at = 0; at < bytes; at += Pieces::BYTES) {
+                pieces.template reduce<Result>(parts, row + at, min(Pieces::BYTES, bytes - at));
+                read_ahead(next);
+            }
+#pragma unroll
+            for (i32 rail = 0; rail < LOCALS; rail++) total += weights[rail];
+            if (weighs) Weight::store(reinterpret_cast<typename Weight::Element*>(row + bytes) + lane(), total);
         }
 
         // What belongs to a part's experts: behind it, if it has travelled.
-        __device__ __forceinline__ const u8* behind(i32 rail, i32 bytes) const {
-            const u8* part = warp.parts[rail];
-            if (rail != exchange.rail()) return part + bytes;
-            return arguments.weights + (part - arguments.rows) / bytes * arguments.top_k * ALONG;
+        __device__ __forceinline__ const u8* behind(i32 node, i32 rail, i32 place) const {
+            i64 own = i64(node * exchange.locals() + rail) * exchange.capacity + place;
+            if (rail != exchange.rail()) return part(node, rail, place) + arguments.columns * ELEMENT;
+            return arguments.weights + own * arguments.top_k * ALONG;
         }
 
         __device__ __forceinline__ void run(const Grid& grid) {

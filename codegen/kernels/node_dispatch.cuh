@@ -13,7 +13,7 @@ namespace nodes {
 
 template <typename Id, typename Near, typename Far>
 struct Dispatch {
-    static constexpr i32 THREADS = 32 * WARPS, BLOCKS = 1, CHUNK = 32;  // records of a chunk at most
+    static constexpr i32 THREADS = 32 * WARPS, BLOCKS = 1;
     struct Arguments {
         Exchange exchange;
         const u8* x;           // (tokens, H), lines of `line` bytes, of which `bytes` are sent; a multiple of 16
@@ -198,7 +198,7 @@ struct Dispatch {
                 [&](i32 batch, u8* rows, u64* full) {
                     u32 bytes = min(most, count - batch * most) * pitch;
                     if (lane() == 0) ptx::barrier_expect(full, bytes);
-                    if (lane() == 0) ptx::load_bytes(rows, ring + i64(batch) * most * pitch, bytes, full);
+                    if (lane() == 0) ptx::load_bytes_once(rows, ring + i64(batch) * most * pitch, bytes, full);
                 },
                 [&](i32 batch, u8* rows) {
                     i32 of = lane() / locals, rail = lane() % locals, record = batch * most + of, to = -1;

@@ -7,6 +7,7 @@
 namespace nodes {
 
 constexpr i32 WARPS = 4, PARTS = 3, BYTES = 54 * 1024;  // of a block; of a warp's shared memory
+constexpr i32 CHUNK = 32;                               // records of a chunk at most
 
 // Of so many pieces of work, those that a channel has.
 __device__ __forceinline__ i32 share(i32 pieces, i32 channel, i32 channels) {
