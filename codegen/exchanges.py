@@ -142,8 +142,13 @@ class ExchangeHomeOfExperts:
         return instantiation("ExchangeHome", rows, rows, own)
 
 
-TRANSPORTS = {"peer": "nodes::PeerTransport", "faulty": "nodes::FaultyTransport"}
-"""What ranks exchange through: memory that a device writes by itself; that, late and in any order that is allowed."""
+TRANSPORTS = {
+    "peer": "nodes::PeerTransport",
+    "faulty": "nodes::FaultyTransport",
+    "metered": "nodes::MeteredTransport",
+}
+"""What ranks exchange through: memory that a device writes by itself; that, late and in any order that is allowed; and
+that, where it is measured what warps do."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from moecompile.runtime.virtual_nodes import launch_all
 MULTIPROCESSORS = 132
 WARPS, HELD, HELD_BYTES = 4, 16, 27 * 1024
 """Of a block (node_roles.cuh); puts that a transport holds back, and bytes of each (transport.cuh)."""
-SCRATCH = HELD * HELD_BYTES + 8 * RANKS
+ROLES = ("sends to nodes", "passes on", "hands on")
+SCRATCH = {"peer": 0, "faulty": HELD * HELD_BYTES + 8 * RANKS, "metered": 16 * len(ROLES)}
 """Bytes of one transport of a warp, of which there are two."""
 
 
@@ -81,7 +82,7 @@ class Ranks:
         self.every = on_one_device(topology, rings, capacity, pitch, 0)
         self.through = through
         blocks = SMS_OF_A_CHANNEL * rings.channels
-        size = (topology.ranks, blocks * WARPS * 2, SCRATCH) if through == "faulty" else (topology.ranks, 0, 0)
+        size = topology.ranks, blocks * WARPS * 2, SCRATCH[through]
         self.scratch = torch.zeros(size, dtype=torch.uint8, device="cuda")
         self.blocks = blocks
 

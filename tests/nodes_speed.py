@@ -23,7 +23,7 @@ from moecompile.runtime.node_memory import Rings, ring_pitch
 from moecompile.runtime.peer_memory import among_streams, room_for
 from moecompile.runtime.topology import Topology
 from moecompile.runtime.virtual_nodes import launch_all, launch_ranks
-from nodes_on_one_gpu import Brought, Found, Ranks, became, brought, routed
+from nodes_on_one_gpu import ROLES, Brought, Found, Ranks, became, brought, routed
 
 TOKENS, COLUMNS, EXPERTS, TOP_K, SMS = 4096, 7168, 64, 8, 20
 READERS = 33
@@ -85,8 +85,8 @@ class Flat:
 class Exchanged:
     """Kernels of nodes, whose ranks have exchanged tokens once."""
 
-    def __init__(self, topology: Topology, rings: Rings, brings: Sequence[Brought]) -> None:
-        self.ranks = ranks = Ranks(topology, rings, EXPERTS, TOKENS, brings[0])
+    def __init__(self, topology: Topology, rings: Rings, brings: Sequence[Brought], through: str = "peer") -> None:
+        self.ranks = ranks = Ranks(topology, rings, EXPERTS, TOKENS, brings[0], through)
         self.found = found = ranks.exchange(brings)
         ranks.check(brings, found)
         self.there, self.back = ranks.exchanges(0), ranks.exchanges(1)
@@ -115,6 +115,19 @@ class Exchanged:
             found[sends] = timed(lambda: self.run(sends), lambda: self.run(reads))  # noqa: B023
             found[reads] = timed(lambda: self.run(reads), lambda: None, lambda: self.run(sends))  # noqa: B023
         return found
+
+    def roles(self, name: str) -> dict[str, tuple[float, float]]:
+        """Of a kernel of metered transports: each role's share of warps' time, and what they wait of that."""
+        scratch = self.ranks.scratch
+        scratch.zero_()
+        self.run(name)
+        self.run({"dispatch": "receive", "combine": "home"}[name])
+        spent, waited = scratch.view(torch.int64).view(-1, 2, len(ROLES), 2)[:, 0].sum(0).double().cpu().unbind(1)
+        return {
+            role: (float(each / spent.sum()), float(of / each))
+            for role, each, of in zip(ROLES, spent, waited, strict=True)
+            if each
+        }
 
     def put(self) -> dict[str, int]:
         """Bytes, by kernels that put any."""
@@ -181,6 +194,7 @@ def passed_on(topology: Topology, found: Sequence[Found]) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rings", nargs="*", default=["4,8", "4,4", "4,16", "2,8", "8,8", "8,16", "2,32"])
+    parser.add_argument("--roles", action="store_true", help="what warps do, and how long they wait")
     parser.add_argument("--beside", action="store_true", help="a product of matrices beside 3 channels a rank")
     arguments = parser.parse_args()
     topology = Topology(2, 2)
@@ -188,6 +202,12 @@ def main() -> None:
         brought(rank, routed(rank, TOKENS, topology, EXPERTS, TOP_K, "random"), COLUMNS, torch.bfloat16)
         for rank in range(topology.ranks)
     ]
+    if arguments.roles:
+        exchanged = Exchanged(topology, Rings(SMS // 2, 4, 8), brings, "metered")
+        for name in ("dispatch", "combine"):
+            for role, (share, waits) in exchanged.roles(name).items():
+                print(f"{name:8} {role:14} {share:5.1%} of warps' time, of which {waits:5.1%} waiting", flush=True)
+        return
     if arguments.beside:
         for hints in (True, False, True, False):
             with nullcontext() if hints else changed("ptx.cuh", "L2::evict_first", "L2::evict_normal"):

@@ -199,8 +199,11 @@ struct Combine {
             for (i32 node = 0; node < exchange.nodes; node++)  // as many are read as come from the ranks of this node
                 if (node != exchange.node()) work[i32(Role::PASS)] += 2 * __ldg(arguments.records + node);
             Role role = first_role(work, grid, threadIdx.x / 32);
+            near.begins(role);
             if (role == Role::PASS && exchange.nodes > 1) pass();
+            near.begins(Role::HAND);
             if (exchange.locals() > 1) hand();
+            near.begins(Role::PASS);
             if (exchange.nodes > 1) pass();
             near.drain(), far.drain();
         }

@@ -78,17 +78,20 @@ struct Dispatch {
                 u32 chunk = other ? ptx::load_relaxed(&claimed(role, lane())) : 0;
                 i32 chunks = other ? look(lane(), chunk, ready) : 0;
                 bool left = chunks < 0 || i32(chunk) < chunks;
-                if (!__any_sync(~0u, left)) return;
+                if (!__any_sync(~0u, left)) break;
                 i32 node = claim(role, left && ready, chunk);
                 if (node >= 0) {
+                    near.goes_on();
                     work(node, i32(__shfl_sync(~0u, chunk, node)));
                     deadline = 0;
                     continue;
                 }
                 bool hopeless = turn % 64 == 0 && left && exchange.is_hopeless(deadline, exchange.on_rail(lane()), step);
                 lost = __any_sync(~0u, hopeless);
+                near.waits();
                 near.progress(), far.progress();
             }
+            near.goes_on();
         }
 
         __device__ __forceinline__ void send() {
@@ -287,6 +290,7 @@ struct Dispatch {
             work[i32(Role::PASS)] += exchange.nodes > 1;  // it is not known to be nothing
             Role role = first_role(work, grid, threadIdx.x / 32);
             for (i32 turn = 0; turn < ROLES; turn++, role = Role((i32(role) + 1) % ROLES)) {
+                near.begins(role);
                 if (role == Role::SEND) send();
                 if (role == Role::PASS) pass();
                 if (role == Role::HAND) hand();

@@ -51,6 +51,7 @@ struct Pieces {
             parity ^= 1u << oldest;
             oldest = wrapped(oldest + 1);
         }
+        __syncwarp();  // what all have read may be overwritten
         held -= pieces;
 #pragma unroll
         for (i32 step = 0; step < BYTES / STEP; step++)

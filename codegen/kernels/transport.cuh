@@ -7,7 +7,7 @@
 //     reduce    a row's parts that came from several ranks, summed in float32 in their order
 //
 // A kernel is compiled for a transport: to choose one costs nothing while it runs. A warp has one of its own, and all its lanes
-// call it together.
+// call it together. It is told, too, what the warp does: in which role it is, and when it begins and ends to wait.
 #pragma once
 #include "came.cuh"
 #include "nodes.cuh"
@@ -54,6 +54,32 @@ struct PeerTransport {
     __device__ __forceinline__ void progress() {}
     // Until all is under way.
     __device__ __forceinline__ void drain() {}
+    __device__ __forceinline__ void begins(Role) {}
+    __device__ __forceinline__ void waits() {}
+    __device__ __forceinline__ void goes_on() {}
+};
+
+// The same, for who wants to know what warps do: cycles of each role, and those of them that a warp has waited in.
+struct MeteredTransport : PeerTransport {
+    static constexpr i64 SCRATCH = 16 * ROLES;  // of each warp
+    u64* cycles;
+    i32 role = -1;
+    u64 begun = 0, since = 0, waited = 0;
+    __device__ __forceinline__ MeteredTransport(const Exchange& exchange, Shared& shared, u8* scratch)
+        : PeerTransport(exchange, shared, scratch), cycles(reinterpret_cast<u64*>(scratch)) {}
+    __device__ __forceinline__ void begins(Role next) {
+        u64 now = clock64();
+        if (role >= 0 && threadIdx.x % 32 == 0) cycles[2 * role] += now - begun, cycles[2 * role + 1] += waited;
+        role = i32(next), begun = now, waited = 0;
+    }
+    __device__ __forceinline__ void waits() {
+        if (!since) since = clock64();
+    }
+    __device__ __forceinline__ void goes_on() {
+        if (since) waited += clock64() - since;
+        since = 0;
+    }
+    __device__ __forceinline__ void drain() { begins(Role::SEND), role = -1; }
 };
 
 // The same, for tests: what is put or signalled is held back, and delivered late and in any order that fences allow. A network
@@ -151,6 +177,9 @@ struct FaultyTransport {
         if (held && random(4) == 0) deliver(random(held));
     }
     __device__ __forceinline__ void drain() { deliver_until(~0u); }
+    __device__ __forceinline__ void begins(Role) {}
+    __device__ __forceinline__ void waits() {}
+    __device__ __forceinline__ void goes_on() {}
 };
 
 // By a warp, each lane for itself or not at all, until every word that is waited for is at least that. False if that will not be.
@@ -158,6 +187,7 @@ template <typename... Transports>
 __device__ __forceinline__ bool wait_together(const Exchange& exchange, bool active, const u64* word, u64 at_least, i32 other,
                                               Step step, Transports&... transports) {
     u64 deadline = 0;
+    (transports.waits(), ...);
     for (u32 turn = 0;; turn++) {
         bool missing = active && ptx::load_relaxed_system(word) < at_least;
         if (!__any_sync(~0u, missing)) break;
@@ -165,6 +195,7 @@ __device__ __forceinline__ bool wait_together(const Exchange& exchange, bool act
         if (__any_sync(~0u, hopeless)) return false;
         (transports.progress(), ...);
     }
+    (transports.goes_on(), ...);
     ptx::fence_system();
     return true;
 }
