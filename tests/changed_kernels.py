@@ -14,12 +14,13 @@ from moecompile.runtime.launch import load
 
 
 @contextmanager
-def changed(file: str, before: str, after: str) -> Iterator[None]:
-    """Within, virtual nodes run kernels with `after` in that header, where `before` is once."""
+def changed(*changes: tuple[str, str, str]) -> Iterator[None]:
+    """Within, virtual nodes run changed kernels: of each change the header, what is there once, and what is instead."""
     headers = dict(instances.headers())
-    if headers[file].count(before) != 1:
-        raise ValueError(f"{file} has {headers[file].count(before)} times, not once: {before}")
-    headers[file] = headers[file].replace(before, after)
+    for file, before, after in changes:
+        if headers[file].count(before) != 1:
+            raise ValueError(f"{file} has {headers[file].count(before)} times, not once: {before}")
+        headers[file] = headers[file].replace(before, after)
 
     def compiled(instance: Instance) -> bytes:
         return nvrtc.compile_source(source(instance), headers, repr(instance)).cubin

@@ -39,7 +39,7 @@ LACKING = [
 )
 def test_it_is_found_out(file: str, before: str, after: str) -> None:
     """What is read too early is what another exchange has left there."""
-    with changed(file, before, after):
+    with changed((file, before, after)):
         assert not is_right(), "nobody has noticed"
 
 

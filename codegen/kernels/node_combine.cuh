@@ -108,7 +108,7 @@ struct Combine {
                             exchange.on_rail(min(lane(), exchange.nodes - 1)));
             if (!lost) find(node, begin, count);
             if (lost) return;
-            Next next = {node, count};
+            Next next = {part(node, lane(), 0), lane() == exchange.rail() ? arguments.columns * ELEMENT : exchange.pitch, count};
             read_ahead(next);
             for (i32 i = 0; i < count; i++) {
                 u8* row = pipe.rows + (i % sums) * apart;
@@ -141,7 +141,7 @@ struct Combine {
             __syncwarp();
         }
 
-        // The part of a record that a rank of this node has.
+        // The part of a record that a rank of this node has, one behind the other.
         __device__ __forceinline__ const u8* part(i32 node, i32 rail, i32 place) const {
             i32 from = node * exchange.locals() + rail;
             if (rail != exchange.rail()) return exchange.record(exchange.rank, from, place);
@@ -152,16 +152,18 @@ struct Combine {
             return lane() < exchange.locals() ? warp.places[record * exchange.locals() + lane()] : -1;
         }
 
-        // The pieces that are read next: those of all parts of a record, so many bytes behind their beginning.
+        // The pieces that are read next: those of all parts of a record, so many bytes behind their beginning. Of each lane the
+        // first part of its rank, and bytes from one to the next.
         struct Next {
-            i32 node, records, record = 0, at = 0;
+            const u8* parts;
+            i32 apart, records, record = 0, at = 0;
         };
         __device__ __forceinline__ void read_ahead(Next& next) {
             i32 bytes = arguments.columns * ELEMENT;
             while (next.record < next.records) {
                 i32 found = place(next.record);
                 if (!pieces.has_room(__popc(__ballot_sync(~0u, found >= 0)))) return;
-                pieces.read(found >= 0, part(next.node, lane(), found) + next.at, min(Pieces::BYTES, bytes - next.at));
+                pieces.read(found >= 0, next.parts + i64(found) * next.apart + next.at, min(Pieces::BYTES, bytes - next.at));
                 next.at += Pieces::BYTES;
                 if (next.at >= bytes) next.at = 0, next.record++;
             }
