@@ -120,9 +120,20 @@ class NodeExchange:
         chunk = rings.chunk if self.chunk is None else self.chunk
         if not 1 <= chunk <= min(rings.chunk, CHUNK):
             raise ValueError(f"moecompile: chunks of {chunk} records: expected 1 to {rings.chunk}")
-        where = (memory.rank, memory.topology.ranks, memory.topology.nodes, self.slot, memory.room // 16, self.capacity)
-        how = (pitch, rings.channels, rings.ring, chunk, memory.capacity, max(1, round(self.patience * 1000)))
-        return (memory.bases, memory.told, *where, *how)
+        topology = memory.topology
+        who = (memory.rank, topology.ranks, topology.nodes, topology.locals, *divmod(memory.rank, topology.locals))
+        how = (
+            self.slot,
+            memory.room // 16,
+            self.capacity,
+            pitch,
+            rings.channels,
+            rings.ring,
+            chunk,
+            memory.capacity,
+            max(1, round(self.patience * 1000)),
+        )
+        return (memory.bases, memory.told, *who, *how)
 
 
 def dispatch(exchange: NodeExchange, rows: Rows, plan: NodePlan, passed: Passed) -> Call:
@@ -193,7 +204,7 @@ def launch(exchange: NodeExchange, call: Call) -> None:
     instance, values = call
     kernel = load(instance, exchange.memory.own.device.index)
     sends = isinstance(instance, NodeDispatch | NodeCombine)
-    Launch(kernel, exchange.blocks if sends else kernel.multiprocessors, values).run()
+    Launch(kernel, exchange.blocks if sends else hopper_exchange.READERS * kernel.multiprocessors, values).run()
 
 
 def _dtypes(rows: Rows) -> tuple[str, str]:

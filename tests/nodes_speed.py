@@ -25,8 +25,8 @@ from moecompile.runtime.virtual_nodes import launch_all, launch_ranks
 from nodes_on_one_gpu import ROLES, Brought, Found, Ranks, became, brought, routed
 
 TOKENS, COLUMNS, EXPERTS, TOP_K, SMS = 4096, 7168, 64, 8, 20
-READERS = 33
-"""Blocks of each rank that read: together all multiprocessors."""
+READERS = 66
+"""Blocks of each rank that read: together two of each multiprocessor, as many as fit at once."""
 ROUNDS = 12
 
 

@@ -56,16 +56,16 @@ struct Combine {
 
         // Rows of all ranks but those of this rail.
         __device__ __forceinline__ void hand() {
-            i32 others = exchange.locals() - 1, from = exchange.nodes * others;
+            i32 others = exchange.locals - 1, from = exchange.nodes * others;
             for (i32 piece; !lost && (piece = claim_next(Role::HAND)) < chunks(shared.most_rows) * from;) {
                 i32 number = piece % from, node = number / others;
-                i32 rail = (exchange.rail() + 1 + number % others) % exchange.locals();
+                i32 rail = (exchange.rail + 1 + number % others) % exchange.locals;
                 hand_group(node, rail, first(piece / from));
             }
         }
 
         __device__ __forceinline__ void hand_group(i32 node, i32 rail, i32 begin) {
-            i32 of = node * exchange.locals() + rail, to = exchange.neighbour(rail), pitch = exchange.pitch;
+            i32 of = node * exchange.locals + rail, to = exchange.neighbour(rail), pitch = exchange.pitch;
             i32 count = min(exchange.chunk, __ldg(arguments.came + of) - begin), part = exchange.on_rail(node);
             if (count <= 0) return;
             i32 most = min(32, pipe.bytes / pitch), bytes = arguments.columns * ELEMENT;
@@ -98,17 +98,17 @@ struct Combine {
         __device__ __forceinline__ void pass() {
             i32 others = exchange.nodes - 1;
             for (i32 piece; !lost && (piece = claim_next(Role::PASS)) < chunks(shared.most_records) * others;)
-                pass_group((exchange.node() + 1 + piece % others) % exchange.nodes, first(piece / others));
+                pass_group((exchange.node + 1 + piece % others) % exchange.nodes, first(piece / others));
         }
 
         __device__ __forceinline__ void pass_group(i32 node, i32 begin) {
             i32 count = min(exchange.chunk, __ldg(arguments.records + node) - begin), to = exchange.on_rail(node);
             if (count <= 0) return;
-            wait_until_read(may_go_home, lane() < exchange.nodes && lane() != exchange.node(),
+            wait_until_read(may_go_home, lane() < exchange.nodes && lane() != exchange.node,
                             exchange.on_rail(min(lane(), exchange.nodes - 1)));
             if (!lost) find(node, begin, count);
             if (lost) return;
-            Next next = {part(node, lane(), 0), lane() == exchange.rail() ? arguments.columns * ELEMENT : exchange.pitch, count};
+            Next next = {part(node, lane(), 0), lane() == exchange.rail ? arguments.columns * ELEMENT : exchange.pitch, count};
             read_ahead(next);
             for (i32 i = 0; i < count; i++) {
                 u8* row = pipe.rows + (i % sums) * apart;
@@ -119,21 +119,21 @@ struct Combine {
                 sum(node, i, row, next);
                 ptx::fence_async_proxy();
                 __syncwarp();
-                far.put(lane() == 0, {to, exchange.home_record(exchange.node(), begin + i)}, row, exchange.pitch);
+                far.put(lane() == 0, {to, exchange.home_record(exchange.node, begin + i)}, row, exchange.pitch);
                 far.commit();
             }
             far.template fence<0>();
-            far.signal(lane() < count, {to, exchange.homed(exchange.node(), begin + lane())}, number);
+            far.signal(lane() < count, {to, exchange.homed(exchange.node, begin + lane())}, number);
         }
 
         // The places of the parts of records, once all are there.
         __device__ __forceinline__ void find(i32 node, i32 begin, i32 count) {
-            i32 locals = exchange.locals();
+            i32 locals = exchange.locals;
             const i32* passed = arguments.passed + (i64(node) * exchange.capacity + begin) * locals;
             for (i32 first = 0; first < count * locals && !lost; first += 32) {
                 i32 i = min(first + lane(), count * locals - 1), place = __ldg(passed + i), rail = i % locals;
                 const u8* flag = exchange.base(exchange.rank) + exchange.landed(node * locals + rail, max(place, 0));
-                lost = !wait_together(exchange, place >= 0 && rail != exchange.rail(), reinterpret_cast<const u64*>(flag), number,
+                lost = !wait_together(exchange, place >= 0 && rail != exchange.rail, reinterpret_cast<const u64*>(flag), number,
                                       exchange.neighbour(rail), Step::SUM, near, far);
                 warp.places[i] = place;
             }
@@ -143,13 +143,13 @@ struct Combine {
 
         // The part of a record that a rank of this node has, one behind the other.
         __device__ __forceinline__ const u8* part(i32 node, i32 rail, i32 place) const {
-            i32 from = node * exchange.locals() + rail;
-            if (rail != exchange.rail()) return exchange.record(exchange.rank, from, place);
+            i32 from = node * exchange.locals + rail;
+            if (rail != exchange.rail) return exchange.record(exchange.rank, from, place);
             return arguments.rows + (i64(from) * exchange.capacity + place) * arguments.columns * ELEMENT;
         }
         // The place of the lane's part of a record; less than none if it has none.
         __device__ __forceinline__ i32 place(i32 record) const {
-            return lane() < exchange.locals() ? warp.places[record * exchange.locals() + lane()] : -1;
+            return lane() < exchange.locals ? warp.places[record * exchange.locals + lane()] : -1;
         }
 
         // The pieces that are read next: those of all parts of a record, so many bytes behind their beginning. Of each lane the
@@ -176,7 +176,7 @@ struct Combine {
             float weights[LOCALS], total = 0;
 #pragma unroll
             for (i32 rail = 0; rail < LOCALS; rail++) {  // on their way while rows are summed
-                i32 of = rail < exchange.locals() ? warp.places[record * exchange.locals() + rail] : -1;
+                i32 of = rail < exchange.locals ? warp.places[record * exchange.locals + rail] : -1;
                 weights[rail] = weighs && of >= 0 ? Came<Weight>::one(behind(node, rail, of), lane()) : 0;
             }
             for (i32 at = 0; at < bytes; at += Pieces::BYTES) {
@@ -190,21 +190,21 @@ struct Combine {
 
         // What belongs to a part's experts: behind it, if it has travelled.
         __device__ __forceinline__ const u8* behind(i32 node, i32 rail, i32 place) const {
-            i64 own = i64(node * exchange.locals() + rail) * exchange.capacity + place;
-            if (rail != exchange.rail()) return part(node, rail, place) + arguments.columns * ELEMENT;
+            i64 own = i64(node * exchange.locals + rail) * exchange.capacity + place;
+            if (rail != exchange.rail) return part(node, rail, place) + arguments.columns * ELEMENT;
             return arguments.weights + own * arguments.top_k * ALONG;
         }
 
         __device__ __forceinline__ void run(const Grid& grid) {
             i32 work[ROLES] = {};
-            work[i32(Role::HAND)] = exchange.locals() > 1 ? shared.rows_of_all : 0;
+            work[i32(Role::HAND)] = exchange.locals > 1 ? shared.rows_of_all : 0;
             for (i32 node = 0; node < exchange.nodes; node++)  // as many are read as come from the ranks of this node
-                if (node != exchange.node()) work[i32(Role::PASS)] += 2 * __ldg(arguments.records + node);
+                if (node != exchange.node) work[i32(Role::PASS)] += 2 * __ldg(arguments.records + node);
             Role role = first_role(work, grid, threadIdx.x / 32);
             near.begins(role);
             if (role == Role::PASS && exchange.nodes > 1) pass();
             near.begins(Role::HAND);
-            if (exchange.locals() > 1) hand();
+            if (exchange.locals > 1) hand();
             near.begins(Role::PASS);
             if (exchange.nodes > 1) pass();
             near.drain(), far.drain();
@@ -212,14 +212,14 @@ struct Combine {
 
         // By a warp of the last block, when all is sent.
         __device__ __forceinline__ void say_over() {
-            i32 rail = min(lane(), exchange.locals() - 1), node = min(lane(), exchange.nodes - 1), slot = exchange.slot;
+            i32 rail = min(lane(), exchange.locals - 1), node = min(lane(), exchange.nodes - 1), slot = exchange.slot;
             i64 word = exchange.offset_of(words.over[slot][exchange.rank]);
             ptx::fence_system();
-            near.signal(lane() < exchange.locals(), {exchange.neighbour(rail), word}, number);
+            near.signal(lane() < exchange.locals, {exchange.neighbour(rail), word}, number);
             near.drain();
             i32 other = exchange.neighbour(rail);
-            if (wait_together(exchange, lane() < exchange.locals(), &words.over[slot][other], number, other, Step::OVER, near, far))
-                far.signal(lane() < exchange.nodes && lane() != exchange.node(), {exchange.on_rail(node), word}, number);
+            if (wait_together(exchange, lane() < exchange.locals, &words.over[slot][other], number, other, Step::OVER, near, far))
+                far.signal(lane() < exchange.nodes && lane() != exchange.node, {exchange.on_rail(node), word}, number);
             far.drain();
         }
     };
@@ -254,11 +254,11 @@ struct Combine {
     static __device__ __forceinline__ void count(Shared& shared, const Arguments& arguments) {
         const Exchange& exchange = arguments.exchange;
         i32 i = threadIdx.x;
-        if (i < exchange.ranks && i % exchange.locals() != exchange.rail()) {
+        if (i < exchange.ranks && i % exchange.locals != exchange.rail) {
             i32 rows = max(0, __ldg(arguments.came + i));
             atomicAdd(&shared.rows_of_all, rows), atomicMax(&shared.most_rows, rows);
         }
-        if (i < exchange.nodes && i != exchange.node()) atomicMax(&shared.most_records, __ldg(arguments.records + i));
+        if (i < exchange.nodes && i != exchange.node) atomicMax(&shared.most_records, __ldg(arguments.records + i));
     }
 };
 

@@ -62,7 +62,7 @@ struct Dispatch {
         __device__ __forceinline__ i32 claim(Role role, bool ready, u32 chunk) {
             u32 lanes = __ballot_sync(~0u, ready);
             if (!lanes) return -1;
-            u32 behind = lanes & ~((2u << exchange.node()) - 1);
+            u32 behind = lanes & ~((2u << exchange.node) - 1);
             i32 node = __ffs(behind ? behind : lanes) - 1;
             bool mine = lane() == node && atomicCAS(&claimed(role, node), chunk, chunk + 1) == chunk;
             return __any_sync(~0u, mine) ? node : -1;
@@ -74,7 +74,7 @@ struct Dispatch {
         __device__ __forceinline__ void work_off(Role role, Step step, Look look, Work work) {
             u64 deadline = 0;
             for (u32 turn = 1; !lost; turn++) {
-                bool other = lane() < exchange.nodes && lane() != exchange.node(), ready = false;
+                bool other = lane() < exchange.nodes && lane() != exchange.node, ready = false;
                 u32 chunk = other ? ptx::load_relaxed(&claimed(role, lane())) : 0;
                 i32 chunks = other ? look(lane(), chunk, ready) : 0;
                 bool left = chunks < 0 || i32(chunk) < chunks;
@@ -121,17 +121,17 @@ struct Dispatch {
                 [&](i32 batch, u8* rows) {
                     ptx::fence_async_proxy();
                     __syncwarp();
-                    Target target = {to, exchange.ring_record(exchange.node(), channel, place, batch * most)};
+                    Target target = {to, exchange.ring_record(exchange.node, channel, place, batch * most)};
                     far.put(lane() == 0, target, rows, min(most, count - batch * most) * pitch);
                 });
             far.template fence<0>();
-            Target target = {to, exchange.offset_of(words.filled[exchange.slot][exchange.node()][channel][place])};
+            Target target = {to, exchange.offset_of(words.filled[exchange.slot][exchange.node][channel][place])};
             far.signal(lane() == 0, target, u64(sequence) + 1);
         }
 
         // Begins to read lines, and writes what travels behind them: experts, weights, and, for another node, places there.
         __device__ __forceinline__ void load(const i32* lines, i32 count, i32 pitch, u8* rows, u64* full, i32 node) {
-            i32 top_k = arguments.top_k, locals = exchange.locals(), line = lane() < count ? __ldg(lines + lane()) : 0;
+            i32 top_k = arguments.top_k, locals = exchange.locals, line = lane() < count ? __ldg(lines + lane()) : 0;
             if (lane() == 0) ptx::barrier_expect(full, count * arguments.bytes);
             warp.lines[lane()] = line;
             __syncwarp();
@@ -178,7 +178,7 @@ struct Dispatch {
         // By a lane, in the first channel, where any warp may do it, or several the same: how many rows come from the rank of this
         // rail on that node, to each of this node. False as long as it is not known. What is told needs no order with rows.
         __device__ __forceinline__ bool relay(i32 node, i32 records) const {
-            i32 locals = exchange.locals(), slot = exchange.slot;
+            i32 locals = exchange.locals, slot = exchange.slot;
             for (i32 rail = 0; rail < locals; rail++)
                 if (untagged(ptx::load_relaxed_system(&words.announced[slot][node][1 + rail]), number) < 0) return false;
             for (i32 rail = 0; rail < locals; rail++) {
@@ -190,8 +190,9 @@ struct Dispatch {
         }
 
         __device__ __forceinline__ void pass_chunk(i32 node, i32 chunk, i32 count, u32 sequence) {
-            i32 begin = first(chunk), pitch = exchange.ring_pitch(), locals = exchange.locals();
+            i32 begin = first(chunk), pitch = exchange.ring_pitch(), locals = exchange.locals;
             i32 most = min(32 / locals, pipe.bytes / pitch), place = sequence % exchange.ring, from = exchange.on_rail(node);
+            i32 of = lane() / locals, rail = lane() % locals;
             const u8* ring = exchange.base(exchange.rank) + exchange.ring_record(node, channel, place, 0);
             ptx::fence_system();  // what was said to be there is
             ptx::fence_async_all();
@@ -204,7 +205,7 @@ struct Dispatch {
                     if (lane() == 0) ptx::load_bytes_once(rows, ring + i64(batch) * most * pitch, bytes, full);
                 },
                 [&](i32 batch, u8* rows) {
-                    i32 of = lane() / locals, rail = lane() % locals, record = batch * most + of, to = -1;
+                    i32 record = batch * most + of, to = -1;
                     if (of < most && record < count) {
                         to = reinterpret_cast<const i32*>(rows + of * pitch + exchange.pitch)[rail];
                         warp.places[record * locals + rail] = to;
@@ -214,7 +215,7 @@ struct Dispatch {
                     Target target = {exchange.neighbour(rail), exchange.record(from, to)};
                     near.put(to >= 0 && !lost, target, rows + of * pitch, exchange.pitch);
                 });
-            Target target = {from, exchange.offset_of(words.freed[exchange.slot][exchange.node()][channel][place])};
+            Target target = {from, exchange.offset_of(words.freed[exchange.slot][exchange.node][channel][place])};
             far.signal(lane() == 0, target, u64(sequence) + 1);
             near.template fence<0>();
             for (i32 i = 0; i < count * locals; i += 32) {
@@ -225,13 +226,13 @@ struct Dispatch {
         }
 
         __device__ __forceinline__ void hand() {
-            i32 others = exchange.locals() - 1, groups = 0;
+            i32 others = exchange.locals - 1, groups = 0;
             for (i32 rail = 0; rail <= others; rail++)
-                if (rail != exchange.rail()) groups = max(groups, chunks(shared.to_rank[exchange.neighbour(rail)]));
+                if (rail != exchange.rail) groups = max(groups, chunks(shared.to_rank[exchange.neighbour(rail)]));
             while (!lost) {
                 i32 piece = claim_next(Role::HAND);
                 if (piece >= groups * others) return;
-                hand_group(exchange.neighbour((exchange.rail() + 1 + piece % others) % (others + 1)), piece / others);
+                hand_group(exchange.neighbour((exchange.rail + 1 + piece % others) % (others + 1)), piece / others);
             }
         }
 
@@ -260,14 +261,14 @@ struct Dispatch {
         // What others have to know: how many rows come to the ranks of this node, how many records to other nodes, and how many
         // rows these are there.
         __device__ __forceinline__ void announce() {
-            i32 slot = exchange.slot, locals = exchange.locals();
+            i32 slot = exchange.slot, locals = exchange.locals;
             i32 next = exchange.neighbour(min(lane(), locals - 1));
             near.signal(lane() < locals, {next, exchange.offset_of(words.coming[slot][exchange.rank])},
                         tagged(number, shared.to_rank[next]));
             for (i32 i = 0; i <= locals; i++) {
                 i32 node = min(lane(), exchange.nodes - 1), count = i ? shared.to_rank[node * locals + i - 1] : shared.to_node[node];
-                far.signal(lane() < exchange.nodes && lane() != exchange.node(),
-                           {exchange.on_rail(node), exchange.offset_of(words.announced[slot][exchange.node()][i])},
+                far.signal(lane() < exchange.nodes && lane() != exchange.node,
+                           {exchange.on_rail(node), exchange.offset_of(words.announced[slot][exchange.node][i])},
                            tagged(number, count));
             }
         }
@@ -275,12 +276,12 @@ struct Dispatch {
         __device__ __forceinline__ void run(const Grid& grid) {
             i32 work[ROLES] = {}, rows = 0, records = 0, expected = 0;
             for (i32 rank = 0; rank < exchange.ranks; rank++) {
-                bool near_by = rank / exchange.locals() == exchange.node();
+                bool near_by = rank / exchange.locals == exchange.node;
                 if (!near_by) rows += shared.to_rank[rank];
                 if (near_by && rank != exchange.rank) work[i32(Role::HAND)] += exchange.chunk * chunks(shared.to_rank[rank]);
             }
             for (i32 node = 0; node < exchange.nodes; node++) {
-                if (node == exchange.node()) continue;
+                if (node == exchange.node) continue;
                 i32 coming = announced(node);  // as many as go there, if nobody has said it yet
                 records += shared.to_node[node];
                 work[i32(Role::SEND)] += exchange.chunk * chunks(shared.to_node[node]);

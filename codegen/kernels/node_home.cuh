@@ -57,7 +57,7 @@ struct Home {
     // By a warp: where the token's parts are, once they are there.
     static __device__ __forceinline__ void find(const Arguments& arguments, const u8** near, const u8** far, i32 token, u32 number) {
         const Exchange& exchange = arguments.exchange;
-        i32 lane = threadIdx.x % 32, locals = exchange.locals();
+        i32 lane = threadIdx.x % 32, locals = exchange.locals;
         const u8* memory = exchange.base(exchange.rank);
         if (lane < locals) {
             i32 rank = exchange.neighbour(lane), place = __ldcg(arguments.home + i64(token) * exchange.ranks + rank);
@@ -69,7 +69,7 @@ struct Home {
             near[lane] = at;
         }
         if (lane < exchange.nodes) {
-            i32 record = lane == exchange.node() ? -1 : __ldcg(arguments.node_home + i64(token) * exchange.nodes + lane);
+            i32 record = lane == exchange.node ? -1 : __ldcg(arguments.node_home + i64(token) * exchange.nodes + lane);
             bool there = record >= 0 && is_there(exchange, exchange.homed(lane, record), number, exchange.on_rail(lane));
             far[lane] = there ? memory + exchange.home_record(lane, record) : nullptr;
         }
@@ -95,8 +95,8 @@ struct Home {
             for (i32 j = 0; j < 8; j++) total[j] = to;
             for (i32 node = 0; node < exchange.nodes; node++) {
                 float part[8] = {};
-                if (node == exchange.node())
-                    reduce<Result>(near, exchange.locals(), column, part);
+                if (node == exchange.node)
+                    reduce<Result>(near, exchange.locals, column, part);
                 else
                     reduce<Result>(far + node, 1, column, part);
 #pragma unroll
@@ -108,7 +108,7 @@ struct Home {
             float total = to;
             for (i32 node = 0; node < exchange.nodes; node++) {
                 float part = 0;
-                for (i32 rail = 0; rail < exchange.locals() && node == exchange.node(); rail++)
+                for (i32 rail = 0; rail < exchange.locals && node == exchange.node; rail++)
                     if (near[rail]) part += Came<Weight>::one(behind(arguments, near[rail], rail, bytes), lane);
                 if (far[node]) part = Came<Weight>::one(far[node] + bytes, lane);
                 total += part;
@@ -120,14 +120,14 @@ struct Home {
 
     // What belongs to a part's experts: behind it, if it has travelled.
     static __device__ __forceinline__ const u8* behind(const Arguments& arguments, const u8* part, i32 rail, i32 bytes) {
-        if (rail != arguments.exchange.rail()) return part + bytes;
+        if (rail != arguments.exchange.rail) return part + bytes;
         return arguments.own_weights + (part - arguments.own) / bytes * arguments.top_k * ALONG;
     }
 
     // By a block: the exchange is over when all ranks of this node and all of this rail have said so.
     static __device__ __forceinline__ void await_all(Shared& shared, const Exchange& exchange, u32 number) {
-        for (i32 i = threadIdx.x; i < exchange.locals() + exchange.nodes; i += THREADS) {
-            i32 other = i < exchange.locals() ? exchange.neighbour(i) : exchange.on_rail(i - exchange.locals());
+        for (i32 i = threadIdx.x; i < exchange.locals + exchange.nodes; i += THREADS) {
+            i32 other = i < exchange.locals ? exchange.neighbour(i) : exchange.on_rail(i - exchange.locals);
             if (other == exchange.rank) continue;
             if (!exchange.wait(&exchange.words(exchange.rank).over[exchange.slot][other], number, other, Step::OVER)) shared.complete = 0;
         }

@@ -131,7 +131,7 @@ struct Sender {
     }
     // The same of all ranks of this node.
     __device__ __forceinline__ void wait_to_land() {
-        wait_until_read(may_land, lane() < exchange.locals(), exchange.neighbour(min(lane(), exchange.locals() - 1)));
+        wait_until_read(may_land, lane() < exchange.locals, exchange.neighbour(min(lane(), exchange.locals - 1)));
     }
 };
 

@@ -49,15 +49,13 @@ __device__ __forceinline__ i32 untagged(u64 word, u32 exchange) { return u32(wor
 struct Exchange : Waits<Exchange, Step> {
     const u64* bases;  // (ranks,): where each rank's memory begins, for this device
     u64* told;         // a word of the host's, which a failure is written to
-    i32 rank, ranks, nodes, slot, room, capacity, pitch, channels, ring, chunk, flags;
+    i32 rank, ranks, nodes, locals, node, rail;  // of `nodes` nodes of `locals` ranks, which are divided once, by the host
+    i32 slot, room, capacity, pitch, channels, ring, chunk, flags;
     i32 patience;      // milliseconds that a wait may take
 
-    __device__ __forceinline__ i32 locals() const { return ranks / nodes; }
-    __device__ __forceinline__ i32 node() const { return rank / locals(); }
-    __device__ __forceinline__ i32 rail() const { return rank % locals(); }
-    __device__ __forceinline__ i32 on_rail(i32 of_node) const { return of_node * locals() + rail(); }
-    __device__ __forceinline__ i32 neighbour(i32 of_rail) const { return node() * locals() + of_rail; }
-    __device__ __forceinline__ i32 ring_pitch() const { return pitch + (4 * locals() + 15) / 16 * 16; }
+    __device__ __forceinline__ i32 on_rail(i32 of_node) const { return of_node * locals + rail; }
+    __device__ __forceinline__ i32 neighbour(i32 of_rail) const { return node * locals + of_rail; }
+    __device__ __forceinline__ i32 ring_pitch() const { return pitch + (4 * locals + 15) / 16 * 16; }
     __device__ __forceinline__ u8* base(i32 of) const { return reinterpret_cast<u8*>(__ldg(bases + of)); }
     __device__ __forceinline__ Words& words(i32 of) const { return *reinterpret_cast<Words*>(base(of)); }
 
@@ -119,7 +117,7 @@ __device__ __forceinline__ void Exchange::done_reading(const Grid& grid) const {
     u32 exchange = exchange_of(ended);
     ended[0] = exchange;
     ptx::fence_system();
-    for (i32 of_rail = 0; of_rail < locals(); of_rail++)
+    for (i32 of_rail = 0; of_rail < locals; of_rail++)
         ptx::store_release_system(&words(neighbour(of_rail)).taken[slot][rank], exchange);
     for (i32 of_node = 0; of_node < nodes; of_node++)
         ptx::store_release_system(&words(on_rail(of_node)).taken[slot][rank], exchange);

@@ -32,6 +32,7 @@ struct Waits {
 
     // Tells everybody.
     __device__ __forceinline__ void give_up(u64 failure) const {
+#pragma unroll 1  // nobody is in a hurry, and many places give up
         for (i32 each = 0; each < self().ranks; each++) ptx::store_release_system(&self().words(each).aborted, failure);
         ptx::store_release_system(self().told, failure);
     }
