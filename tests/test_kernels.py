@@ -249,7 +249,8 @@ def test_no_local_memory(instance: Instance) -> None:
 def test_rows_travel_by_bulk_copies(instance: Instance) -> None:
     made = sass.machine(instance)
     assert made.counts.get("UBLKCP", 0) >= 2, "into shared memory, and out of it"
-    assert made.registers <= 128
+    most = 160 if isinstance(instance, NodeCombine) else 128  # which sums in registers what it sends
+    assert made.registers <= most
 
 
 @pytest.mark.parametrize("instance", QUANTISING, ids=lambda instance: instance.template)
