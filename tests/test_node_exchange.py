@@ -7,11 +7,13 @@ import re
 from unittest import mock
 
 import pytest
+import torch
 
 import node_exchange_checks
 from moecompile.codegen import instances
 from moecompile.runtime import node_memory
-from moecompile.runtime.node_memory import Rings, room_for
+from moecompile.runtime.hopper_nodes import NodeExchange
+from moecompile.runtime.node_memory import NodeMemory, Rings, room_for
 from moecompile.runtime.topology import Topology, nodes_of, topology_among
 from ranks_in_processes import checks_of, judge, run_on_ranks
 
@@ -75,6 +77,20 @@ def test_the_memory_is_laid_out_as_the_kernels_read_it() -> None:
     assert total == node_memory.WORDS
     steps = re.search(r"enum class Step \{([^}]*)\}", text)
     assert steps is not None and len(steps[1].split(",")) == len(node_memory.STEPS) + 2
+
+
+def test_an_exchange_is_what_the_kernels_take() -> None:
+    topology, rings = Topology(2, 4), Rings(channels=7, ring=3, chunk=9)
+    own, told = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    memory = NodeMemory(own, own, 6, topology, rings, 200, room_for(topology, rings, 200, 64), told)
+    values = NodeExchange(memory, 2, 100, patience=1.5, chunk=5).values(48)
+    struct = instances.headers()["nodes.cuh"].partition("struct Exchange ")[2].partition("__device__")[0]
+    names = re.findall(r"\w+", " ".join(re.findall(r"^ +(?:const u64\*|u64\*|i32) ([^;]*);", struct, re.M)))
+    found = {name: value for name, value in zip(names, values, strict=True) if isinstance(value, int)}
+    assert found == {
+        "rank": 6, "ranks": 8, "nodes": 2, "locals": 4, "node": 1, "rail": 2, "slot": 2, "room": memory.room // 16,
+        "capacity": 100, "pitch": 48, "channels": 7, "ring": 3, "chunk": 5, "flags": 200, "patience": 1500,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
