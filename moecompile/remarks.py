@@ -13,12 +13,15 @@ from moecompile.passes.aliases import fake_of
 from moecompile.passes.casts import Kept
 from moecompile.passes.exclusions import Exclusions, near
 from moecompile.passes.expert_parallel import Exchanged, gathers_left
+from moecompile.passes.group_limit import group_limit
 from moecompile.passes.hide import Rewritten
 from moecompile.passes.precision import modules_of
 from moecompile.passes.provenance import input_name
 from moecompile.report import GraphReport
+from moecompile.report_text import counted
 from moecompile.runtime.block_scaled import BlockScaled
 from moecompile.runtime.linear_fp8 import has_kernels
+from moecompile.runtime.topology import Topology, topology_of
 
 log = logging.getLogger("moecompile")
 
@@ -63,12 +66,32 @@ def remark_on_ranks(
         blocks = [each.module for each in exchanged if (each.group, each.capacity) == (group, capacity)]
         words = f"{group.ranks} ranks share the experts of {listed(each or 'the function' for each in blocks)}"
         record.notes.append(f"{words}, and exchange tokens, at most {capacity} of each rank")
+    record.notes += dict.fromkeys(_said_of_nodes(module.graph))
     if rewritten.hidden:
         record.notes.append(f"{rewritten.hidden} of {len(exchanged)} exchanges are hidden behind the experts")
     for kept in gathered:
         warn(record, f"experts of {kept.module or 'the function'} are gathered from all ranks: {kept.reason}")
     for name, readers in gathers_left(module.graph).items():
         warn(record, f"{name} is gathered from all ranks for {readers}", "no block of experts that was found reads it")
+
+
+def _said_of_nodes(graph: fx.Graph) -> Iterator[str]:
+    """What travels between nodes, and within them, for a token of each exchange among ranks of several nodes."""
+    for plan in graph.find_nodes(op="call_function", target=torch.ops.moecompile.exchange_plan.default):
+        users = [user for part in plan.users for user in part.users if "group" in user.kwargs]
+        topology = topology_of(str(users[0].kwargs["group"]), plan.kwargs["ranks"]) if users else Topology(1, 1)
+        if not topology.is_hierarchical:
+            continue
+        experts, top_k, row = plan.kwargs["num_experts"], fake_of(plan.args[0]).shape[1], fake_of(users[0].args[0])
+        limit, met = group_limit(plan.args[0], experts), min(topology.nodes, top_k)
+        chosen = "its router may choose any experts"
+        if limit is not None:
+            met = min(met, limit.parts_met(topology.nodes, experts))
+            chosen = f"its router chooses {limit.chosen} of {limit.number} groups of experts"
+        size = row.shape[1] * row.element_size()
+        others, ranks = min(met, topology.nodes - 1), min(top_k, topology.ranks)
+        words = f"{topology.nodes} nodes of {topology.locals} ranks: a token crosses to {counted(others, 'other node')} at most"
+        yield f"{words} ({chosen}), and is on {counted(ranks, 'rank')} at most; {size} bytes each, and as many back"
 
 
 def warn(record: GraphReport, note: str, *hints: str) -> None:

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, distributed
 
 import expert_parallel_checks
+import moecompile
 import quantized_travel_checks
 import token_exchange_checks
+from expert_parallel_models import EXPERTS, Block, compiled, mesh_of, tokens_of
 from moecompile.runtime.collectives import wide
 from moecompile.runtime.topology import topology_of
 
 ON_TWO_NODES = {"LOCAL_WORLD_SIZE": "2"}
 CAPACITY, HIDDEN, TOP_K = 24, 16, 3
+GROUPS = 1
+"""That a router chooses."""
 
 
 def _where(ranks: int, slot: int) -> dict[str, object]:
@@ -114,6 +118,36 @@ def check_under_inductor(rank: int, ranks: int) -> None:
     expert_parallel_checks.check_under_inductor(rank, ranks)
     torch._dynamo.reset()
     _on_two_nodes(expert_parallel_checks, "check_under_inductor", rank, ranks)
+
+
+class Grouped(Block):
+    """Its router chooses one of four groups of experts."""
+
+    def forward(self, x: Tensor, routed_by: Tensor | None = None) -> Tensor:
+        """As DeepSeek-V3 does."""
+        scores = self.router(x).float().sigmoid()
+        groups = scores.view(-1, 4, EXPERTS // 4).amax(-1).topk(GROUPS, -1).indices
+        others = torch.ones(len(x), 4, dtype=torch.bool, device=x.device).scatter(1, groups, False)
+        weights, ids = scores.masked_fill(others.repeat_interleave(EXPERTS // 4, 1), float("-inf")).topk(2, -1)
+        result: Tensor = self.experts(x, ids, weights)
+        return result
+
+
+def check_the_report_says_what_crosses(rank: int, ranks: int) -> None:
+    with mock.patch.dict(os.environ, ON_TWO_NODES):
+        for model, words in (
+            (Block(), "its router may choose any experts"),
+            (Grouped(), f"its router chooses {GROUPS} of 4 groups of experts"),
+        ):
+            moecompile.shard_experts(model, mesh_of(ranks))
+            moecompile.reset()
+            compiled(model)(tokens_of(rank, 5))
+            (graph,) = moecompile.last_report().graphs
+            (said,) = [note for note in graph.notes if "nodes" in note]
+            assert said == (
+                f"{ranks // 2} nodes of 2 ranks: a token crosses to 1 other node at most ({words}), and is on 2 ranks "
+                f"at most; {2 * expert_parallel_checks.HIDDEN} bytes each, and as many back"
+            ), said
 
 
 def check_exchanges_of_models(rank: int, ranks: int) -> None:
