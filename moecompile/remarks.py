@@ -90,8 +90,9 @@ def _said_of_nodes(graph: fx.Graph) -> Iterator[str]:
             chosen = f"its router chooses {limit.chosen} of {limit.number} groups of experts"
         size = row.shape[1] * row.element_size()
         others, ranks = min(met, topology.nodes - 1), min(top_k, topology.ranks)
-        words = f"{topology.nodes} nodes of {topology.locals} ranks: a token crosses to {counted(others, 'other node')} at most"
-        yield f"{words} ({chosen}), and is on {counted(ranks, 'rank')} at most; {size} bytes each, and as many back"
+        words = f"{topology.nodes} nodes of {topology.locals} ranks: a token crosses to"
+        words += f" {counted(others, 'other node')} at most ({chosen})"
+        yield f"{words}, and is on {counted(ranks, 'rank')} at most; {size} bytes each, and as many back"
 
 
 def warn(record: GraphReport, note: str, *hints: str) -> None:
