@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from moecompile.codegen import nvrtc
+from moecompile.codegen import network, nvrtc
+from moecompile.codegen.exchanges import reaches_network
 from moecompile.codegen.instances import Instance, headers, source
 from moecompile.codegen.progress import Progress
 
@@ -145,7 +146,8 @@ def _sources_digest() -> str:
 
 
 def _key(instance: Instance) -> str:
-    parts = (_sources_digest(), source(instance), str(nvrtc.version()), *nvrtc.FLAGS)
+    linked = [str(network.installed().version)] if reaches_network(instance) else []
+    parts = (_sources_digest(), source(instance), str(nvrtc.version()), *nvrtc.FLAGS, *linked)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -166,7 +168,8 @@ def _from_disk(instance: Instance) -> bytes | None:
 
 def _build(instance: Instance) -> bytes:
     started = time.perf_counter()
-    compiled = nvrtc.compile_source(source(instance), headers(), repr(instance))
+    compiler = network if reaches_network(instance) else nvrtc
+    compiled = compiler.compile_source(source(instance), headers(), repr(instance))
     log.info("compiled %s in %.1f s", instance, time.perf_counter() - started)
     try:
         _write(path(instance), compiled.cubin)

@@ -146,9 +146,20 @@ TRANSPORTS = {
     "peer": "nodes::PeerTransport",
     "faulty": "nodes::FaultyTransport",
     "metered": "nodes::MeteredTransport",
+    "network": "nodes::NetworkTransport",
 }
-"""What ranks exchange through: memory that a device writes by itself; that, late and in any order that is allowed; and
-that, where it is measured what warps do."""
+"""What ranks exchange through: memory that a device writes by itself; that, late and in any order that is allowed;
+that, where it is measured what warps do; NVSHMEM (between nodes alone)."""
+
+
+def _included(far: str) -> str:
+    """What a kernel needs before it can be made of templates: NVSHMEM is not everywhere."""
+    return '#include "network.cuh"\n' if far == "network" else ""
+
+
+def reaches_network(instance: Instance) -> bool:
+    """Whether a kernel is linked with NVSHMEM."""
+    return getattr(instance, "far", "") == "network"
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,11 @@ class NodeDispatch:
 
     header: ClassVar[str] = "node_dispatch.cuh"
     name: ClassVar[str] = "moecompile_node_dispatch"
-    definitions: ClassVar[str] = ""
+
+    @property
+    def definitions(self) -> str:
+        """The transport, if it is not everywhere."""
+        return _included(self.far)
 
     @property
     def template(self) -> str:
@@ -181,18 +196,24 @@ class NodeReceive:
 
     Attributes:
         ids: dtype of the expert ids of the latter, one of IDS.
+        far: how ranks of different nodes exchange, "peer" or "network".
     """
 
     ids: str
+    far: str = "peer"
 
     header: ClassVar[str] = "node_receive.cuh"
     name: ClassVar[str] = "moecompile_node_receive"
-    definitions: ClassVar[str] = ""
+
+    @property
+    def definitions(self) -> str:
+        """The transport, if it is not everywhere."""
+        return _included(self.far)
 
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("ExchangeReceive", IDS[self.ids], False, "nodes::Exchange")
+        return instantiation("ExchangeReceive", IDS[self.ids], False, f"nodes::Reading<{TRANSPORTS[self.far]}>")
 
 
 @dataclass(frozen=True)
@@ -213,7 +234,11 @@ class NodeCombine:
 
     header: ClassVar[str] = "node_combine.cuh"
     name: ClassVar[str] = "moecompile_node_combine"
-    definitions: ClassVar[str] = ""
+
+    @property
+    def definitions(self) -> str:
+        """The transport, if it is not everywhere."""
+        return _included(self.far)
 
     @property
     def template(self) -> str:
@@ -229,19 +254,25 @@ class NodeHome:
     Attributes:
         rows: their dtype, one of RESULTS.
         weights: that of what travelled with them, one of RESULTS.
+        far: how ranks of different nodes exchange, "peer" or "network".
     """
 
     rows: str
     weights: str
+    far: str = "peer"
 
     header: ClassVar[str] = "node_home.cuh"
     name: ClassVar[str] = "moecompile_node_home"
-    definitions: ClassVar[str] = ""
+
+    @property
+    def definitions(self) -> str:
+        """The transport, if it is not everywhere."""
+        return _included(self.far)
 
     @property
     def template(self) -> str:
         """The C++ type."""
-        return instantiation("nodes::Home", RESULTS[self.rows], RESULTS[self.weights])
+        return instantiation("nodes::Home", RESULTS[self.rows], RESULTS[self.weights], TRANSPORTS[self.far])
 
 
 @dataclass(frozen=True)

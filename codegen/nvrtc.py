@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,14 @@ def version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def compile_source(source: str, headers: Mapping[str, str], what: str) -> Compiled:
+def compile_source(source: str, headers: Mapping[str, str], what: str, flags: Sequence[str] = ()) -> Compiled:
     """Compiles one translation unit.
 
     Args:
         source: CUDA C++.
         headers: text of the files it may include, by name.
         what: names it in errors.
+        flags: beside FLAGS.
 
     Raises:
         CompileError: with the compiler's log, `what` and the source.
@@ -78,7 +79,8 @@ def compile_source(source: str, headers: Mapping[str, str], what: str) -> Compil
         "nvrtcCreateProgram",
     )
     try:
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(FLAGS), [flag.encode() for flag in FLAGS])
+        given = [flag.encode() for flag in (*FLAGS, *flags)]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
         if int(status):
             raise CompileError(f"NVRTC {'.'.join(map(str, version()))} could not compile {what}:\n{log}\n{source}")

@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 
 from moecompile import doctor_gpus
+from moecompile.codegen import network
 from moecompile.codegen.cubins import cache_directory
 from moecompile.finding import Finding
 from moecompile.options import (
@@ -157,6 +158,14 @@ def _nvrtc(item: str) -> Finding:
     return Finding(item, "ok", f"{major}.{minor}")
 
 
+def _nvshmem(item: str) -> Finding:
+    try:
+        version = network.installed().version
+    except (ImportError, network.NetworkMissing):
+        return Finding(item, "note", "not found; one host does without", network.CURE)
+    return Finding(item, "ok", f"{version}; kernels between nodes can be compiled, but no operator calls them yet")
+
+
 def _for_kernels(item: str, found: str, cure: str) -> Finding:
     """What moecompile's own kernels lack: nothing to be done where no GPU would run them."""
     wanted = HOPPER in _capabilities()
@@ -230,6 +239,7 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
     "transformers": _transformers,
     "cuda-python": _cuda_python,
     "NVRTC": _nvrtc,
+    "NVSHMEM": _nvshmem,
     "GPU": _gpu,
     doctor_gpus.ITEM: doctor_gpus.expert_parallelism,
 }

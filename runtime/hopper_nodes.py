@@ -102,6 +102,11 @@ class NodeExchange:
         """Of the kernels that send."""
         return SMS_OF_A_CHANNEL * self.memory.rings.channels
 
+    @property
+    def reads(self) -> str:
+        """How ranks of different nodes are told that rows have been read: what tests do to rows is not done to that."""
+        return "network" if self.far == "network" else "peer"
+
     def values(self, pitch: int) -> tuple[Value, ...]:
         """`Exchange` of nodes.cuh, for rows of `pitch` bytes.
 
@@ -132,6 +137,7 @@ class NodeExchange:
             chunk,
             memory.capacity,
             max(1, round(self.patience * 1000)),
+            int(self.far == "network"),
         )
         return (memory.bases, memory.told, *who, *how)
 
@@ -162,7 +168,7 @@ def receive(exchange: NodeExchange, rows: Rows, sent: Tensor, into: Rows, came: 
         came: (ranks,) int32; how many rows came from each.
         experts: of each rank.
     """
-    return NodeReceive(rows.id_type), (
+    return NodeReceive(rows.id_type, exchange.reads), (
         *exchange.values(rows.pitch), rows.values, sent, rows.ids, rows.weights, into.values, into.ids, into.weights,
         came, None, None, 0, None, 0, rows.line_bytes, rows.row_bytes // 16, rows.top_k, rows.weight_bytes, experts,
     )  # fmt: skip
@@ -193,7 +199,7 @@ def sum_at_home(exchange: NodeExchange, plan: NodePlan, rows: Rows, into: Rows) 
         into: room for T of them.
     """
     tokens, columns = into.values.shape
-    return NodeHome(*_dtypes(rows)), (
+    return NodeHome(*_dtypes(rows), exchange.reads), (
         *exchange.values(rows.pitch), plan.home, plan.node_home, rows.values, rows.weights, into.values, into.weights,
         tokens, columns, rows.top_k,
     )  # fmt: skip

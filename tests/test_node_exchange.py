@@ -90,6 +90,7 @@ def test_an_exchange_is_what_the_kernels_take() -> None:
     assert found == {
         "rank": 6, "ranks": 8, "nodes": 2, "locals": 4, "node": 1, "rail": 2, "slot": 2, "room": memory.room // 16,
         "capacity": 100, "pitch": 48, "channels": 7, "ring": 3, "chunk": 5, "flags": 200, "patience": 1500,
+        "networked": 0,
     }  # fmt: skip
 
 

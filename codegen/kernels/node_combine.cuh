@@ -221,6 +221,7 @@ struct Combine {
             if (wait_together(exchange, lane() < exchange.locals, &words.over[slot][other], number, other, Step::OVER, near, far))
                 far.signal(lane() < exchange.nodes && lane() != exchange.node, {exchange.on_rail(node), word}, number);
             far.drain();
+            this->pass_failure_on();
         }
     };
 

@@ -316,6 +316,7 @@ struct Dispatch {
         __syncthreads();
         if (threadIdx.x == 0) shared.last = grid.is_last_block(words.begun[exchange.slot][1]);
         __syncthreads();
+        if (shared.last && threadIdx.x < 32) worker.pass_failure_on();
         if (shared.last) finish(exchange, words, number);
     }
 

@@ -7,11 +7,11 @@
 
 namespace nodes {
 
-template <typename Result, typename Weight>
+template <typename Result, typename Weight, typename Far>
 struct Home {
     static constexpr i32 THREADS = 256, BLOCKS = 1, WARPS = THREADS / 32;
     struct Arguments {
-        Exchange exchange;
+        Reading<Far> exchange;
         const i32* home;       // (tokens, ranks): the place of a token on each rank, -1 where it has none
         const i32* node_home;  // (tokens, nodes): its number among the records to each node, likewise
         const u8* own;         // (ranks * capacity, columns): this rank's own rows are read where they are
@@ -30,7 +30,7 @@ struct Home {
     static __device__ __forceinline__ void run(const Arguments& arguments, const Grid& grid = Grid::whole()) {
         extern __shared__ __align__(16) u8 raw[];
         Shared& shared = *reinterpret_cast<Shared*>(raw);
-        const Exchange& exchange = arguments.exchange;
+        const Reading<Far>& exchange = arguments.exchange;
         u32 number = exchange_of(exchange.words(exchange.rank).ended[exchange.slot]);
         i32 warps = grid.blocks * WARPS, warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = grid.block * WARPS + warp;
         if (threadIdx.x == 0) shared.complete = 1;

@@ -1,4 +1,4 @@
 // exchange_receive.cuh, of rows that came from several nodes (nodes.cuh).
 #pragma once
 #include "exchange_receive.cuh"
-#include "nodes.cuh"
+#include "transport.cuh"

@@ -129,9 +129,21 @@ struct Sender {
         read = wait_together(exchange, active, &words.taken[exchange.slot][other], number - 1, other, Step::LAND, near, far);
         lost |= !read;
     }
+
     // The same of all ranks of this node.
     __device__ __forceinline__ void wait_to_land() {
         wait_until_read(may_land, lane() < exchange.locals, exchange.neighbour(min(lane(), exchange.locals - 1)));
+    }
+
+    // By a warp, when all is sent: ranks that only a network reaches are told if anybody has given up.
+    __device__ __forceinline__ void pass_failure_on() {
+        if (!exchange.networked) return;
+        u64 failure = __shfl_sync(~0u, ptx::load_relaxed_system(&words.aborted), 0);
+        i32 node = min(lane(), exchange.nodes - 1);
+        if (!failure) return;
+        far.signal(lane() < exchange.nodes && lane() != exchange.node, {exchange.on_rail(node), exchange.offset_of(words.aborted)},
+                   failure);
+        far.drain();
     }
 };
 

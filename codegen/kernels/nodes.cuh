@@ -47,12 +47,14 @@ __device__ __forceinline__ i32 untagged(u64 word, u32 exchange) { return u32(wor
 
 // One exchange, as this rank sees it: the first argument of its kernels.
 struct Exchange : Waits<Exchange, Step> {
-    const u64* bases;  // (ranks,): where each rank's memory begins, for this device
+    const u64* bases;  // (ranks,): where each rank's memory begins, for this device; of one on a network, its number there
     u64* told;         // a word of the host's, which a failure is written to
     i32 rank, ranks, nodes, locals, node, rail;  // of `nodes` nodes of `locals` ranks, which are divided once, by the host
     i32 slot, room, capacity, pitch, channels, ring, chunk, flags;
     i32 patience;      // milliseconds that a wait may take
+    i32 networked;     // whether other nodes are on a network, and not in this device's reach
 
+    __device__ __forceinline__ bool reaches(i32 of) const { return !networked || of / locals == node; }
     __device__ __forceinline__ i32 on_rail(i32 of_node) const { return of_node * locals + rail; }
     __device__ __forceinline__ i32 neighbour(i32 of_rail) const { return node * locals + of_rail; }
     __device__ __forceinline__ i32 ring_pitch() const { return pitch + (4 * locals + 15) / 16 * 16; }
@@ -107,20 +109,6 @@ struct Exchange : Waits<Exchange, Step> {
         return __any_sync(~0u, lost) ? -1 : count;
     }
 
-    // By one thread of each block of a kernel that reads rows, when the block is done: those who write here may write again.
-    __device__ __forceinline__ void done_reading(const Grid& grid) const;
 };
-
-__device__ __forceinline__ void Exchange::done_reading(const Grid& grid) const {
-    u32(&ended)[2] = words(rank).ended[slot];
-    if (!grid.is_last_block(ended[1])) return;
-    u32 exchange = exchange_of(ended);
-    ended[0] = exchange;
-    ptx::fence_system();
-    for (i32 of_rail = 0; of_rail < locals; of_rail++)
-        ptx::store_release_system(&words(neighbour(of_rail)).taken[slot][rank], exchange);
-    for (i32 of_node = 0; of_node < nodes; of_node++)
-        ptx::store_release_system(&words(on_rail(of_node)).taken[slot][rank], exchange);
-}
 
 }  // namespace nodes

@@ -36,6 +36,7 @@ struct Peers : Waits<Peers, Step> {
     i32 rank, ranks, slot, room, capacity, pitch, channels;
     i32 patience;      // milliseconds that a wait may take
 
+    __device__ __forceinline__ bool reaches(i32) const { return true; }
     __device__ __forceinline__ PeerWords& words(i32 of) const { return *reinterpret_cast<PeerWords*>(__ldg(bases + of)); }
     // The record at that rank which has that place among those of `from`.
     __device__ __forceinline__ u8* record(i32 at, i32 from, i32 place) const {

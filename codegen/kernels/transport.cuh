@@ -48,7 +48,11 @@ struct PeerTransport {
         __syncwarp();
     }
     __device__ __forceinline__ void signal(bool active, const Target& to, u64 value) {
-        if (active) ptx::store_release_system(reinterpret_cast<u64*>(exchange.base(to.rank) + to.offset), value);
+        if (active) tell(exchange, to, value);
+    }
+    // By a thread that has put nothing.
+    static __device__ __forceinline__ void tell(const Exchange& exchange, const Target& to, u64 value) {
+        ptx::store_release_system(reinterpret_cast<u64*>(exchange.base(to.rank) + to.offset), value);
     }
     // While the warp waits for something.
     __device__ __forceinline__ void progress() {}
@@ -199,6 +203,23 @@ __device__ __forceinline__ bool wait_together(const Exchange& exchange, bool act
     ptx::fence_system();
     return true;
 }
+
+// An exchange in kernels that read rows, and say so by a transport between nodes.
+template <typename Far>
+struct Reading : Exchange {
+    // By one thread of each block, when the block is done: those who write here may write again.
+    __device__ __forceinline__ void done_reading(const Grid& grid) const {
+        u32(&ended)[2] = words(rank).ended[slot];
+        if (!grid.is_last_block(ended[1])) return;
+        u32 exchange = exchange_of(ended);
+        ended[0] = exchange;
+        ptx::fence_system();
+        i64 word = offset_of(words(rank).taken[slot][rank]);
+        for (i32 of_rail = 0; of_rail < locals; of_rail++) PeerTransport::tell(*this, {neighbour(of_rail), word}, exchange);
+        for (i32 of_node = 0; of_node < nodes; of_node++)
+            if (of_node != node) Far::tell(*this, {on_rail(of_node), word}, exchange);
+    }
+};
 
 // Eight columns of a row: the sum of its parts, of which some may not be there.
 template <typename Result>

@@ -17,7 +17,7 @@ __device__ __forceinline__ u64 failure_of(i32 rank, i32 other, Step step, i32 sl
     return u64(rank + 1) | u64(other + 1) << 16 | u64(step) << 32 | u64(slot) << 40;
 }
 
-// Of an exchange `Self`, which inherits it: it has a rank of so many, its slot, `patience`, `told`, and words of all ranks.
+// Of an exchange `Self`, which inherits it: it has a rank of so many, its slot, `patience`, `told`, and words of those that it reaches.
 template <typename Self, typename Step>
 struct Waits {
     using Steps = Step;
@@ -30,10 +30,11 @@ struct Waits {
         return failure;
     }
 
-    // Tells everybody.
+    // Tells everybody whose memory this device writes by itself; whoever sends to others tells these (node_roles.cuh).
     __device__ __forceinline__ void give_up(u64 failure) const {
 #pragma unroll 1  // nobody is in a hurry, and many places give up
-        for (i32 each = 0; each < self().ranks; each++) ptx::store_release_system(&self().words(each).aborted, failure);
+        for (i32 each = 0; each < self().ranks; each++)
+            if (self().reaches(each)) ptx::store_release_system(&self().words(each).aborted, failure);
         ptx::store_release_system(self().told, failure);
     }
 
