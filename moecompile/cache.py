@@ -28,6 +28,9 @@ from torch import fx
 import moecompile
 from moecompile.codegen.cubins import cache_directory
 from moecompile.options import Options
+from moecompile.passes.aliases import fake_of
+from moecompile.runtime.hopper_exchange import serves
+from moecompile.runtime.peer_memory import reaches_peers
 from moecompile.runtime.topology import topology_of
 
 log = logging.getLogger(__name__)
@@ -66,16 +69,24 @@ def salt(options: Options, topologies: Sequence[str] = ()) -> str:
 
 
 def topologies_of(gm: fx.GraphModule) -> list[str]:
-    """Where the ranks of each group are that a graph exchanges tokens among.
+    """Where the ranks of each group are that a graph exchanges tokens among, and who carries these.
 
     The sizes of what they tell each other follow from that, and are nowhere in the graph.
     """
-    bodies = [each for each in gm.modules() if isinstance(each, fx.GraphModule)]
-    exchanges = [
-        node.kwargs for body in bodies for node in body.graph.nodes if {"group", "ranks"} <= node.kwargs.keys()
-    ]
-    groups = {(str(each["group"]), int(each["ranks"])) for each in exchanges}
-    return [f"{group} {topology_of(group, ranks)}" for group, ranks in sorted(groups)]
+    found = set[str]()
+    for body in (each for each in gm.modules() if isinstance(each, fx.GraphModule)):
+        for node in body.graph.nodes:
+            if {"group", "ranks"} <= node.kwargs.keys():
+                found.add(f"{node.kwargs['group']} {topology_of(node.kwargs['group'], node.kwargs['ranks'])}")
+            if {"group", "ranks", "capacity"} <= node.kwargs.keys() and _is_by_kernels(node):
+                found.add(f"{node.kwargs['group']} by kernels")
+    return sorted(found)
+
+
+def _is_by_kernels(node: fx.Node) -> bool:
+    """Whether moecompile's kernels carry tokens, where they take them: as example values of the operator ask, too."""
+    device = fake_of(node.all_input_nodes[0]).device
+    return serves(device) and reaches_peers(str(node.kwargs["group"]), device)
 
 
 def salted(patches: Mapping[str, Any], text: str, own: Callable[[fx.Graph], object] | None = None) -> dict[str, Any]:

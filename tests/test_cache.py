@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -228,3 +229,20 @@ def test_an_unusable_cache_directory_is_a_warning(tmp_path: Path, monkeypatch: p
         cache.Sidecar("abcd").write("forward", "f")
         assert cache.Sidecar("abcd").read() == {}
     assert any("set MOECOMPILE_CACHE_DIR" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("target", ["dispatch_start", "gather_experts"])
+def test_who_carries_tokens_is_told_apart(target: str) -> None:
+    """Kernels and collectives give operators other shapes, of the same graph. Who gathers alone asks nobody."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(3, 4)
+    exchanges = target == "dispatch_start"
+    among = {"ranks": 2, "group": "0", **({"capacity": 3} if exchanges else {})}
+    graph.output(graph.call_function(getattr(torch.ops.moecompile, target).default, (x,), among))
+    gm, found = fx.GraphModule({}, graph), list[list[str]]()
+    for reached in (False, True):
+        with mock.patch.object(cache, "serves", lambda _: True):
+            with mock.patch.object(cache, "reaches_peers", lambda group, _, reached=reached: reached):
+                found.append(cache.topologies_of(gm))
+    assert (found[0] != found[1]) is exchanges
