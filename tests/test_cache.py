@@ -238,7 +238,7 @@ def test_who_carries_tokens_is_told_apart(target: str) -> None:
     x = graph.placeholder("x")
     x.meta["example_value"] = torch.empty(3, 4)
     exchanges = target == "dispatch_start"
-    among = {"ranks": 2, "group": "0", **({"capacity": 3} if exchanges else {})}
+    among: dict[str, Any] = {"ranks": 2, "group": "0", **({"capacity": 3} if exchanges else {})}
     graph.output(graph.call_function(getattr(torch.ops.moecompile, target).default, (x,), among))
     gm, found = fx.GraphModule({}, graph), list[list[str]]()
     for reached in (False, True):
