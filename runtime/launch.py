@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from moecompile.codegen import cubins
+from moecompile.codegen.exchanges import reaches_network
 from moecompile.codegen.instances import Instance
+from moecompile.runtime import network
 
 FACTS = ("shared_bytes", "argument_bytes", "threads", "blocks_of_a_cluster")  # `KernelFacts` of kernels/kernel.cuh
 
@@ -297,6 +299,8 @@ def load(instance: Instance, device: int) -> Kernel:
         context = driver_call("cuDevicePrimaryCtxRetain", driver_call("cuDeviceGet", device), about=about)  # torch's
         driver_call("cuCtxSetCurrent", context, about=about)  # this thread may not have met the device yet
         module = driver_call("cuModuleLoadData", machine_code, about=about)
+        if reaches_network(instance):
+            network.prepare(int(module))
         function = driver_call("cuModuleGetFunction", module, instance.name.encode(), about=about)
         pointer, size = driver_call("cuModuleGetGlobal", module, b"facts", about=about)
         facts = (ctypes.c_int32 * len(FACTS))()

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from moecompile.runtime import network
 from moecompile.runtime.peer_memory import addresses_of, failure_of, word_of_host
+from moecompile.runtime.sharded import process_group
 from moecompile.runtime.topology import Topology
 
 RANKS, NODES, LOCALS, SLOTS, CHANNELS, RING, CHUNK = 64, 16, 8, 4, 32, 8, 32
@@ -107,6 +109,7 @@ class NodeMemory:
         room: bytes of a slot.
         told: a word of the host's memory that the kernels write a failure to.
         held: what keeps the mapping of the others' memory alive.
+        scratch: what a network sends from.
     """
 
     own: Tensor
@@ -118,6 +121,7 @@ class NodeMemory:
     room: int
     told: Tensor
     held: object = field(default=None, repr=False)
+    scratch: Tensor | None = None
 
     def failure(self) -> str:
         """Who gave up an exchange, waiting for whom, as far as it is known here; empty if nobody has."""
@@ -128,6 +132,31 @@ def bytes_of(topology: Topology, capacity: int, room: int) -> int:
     """Of a rank's memory."""
     flags = 8 * SLOTS * (topology.ranks + topology.nodes) * capacity
     return -(-(WORDS + flags) // 128) * 128 + SLOTS * room
+
+
+def among_nodes(group: str, topology: Topology, rings: Rings, capacity: int, pitch: int, scratch: int) -> NodeMemory:
+    """Memory of a group on several nodes, in NVSHMEM's heap. All of its ranks call it.
+
+    Args:
+        group: its name.
+        topology: of its ranks.
+        rings: between nodes.
+        capacity: rows of each rank at most.
+        pitch: bytes of the longest row.
+        scratch: bytes that transports need, `NodeMemory.scratch`.
+
+    Raises:
+        NetworkMissing: as `network.join`.
+        RuntimeError: ranks of a node that cannot reach each other's memory; NVSHMEM has other ranks.
+    """
+    network.join(group)
+    rank, room = distributed.get_rank(process_group(group)), room_for(topology, rings, capacity, pitch)
+    own = network.heap(bytes_of(topology, capacity, room))
+    handed_over = network.heap(scratch)
+    bases = addresses_of(network.addresses(own, topology, rank), own.device)
+    torch.cuda.synchronize(own.device)
+    distributed.barrier(process_group(group))  # nobody writes before all have cleared theirs
+    return NodeMemory(own, bases, rank, topology, rings, capacity, room, word_of_host(), scratch=handed_over)
 
 
 def on_one_device(topology: Topology, rings: Rings, capacity: int, pitch: int, device: int) -> list[NodeMemory]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from packaging.version import Version
 
 import sass
@@ -14,6 +17,8 @@ from moecompile import doctor
 from moecompile.codegen import cubins, network, nvrtc
 from moecompile.codegen.exchanges import NodeCombine, NodeDispatch, NodeHome, NodeReceive, reaches_network
 from moecompile.codegen.instances import IDS, RESULTS, Instance, headers, source
+from moecompile.runtime import network as runtime_network
+from moecompile.runtime.topology import Topology
 
 sass.require_compiler()
 
@@ -67,6 +72,42 @@ def test_what_is_not_there_is_an_error(nvshmem: network.Installed) -> None:
     calls = 'extern "C" __device__ void nobody_has_this();\nextern "C" __global__ void k() { nobody_has_this(); }\n'
     with pytest.raises(nvrtc.CompileError, match=r"(?s)could not link my kernel.*nobody_has_this"):
         network.compile_source(calls, {}, "my kernel")
+
+
+def test_the_library_is_of_the_version_of_the_headers(nvshmem: network.Installed) -> None:
+    """The library itself is asked; it loads without a GPU."""
+    pytest.importorskip("nvshmem.core")
+    runtime_network.check_version()
+    other = network.Installed(Version("3.99.1"), nvshmem.includes, nvshmem.library)
+    with mock.patch.object(network, "installed", lambda: other):
+        with pytest.raises(network.NetworkMissing, match=r"loads NVSHMEM [\d.]+, and its headers are of 3\.99\.1"):
+            runtime_network.check_version()
+
+
+def test_one_group_has_the_network() -> None:
+    with mock.patch.object(runtime_network, "_joined", ["experts"]):
+        runtime_network.join("experts")
+        with pytest.raises(
+            RuntimeError, match="ranks of group experts exchange tokens over a network, and those of group others"
+        ):
+            runtime_network.join("others")
+
+
+def test_kernels_come_after_their_ranks() -> None:
+    with pytest.raises(RuntimeError, match="loaded before its ranks have joined NVSHMEM"):
+        runtime_network.prepare(0)
+
+
+def test_addresses() -> None:
+    """Of ranks of this node their memory; of others their numbers."""
+    own, peers = torch.zeros(8), {4: torch.zeros(8), 5: torch.zeros(8)}
+    torch_of_nvshmem = SimpleNamespace(get_peer_tensor=lambda _, rank: peers.get(rank))
+    modules = {"nvshmem": mock.Mock(), "nvshmem.core": mock.Mock(), "nvshmem.core.interop": mock.Mock()}
+    with mock.patch.dict(sys.modules, {**modules, "nvshmem.core.interop.torch": torch_of_nvshmem}):
+        found = runtime_network.addresses(own, Topology(3, 3), 3)
+        assert found == [0, 1, 2, own.data_ptr(), peers[4].data_ptr(), peers[5].data_ptr(), 6, 7, 8]
+        with pytest.raises(RuntimeError, match="rank 1 cannot write into the memory of rank 0 of its node"):
+            runtime_network.addresses(own, Topology(3, 3), 1)
 
 
 def _laid_out(folder: Path, version: str, library: bool) -> str:
