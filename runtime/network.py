@@ -38,8 +38,8 @@ def join(group: str) -> None:
         return
     if _joined:
         raise RuntimeError(
-            f"moecompile: ranks of group {_joined[0]} exchange tokens over a network, and those of group {group} cannot: "
-            "NVSHMEM has one set of ranks in a process. Share the experts of all models among the same ranks"
+            f"moecompile: ranks of group {_joined[0]} exchange tokens over a network, and those of group {group} "
+            "cannot: NVSHMEM has one set of ranks in a process. Share the experts of all models among the same ranks"
         )
     check_version()
     from cuda.core import Device
@@ -91,8 +91,8 @@ def addresses(own: Tensor, topology: Topology, rank: int) -> list[int]:
         if peer is None or peer.data_ptr() == 0:
             raise RuntimeError(
                 f"moecompile: rank {rank} cannot write into the memory of rank {other} of its node: expected GPUs that "
-                "NVLink or PCIe connect (python -m moecompile doctor), and LOCAL_WORLD_SIZE to say how many ranks a node "
-                "has"
+                "NVLink or PCIe connect (python -m moecompile doctor), and LOCAL_WORLD_SIZE to say how many ranks a "
+                "node has"
             )
         found[other] = peer.data_ptr()
     return found
