@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from moecompile.codegen.cubins import NOWHERE, cache_directory
+from sparing import spare
 
 GOLDENS = Path(__file__).parent / "goldens"
 Golden = Callable[[str, str], None]
@@ -32,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    spare()
     os.environ["COLUMNS"] = "100"  # what is printed does not depend on where the tests run
     if cache_directory() != NOWHERE:  # beside the texts of its graphs: of what others here have compiled there are none
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "torchinductor"))
@@ -73,6 +76,11 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             )
 
     return check
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what all files have imported stays, and need not be looked through again and again
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

@@ -12,22 +12,33 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import multiprocessing
 import time
 import traceback
 import unittest
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed
 
 from moecompile import ranks as moecompile_ranks
+from sparing import spare
 
 PATIENCE = timedelta(seconds=60)
 SKIPPED = "skipped: "
+IMPORTED = (
+    "pytest",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "moecompile.lowering",
+    "moecompile.pipeline",
+)
+"""What all ranks need."""
 
 
 def checks_of(module: ModuleType, but: Sequence[str] = ()) -> tuple[str, ...]:
@@ -46,13 +57,28 @@ def run_on_ranks(
     ranks: int, module: str, names: Sequence[str], directory: Path, patience: timedelta = PATIENCE
 ) -> dict[str, str]:
     """What each check came to."""
-    torch.multiprocessing.spawn(_rank_main, (ranks, module, list(names), str(directory), patience), nprocs=ranks)
+    start_ranks(ranks, _rank_main, (ranks, module, list(names), str(directory), patience))
     return {name: "".join(_note(directory, name, rank).read_text() for rank in range(ranks)) for name in names}
+
+
+def start_ranks(ranks: int, main: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """Runs `main(rank, *args)` in processes, until all are done.
+
+    They are copies of one that has imported what takes seconds, and has done nothing else. Where there are GPUs, each
+    is a new one: CUDA does not live on in a copy.
+
+    Raises:
+        torch.multiprocessing.ProcessException: one has failed.
+    """
+    multiprocessing.set_forkserver_preload([*IMPORTED])
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    torch.multiprocessing.start_processes(main, args, nprocs=ranks, start_method=method)
 
 
 def _rank_main(rank: int, ranks: int, module: str, names: Sequence[str], directory: str, patience: timedelta) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
+    spare()
     checks, place = importlib.import_module(module), Path(directory)
     moecompile_ranks.PATIENCE = patience
     for name in names:

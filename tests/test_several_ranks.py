@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import moecompile
+from ranks_in_processes import start_ranks
 from test_precision import block_of
 
 RANKS, STEPS = 2, 2
@@ -109,4 +110,4 @@ def _same_on_all(tensors: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks(how: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(trained, (str(tmp_path / "store"), how), nprocs=RANKS)
+    start_ranks(RANKS, trained, (str(tmp_path / "store"), how))

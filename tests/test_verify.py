@@ -19,6 +19,7 @@ import zoo_forms
 from moecompile import ranks
 from moecompile.passes import fuse
 from moecompile.passes.site import Site
+from ranks_in_processes import start_ranks
 from small_models import HIDDEN, Layer, Model, assert_same, compiled, inputs
 from zoo_case import make
 
@@ -172,7 +173,7 @@ def rank_main(rank: int, file: str, verdicts: list[bool]) -> None:
 
 @pytest.mark.parametrize("verdicts", [[False, True, False], [False, False]])
 def test_all_ranks_decide_alike(verdicts: list[bool], tmp_path: Path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path / "store"), verdicts), nprocs=len(verdicts))
+    start_ranks(len(verdicts), rank_main, (str(tmp_path / "store"), verdicts))
 
 
 def test_one_rank_decides_alone():
