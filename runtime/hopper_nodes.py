@@ -83,7 +83,7 @@ class NodeExchange:
         capacity: rows of each rank at most.
         patience: seconds that a rank waits for another.
         chunk: records that travel together between nodes; None for as many as the memory has room for.
-        scratch: of transports that hold back what they are given.
+        scratch: of transports that hold back what they are given, or send it from there.
         near: how ranks of one node exchange, one of `moecompile.codegen.instances.TRANSPORTS`.
         far: how ranks of different nodes do.
     """

@@ -149,10 +149,24 @@ class Ranks:
         """Every bit of an exchange, against what it says of itself."""
         failures = [memory.failure() for memory in self.every]
         assert not any(failures), failures
-        for rank, mine in enumerate(brings):
-            self._check_plan(mine, found[rank].plan)
-            self._check_sums(rank, mine, found[rank])
-            self._check_rows(rank, brings, found)
+        right = Right(self.topology, self.experts, self.capacity)
+        for rank in range(self.topology.ranks):
+            right.check(rank, brings, [each.plan for each in found], found[rank])
+
+
+@dataclass(frozen=True)
+class Right:
+    """What an exchange has to come to."""
+
+    topology: Topology
+    experts: int
+    capacity: int
+
+    def check(self, rank: int, brings: Sequence[Brought], plans: Sequence[NodePlan], found: Found) -> None:
+        """Of one rank, every bit."""
+        self._check_plan(brings[rank], found.plan)
+        self._check_sums(rank, brings[rank], found)
+        self._check_rows(rank, brings, plans, found)
 
     def _check_plan(self, mine: Brought, plan: NodePlan) -> None:
         for of, (sent, home) in (
@@ -176,21 +190,22 @@ class Ranks:
         assert found.sums.weights is not None
         assert torch.equal(found.sums.weights, times), rank
 
-    def _check_rows(self, rank: int, brings: Sequence[Brought], found: Sequence[Found]) -> None:
-        rows, ids, weights = found[rank].rows.values, found[rank].rows.ids, found[rank].rows.weights
+    def _check_rows(self, rank: int, brings: Sequence[Brought], plans: Sequence[NodePlan], found: Found) -> None:
+        rows, ids, weights = found.rows.values, found.rows.ids, found.rows.weights
+        here = self.experts // self.topology.ranks
         assert ids is not None and weights is not None
         for other, mine in enumerate(brings):
-            token = found[other].plan.sent.view(self.topology.ranks, self.capacity)[rank]
+            token = plans[other].sent.view(self.topology.ranks, self.capacity)[rank]
             token = token[token >= 0].long()
             count = len(token)
-            assert int(found[rank].came[other]) == count, (rank, other, int(found[rank].came[other]), count)
-            here = slice(other * self.capacity, other * self.capacity + count)
-            assert torch.equal(rows[here], mine.x[token]), (rank, other)
-            local = mine.ids[token] - rank * self.here
-            local = torch.where((local >= 0) & (local < self.here), local, -1)
-            assert torch.equal(ids[here], local.int()), (rank, other)
-            assert torch.equal(weights[here], mine.weights[token]), (rank, other)
-            rest = slice(here.stop, (other + 1) * self.capacity)
+            assert int(found.came[other]) == count, (rank, other, int(found.came[other]), count)
+            came = slice(other * self.capacity, other * self.capacity + count)
+            assert torch.equal(rows[came], mine.x[token]), (rank, other)
+            local = mine.ids[token] - rank * here
+            local = torch.where((local >= 0) & (local < here), local, -1)
+            assert torch.equal(ids[came], local.int()), (rank, other)
+            assert torch.equal(weights[came], mine.weights[token]), (rank, other)
+            rest = slice(came.stop, (other + 1) * self.capacity)
             assert bool((ids[rest] == -1).all()) and not weights[rest].any()
 
 

@@ -231,8 +231,8 @@ __device__ __forceinline__ void store_bytes(void* to, const void* from, u32 byte
                  : "memory");
 }
 
-// The same of bytes that nobody here needs soon: L2 gives them up first, and keeps what others have there.
-__device__ __forceinline__ u64 not_soon() {
+// The same of bytes that are read once: L2 gives them up first, and keeps what others have there.
+__device__ __forceinline__ u64 read_once() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
@@ -240,12 +240,7 @@ __device__ __forceinline__ u64 not_soon() {
 __device__ __forceinline__ void load_bytes_once(void* to, const void* from, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(not_soon())
-                 : "memory");
-}
-__device__ __forceinline__ void store_bytes_once(void* to, const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(to),
-                 "r"(shared_address(from)), "r"(bytes), "l"(not_soon())
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(read_once())
                  : "memory");
 }
 

@@ -4,7 +4,7 @@
 //     signal    a word into a rank's memory, by each lane that has one; what was put and signalled before the last `fence` that it
 //               is covered by comes before it
 //     wait      until a word of this rank's own memory is at least something (`wait_together`)
-//     reduce    a row's parts that came from several ranks, summed in float32 in their order
+//     reduce    a row's parts that came from several ranks, summed in float32 in their order: from memory, or read ahead (pieces.cuh)
 //
 // A kernel is compiled for a transport: to choose one costs nothing while it runs. A warp has one of its own, and all its lanes
 // call it together. It is told, too, what the warp does: in which role it is, and when it begins and ends to wait.
