@@ -35,7 +35,7 @@ from moecompile.bench_ep_peers import Baseline, baselines
 from moecompile.bench_ep_ranks import Ranks, RanksFailedError
 from moecompile.bench_ep_rows import bars, numberless, proven
 from moecompile.bench_ep_sharded import OPTIONS, Sharded
-from moecompile.bench_proof import EMULATED, NotOursError, WrongResultError, kernels_of, prove
+from moecompile.bench_proof import EMULATED, NotOursError, WrongResultError, compare, kernels_of, prove
 from moecompile.bench_results import Floor, Setting, Speed
 from moecompile.bench_timing import Contender, Statistics, measure_single
 
@@ -164,7 +164,8 @@ def _checked(
         try:
             if each.name != EAGER:
                 found = ranks.attempt(outcomes[each.name])
-                error = ranks.attempt(partial(_distance, found, expected, BOUNDS[each.precision]))
+                right = {what: expected[what] for what in found}
+                error = ranks.attempt(partial(compare, found, right, BOUNDS[each.precision], "the eager baseline's"))
                 notes[each.name] = f"{ranks.largest([error])[0]:.1e} from the eager baseline" if found else "to the bit"
             if each.name in OPTIONS:
                 ranks.attempt(_exchanging)
@@ -188,18 +189,6 @@ def _exchanging() -> None:
         name in each for each in graphs for name in exchanging
     ):
         raise NotOursError(f"its tokens are not exchanged: {report}")
-
-
-def _distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> float:
-    """The largest relative norm of a difference; WrongResultError if it is more than `bound`."""
-    most = 0.0
-    for what, result in found.items():
-        norm = float(torch.linalg.vector_norm(expected[what], dtype=torch.float32))
-        error = float(torch.linalg.vector_norm(result - expected[what], dtype=torch.float32)) / max(norm, 1e-30)
-        if not error <= bound:
-            raise WrongResultError(f"{what} is {error:.3g} away from the eager baseline's, more than {bound:g}")
-        most = max(most, error)
-    return most
 
 
 def _ratios(name: str, times: Mapping[str, Statistics], fastest: float | None) -> dict[str, float]:

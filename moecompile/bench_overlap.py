@@ -29,7 +29,7 @@ from moecompile.bench_ep_ranks import Ranks, RanksFailedError
 from moecompile.bench_ep_rows import numberless
 from moecompile.bench_overlap_exposed import Exposed, measure_exposed
 from moecompile.bench_overlap_layers import APART, HALVES, INDUCTOR, OPTIONS, WHOLE, Case, Model
-from moecompile.bench_proof import WrongResultError
+from moecompile.bench_proof import compare
 from moecompile.bench_ranks import RanksBench, Steps
 from moecompile.bench_results import Setting, Speed
 from moecompile.bench_timing import Contender, Statistics, measure_single
@@ -103,7 +103,7 @@ def _checked(setting: Setting, ranks: Ranks, model: Model, calls: Mapping[str, A
     for name in others:
         try:
             found = ranks.attempt(partial(_outcome, model, calls[name]))
-            error = ranks.largest([ranks.attempt(partial(_distance, found, expected))])[0]
+            error = ranks.largest([ranks.attempt(partial(compare, found, expected, BOUND, "the first one's"))])[0]
             notes[name] = f"{error:.1e} from the first one's{_said(name)}"
         except RanksFailedError as failure:  # the others are measured all the same
             setting.results.fail(f"{case}, {name}", failure)
@@ -113,18 +113,6 @@ def _checked(setting: Setting, ranks: Ranks, model: Model, calls: Mapping[str, A
 def _outcome(model: Model, call: Any) -> dict[str, Tensor]:
     found = call()
     return model.gradients() if found is None else {"result": found}
-
-
-def _distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative norm of a difference; WrongResultError if it is more than BOUND."""
-    most = 0.0
-    for name, right in expected.items():
-        norm = float(torch.linalg.vector_norm(right, dtype=torch.float32))
-        error = float(torch.linalg.vector_norm(found[name] - right, dtype=torch.float32)) / max(norm, 1e-30)
-        if not error <= BOUND:
-            raise WrongResultError(f"{name} is {error:.3g} away from the first one's, more than {BOUND:g}")
-        most = max(most, error)
-    return most
 
 
 def _said(name: str) -> str:

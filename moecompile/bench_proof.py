@@ -7,7 +7,6 @@ do without; and nobody else may launch any of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -108,10 +107,15 @@ def require(contender: Contender, names: Sequence[str]) -> None:
         raise NotOursError(f"moecompile's kernels did not run: no {', '.join(missing)}; of ours there ran {ran}")
 
 
-def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float) -> None:
-    """Raises WrongResultError where the norm of a difference, relative, is more than `bound`."""
+def compare(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float, whose: str = "PyTorch's"
+) -> float:
+    """The largest norm of a difference, relative; WrongResultError where it is more than `bound`."""
+    most = 0.0
     for what, right in expected.items():
         norm = float(torch.linalg.vector_norm(right, dtype=torch.float32))
-        error = float(torch.linalg.vector_norm(found[what] - right, dtype=torch.float32)) / norm
-        if not error <= bound or math.isnan(error):
-            raise WrongResultError(f"{what} is {error:.3g} away from PyTorch's, more than {bound:g}")
+        error = float(torch.linalg.vector_norm(found[what] - right, dtype=torch.float32)) / max(norm, 1e-30)
+        if not error <= bound:  # a NaN is none
+            raise WrongResultError(f"{what} is {error:.3g} away from {whose}, more than {bound:g}")
+        most = max(most, error)
+    return most

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from moecompile.bench_cases import FORWARD
-from moecompile.bench_overlap import _distance
 from moecompile.bench_overlap_exposed import Exposed, exposed, joined
 from moecompile.bench_overlap_layers import APART, HALVES, INDUCTOR, WHOLE
-from moecompile.bench_proof import WrongResultError
+from moecompile.bench_proof import WrongResultError, compare
 from moecompile.commands import main
 
 
@@ -45,7 +44,7 @@ def test_what_is_exposed() -> None:
 
 def test_wrong_results() -> None:
     right = {"result": torch.ones(4)}
-    assert _distance({"result": torch.ones(4)}, right) == 0
+    assert compare({"result": torch.ones(4)}, right, 0.02) == 0
     for wrong in (torch.ones(4) * 1.1, torch.full((4,), torch.nan)):
         with pytest.raises(WrongResultError, match="result is"):
-            _distance({"result": wrong}, right)
+            compare({"result": wrong}, right, 0.02)
