@@ -15,6 +15,7 @@ most of it back.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,11 @@ class Task:
     receives: tuple[int, ...] = ()
     makes: float = 0.0
 
+    @functools.cached_property
+    def behind(self) -> frozenset[int]:
+        """The tasks that come before it, each once."""
+        return frozenset(self.after)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -94,7 +100,7 @@ class Timeline:
     exposed: float
     peak: float
 
-    @property
+    @functools.cached_property
     def makespan(self) -> float:
         """Seconds from the first task's beginning until the last has ended, and all has arrived."""
         return max((span.end for span in (*self.computed, *filter(None, self.sent))), default=0.0)
@@ -166,7 +172,8 @@ def _next(
     """The task to run now."""
     if not ready.numbers:
         raise ScheduleError(f"tasks wait for each other: {', '.join(tasks[each].name for each in machine.left()[:8])}")
-    arrived = [each for each in ready.numbers if machine.arrival(each) <= machine.now]
+    now = machine.now
+    arrived = [each for each in ready.numbers if not tasks[each].receives or machine.arrival(each) <= now]
     if not arrived:
         return min(ready.numbers, key=lambda each: (machine.arrival(each), first[each]))
     at_once = [each for each in arrived if tasks[each].sends is not None or not tasks[each].duration]
@@ -184,7 +191,7 @@ def users_of(tasks: Sequence[Task]) -> list[list[int]]:
     """Of each task those that come after it."""
     users: list[list[int]] = [[] for _ in tasks]
     for number, task in enumerate(tasks):
-        for before in {*task.after}:
+        for before in task.behind:
             users[before].append(number)
     return users
 
@@ -234,7 +241,7 @@ class _Ready:
     """Tasks all of whose predecessors have run, in the order in which they became so."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._missing, self._users = [len({*task.after}) for task in tasks], users_of(tasks)
+        self._missing, self._users = [len(task.behind) for task in tasks], users_of(tasks)
         self.numbers = dict.fromkeys(number for number, missing in enumerate(self._missing) if not missing)
 
     def done(self, number: int) -> None:
@@ -266,11 +273,12 @@ class _Machine:
 
     def arrival(self, number: int) -> float:
         """When all that it receives has arrived."""
-        return max((self._sent[each].end for each in self.tasks[number].receives), default=0.0)
+        receives = self.tasks[number].receives
+        return max(self._sent[each].end for each in receives) if receives else 0.0
 
     def freed(self, number: int) -> float:
         """Bytes that nobody reads any more once it has run."""
-        return sum(self.tasks[each].makes for each in {*self.tasks[number].after} if self._users[each] == 1)
+        return sum(self.tasks[each].makes for each in self.tasks[number].behind if self._users[each] == 1)
 
     def left(self) -> list[int]:
         """Tasks that have not run."""
@@ -279,11 +287,12 @@ class _Machine:
     def run(self, number: int) -> None:
         """Runs the task next."""
         task = self.tasks[number]
-        early = [self.tasks[each].name for each in task.after if each not in self._computed]
-        if number in self._computed or early:
+        if number in self._computed or not self._computed.keys() >= task.behind:
+            early = [self.tasks[each].name for each in task.after if each not in self._computed]
             raise ScheduleError(f"{task.name} {'runs twice' if not early else 'runs before ' + ', '.join(early)}")
-        self.exposed += max(0.0, self.arrival(number) - self.now)
-        self.now = max(self.now, self.arrival(number))
+        arrival = self.arrival(number)
+        self.exposed += max(0.0, arrival - self.now)
+        self.now = max(self.now, arrival)
         begin = self.now
         self._compute(task.duration)
         self._computed[number] = Span(begin, self.now)
@@ -300,8 +309,11 @@ class _Machine:
         while work > 0:
             while self._flying and self._flying[0][0] <= self.now:
                 heapq.heappop(self._flying)
-            rate = 1 - max((share for _, share in self._flying), default=0.0)
-            until = self._flying[0][0] if self._flying else float("inf")
+            if not self._flying:
+                self.now += work
+                return
+            rate = 1 - max(share for _, share in self._flying)
+            until = self._flying[0][0]
             if work <= rate * (until - self.now):
                 self.now += work / rate
                 return
@@ -312,7 +324,7 @@ class _Machine:
         task = self.tasks[number]
         self.held += task.makes
         self.peak = max(self.peak, self.held)
-        for before in {*task.after}:
+        for before in task.behind:
             self._users[before] -= 1
             if not self._users[before]:
                 self.held -= self.tasks[before].makes
