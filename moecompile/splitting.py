@@ -70,7 +70,7 @@ def split(gm: fx.GraphModule, options: Options, record: GraphReport) -> fx.Graph
         halves = microbatches.split(gm)
         if not halves.exchanges:
             raise NotProvenError("; ".join(halves.whole) or "what exchanges tokens does not hold the batch")
-        gain = _gain(gm, halves.graph, options)
+        gain = _gain(gm, halves.operators, options)
     except NotProvenError as error:
         why = str(error)
     if not _agree(gm.graph, groups, why):
@@ -91,13 +91,18 @@ def forget() -> None:
     _agreed.clear()
 
 
-def _gain(gm: fx.GraphModule, halves: fx.GraphModule, options: Options) -> str:
+def _gain(gm: fx.GraphModule, halves: fx.Graph, options: Options) -> str:
     """What is predicted, of training with a backward that mirrors the forward, for people.
+
+    Args:
+        gm: whole.
+        halves: operators of the graph that computes halves.
+        options: for this model.
 
     Raises:
         NotProvenError: nothing is known, or halves are not faster, or by less than a prediction is worth.
     """
-    whole_plan = _predicted(_as_it_would_be(gm, options), options, 1)
+    whole_plan = _predicted(microbatches.operators_of(_as_it_would_be(gm, options)), options, 1)
     half_plan = _predicted(halves, options, microbatches.HALVES)
     if whole_plan is None or half_plan is None:
         raise NotProvenError("there are sizes that nobody knows yet")
@@ -133,8 +138,8 @@ def _as_it_would_be(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def _predicted(gm: fx.GraphModule, options: Options, parts: int) -> Plan | None:
-    return ordering.predicted(microbatches.operators_of(gm), options.lowering == "inductor", parts)
+def _predicted(operators: fx.Graph, options: Options, parts: int) -> Plan | None:
+    return ordering.predicted(operators, options.lowering == "inductor", parts)
 
 
 def _agree(graph: fx.Graph, groups: list[str], why: str) -> bool:

@@ -60,11 +60,13 @@ class Split:
         graph: runs on halves what may.
         exchanges: that it does twice now, of half the tokens each.
         whole: why the rest stays as it was.
+        operators: `operators_of` that graph.
     """
 
     graph: fx.GraphModule
     exchanges: int
     whole: tuple[str, ...]
+    operators: fx.Graph
 
 
 def split(gm: fx.GraphModule) -> Split:
@@ -85,19 +87,20 @@ def split(gm: fx.GraphModule) -> Split:
     why = dict.fromkeys(each.reason for node in _live(gm.graph) if isinstance(each := seen.meaning.get(node), Mixed))
     writer = _Halves(gm.graph, seen, halved, batch)
     made = fx.GraphModule(gm, writer.graph())
-    _check_sizes(made, writer, batch, hint)
-    return Split(made, len(begun), tuple(why))
+    operators = _with_checked_sizes(made, writer, batch, hint)
+    return Split(made, len(begun), tuple(why), operators)
 
 
-def _check_sizes(made: fx.GraphModule, writer: _Halves, batch: sympy.Symbol, hint: int) -> None:
-    """All that halves make is as large as the same of the whole, of a batch half as large.
+def _with_checked_sizes(made: fx.GraphModule, writer: _Halves, batch: sympy.Symbol, hint: int) -> fx.Graph:
+    """What it is traced to; all that halves make is as large as the same of the whole, of a batch half as large.
 
     A number of the batch that has only decided how much is taken of something else (`x[:, :len(x)]`) is in no operator.
     """
     own, stands_for = _to_be_traced(made)
     watched = _Watched(own)
-    _operators(watched.all_values, own)
-    found = {stands_for[node]: _shapes(watched.seen[node.name][1]) for node in watched.nodes}
+    graph = _operators(watched.run, own)
+    graph.eliminate_dead_code()
+    found = {stands_for[node]: _shapes(watched.left[node.name]) for node in watched.nodes}
     for half in writer.of_half:
         for node in writer.halved:
             if writer.seen.meaning[node] is INSIDE:
@@ -105,6 +108,7 @@ def _check_sizes(made: fx.GraphModule, writer: _Halves, batch: sympy.Symbol, hin
             expected = [[size.subs(batch, hint // HALVES) for size in shape] for shape in writer.seen.shapes[node]]
             if [[size.subs(batch, hint) for size in shape] for shape in found[half[node]]] != expected:
                 raise NotProvenError(f"{node.name} would have other sizes in a half")
+    return graph
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[list[sympy.Expr]]:
@@ -167,7 +171,7 @@ class _Seen:
 def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
     """What its operators make of the batch, as they are without autograd."""
     own, stands_for = _to_be_traced(gm)
-    watched = _Watched(own)
+    watched = _AllGiven(own)
     graph = _operators(watched.all_values, own)
     meanings, seen = meanings_of(graph, batch), _Seen()
     (output,) = graph.find_nodes(op="output")
@@ -175,7 +179,7 @@ def _traced(gm: fx.GraphModule, batch: sympy.Symbol) -> _Seen:
         original, made = stands_for[node], [each.args[0] for each in clones]
         found = [meanings[each] for each in (*made, *left, *numbers) if isinstance(each, fx.Node)]
         seen.meaning[original] = _together(found, len(left))
-        seen.shapes[original] = _shapes(watched.seen[node.name][1])
+        seen.shapes[original] = _shapes(watched.left[node.name])
         if node.op == "placeholder" and made:
             seen.given[original] = meanings[made[0]]
         if made != left:
@@ -218,28 +222,42 @@ def _together(found: Sequence[Meaning], tensors: int) -> Meaning | None:
 
 
 class _Watched(fx.Interpreter):
-    """Gives what all nodes give: tensors as they were made, as they were left, and numbers."""
+    """Holds the tensors that nodes give, as they are left."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
         self.nodes = [node for node in gm.graph.nodes if node.op != "output"]
-        self.seen = dict[str, tuple[list[Tensor], list[Tensor], list[Any]]]()
+        self.left = dict[str, list[Tensor]]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As it is."""
+        value = super().run_node(n)
+        self.left[n.name] = [each for each in tree_leaves(value) if isinstance(each, Tensor)]
+        return value
+
+
+class _AllGiven(_Watched):
+    """Gives what all nodes give: tensors as they were made, as they were left, and numbers."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.made = dict[str, list[Tensor]]()
+        self.numbers = dict[str, list[Any]]()
         self.of_numbers = set[str]()
 
     def all_values(self, *inputs: Any) -> list[Any]:
         """In the order of the nodes."""
         self.run(*inputs)
-        return [self.seen[node.name] for node in self.nodes]
+        return [(self.made[node.name], self.left[node.name], self.numbers[node.name]) for node in self.nodes]
 
     def run_node(self, n: fx.Node) -> Any:
         """As it is; what it gives is held."""
         value = super().run_node(n)
-        leaves = tree_leaves(value)
-        tensors = [each for each in leaves if isinstance(each, Tensor)]
+        leaves, tensors = tree_leaves(value), self.left[n.name]
         numbers = [each for each in leaves if isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool))]
         if leaves and not tensors and all(isinstance(each, (*NUMBERS, *map(type, numbers))) for each in leaves):
             self.of_numbers.add(n.name)
-        self.seen[n.name] = [each.clone() for each in tensors], tensors, numbers
+        self.made[n.name], self.numbers[n.name] = [each.clone() for each in tensors], numbers
         return value
 
 
