@@ -130,7 +130,7 @@ def check_halves_are_in_flight_together(rank: int, ranks: int) -> None:
 
 def check_nothing_to_gain(rank: int, ranks: int) -> None:
     """On a GPU what is so small takes longer in halves."""
-    model, whole = sharded(ranks)
+    model, whole = sharded(ranks, layers=1)
     x = rows_of(rank)
     moecompile.mark_batch(x)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def check_nothing_to_gain(rank: int, ranks: int) -> None:
 
 
 def check_an_odd_batch_stays_whole(rank: int, ranks: int) -> None:
-    model, whole = sharded(ranks)
+    model, whole = sharded(ranks, layers=1)
     x = rows_of(rank, 5)
     moecompile.mark_batch(x)
     with torch.no_grad():
@@ -149,18 +149,19 @@ def check_an_odd_batch_stays_whole(rank: int, ranks: int) -> None:
 
 def check_one_rank_with_an_odd_batch(rank: int, ranks: int) -> None:
     """All stay whole."""
-    model, whole = sharded(ranks)
+    model, whole = sharded(ranks, layers=1)
     x = rows_of(rank, 5 if rank else 4)
     moecompile.mark_batch(x)
     with torch.no_grad():
         close([*compiled(model)(x)], [*whole(x)], 2e-2)
     assert "microbatches: it stays whole" in notes(), notes()
     assert ("has no halves" in notes()) == bool(rank)
+    assert ("others of the ranks" in notes()) == (not rank)
 
 
 def check_a_batch_that_is_odd_later(rank: int, ranks: int) -> None:
     """All ranks compile once more, and stay whole."""
-    model, whole = sharded(ranks)
+    model, whole = sharded(ranks, layers=1)
     run = compiled(model)
     with torch.no_grad():
         for batch in (8, 4, 7, 6):
@@ -172,7 +173,7 @@ def check_a_batch_that_is_odd_later(rank: int, ranks: int) -> None:
 
 
 def check_a_static_batch(rank: int, ranks: int) -> None:
-    model, whole = sharded(ranks)
+    model, whole = sharded(ranks, layers=1)
     x = rows_of(rank)
     with torch.no_grad():
         close([*compiled(model)(x)], [*whole(x)], 2e-2)
@@ -210,7 +211,7 @@ def check_a_loss_and_a_statistic_of_the_batch(rank: int, ranks: int) -> None:
 
 def check_fp8(rank: int, ranks: int) -> None:
     """Casts are of rows, too: halves have the same numbers."""
-    model, _ = sharded(ranks)
+    model, _ = sharded(ranks, layers=1)
     x = rows_of(rank)
     found = []
     for count in (1, 2):
