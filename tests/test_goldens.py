@@ -19,9 +19,9 @@ def test_every_golden_is_used(unused_goldens):
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A suite of one golden, with this suite's conftest."""
+    """A suite of one golden, with this suite's conftest, and what that imports."""
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
-    pytester.makepyfile(test_small=SUITE)
+    pytester.makepyfile(test_small=SUITE, sparing=(Path(__file__).parent / "sparing.py").read_text())
     return pytester
 
 
