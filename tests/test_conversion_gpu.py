@@ -26,7 +26,7 @@ ops = torch.ops.moecompile
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_numbers(name: str, cached: bool) -> None:
-    model, ids = made(name)
+    model, ids = made(name, layers=2)
     model, ids = model.cuda(), ids.cuda()
     expected = infer(compiled(copy.deepcopy(model), lowering="inductor"), ids)
     names = moecompile.convert_to_fp8(model, ids)
@@ -74,7 +74,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints(name: str) -> None:
     """On the GPU as far from exact products as on the CPU, where the same arithmetic is emulated."""
-    model, _ = made(name)
+    model, _ = made(name, layers=2)
     stored, exact = checkpoint(model.model, single=True)
     wide: Any = Called(copy.deepcopy(model.model).float()).eval()
     wide.model.load_state_dict({name: each.float() for name, each in exact.items()})

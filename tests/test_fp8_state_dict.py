@@ -55,7 +55,7 @@ def test_in_files_of_safetensors(tmp_path: Path) -> None:
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file
 
-    model, ids = made()
+    model, ids = made(layers=2)
     fresh = emptied(model)
     moecompile.convert_to_fp8(model, ids)
     stored = moecompile.fp8_state_dict(model.model)

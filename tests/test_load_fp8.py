@@ -141,7 +141,7 @@ def test_meta_parameters_beside_others_are_refused() -> None:
 
 
 def test_onto_the_meta_device() -> None:
-    model, ids = made()
+    model, ids = made(layers=2)
     stored, _ = checkpoint(model.model, single=True)
     with torch.device("meta"):
         empty = type(model.model)(model.model.config).to(torch.bfloat16).eval()
@@ -215,7 +215,7 @@ def wrong(stored: dict[str, Tensor], change: str) -> None:
     ],
 )
 def test_wrong_checkpoints_change_nothing(change: str, error: type[Exception], words: str) -> None:
-    model, _ = made()
+    model, _ = made(layers=2)
     stored, _ = checkpoint(model.model, single=True)
     with torch.no_grad():
         for each in model.parameters():
@@ -228,7 +228,7 @@ def test_wrong_checkpoints_change_nothing(change: str, error: type[Exception], w
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -1.0])
 def test_scales_that_scale_nothing_are_refused(number: float) -> None:
-    model, _ = made()
+    model, _ = made(layers=2)
     stored, _ = checkpoint(model.model, single=True)
     stored["model.layers.0.self_attn.q_proj.weight" + SCALES][0, 0] = number
     with pytest.raises(ValueError, match=r"q_proj\.weight_scale_inv must hold finite numbers from 0 on"):
@@ -237,7 +237,7 @@ def test_scales_that_scale_nothing_are_refused(number: float) -> None:
 
 
 def test_names_of_another_model_are_named() -> None:
-    model, _ = made()
+    model, _ = made(layers=2)
     stored, _ = checkpoint(model.model, single=True)
     with pytest.raises(RuntimeError, match=r"missing lm_head.*; unexpected module\."):
         moecompile.load_fp8(model.model, {f"module.{name}": each for name, each in stored.items()})
@@ -245,7 +245,7 @@ def test_names_of_another_model_are_named() -> None:
 
 
 def test_what_is_not_strict() -> None:
-    model, _ = made()
+    model, _ = made(layers=2)
     stored, _ = checkpoint(model.model, single=True)
     wrong(stored, "unexpected")
     wrong(stored, "missing")

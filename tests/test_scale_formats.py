@@ -20,7 +20,7 @@ from test_precision import relative
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_the_whole_way(lowering: str) -> None:
     """All that is cast has them, and what the backward casts; kept copies and converted parameters compute the same."""
-    model, ids = made()
+    model, ids = made(layers=2)
     options = {"precision": "fp8", "fp8_scale_format": "float32", "lowering": lowering}
 
     def compiled(module: Any, **more: Any) -> Any:
