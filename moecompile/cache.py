@@ -85,7 +85,8 @@ def topologies_of(gm: fx.GraphModule) -> list[str]:
 
 def _is_by_kernels(node: fx.Node) -> bool:
     """Whether moecompile's kernels carry tokens, where they take them: as example values of the operator ask, too."""
-    device = fake_of(node.all_input_nodes[0]).device
+    fakes = (fake_of(each) for each in node.all_input_nodes)
+    device = next((fake.device for fake in fakes if isinstance(fake, torch.Tensor)), torch.device("cpu"))
     return serves(device) and reaches_peers(str(node.kwargs["group"]), device)
 
 

@@ -25,6 +25,8 @@ from moecompile.passes.aliases import Aliases, fake_of
 from moecompile.passes.calls import Call, bind, writes
 
 SAME = ("cast", "contiguous", "clone")
+WITH_INFINITY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int16, torch.int32, torch.int64)
 RESHAPES = ("view", "view_as", "flatten", "unflatten")
 
 
@@ -81,7 +83,7 @@ class _Proof:
         topk = self._choice(ids, None)
         if topk is None or topk["k"] != top_k or _last(topk["input"]) != num_experts:
             return None
-        limit = self._of_scores(topk["input"], topk.node)
+        limit = self._of_scores(topk["input"], topk.node, False)
         if limit is None or num_experts % limit.number or limit.chosen * (num_experts // limit.number) < top_k:
             return None
         return limit
@@ -93,11 +95,17 @@ class _Proof:
         call = bind(node)
         if call is not None and not call.inplace and _shares(node, call.arguments.get("input")):
             return call  # a view: it is what it is a view of that may be written
-        writers = {user: alias for alias in self._aliases.of(node) for user in alias.users if _writes_into(user, alias)}
+        written = self._aliases.written
+        writers = {
+            user: alias
+            for alias in self._aliases.of(node)
+            for user in alias.users
+            if writes(user) and any(each is alias for each in written(user))
+        }
         before = [writer for writer in writers if reader is None or writer < reader]
         if not before:
             return call
-        same = len(before) == 1 and _sizes(writers[before[0]]) == _sizes(node)
+        same = len(before) == 1 and self._aliases.same_elements(writers[before[0]], node)
         return bind(before[0]) if same else None
 
     def _choice(self, node: Any, reader: fx.Node | None) -> Call | None:
@@ -106,6 +114,8 @@ class _Proof:
         while call is not None and (
             call.name in SAME or (call.name in RESHAPES and _last(node) == _last(call["input"]))
         ):
+            if fake_of(node).dtype not in INTEGERS:
+                return None
             reader = reader if _shares(node, call["input"]) else node
             node = call["input"]
             call = self._call(node, reader)
@@ -117,27 +127,31 @@ class _Proof:
             return None
         return topk if topk["dim"] in (-1, fake_of(topk["input"]).dim() - 1) else None
 
-    def _of_scores(self, scores: Any, reader: fx.Node) -> GroupLimit | None:
-        """Of scores that are -inf but for the experts of chosen groups."""
+    def _of_scores(self, scores: Any, reader: fx.Node, split: bool) -> GroupLimit | None:
+        """Of scores that are -inf but for experts of chosen groups; split: in their last two dimensions, by groups."""
         call = self._call(scores, reader)
         if call is None:
             return None
-        if call.name in RESHAPES and _joins_groups(call):
+        if call.name in RESHAPES and _joins_groups(call) and not split:
             inner = call["input"]
-            found = self._of_scores(inner, reader if _shares(scores, inner) else call.node)
+            found = self._of_scores(inner, reader if _shares(scores, inner) else call.node, True)
             return found if found is not None and found.number == _last(inner, 2) else None
         if call.name in SAME:
-            return self._of_scores(call["input"], reader if _shares(scores, call["input"]) else call.node)
-        if call.name == "masked_fill" and _is_lowest(call["value"]):
-            return self._by(call["mask"], call.node, False)
-        if call.name == "where" and _is_lowest(call["other"]):
-            return self._by(call["condition"], call.node, True)
+            if fake_of(call.node).dtype not in WITH_INFINITY:
+                return None
+            return self._of_scores(call["input"], reader if _shares(scores, call["input"]) else call.node, split)
+        if call.name == "masked_fill" and self._is_lowest(call["value"], call.node):
+            return self._by(call["mask"], call.node, False, split)
+        if call.name == "where" and self._is_lowest(call["other"], call.node):
+            return self._by(call["condition"], call.node, True, split)
         return None
 
-    def _by(self, mask: Any, scores: fx.Node, keeps: bool) -> GroupLimit | None:
+    def _by(self, mask: Any, scores: fx.Node, keeps: bool, split: bool) -> GroupLimit | None:
         """Of scores that are left as they are where a mask is that."""
         found = self._mask(mask, scores)
         if found is None or found.chosen is not keeps:
+            return None
+        if found.each is split:
             return None
         if found.each:
             return found.limit if _last(mask) == _last(scores) else None
@@ -151,6 +165,8 @@ class _Proof:
             return None
         if call.name == "scatter":
             return self._scattered(call)
+        if call.inplace:
+            return None
         inner = call.arguments.get("input")
         found = self._mask(inner, reader if _shares(node, inner) else call.node)
         return None if found is None or call.inplace else _seen_as(found, call)
@@ -178,13 +194,23 @@ class _Proof:
         value = call["fill_value"] if call.name in ("full", "full_like", "new_full") else None
         return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
+    def _is_lowest(self, value: Any, reader: fx.Node) -> bool:
+        """Whether it is -inf, or a tensor that is full of it."""
+        call = self._call(value, reader)
+        if call is not None and call.name in ("full", "full_like", "new_full"):
+            value = call["fill_value"]
+        return isinstance(value, float) and value == -math.inf
+
 
 def _seen_as(mask: _Mask, call: Call) -> _Mask | None:
     """A mask after one more operation."""
-    shape, number = fake_of(call.node).shape, mask.limit.number
+    fake = fake_of(call.node)
+    if not isinstance(fake, torch.Tensor) or (call.name in RESHAPES and fake.dtype != fake_of(call["input"]).dtype):
+        return None
+    shape, number = fake.shape, mask.limit.number
     last, of_groups = len(shape) - 1, not mask.size and not mask.each
     if call.name in SAME:
-        return mask
+        return mask if fake.dtype in (torch.bool, *INTEGERS, *WITH_INFINITY) else None
     if call.name == "invert" and fake_of(call["input"]).dtype == torch.bool:
         return replace(mask, chosen=not mask.chosen)
     if call.name in ("eq", "ne") and isinstance(call["other"], (bool, int, float)) and call["other"] in (0, 1):
@@ -199,14 +225,10 @@ def _seen_as(mask: _Mask, call: Call) -> _Mask | None:
         return replace(mask, each=True) if along and shape[-1] == number * call["repeats"] else None
     if call.name in RESHAPES and mask.size and _joins_groups(call):
         return replace(mask, each=True, size=0)
-    if call.name in RESHAPES and shape[-1] == _last(call["input"]) and (not mask.size or shape[-2] == number):
+    same = _last(call.node) == _last(call["input"]) >= 0 and (not mask.size or _last(call.node, 2) == number)
+    if call.name in RESHAPES and same:
         return mask
     return None
-
-
-def _writes_into(node: fx.Node, target: fx.Node) -> bool:
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    return writes(node) and (first is target or node.kwargs.get("out") is target)
 
 
 def _shares(node: fx.Node, other: Any) -> bool:
@@ -232,11 +254,3 @@ def _last(node: Any, which: int = 1) -> int:
     shape = getattr(fake_of(node), "shape", ()) if isinstance(node, fx.Node) else ()
     size = shape[-which] if len(shape) >= which else -1
     return size if isinstance(size, int) else -1
-
-
-def _is_lowest(value: Any) -> bool:
-    """Whether it is -inf, or a tensor that is full of it."""
-    call = bind(value) if isinstance(value, fx.Node) else None
-    if call is not None and call.name in ("full", "full_like", "new_full"):
-        value = call["fill_value"]
-    return isinstance(value, float) and value == -math.inf

@@ -21,7 +21,7 @@ from moecompile.runtime import hopper_exchange
 from moecompile.runtime.elementwise import dtype_name
 from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.launch import Launch, Value, load
-from moecompile.runtime.node_memory import CHUNK, SMS_OF_A_CHANNEL, NodeMemory, ring_pitch, room_for
+from moecompile.runtime.node_memory import CHUNK, SMS_OF_A_CHANNEL, NodeMemory, network_scratch, ring_pitch, room_for
 from moecompile.runtime.peer_memory import PATIENCE
 
 Call = tuple[NodeDispatch | NodeReceive | NodeCombine | NodeHome, tuple[Value, ...]]
@@ -125,6 +125,11 @@ class NodeExchange:
         chunk = rings.chunk if self.chunk is None else self.chunk
         if not 1 <= chunk <= min(rings.chunk, CHUNK):
             raise ValueError(f"moecompile: chunks of {chunk} records: expected 1 to {rings.chunk}")
+        if self.far == "network" and (self.scratch is None or self.scratch.numel() < network_scratch(rings)):
+            raise ValueError(
+                f"moecompile: an exchange over a network sends from {network_scratch(rings)} bytes of NVSHMEM's heap "
+                f"(`NodeMemory.scratch`), got {0 if self.scratch is None else self.scratch.numel()}"
+            )
         topology = memory.topology
         who = (memory.rank, topology.ranks, topology.nodes, topology.locals, *divmod(memory.rank, topology.locals))
         how = (

@@ -28,6 +28,8 @@ WORDS = (
     + 2 * SLOTS * NODES * CHANNELS * RING * 8  # filled, freed
 )
 """Bytes of what ranks tell each other."""
+WARPS, STAGED = 4, 512 * 1024
+"""Of a block (node_roles.cuh); bytes of each that a network sends from (network.cuh)."""
 SMS_OF_A_CHANNEL, SMS = 2, 20
 """Multiprocessors; those that exchange, if nobody says otherwise (DeepSeek-V3, section 3.2.2)."""
 STEPS = (
@@ -75,6 +77,11 @@ def check(topology: Topology) -> None:
 def ring_pitch(topology: Topology, pitch: int) -> int:
     """Bytes of a record on its way between nodes: behind it are its places on that node's ranks."""
     return pitch + -(-4 * topology.locals // 16) * 16
+
+
+def network_scratch(rings: Rings) -> int:
+    """Bytes that a network sends from, of a rank: two transports of each warp."""
+    return 2 * WARPS * SMS_OF_A_CHANNEL * rings.channels * STAGED
 
 
 def room_for(topology: Topology, rings: Rings, capacity: int, pitch: int) -> int:
@@ -134,7 +141,7 @@ def bytes_of(topology: Topology, capacity: int, room: int) -> int:
     return -(-(WORDS + flags) // 128) * 128 + SLOTS * room
 
 
-def among_nodes(group: str, topology: Topology, rings: Rings, capacity: int, pitch: int, scratch: int) -> NodeMemory:
+def among_nodes(group: str, topology: Topology, rings: Rings, capacity: int, pitch: int) -> NodeMemory:
     """Memory of a group on several nodes, in NVSHMEM's heap. All of its ranks call it.
 
     Args:
@@ -143,7 +150,6 @@ def among_nodes(group: str, topology: Topology, rings: Rings, capacity: int, pit
         rings: between nodes.
         capacity: rows of each rank at most.
         pitch: bytes of the longest row.
-        scratch: bytes that transports need, `NodeMemory.scratch`.
 
     Raises:
         NetworkMissing: as `network.join`.
@@ -152,7 +158,7 @@ def among_nodes(group: str, topology: Topology, rings: Rings, capacity: int, pit
     network.join(group)
     rank, room = distributed.get_rank(process_group(group)), room_for(topology, rings, capacity, pitch)
     own = network.heap(bytes_of(topology, capacity, room))
-    handed_over = network.heap(scratch)
+    handed_over = network.heap(network_scratch(rings))
     bases = addresses_of(network.addresses(own, topology, rank), own.device)
     torch.cuda.synchronize(own.device)
     distributed.barrier(process_group(group))  # nobody writes before all have cleared theirs

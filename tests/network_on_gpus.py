@@ -20,12 +20,10 @@ from torch import distributed
 from moecompile.runtime import hopper_nodes
 from moecompile.runtime.hopper_exchange import Rows
 from moecompile.runtime.hopper_nodes import NodeExchange, NodePlan, Passed
-from moecompile.runtime.node_memory import SMS_OF_A_CHANNEL, Rings, among_nodes
+from moecompile.runtime.node_memory import Rings, among_nodes
 from moecompile.runtime.topology import Topology
-from nodes_on_one_gpu import WARPS, Found, Right, became, brought, routed
+from nodes_on_one_gpu import Found, Right, became, brought, routed
 
-SCRATCH = 512 * 1024
-"""Bytes of a transport of a warp (network.cuh), of which there are two."""
 TOKENS, COLUMNS, TOP_K, TURNS = 300, 2048, 6, 20
 
 
@@ -38,10 +36,7 @@ def run(rank: int, topology: Topology, store: str) -> None:
     assert distributed.group.WORLD is not None
     experts, rings = 8 * topology.ranks, Rings(2, 2, 4)
     pitch = COLUMNS * 2 + TOP_K * 8
-    memory = among_nodes(
-        distributed.group.WORLD.group_name, topology, rings, TOKENS, -(-pitch // 16) * 16,
-        SMS_OF_A_CHANNEL * rings.channels * WARPS * 2 * SCRATCH,
-    )  # fmt: skip
+    memory = among_nodes(distributed.group.WORLD.group_name, topology, rings, TOKENS, -(-pitch // 16) * 16)
     right = Right(topology, experts, TOKENS)
     there, back = (NodeExchange(memory, slot, TOKENS, 20.0, None, memory.scratch, far="network") for slot in (0, 1))
     for turn in range(TURNS):

@@ -108,6 +108,41 @@ def groups_apart(scores: Tensor) -> Tensor:
     return best(scores.masked_fill(~groups.repeat(1, EACH).bool(), LOWEST))
 
 
+def inverted_in_place(scores: Tensor) -> Tensor:
+    mask = of_each(chosen(scores)).bool()
+    mask.logical_not_()
+    return best(scores.masked_fill(mask, LOWEST))
+
+
+def mask_by_index(scores: Tensor) -> Tensor:
+    mask = torch.zeros(scores.shape[0], GROUPS)
+    mask[torch.arange(scores.shape[0])[:, None], best_groups(scores)] = 1
+    return best(scores.masked_fill(~of_each(mask).bool(), LOWEST))
+
+
+def written_by_a_list(scores: Tensor) -> Tensor:
+    mask = chosen(scores)
+    torch._foreach_add_([mask], 1.0)
+    return best(scores.masked_fill(~of_each(mask).bool(), LOWEST))
+
+
+def lowest_written_since(scores: Tensor) -> Tensor:
+    low = torch.full_like(scores, LOWEST)
+    low.copy_(scores)
+    return best(torch.where(of_each(chosen(scores)).bool(), scores, low))
+
+
+def mask_sorted(scores: Tensor) -> Tensor:
+    return best(scores.masked_fill(~of_each(chosen(scores).sort(-1)[0]).bool(), LOWEST))
+
+
+def heads_instead_of_groups(scores: Tensor) -> Tensor:
+    """Of each of several heads all experts or none: a token has heads, and these have experts."""
+    heads = scores.view(-1, 1, EXPERTS).expand(-1, GROUPS, EXPERTS)
+    mask = torch.zeros(scores.shape[0], GROUPS).scatter(1, best_groups(scores), 1)
+    return heads.masked_fill((mask == 0).unsqueeze(-1), LOWEST).topk(TOP_K, -1).indices.view(-1, TOP_K)
+
+
 def worst_groups(scores: Tensor) -> Tensor:
     """As many, but the mask says which to leave out."""
     return best(scores.masked_fill(of_each(chosen(scores)).bool(), LOWEST))
@@ -123,6 +158,14 @@ NOT_PROVEN: dict[str, Router] = {
     "a view of it written": view_of_the_mask_written,
     "a mask of some tokens": mask_of_some_tokens,
     "no neighbours": groups_apart,
+    "inverted in place": inverted_in_place,
+    "a mask by index": mask_by_index,
+    "written by a list": written_by_a_list,
+    "-inf no more": lowest_written_since,
+    "a mask sorted": mask_sorted,
+    "heads": heads_instead_of_groups,
+    "whole numbers": lambda scores: best(scores.masked_fill(~of_each(chosen(scores)).bool(), LOWEST).to(torch.int8)),
+    "bits of a mask": lambda scores: best(scores.masked_fill(of_each(chosen(scores)).view(torch.int32) != 1, LOWEST)),
     "added to": lambda scores: best(scores.masked_fill(~of_each(chosen(scores)).bool(), LOWEST).nan_to_num(0, 0, 0)),
     "the smallest": lambda scores: (
         scores.masked_fill(~of_each(chosen(scores)).bool(), LOWEST).topk(TOP_K, largest=False).indices

@@ -52,7 +52,7 @@ struct NetworkTransport {
             __syncwarp();
         }
     }
-    __device__ __noinline__ void make_room(u32 bytes) {
+    __device__ __forceinline__ void make_room(u32 bytes) {  // ptxas 13.0 crashes, sometimes, where this is a call
         bool full = at + bytes > SCRATCH;
         if (held < HELD && !full) return;
         ptx::store_commit();

@@ -218,7 +218,9 @@ struct Combine {
             near.signal(lane() < exchange.locals, {exchange.neighbour(rail), word}, number);
             near.drain();
             i32 other = exchange.neighbour(rail);
-            if (wait_together(exchange, lane() < exchange.locals, &words.over[slot][other], number, other, Step::OVER, near, far))
+            bool all = wait_together(exchange, lane() < exchange.locals, &words.over[slot][other], number, other, Step::OVER, near, far);
+            // who gave up has said so before it was over: whoever is told that an exchange is over knows of it, too
+            if (all && !__any_sync(~0u, exchange.is_aborted()))
                 far.signal(lane() < exchange.nodes && lane() != exchange.node, {exchange.on_rail(node), word}, number);
             far.drain();
             this->pass_failure_on();

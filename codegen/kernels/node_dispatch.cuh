@@ -196,6 +196,7 @@ struct Dispatch {
             const u8* ring = exchange.base(exchange.rank) + exchange.ring_record(node, channel, place, 0);
             ptx::fence_system();  // what was said to be there is
             ptx::fence_async_all();
+            __syncwarp();
             wait_to_land();
             pipe.run(
                 (count + most - 1) / most, near,
@@ -290,6 +291,8 @@ struct Dispatch {
             work[i32(Role::PASS)] = records ? i32(i64(expected) * rows / records) : expected;
             work[i32(Role::PASS)] += exchange.nodes > 1;  // it is not known to be nothing
             Role role = first_role(work, grid, threadIdx.x / 32);
+            // warps do not see the same of what is announced: one of each channel passes on whatever the others have chosen
+            if (exchange.nodes > 1 && grid.block % 2 && threadIdx.x / 32 == WARPS - 1) role = Role::PASS;
             for (i32 turn = 0; turn < ROLES; turn++, role = Role((i32(role) + 1) % ROLES)) {
                 near.begins(role);
                 if (role == Role::SEND) send();
